@@ -1,0 +1,1 @@
+"""Networks as ``nn.Cell``. They know nothing of diffusion or training."""

@@ -1,0 +1,51 @@
+"""Softmax attention and linear attention over the H x W positions of a feature map."""
+
+import mindspore as ms
+from mindspore import nn, ops
+
+from .layers import GroupNorm, conv2d
+
+
+def split_heads(qkv, heads: int):
+    """(B, 3 h d, H, W) -> q, k, v, each (B, h, d, H W), in float32."""
+    b, c, height, width = qkv.shape
+    parts = ops.split(ops.cast(qkv, ms.float32), c // 3, 1)
+    q, k, v = [part.reshape(b, heads, c // (3 * heads), height * width) for part in parts]
+    return q, k, v
+
+
+class Attention(nn.Cell):
+    """Multi-head self-attention (Vaswani et al. 2017, eq. 1): (B, dim, H, W) -> the same."""
+
+    def __init__(self, dim: int, heads: int = 4, dim_head: int = 32):
+        super().__init__()
+        self.heads, self.scale = heads, dim_head**-0.5
+        self.to_qkv = conv2d(dim, 3 * heads * dim_head, 1, bias=False)
+        self.to_out = conv2d(heads * dim_head, dim, 1)
+        self.matmul, self.matmul_t = ops.BatchMatMul(), ops.BatchMatMul(transpose_b=True)
+
+    def construct(self, x):
+        b, _, height, width = x.shape
+        q, k, v = split_heads(self.to_qkv(x), self.heads)  #         (B, h, d, N), N = H W
+        weights = ops.softmax(self.matmul(q.transpose(0, 1, 3, 2) * self.scale, k), -1)  #    (B, h, N, N)
+        out = self.matmul_t(v, weights)  #                             (B, h, d, N)
+        return self.to_out(out.reshape(b, -1, height, width))
+
+
+class LinearAttention(nn.Cell):
+    """Attention whose cost is linear in H W (Shen et al. 2018, "Efficient Attention", eq. 4): (B, dim, H, W) -> the same."""
+
+    def __init__(self, dim: int, heads: int = 4, dim_head: int = 32):
+        super().__init__()
+        self.heads, self.scale = heads, dim_head**-0.5
+        self.to_qkv = conv2d(dim, 3 * heads * dim_head, 1, bias=False)
+        self.to_out = nn.SequentialCell(conv2d(heads * dim_head, dim, 1), GroupNorm(1, dim))
+        self.matmul_t = ops.BatchMatMul(transpose_b=True)
+
+    def construct(self, x):
+        b, _, height, width = x.shape
+        q, k, v = split_heads(self.to_qkv(x), self.heads)  #       (B, h, d, N), N = H W
+        q = ops.softmax(q.transpose(0, 1, 3, 2), -1) * self.scale  # (B, h, N, d), over the channels
+        k = ops.softmax(k, -1)  #                                  (B, h, d, N), over the positions
+        out = self.matmul_t(self.matmul_t(v, k), q)  #                 (B, h, d, d) @ (B, h, d, N)
+        return self.to_out(out.reshape(b, -1, height, width))

@@ -1,0 +1,126 @@
+"""Building blocks with PyTorch's names, defaults and initialisation.
+
+B, C, H, W: batch, channels, height, width. Every parameter is called ``weight`` or ``bias``, as in PyTorch, so the path
+of a parameter in the network is its state-dict key and weights move in both directions without a table.
+"""
+
+import math
+
+import numpy as np
+
+import mindspore as ms
+from mindspore import Parameter, Tensor, nn, ops
+
+def conv2d(c_in: int, c_out: int, kernel: int, stride: int = 1, padding: int = 0, groups: int = 1, bias: bool = True):
+    """``torch.nn.Conv2d``: (B, c_in, H, W) -> (B, c_out, H', W')."""
+    return nn.Conv2d(c_in, c_out, kernel, stride, pad_mode="pad", padding=padding, group=groups, has_bias=bias)
+
+
+def linear(c_in: int, c_out: int):
+    """``torch.nn.Linear``: (..., c_in) -> (..., c_out)."""
+    return nn.Dense(c_in, c_out)
+
+
+def Downsample(dim: int):
+    """Halve H and W: (B, C, H, W) -> (B, C, H/2, W/2)."""
+    return conv2d(dim, dim, 4, stride=2, padding=1)
+
+
+def Upsample(dim: int):
+    """Double H and W by a transposed convolution: (B, C, H, W) -> (B, C, 2H, 2W)."""
+    return nn.Conv2dTranspose(dim, dim, 4, 2, pad_mode="pad", padding=1, has_bias=True)
+
+
+class GroupNorm(nn.Cell):
+    """Group normalisation in float32 whatever the input's precision (Wu & He 2018, eq. 1): (B, C, H, W) -> the same.
+
+    Raises:
+        ValueError: ``channels`` is not divisible by ``groups``.
+    """
+
+    def __init__(self, groups: int, channels: int, eps: float = 1e-5):
+        super().__init__()
+        if channels % groups:
+            raise ValueError(f"{channels} channels are not divisible into {groups} groups: choose another dim or groups")
+        self.groups, self.eps = groups, eps
+        self.weight = Parameter(Tensor(np.ones(channels, np.float32)), name="weight")
+        self.bias = Parameter(Tensor(np.zeros(channels, np.float32)), name="bias")
+
+    def construct(self, x):
+        return ops.group_norm(ops.cast(x, ms.float32), self.groups, self.weight, self.bias, self.eps)
+
+
+class GELU(nn.Cell):
+    """x Phi(x) by the error function, PyTorch's default (MindSpore's ``nn.GELU`` default is the tanh form)."""
+
+    def construct(self, x):
+        return ops.gelu(x, approximate="none")
+
+
+class Identity(nn.Cell):
+    """x -> x."""
+
+    def construct(self, x):
+        return x
+
+
+class Residual(nn.Cell):
+    """x -> fn(x) + x."""
+
+    def __init__(self, fn: nn.Cell):
+        super().__init__()
+        self.fn = fn
+
+    def construct(self, x):
+        return self.fn(x) + x
+
+
+class PreNorm(nn.Cell):
+    """x -> fn(GroupNorm_1(x))."""
+
+    def __init__(self, dim: int, fn: nn.Cell):
+        super().__init__()
+        self.fn = fn
+        self.norm = GroupNorm(1, dim)
+
+    def construct(self, x):
+        return self.fn(self.norm(x))
+
+
+class SinusoidalPositionEmbeddings(nn.Cell):
+    """Timesteps (B,) float32 -> (B, dim): sines then cosines of dim/2 frequencies from 1 to 1/10000 (Vaswani 2017, 3.5)."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        half = dim // 2
+        self.frequencies = Tensor(np.exp(-math.log(10000) * np.arange(half) / (half - 1)).astype(np.float32))
+
+    def construct(self, t):
+        angles = t.reshape(-1, 1) * self.frequencies.reshape(1, -1)  # (B, dim/2)
+        return ops.concat((ops.sin(angles), ops.cos(angles)), -1)  #   (B, dim)
+
+
+CONVOLUTIONS_AND_LINEAR = (nn.Conv2d, nn.Conv2dTranspose, nn.Dense)
+
+
+def name_and_initialise(net: nn.Cell, seed: int) -> None:
+    """Give each parameter its path as name and PyTorch's default values, all from one seed.
+
+    PyTorch draws weight and bias of convolutions and linear layers from U(-1/sqrt(fan_in), 1/sqrt(fan_in)).
+    Nested CellLists would otherwise leave duplicate names, which ``nn.Adam`` refuses.
+    """
+    rng = np.random.default_rng(seed)
+    for path, cell in net.cells_and_names():
+        for name, parameter in cell.parameters_and_names(expand=False):
+            parameter.name = f"{path}.{name}"
+            if isinstance(cell, CONVOLUTIONS_AND_LINEAR):
+                bound = 1 / math.sqrt(np.prod(cell.weight.shape[1:]))  # shape[1:] is fan_in, as PyTorch counts it
+                values = rng.uniform(-bound, bound, parameter.shape)
+                parameter.set_data(Tensor(values.astype(np.float32)))
+
+
+def set_compute_type(net: nn.Cell, dtype: ms.Type) -> None:
+    """Run convolutions and linear layers in ``dtype``; parameters, norms and softmax stay in float32."""
+    for _, cell in net.cells_and_names():
+        if isinstance(cell, CONVOLUTIONS_AND_LINEAR):
+            cell.to_float(dtype)
