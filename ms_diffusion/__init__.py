@@ -1,0 +1,39 @@
+"""ms_diffusion: diffusion models in MindSpore, small, exact, fast.
+
+The public names are imported when first used, so that `runtime` can prepare the process before MindSpore is loaded.
+"""
+
+from importlib import import_module
+
+from . import runtime  # noqa: F401
+
+_HOMES = {
+    "schedules": "SCHEDULES cosine_beta_schedule linear_beta_schedule quadratic_beta_schedule sigmoid_beta_schedule "
+    "sqrt_linear_beta_schedule",
+    "diffusion": "DiffusionConfig GaussianDiffusion",
+    "denoiser": "make_denoiser",
+    "samplers": "SAMPLERS SeededNoise generate sample_ddim sample_ddpm sampling_timesteps",
+    "models.unet": "ConvNextBlock ResnetBlock Unet UnetConfig",
+    "models.attention": "Attention LinearAttention",
+    "models.layers": "Downsample PreNorm Residual SinusoidalPositionEmbeddings Upsample",
+    "training": "EMA make_optimizer make_train_step",
+    "checkpoint": "Checkpoint",
+    "presets": "PRESETS Config DataConfig TrainConfig",
+    "data.pipeline": "load_images make_dataset",
+    "convert": "load_into load_torch_state_dict",
+    "images": "save_gif save_grid save_loss_curve to_uint8",
+    "runtime": "UserError compiled set_device",
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names.split()}
+__all__ = sorted(_HOME_OF)
+__version__ = "0.1.0"
+
+
+def __getattr__(name):
+    if name not in _HOME_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOME_OF[name]}", __name__), name)
+
+
+def __dir__():
+    return __all__

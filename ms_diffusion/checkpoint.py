@@ -1,0 +1,148 @@
+"""Checkpoints that a crash, a full disk or a flipped bit cannot spoil unseen.
+
+A checkpoint is a folder `checkpoints/step-0001000` of safetensors files and `state.json`, which holds the SHA-256 of
+each. It is written under another name, synced, and renamed when it is whole.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import safetensors.numpy
+
+import mindspore as ms
+
+from .convert import load_into
+from .runtime import UserError
+
+FILES = ("model", "ema", "optimizer")
+
+
+class Checkpoint:
+    """The checkpoints of one run: `save(step)` and `load_latest()`.
+
+    Args:
+        run_dir: the run's folder.
+        net, optimizer, ema, loss_scaler: what is saved and restored, each as `training` makes it; all but net may be None.
+        keep: how many of the newest checkpoints stay.
+    """
+
+    def __init__(self, run_dir, net, optimizer=None, ema=None, loss_scaler=None, keep: int = 3):
+        self.folder = Path(run_dir) / "checkpoints"
+        self.keep = keep
+        self.files = {"model": {p.name: p for p in net.get_parameters()}}
+        if ema is not None:
+            self.files["ema"] = {s.name: a for s, a in zip(ema.sources, ema.averages, strict=True)}
+        if optimizer is not None:
+            state = {p.name: p for p in optimizer.get_parameters() if p.name not in self.files["model"]}
+            if loss_scaler is not None:
+                state |= {"loss_scale.value": loss_scaler.scale_value, "loss_scale.counter": loss_scaler.counter}
+            self.files["optimizer"] = state
+
+    def save(self, step: int, **state) -> Path:
+        """Write the checkpoint of `step` with `state` (JSON values) beside it, then drop the oldest.
+
+        Raises:
+            UserError: the disk is full or not writable; earlier checkpoints are untouched.
+        """
+        target = self.folder / f"step-{step:07d}"
+        temporary = self.folder / f".{target.name}.{os.getpid()}"
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            hashes = {}
+            for name, parameters in self.files.items():
+                data = safetensors.numpy.save({key: p.asnumpy() for key, p in parameters.items()})
+                hashes[f"{name}.safetensors"] = hashlib.sha256(data).hexdigest()
+                _write_synced(temporary / f"{name}.safetensors", data)
+            versions = {"mindspore": ms.__version__, "numpy": np.__version__, "python": platform.python_version()}
+            state = {"step": step, **state, "versions": versions, "sha256": hashes}
+            _write_synced(temporary / "state.json", json.dumps(state, indent=1).encode())
+            shutil.rmtree(target, ignore_errors=True)
+            os.replace(temporary, target)
+            _sync(self.folder)
+        except OSError as e:
+            raise UserError(f"cannot write {target}: {e.strerror}; free some space or choose another --run-dir") from e
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        for old in checkpoints(self.folder.parent)[: -self.keep]:
+            shutil.rmtree(old, ignore_errors=True)
+        return target
+
+    def load_latest(self) -> dict | None:
+        """Restore the newest whole checkpoint and return its state, or None where there is none.
+
+        A spoilt one is named on stderr and passed over.
+
+        Raises:
+            UserError: all are spoilt, or they are of another network.
+        """
+        found = checkpoints(self.folder.parent)
+        for folder in reversed(found):
+            try:
+                state = read_state(folder)
+                arrays = {name: read_weights(folder, name) for name in self.files}
+            except UserError as e:
+                print(f"warning: {e}; trying the one before", file=sys.stderr)
+                continue
+            for name, parameters in self.files.items():
+                keys = {p.name: key for key, p in parameters.items()}
+                missing = set(keys.values()) ^ set(arrays[name])
+                if missing:
+                    raise UserError(f"{folder} is of another network ({sorted(missing)[0]} differs): use another --run-dir")
+                load_into(parameters.values(), {p: arrays[name][key] for p, key in keys.items()})
+            return state
+        if found:
+            raise UserError(f"no checkpoint in {self.folder} can be read: delete that folder or use another --run-dir")
+        return None
+
+
+def checkpoints(run_dir) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    return sorted(p.parent for p in Path(run_dir).glob("checkpoints/step-*/state.json"))
+
+
+def read_state(folder: Path) -> dict:
+    """A checkpoint's state.json.
+
+    Raises:
+        UserError: it is missing or spoilt.
+    """
+    try:
+        return json.loads((folder / "state.json").read_text())
+    except (OSError, ValueError) as e:
+        raise UserError(f"{folder} is not a whole checkpoint: its state.json cannot be read") from e
+
+
+def read_weights(folder: Path, name: str) -> dict[str, np.ndarray]:
+    """One file of a checkpoint, "model", "ema" or "optimizer", checked against its hash: parameter name -> array.
+
+    Raises:
+        UserError: the file is missing, truncated or changed.
+    """
+    path = folder / f"{name}.safetensors"
+    try:
+        data = path.read_bytes()
+    except OSError as e:
+        raise UserError(f"{path} cannot be read: {e.strerror}") from e
+    if hashlib.sha256(data).hexdigest() != read_state(folder).get("sha256", {}).get(path.name):
+        raise UserError(f"{path} is truncated or changed: its SHA-256 is not the one in state.json")
+    return safetensors.numpy.load(data)
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    with open(path, "wb") as f:
+        f.write(data)
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)

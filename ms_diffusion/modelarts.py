@@ -1,0 +1,41 @@
+"""Huawei ModelArts: --data_url and --train_url, local paths or OBS, and arguments that only the platform knows."""
+
+import os
+import time
+from pathlib import Path
+
+from .runtime import UserError
+
+OBS = ("obs://", "s3://")
+
+
+def on_modelarts() -> bool:
+    return any(name in os.environ for name in ("MA_JOB_DIR", "MA_NUM_HOSTS", "MA_NUM_GPUS"))
+
+
+def _moxing():
+    try:
+        import moxing  # exists on ModelArts alone
+    except ImportError as e:
+        raise UserError("obs:// addresses need moxing, which only ModelArts has: give a local path instead") from e
+    return moxing
+
+
+def fetch(url: str, cache: str = "/cache") -> Path:
+    """The local folder of a --data_url; OBS is copied to the cache volume, once on each machine, by its first process."""
+    if not url.startswith(OBS):
+        return Path(url)
+    local = Path(cache) / url.split("://")[1].strip("/").replace("/", "_")
+    done = local.with_name(f"{local.name}.done")
+    if int(os.environ.get("DEVICE_ID") or os.environ.get("ASCEND_DEVICE_ID") or 0) == 0:
+        _moxing().file.copy_parallel(url, str(local))
+        done.touch()
+    while not done.exists():
+        time.sleep(1)
+    return local
+
+
+def publish(folder: Path, url: str | None) -> None:
+    """Copy a finished folder to a --train_url in OBS; a local --train_url is written directly and needs no copy."""
+    if url and url.startswith(OBS):
+        _moxing().file.copy_parallel(str(folder), url)

@@ -1,0 +1,45 @@
+"""Noise schedules: T -> betas (T,) float64, the variance that each diffusion step adds (Ho et al. 2020, eq. 2).
+
+The schedules with a range of betas are made for T = 1000 and scaled by 1000 / T, so that x_T is noise at any T.
+"""
+
+import numpy as np
+
+
+def _scaled(values: np.ndarray) -> np.ndarray:
+    return np.minimum(values * (1000 / len(values)), 0.999)
+
+
+def linear_beta_schedule(T: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> np.ndarray:
+    """Ho et al. 2020, section 4."""
+    return _scaled(np.linspace(beta_start, beta_end, T))
+
+
+def quadratic_beta_schedule(T: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> np.ndarray:
+    """Linear in the square root of beta (Song et al. 2020, DDIM, appendix D)."""
+    return _scaled(np.linspace(beta_start**0.5, beta_end**0.5, T) ** 2)
+
+
+def sqrt_linear_beta_schedule(T: int, beta_start: float = 1.5e-3, beta_end: float = 0.0195) -> np.ndarray:
+    """What latent diffusion calls "linear": the quadratic schedule with its range (Rombach et al. 2022, appendix E)."""
+    return quadratic_beta_schedule(T, beta_start, beta_end)
+
+
+def sigmoid_beta_schedule(T: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> np.ndarray:
+    """A logistic curve over [-6, 6] (the annotated diffusion model; GeoDiff, Xu et al. 2022)."""
+    return _scaled(beta_start + (beta_end - beta_start) / (1 + np.exp(-np.linspace(-6, 6, T))))
+
+
+def cosine_beta_schedule(T: int, s: float = 0.008) -> np.ndarray:
+    """alpha_bar(t) = cos^2 of t / T, slowed by s at the start, beta <= 0.999 (Nichol & Dhariwal 2021, eq. 17)."""
+    alpha_bar = np.cos((np.arange(T + 1) / T + s) / (1 + s) * np.pi / 2) ** 2
+    return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
+
+
+SCHEDULES = {
+    "linear": linear_beta_schedule,
+    "cosine": cosine_beta_schedule,
+    "quadratic": quadratic_beta_schedule,
+    "sigmoid": sigmoid_beta_schedule,
+    "sqrt_linear": sqrt_linear_beta_schedule,
+}

@@ -1,0 +1,91 @@
+"""The training step, its learning rate and its moving average. Nothing here knows what is being trained."""
+
+import copy
+import math
+
+import mindspore as ms
+from mindspore import nn, ops
+
+from .runtime import compiled
+
+
+class WarmupCosine(nn.learning_rate_schedule.LearningRateSchedule):
+    """Learning rate: linear from 0 to `lr` in `warmup_steps`, then half a cosine to 0 at `total_steps`, and 0 after."""
+
+    def __init__(self, lr: float, warmup_steps: int, total_steps: int):
+        super().__init__()
+        self.lr, self.warmup_steps, self.total_steps = lr, warmup_steps, total_steps
+
+    def construct(self, step):
+        step = ops.cast(step, ms.float32)
+        warmup = ops.clamp((step + 1) / (self.warmup_steps + 1), 0.0, 1.0)
+        progress = ops.clamp((step - self.warmup_steps) / max(self.total_steps - self.warmup_steps, 1), 0.0, 1.0)
+        return self.lr * warmup * 0.5 * (1 + ops.cos(math.pi * progress))
+
+
+class EMA:
+    """A copy of a network, `.net`, that follows it as an exponential moving average.
+
+    The decay warms up as min(decay, (1 + n) / (10 + n)) after n steps (TensorFlow's ExponentialMovingAverage), so that
+    the random initial weights are soon forgotten.
+    """
+
+    def __init__(self, net: nn.Cell, decay: float = 0.999):
+        self.decay = decay
+        self.net = copy.deepcopy(net)
+        self.sources = ms.ParameterTuple(net.get_parameters())
+        self.averages = ms.ParameterTuple(self.net.get_parameters())
+        for source, average in zip(self.sources, self.averages, strict=True):
+            average.name = f"ema.{source.name}"
+            average.requires_grad = False
+
+
+def make_optimizer(net: nn.Cell, lr: float, warmup_steps: int, total_steps: int) -> nn.Adam:
+    """Adam (Kingma & Ba 2014) with PyTorch's defaults and a cosine learning rate; it counts its steps in `global_step`."""
+    schedule = WarmupCosine(lr, warmup_steps, total_steps)
+    return nn.Adam(net.trainable_params(), learning_rate=schedule, beta1=0.9, beta2=0.999, eps=1e-8)
+
+
+def make_train_step(loss_fn, optimizer, ema: EMA | None = None, clip_norm: float = 1.0, loss_scaler=None, world_size=1):
+    """Compile `step(*batch) -> (loss (), gradient norm ())`: gradients of `loss_fn(*batch)`, clip, Adam, EMA.
+
+    Args:
+        clip_norm: the gradients' global norm is scaled down to this (Pascanu et al. 2013).
+        loss_scaler: `mindspore.amp.DynamicLossScaler` for float16; a step that overflows is skipped.
+        world_size: number of devices, whose gradients are averaged.
+    """
+    parameters = optimizer.parameters
+    reduce_gradients = nn.DistributedGradReducer(parameters, mean=True, degree=world_size) if world_size > 1 else None
+
+    def scaled_loss(*batch):
+        loss = loss_fn(*batch)
+        return loss if loss_scaler is None else loss_scaler.scale(loss)
+
+    loss_and_gradients = ms.value_and_grad(scaled_loss, None, parameters)
+
+    def update(loss, gradients):
+        norm = ops.sqrt(sum([ops.square(g).sum() for g in gradients]))
+        shrink = ops.clamp(clip_norm / (norm + 1e-6), 0.0, 1.0)
+        loss = ops.depend(loss, optimizer(tuple([g * shrink for g in gradients])))
+        if ema is not None:
+            n = ops.cast(ops.depend(optimizer.global_step, loss), ms.float32)
+            decay = ops.clamp((1 + n) / (10 + n), 0.0, ema.decay)
+            for average, source in zip(ema.averages, ema.sources):  # noqa: B905 (graph mode knows no strict)
+                new = ops.depend(source, loss)
+                loss = ops.depend(loss, ops.assign(average, new + decay * (average - new)))
+        return loss, norm
+
+    def step(*batch):
+        loss, gradients = loss_and_gradients(*batch)
+        if reduce_gradients is not None:
+            gradients = reduce_gradients(gradients)
+        if loss_scaler is None:
+            return update(loss, gradients)
+        loss = loss_scaler.unscale(loss)
+        finite = ms.amp.all_finite(gradients)
+        norm = loss * 0
+        if finite:
+            loss, norm = update(loss, loss_scaler.unscale(gradients))
+        return ops.depend(loss, loss_scaler.adjust(finite)), norm
+
+    return compiled(step)

@@ -1,0 +1,218 @@
+"""Train a diffusion model: python train.py --preset quick. The same command again goes on where a run stopped."""
+
+from ms_diffusion import runtime
+
+STOP = runtime.catch_interrupts() if __name__ == "__main__" else None  # must precede the import of MindSpore
+
+# ruff: noqa: E402
+import json
+import shlex
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import tyro
+from tqdm import tqdm
+
+import mindspore as ms
+from mindspore import Tensor
+
+from ms_diffusion import cli, images, modelarts
+from ms_diffusion.checkpoint import Checkpoint
+from ms_diffusion.data.pipeline import load_images, make_dataset
+from ms_diffusion.denoiser import make_denoiser
+from ms_diffusion.models.layers import set_compute_type
+from ms_diffusion.presets import PRESETS, Config
+from ms_diffusion.runtime import DEVICES, UserError
+from ms_diffusion.samplers import generate, sample_ddim, sampling_timesteps
+from ms_diffusion.training import EMA, make_optimizer, make_train_step
+
+STREAM_NOISE = 2  # of np.random.default_rng((seed, stream, rank, step)); the data pipeline has its own
+
+
+@dataclass
+class Args:
+    """Train a diffusion model. The same command again goes on where a run stopped."""
+
+    config: Annotated[Config, tyro.conf.arg(name="")]
+    preset: Literal[tuple(PRESETS)] = "quick"
+    """The named run that the other flags change."""
+    run_dir: str | None = None
+    """Folder of the run; runs/PRESET if not given."""
+    device: Literal[DEVICES] = "auto"
+    """Where to run; auto is Ascend, then GPU, then CPU."""
+    data_url: str | None = None
+    """ModelArts: folder of the data, local or obs://."""
+    train_url: str | None = None
+    """ModelArts: folder that receives the run, local or obs://."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+def parse_args(argv=None) -> Args:
+    """The command line over the preset that it names; in ModelArts, data_url and train_url become folders."""
+    name = "quick"
+    argv = sys.argv[1:] if argv is None else argv
+    for flag, value in zip(argv, [*argv[1:], ""], strict=True):
+        if flag.startswith("--preset"):
+            name = flag.split("=")[1] if "=" in flag else value
+    if name not in PRESETS:
+        raise UserError(f"unknown preset {name!r}: choose one of {', '.join(PRESETS)}")
+    args = cli.parse(Args, Args(PRESETS[name], name), argv)
+    if args.data_url:
+        args.config = replace(args.config, data=replace(args.config.data, dir=str(modelarts.fetch(args.data_url))))
+    local_output = args.train_url if args.train_url and not args.train_url.startswith(modelarts.OBS) else None
+    args.run_dir = Path(args.run_dir or local_output or f"runs/{args.preset}")
+    return args
+
+
+def open_run(run_dir: Path, config: Config) -> None:
+    """Record the configuration; refuse a folder that holds a run of another model, data or diffusion."""
+    record = run_dir / "config.json"
+    if record.exists():
+        old = Config.from_json(record)
+        for name in ("model", "diffusion", "data", "precision"):
+            if getattr(old, name) != getattr(config, name) and name != "data":
+                raise UserError(f"{run_dir} holds a run with another {name}: use another --run-dir, or the command it was begun with")
+        if replace(old.data, dir=None) != replace(config.data, dir=None) or old.train.seed != config.train.seed:
+            raise UserError(f"{run_dir} holds a run with other data or seed: use another --run-dir")
+    images.write(record, lambda f: f.write(config.to_json().encode()))
+
+
+class Metrics:
+    """metrics.jsonl: a line of numbers every `log_every` steps; lines after the resumed step are dropped."""
+
+    def __init__(self, path: Path, start: int):
+        self.path, self.rows = path, []
+        if path.exists():
+            for line in path.read_text().splitlines():
+                try:
+                    row = json.loads(line)
+                except ValueError:  # a crash cut the last line
+                    break
+                if row["step"] <= start:
+                    self.rows.append(row)
+        images.write(path, lambda f: f.write("".join(json.dumps(row) + "\n" for row in self.rows).encode()))
+
+    def append(self, **row) -> None:
+        self.rows.append(row)
+        with open(self.path, "a") as f:
+            f.write(json.dumps(row) + "\n")
+
+    def draw(self, path: Path) -> None:
+        if self.rows:
+            images.save_loss_curve(path, [row["step"] for row in self.rows], [row["loss"] for row in self.rows])
+
+
+def main() -> int:
+    args = parse_args()
+    config, run_dir, train = args.config, args.run_dir, args.config.train
+    device = runtime.set_device(args.device)
+    rank, world_size = runtime.initialise_ranks()
+
+    # Network, optimizer, and what a checkpoint restores
+    net, diffusion = config.build()
+    loss_scaler = None
+    if config.precision != "fp32":
+        if config.precision == "bf16" and device == "CPU":
+            raise UserError("MindSpore has no bf16 on the CPU: use --precision fp16 or fp32")
+        set_compute_type(net, {"fp16": ms.float16, "bf16": ms.bfloat16}[config.precision])
+        if config.precision == "fp16":
+            loss_scaler = ms.amp.DynamicLossScaler(scale_value=2.0**16, scale_factor=2, scale_window=2000)
+    ema = EMA(net, train.ema_decay)
+    optimizer = make_optimizer(net, train.lr, train.warmup_steps, train.total_steps)
+    checkpoint = Checkpoint(run_dir, net, optimizer, ema, loss_scaler, train.keep_checkpoints)
+
+    # Data, and the step to go on from
+    channels = config.model.channels
+    pictures, labels = load_images(config.data.name, config.data.dir, "train", config.data.size, channels)
+    open_run(run_dir, config)
+    state = checkpoint.load_latest()
+    start = state["step"] if state else 0
+    if start:
+        print(f"resuming at step {start} of {train.total_steps} in {run_dir}")
+    steps_per_epoch = len(pictures) // (train.batch_size * world_size)
+    dataset = make_dataset(
+        pictures, labels, train.batch_size, train.total_steps, start, train.seed, config.data.flip, rank, world_size
+    )
+    metrics = Metrics(run_dir / "metrics.jsonl", start) if rank == 0 else None
+
+    # The compiled step, and the sampler that draws the grids
+    def loss_fn(x_start, t, noise):
+        return diffusion.p_losses(net, x_start, t, noise)
+
+    train_step = make_train_step(loss_fn, optimizer, ema, train.clip_norm, loss_scaler, world_size)
+    denoise = make_denoiser(diffusion, ema.net)
+    timesteps = sampling_timesteps(diffusion.T, train.sample_steps)
+
+    def draw_samples(step: int) -> Path:
+        shape = (channels, config.data.size, config.data.size)
+        x = generate(sample_ddim, denoise, diffusion, timesteps, shape, train.sample_num, train.seed)
+        path = run_dir / "samples" / f"step-{step:07d}.png"
+        images.save_grid(path, images.to_uint8(x))
+        return path
+
+    def save(step: int) -> None:
+        if rank == 0:
+            checkpoint.save(step, epoch=step // steps_per_epoch, seed=train.seed, config=json.loads(config.to_json()))
+            metrics.draw(run_dir / "loss.png")
+            modelarts.publish(run_dir, args.train_url)
+
+    # Train
+    step, losses, last_grid, clock = start, [], None, time.perf_counter()
+    bar = tqdm(total=train.total_steps, initial=start, unit="step", disable=rank > 0, dynamic_ncols=True)
+    if start < train.total_steps and rank == 0:
+        bar.set_postfix_str("compiling")
+    for image, _ in dataset.create_tuple_iterator(num_epochs=1) if start < train.total_steps else ():
+        rng = np.random.default_rng((train.seed, STREAM_NOISE, rank, step))
+        t = Tensor(rng.integers(0, diffusion.T, train.batch_size).astype(np.int32))
+        noise = Tensor(rng.standard_normal(image.shape, dtype=np.float32))
+        loss, norm = train_step(image, t, noise)
+        losses.append(loss)
+        step += 1
+        bar.update()
+        if step % train.log_every == 0 or step == train.total_steps or STOP.is_set():
+            mean = float(np.mean([value.asnumpy() for value in losses]))
+            rate = len(losses) * train.batch_size * world_size / (time.perf_counter() - clock)
+            if not np.isfinite(mean):
+                raise UserError(f"the loss is {mean} at step {step}: resume with a lower --train.lr from the last checkpoint")
+            bar.set_postfix_str(f"loss {mean:.4f}, {rate:.0f} img/s")
+            if rank == 0:
+                lr = float(optimizer.learning_rate(Tensor(step - 1)).asnumpy())
+                metrics.append(
+                    step=step, loss=mean, grad_norm=float(norm.asnumpy()), lr=lr, img_per_s=rate, epoch=step / steps_per_epoch
+                )
+            losses, clock = [], time.perf_counter()
+        if STOP.is_set():
+            break
+        if rank == 0 and (step % train.sample_every == 0 or step == train.total_steps):
+            bar.set_postfix_str("sampling")
+            last_grid = draw_samples(step)
+            clock = time.perf_counter()
+        if step % train.save_every == 0 or step == train.total_steps:
+            save(step)
+            clock = time.perf_counter()
+    bar.close()
+
+    if STOP.is_set():
+        if step > start:
+            save(step)
+        if rank == 0:
+            command = shlex.join(["python", *sys.argv])
+            print(f"stopped at step {step} of {train.total_steps}, all saved. To go on: {command}")
+        return 130
+    if rank == 0:
+        if start >= train.total_steps:
+            print(f"{run_dir} is finished: raise --train.total-steps to train on, or choose another --run-dir for a new run")
+        last_grid = last_grid or draw_samples(step)
+        modelarts.publish(run_dir, args.train_url)
+        print(f"samples     {last_grid}\nloss curve  {run_dir / 'loss.png'}\nmetrics     {run_dir / 'metrics.jsonl'}")
+        print(f"more images: python sample.py {run_dir}")
+    return 0
+
+
+if __name__ == "__main__":
+    runtime.run_program(main)
