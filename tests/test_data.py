@@ -1,0 +1,548 @@
+"""The data module against known answers; the network is a server on the loopback."""
+
+import gzip
+import hashlib
+import os
+import socket
+import struct
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from ms_diffusion.data import fashion_mnist, make_mini
+from ms_diffusion.data.fashion_mnist import FILES, load_fashion_mnist, load_fashion_mnist_mini, read_idx
+from ms_diffusion.data.image_folder import load_image_folder
+from ms_diffusion.data.pipeline import load_images, make_dataset
+from ms_diffusion.runtime import UserError
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+
+def idx(array):
+    return struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape) + array.tobytes()
+
+
+def small_set(count=3, first=0):
+    """Names and bytes of the four files; every image is filled with its index + first."""
+    files = {}
+    for images_name, labels_name in FILES.values():
+        images = np.arange(first, first + count, dtype=np.uint8)[:, None, None].repeat(28, 1).repeat(28, 2)
+        files[images_name], files[labels_name] = idx(images), idx(np.arange(count, dtype=np.uint8))
+    return files
+
+
+def put(folder, first=0, zipped=True):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in small_set(first=first).items():
+        if zipped:
+            (folder / f"{name}.gz").write_bytes(gzip.compress(content))
+        else:
+            (folder / name).write_bytes(content)
+
+
+# IDX files
+
+
+@given(
+    shape=st.lists(st.integers(0, 5), min_size=1, max_size=4),
+    seed=st.integers(0, 9),
+    zipped=st.booleans(),
+    gz_name=st.booleans(),
+)
+@settings(max_examples=50, deadline=None)
+def test_idx_round_trip(tmp_path_factory, shape, seed, zipped, gz_name):
+    array = np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
+    path = tmp_path_factory.mktemp("idx") / ("a.gz" if zipped and gz_name else "a")
+    path.write_bytes(gzip.compress(idx(array)) if zipped else idx(array))
+    out = read_idx(path)
+    assert out.dtype == np.uint8
+    np.testing.assert_array_equal(out, array)
+
+
+def test_idx_known_bytes(tmp_path):
+    (tmp_path / "a").write_bytes(bytes([0, 0, 8, 2, 0, 0, 0, 2, 0, 0, 0, 3, 1, 2, 3, 4, 5, 255]))
+    np.testing.assert_array_equal(read_idx(tmp_path / "a"), [[1, 2, 3], [4, 5, 255]])
+
+
+GOOD = idx(np.arange(12, dtype=np.uint8).reshape(3, 4))
+ZIPPED = gzip.compress(GOOD)
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("empty", b""),
+        ("empty.gz", b""),
+        ("short-header", GOOD[:7]),
+        ("truncated", GOOD[:-1]),
+        ("trailing", GOOD + b"x"),
+        ("magic", b"\1" + GOOD[1:]),
+        ("floats", GOOD[:2] + b"\x0d" + GOOD[3:]),
+        ("text", b"<html>404</html>"),
+        ("raw.gz", GOOD),
+        ("truncated.gz", ZIPPED[:-9]),
+        ("crc.gz", ZIPPED[:-8] + b"1234" + ZIPPED[-4:]),
+        ("stream.gz", ZIPPED[:12] + b"\xff\xff\xff" + ZIPPED[15:]),
+    ],
+)
+def test_damaged_idx_is_named(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=name):
+        read_idx(tmp_path / name)
+
+
+# Where Fashion-MNIST is looked for
+
+
+@pytest.fixture
+def places(tmp_path, monkeypatch):
+    """Empty folders for each place, and no network."""
+    for variable in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(variable, raising=False)
+    folders = {name: tmp_path / name for name in ("user", "env", "cache", "debian")}
+    folders["user"].mkdir()
+    folders["env"].mkdir()
+    monkeypatch.setenv("MS_DIFFUSION_DATA", str(folders["env"]))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folders["cache"]))
+    monkeypatch.setattr(fashion_mnist, "_debian_folders", lambda: [folders["debian"]])
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        monkeypatch.setattr(fashion_mnist, "URL", f"http://127.0.0.1:{closed.getsockname()[1]}/")
+    return folders
+
+
+def test_search_order(places):
+    """Each place put in, last to first, takes over from the ones after it."""
+    steps = [
+        places["debian"],
+        places["cache"] / "ms_diffusion" / "fashion-mnist",
+        places["env"] / "FashionMNIST" / "raw",
+        places["env"] / "fashion-mnist",
+        places["env"],
+        places["user"] / "FashionMNIST" / "raw",
+        places["user"] / "fashion-mnist",
+        places["user"],
+    ]
+    for i, folder in enumerate(steps):
+        put(folder, first=10 * i, zipped=i % 2 == 0)
+        for split in FILES:
+            images, labels = load_fashion_mnist(split, str(places["user"]))
+            assert images.shape == (3, 28, 28, 1) and images.dtype == np.uint8
+            assert labels.dtype == np.int32 and labels.tolist() == [0, 1, 2]
+            assert images[:, 0, 0, 0].tolist() == [10 * i, 10 * i + 1, 10 * i + 2]
+    assert load_fashion_mnist("test")[0][0, 0, 0, 0] == 40  # without --data.dir: the environment's
+
+
+def test_read_from_elsewhere_is_said(places, capsys):
+    put(places["env"])
+    load_fashion_mnist("train", str(places["user"]))
+    assert str(places["env"]) in capsys.readouterr().err
+    load_fashion_mnist("train")
+    assert capsys.readouterr().err == ""
+
+
+def test_debian_package(tmp_path, monkeypatch):
+    dpkg = tmp_path / "dpkg"
+    dpkg.write_text('#!/bin/sh\n[ "$2" = dataset-fashion-mnist ] && echo /a/b && echo /a/b/train-images-idx3-ubyte.gz\n')
+    dpkg.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert [str(folder) for folder in fashion_mnist._debian_folders()] == ["/a/b"]
+    dpkg.unlink()
+    assert fashion_mnist._debian_folders() == []
+
+
+def test_bad_places_and_files(places):
+    with pytest.raises(UserError, match="nowhere.*no such folder"):
+        load_fashion_mnist("train", str(places["user"] / "nowhere"))
+    with pytest.raises(UserError, match="'val'.*train, test"):
+        load_fashion_mnist("val")
+    put(places["user"])
+    images, labels = (places["user"] / f"{name}.gz" for name in FILES["train"])
+    labels.write_bytes(gzip.compress(idx(np.zeros(4, np.uint8))))
+    with pytest.raises(UserError, match="train-labels"):
+        load_fashion_mnist("train", str(places["user"]))
+    images.write_bytes(gzip.compress(idx(np.zeros(4, np.uint8))))
+    with pytest.raises(UserError, match="train-images"):
+        load_fashion_mnist("train", str(places["user"]))
+
+
+# Download
+
+
+@pytest.fixture
+def server(places, monkeypatch):
+    """Serves ``server.files`` and notes (name, Range) of what it was asked."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            name, asked = self.path[1:], self.headers["Range"]
+            httpd.asked.append((name, asked))
+            content = httpd.files[name]
+            start = int(asked.removeprefix("bytes=").removesuffix("-")) if asked and httpd.ranges else 0
+            if start >= len(content):
+                return self.send_error(416)
+            self.send_response(206 if start else 200)
+            self.send_header("Content-Length", len(content) - start)
+            self.end_headers()
+            self.wfile.write(content[start : httpd.cut])
+
+        def log_message(self, *args):
+            pass
+
+    httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    httpd.files = {f"{name}.gz": gzip.compress(content, mtime=0) for name, content in small_set().items()}
+    httpd.asked, httpd.ranges, httpd.cut = [], True, None
+    monkeypatch.setattr(fashion_mnist, "URL", f"http://127.0.0.1:{httpd.server_port}/")
+    md5 = {name: hashlib.md5(content).hexdigest() for name, content in httpd.files.items()}
+    monkeypatch.setattr(fashion_mnist, "MD5", md5)
+    thread = threading.Thread(target=httpd.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield httpd
+    httpd.shutdown()
+    httpd.server_close()
+    thread.join()
+
+
+FIRST = "train-images-idx3-ubyte.gz"
+
+
+def test_download(server, places):
+    images, labels = load_fashion_mnist("test", str(places["user"]))
+    assert images.shape == (3, 28, 28, 1) and labels.tolist() == [0, 1, 2]
+    assert {path.name: path.read_bytes() for path in places["user"].iterdir()} == server.files
+    load_fashion_mnist("train", str(places["user"]))
+    assert server.asked == [(name, None) for name in server.files]  # each once
+
+
+def test_download_goes_where_one_can_write(server, places, monkeypatch):
+    load_fashion_mnist("train")
+    assert (places["env"] / FIRST).exists()
+    monkeypatch.setenv("MS_DIFFUSION_DATA", str(places["env"] / FIRST / "under-a-file"))
+    load_fashion_mnist("train")
+    assert (places["cache"] / "ms_diffusion" / "fashion-mnist" / FIRST).exists()
+    with pytest.raises(UserError, match="cannot write to"):
+        fashion_mnist._first_writable([places["env"] / FIRST / "under-a-file"])
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+@pytest.mark.parametrize("have", [50, 10**6])
+def test_download_resumes(server, places, ranges, have):
+    server.ranges = ranges
+    (places["env"] / f"{FIRST}.part").write_bytes(server.files[FIRST][:have])
+    load_fashion_mnist("train")
+    assert (places["env"] / FIRST).read_bytes() == server.files[FIRST]
+    assert server.asked[0] == (FIRST, f"bytes={min(have, len(server.files[FIRST]))}-")
+    assert not list(places["env"].glob("*.part"))
+
+
+def test_download_cut_short(server, places):
+    server.cut = 30
+    with pytest.raises(UserError, match="ended early|cannot be reached"):
+        load_fashion_mnist("train")
+    assert (places["env"] / f"{FIRST}.part").read_bytes() == server.files[FIRST][:30]
+    server.cut = None
+    load_fashion_mnist("train")
+    assert server.asked[1] == (FIRST, "bytes=30-")
+
+
+def test_wrong_md5(server, places):
+    server.files[FIRST] = server.files[FIRST][:-1] + b"?"
+    with pytest.raises(UserError, match=f"{FIRST}.*MD5"):
+        load_fashion_mnist("train")
+    assert list(places["env"].iterdir()) == []
+
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_offline(places, server, monkeypatch, missing):
+    if missing:
+        monkeypatch.setattr(fashion_mnist, "URL", fashion_mnist.URL + "no/such/")
+        monkeypatch.setattr(server, "files", {f"no/such/{FIRST}": b""})  # 416 for nothing on disk is no success
+    else:
+        with socket.socket() as closed:
+            closed.bind(("127.0.0.1", 0))
+            monkeypatch.setattr(fashion_mnist, "URL", f"http://127.0.0.1:{closed.getsockname()[1]}/")
+    with pytest.raises(UserError) as raised:
+        load_fashion_mnist("train", str(places["user"]))
+    message = str(raised.value)
+    for part in [*map(str, places.values()), "--data.dir", "apt install dataset-fashion-mnist", "--preset quick", "-mini"]:
+        assert part in message
+    assert "\n" not in message
+
+
+# The embedded subset
+
+
+def test_mini_is_balanced():
+    for split, count in make_mini.PER_CLASS.items():
+        images, labels = load_fashion_mnist_mini(split)
+        assert images.shape == (10 * count, 28, 28, 1) and images.dtype == np.uint8 and labels.dtype == np.int32
+        assert np.bincount(labels).tolist() == [count] * 10
+        assert (np.diff(labels) != 0).mean() > 0.5  # in the original, mixed order
+    with pytest.raises(UserError, match="'val'"):
+        load_fashion_mnist_mini("val")
+
+
+def test_first_of_each_class():
+    assert make_mini.first_of_each_class(np.array([1, 0, 1, 1, 0, 0]), 2).tolist() == [0, 1, 2, 4]
+
+
+def test_make_mini_gives_the_embedded_subset(tmp_path, monkeypatch):
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        monkeypatch.setattr(fashion_mnist, "URL", f"http://127.0.0.1:{closed.getsockname()[1]}/")
+    try:
+        full = load_fashion_mnist("test")
+    except UserError:
+        pytest.skip("the full set is not on this machine")
+    make_mini.main(["--out", str(tmp_path / "a")])
+    make_mini.main(["--out", str(tmp_path / "b")])
+    for name in os.listdir(tmp_path / "a"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+        np.testing.assert_array_equal(read_idx(tmp_path / "a" / name), read_idx(fashion_mnist.MINI / name))
+    images, labels = load_fashion_mnist_mini("test")
+    np.testing.assert_array_equal(images[labels == 3], full[0][full[1] == 3][:50])
+
+
+# A folder of images
+
+
+def test_image_folder_labels_order_and_extensions(tmp_path):
+    for i, name in enumerate(["b/2.PNG", "b/deep/1.bmp", "a/x.gif", "a/y.webp", "c/z.TIFF", "a/.hidden.png", "root.tif"]):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (6, 6), 30 * i).save(tmp_path / name, **({"lossless": True} if name.endswith("webp") else {}))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "a" / "notes.txt").write_text("no image")
+    images, labels = load_image_folder(tmp_path, 6, 1)
+    assert images.shape == (6, 6, 6, 1) and images.dtype == np.uint8 and labels.dtype == np.int32
+    assert images[:, 0, 0, 0].tolist() == [60, 90, 0, 30, 120, 180]
+    assert labels.tolist() == [0, 0, 1, 1, 2, 0]
+
+
+def one(tmp_path, size=4, channels=3):
+    images, labels = load_image_folder(tmp_path, size, channels)
+    assert images.shape == (1, size, size, channels) and labels.tolist() == [0]
+    return images[0]
+
+
+def test_image_folder_exif_orientation(tmp_path):
+    pixels = np.zeros((8, 8, 3), np.uint8)
+    pixels[:4] = 255  # bright above
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise: above becomes right
+    Image.fromarray(pixels).save(tmp_path / "a.jpg", exif=exif, quality=100, subsampling=0)
+    out = one(tmp_path, 8)
+    assert out[:, 4:].min() > 250 and out[:, :4].max() < 5
+
+
+@pytest.mark.parametrize("mode, colour", [("RGBA", (255, 0, 0, 0)), ("LA", (0, 0)), ("P", 0)])
+def test_image_folder_transparent_is_white(tmp_path, mode, colour):
+    Image.new(mode, (4, 4), colour).save(tmp_path / "a.png", **({"transparency": 0} if mode == "P" else {}))
+    assert (one(tmp_path) == 255).all()
+
+
+def test_image_folder_half_transparent_red(tmp_path):
+    Image.new("RGBA", (4, 4), (255, 0, 0, 128)).save(tmp_path / "a.png")
+    assert one(tmp_path)[0, 0].tolist() == [255, 127, 127]
+
+
+def test_image_folder_gray_and_colour(tmp_path):
+    Image.new("RGB", (4, 4), (255, 0, 0)).save(tmp_path / "a.png")
+    assert (one(tmp_path, channels=1) == 76).all()  # 0.299 * 255
+    Image.new("L", (4, 4), 7).save(tmp_path / "a.png")
+    assert (one(tmp_path, channels=3) == 7).all()
+
+
+def test_image_folder_16_bits(tmp_path):
+    Image.fromarray(np.full((4, 4), 0x1234, np.uint16)).save(tmp_path / "a.png")
+    assert (one(tmp_path, channels=1) == 0x12).all()
+
+
+def test_image_folder_keeps_the_middle(tmp_path):
+    pixels = np.zeros((8, 24), np.uint8)
+    pixels[:, 8:16] = 200
+    for turned in (pixels, pixels.T.copy()):
+        Image.fromarray(turned).save(tmp_path / "a.png")
+        assert (one(tmp_path, 8, 1) == 200).all()
+        assert one(tmp_path, 4, 1)[1:3, 1:3].min() >= 199  # resized by the shorter side
+
+
+def test_image_folder_first_frame(tmp_path):
+    frames = [Image.new("L", (4, 4), value) for value in (50, 150)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    assert (one(tmp_path) == 50).all()
+
+
+def test_image_folder_names_and_skips_the_unreadable(tmp_path, capsys):
+    Image.effect_noise((16, 16), 50).save(tmp_path / "b.png")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "text.jpg").write_text("not a picture")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "b.png").read_bytes()[:120])
+    Image.fromarray(np.zeros((4, 4), np.float32)).save(tmp_path / "floats.tif")
+    one(tmp_path)
+    err = capsys.readouterr().err
+    assert all(name in err for name in ("text.jpg", "cut.png", "floats.tif")) and "b.png" not in err
+    (tmp_path / "b.png").unlink()
+    with pytest.raises(UserError, match="no readable image"):
+        load_image_folder(tmp_path, 4, 3)
+
+
+def test_image_folder_bad_input(tmp_path):
+    with pytest.raises(UserError, match="nowhere.*no such folder"):
+        load_image_folder(tmp_path / "nowhere", 4, 3)
+    with pytest.raises(UserError, match="no readable image"):
+        load_image_folder(tmp_path, 4, 3)
+    with pytest.raises(UserError, match="not 2"):
+        load_image_folder(tmp_path, 4, 2)
+
+
+# Sets by name
+
+
+def test_load_images(tmp_path):
+    images, labels = load_images("fashion-mnist-mini", None, "test", 28, 1)
+    padded, labels_too = load_images("fashion-mnist-mini", None, "test", 32, 1)
+    assert padded.shape == (500, 32, 32, 1) and padded.dtype == np.uint8
+    np.testing.assert_array_equal(padded[:, 2:-2, 2:-2], images)
+    np.testing.assert_array_equal(labels, labels_too)
+    assert padded.sum(dtype=np.int64) == images.sum(dtype=np.int64)
+    put(tmp_path)
+    assert load_images("fashion-mnist", str(tmp_path), "train", 29, 1)[0].shape == (3, 29, 29, 1)
+    Image.new("RGB", (9, 5)).save(tmp_path / "a.png")
+    assert load_images("image-folder", str(tmp_path), "train", 8, 3)[0].shape == (1, 8, 8, 3)
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        (("fashion-mnist-mini", None, "test", 16, 1), "28 x 28 x 1, not 16 x 16 x 1"),
+        (("fashion-mnist-mini", None, "test", 28, 3), "28 x 28 x 1, not 28 x 28 x 3"),
+        (("cifar", None, "test", 28, 1), "'cifar'.*fashion-mnist, fashion-mnist-mini, image-folder"),
+        (("image-folder", None, "test", 28, 1), "--data.dir"),
+    ],
+)
+def test_load_images_bad_input(args, message):
+    with pytest.raises(UserError, match=message):
+        load_images(*args)
+
+
+# The pipeline
+
+
+def numbered(count, size=2, channels=1):
+    """Black images whose top left pixel (channel 0) is their index, as is their label."""
+    images = np.zeros((count, size, size, channels), np.uint8)
+    images[:, 0, 0, 0] = np.arange(count)
+    return images, np.arange(count)
+
+
+def rows(*args, **options):
+    dataset = make_dataset(*args, **options)
+    return list(dataset.create_tuple_iterator(num_epochs=1, output_numpy=True))
+
+
+def equal(a, b):
+    return len(a) == len(b) and all((x == u).all() and (y == v).all() for (x, y), (u, v) in zip(a, b, strict=True))
+
+
+def test_batches_are_of_the_right_kind():
+    images = np.random.default_rng(0).integers(0, 256, (10, 5, 4, 3), np.uint8)
+    images[0, 0, 0], images[0, 0, 1] = 0, 255
+    dataset = make_dataset(images, np.arange(10, dtype=np.int64), 10, 3)
+    assert dataset.get_dataset_size() == 3 and dataset.get_col_names() == ["image", "label"]
+    for row in dataset.create_dict_iterator(num_epochs=1, output_numpy=True):
+        x, label = row["image"], row["label"]
+        assert x.shape == (10, 3, 5, 4) and x.dtype == np.float32 and label.shape == (10,) and label.dtype == np.int32
+        assert x.min() == -1 and x.max() == 1
+        expected = images[label].astype(np.float64).transpose(0, 3, 1, 2) / 127.5 - 1  # labels stay with their images
+        np.testing.assert_allclose(x, expected, rtol=0, atol=1e-7)
+
+
+def test_repeatable_and_seeded():
+    data = numbered(50)
+    a = rows(*data, 8, 14, flip=True, seed=3)
+    assert equal(a, rows(*data, 8, 14, flip=True, seed=3))
+    assert not equal(a, rows(*data, 8, 14, flip=True, seed=4))
+    epochs = [np.concatenate([y for _, y in a[i : i + 6]]).tolist() for i in (0, 6)]
+    assert epochs[0] != epochs[1] and all(len(set(epoch)) == 48 for epoch in epochs)  # reshuffled; none twice
+
+
+@given(
+    count=st.integers(1, 40),
+    batch_size=st.integers(1, 8),
+    steps=st.integers(1, 30),
+    resumed=st.integers(0, 29),
+    seed=st.integers(0, 2**32),
+    world_size=st.integers(1, 4),
+)
+@settings(max_examples=40, deadline=None)
+def test_resume_ranks_and_epochs(count, batch_size, steps, resumed, seed, world_size):
+    images, labels = numbered(count)
+    kind = dict(seed=seed, flip=True, world_size=world_size)
+    if count < batch_size * world_size:
+        with pytest.raises(UserError, match=f"{count} images"):
+            make_dataset(images, labels, batch_size, steps, **kind)
+        return
+    resumed %= steps
+    ranks = [make_dataset(images, labels, batch_size, steps, rank=rank, **kind).source for rank in range(world_size)]
+    tail = make_dataset(images, labels, batch_size, steps, start_step=resumed, rank=world_size - 1, **kind).source
+    whole = [[source[i] for i in range(len(source))] for source in ranks]
+    assert equal([tail[i] for i in range(len(tail))], whole[-1][resumed:])
+
+    whole = np.array([[label for _, label in batches] for batches in whole])  # (ranks, steps, batch)
+    per_epoch = count // (batch_size * world_size)
+    for start in range(0, steps, per_epoch):
+        seen = whole[:, start : start + per_epoch].ravel()
+        assert len(set(seen)) == seen.size  # ranks are disjoint, and no image comes twice in an epoch
+        if start + per_epoch <= steps:
+            assert count - seen.size < batch_size * world_size  # and all but a last part of a step are seen
+
+
+def test_resume_through_mindspore():
+    data = numbered(20)
+    whole = rows(*data, 6, 11, flip=True)
+    assert len(whole) == 11
+    for k in (1, 3, 10):
+        assert equal(rows(*data, 6, 11, start_step=k, flip=True), whole[k:])
+
+
+def test_ranks_share_the_steps_of_one():
+    """Two ranks at batch 4 see, step by step, what one sees at batch 8."""
+    data = numbered(30)
+    both = [rows(*data, 4, 7, rank=rank, world_size=2) for rank in range(2)]
+    alone = rows(*data, 8, 7)
+    for (_, first), (_, second), (_, joint) in zip(*both, alone, strict=True):
+        assert np.concatenate([first, second]).tolist() == joint.tolist()
+
+
+def test_flips():
+    images = np.zeros((2000, 1, 3, 1), np.uint8)
+    images[:, 0, 0, 0] = 255
+    (x, _), (other, _) = rows(images, np.zeros(2000), 2000, 2, flip=True)
+    flipped = x[:, 0, 0, 2] == 1
+    np.testing.assert_array_equal(x[flipped, 0, 0], np.tile([-1, -1, 1], (flipped.sum(), 1)))
+    np.testing.assert_array_equal(x[~flipped, 0, 0], np.tile([1, -1, -1], ((~flipped).sum(), 1)))
+    assert 0.45 < flipped.mean() < 0.55  # 0.5 +- 4.5 standard deviations
+    assert (flipped != (other[:, 0, 0, 2] == 1)).mean() > 0.4  # anew in each step
+    assert images[:, 0, 0, 0].min() == 255  # the source is left alone
+    assert (rows(images, np.zeros(2000), 2000, 1)[0][0][:, 0, 0, 0] == 1).all()
+
+
+def test_no_step_left():
+    with pytest.raises(UserError, match="step 5 of 5"):
+        make_dataset(*numbered(4), 2, 5, start_step=5)
+
+
+def test_resume_costs_nothing_and_batches_are_fast():
+    images, labels = np.zeros((10_000, 28, 28, 1), np.uint8), np.zeros(10_000)
+    dataset = make_dataset(images, labels, 64, 10**9 + 300, start_step=10**9, flip=True)
+    start = time.perf_counter()
+    count = sum(len(y) for _, y in dataset.create_tuple_iterator(num_epochs=1, output_numpy=True))
+    rate = count / (time.perf_counter() - start)
+    print(f"{rate:.0f} images/s")
+    assert count == 300 * 64 and rate > 20_000
