@@ -134,10 +134,12 @@ def main() -> int:
     start = state["step"] if state else 0
     if start:
         print(f"resuming at step {start} of {train.total_steps} in {run_dir}")
+    batches = ()
+    if start < train.total_steps:
+        batches = make_dataset(
+            pictures, labels, train.batch_size, train.total_steps, start, train.seed, config.data.flip, rank, world_size
+        ).create_tuple_iterator(num_epochs=1)
     steps_per_epoch = len(pictures) // (train.batch_size * world_size)
-    dataset = make_dataset(
-        pictures, labels, train.batch_size, train.total_steps, start, train.seed, config.data.flip, rank, world_size
-    )
     metrics = Metrics(run_dir / "metrics.jsonl", start) if rank == 0 else None
 
     # The compiled step, and the sampler that draws the grids
@@ -164,9 +166,8 @@ def main() -> int:
     # Train
     step, losses, last_grid, clock = start, [], None, time.perf_counter()
     bar = tqdm(total=train.total_steps, initial=start, unit="step", disable=rank > 0, dynamic_ncols=True)
-    if start < train.total_steps and rank == 0:
-        bar.set_postfix_str("compiling")
-    for image, _ in dataset.create_tuple_iterator(num_epochs=1) if start < train.total_steps else ():
+    bar.set_postfix_str("compiling" if batches else "finished")
+    for image, _ in batches:
         rng = np.random.default_rng((train.seed, STREAM_NOISE, rank, step))
         t = Tensor(rng.integers(0, diffusion.T, train.batch_size).astype(np.int32))
         noise = Tensor(rng.standard_normal(image.shape, dtype=np.float32))
