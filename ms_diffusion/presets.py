@@ -115,8 +115,8 @@ PRESETS = {
     "quick": Config(
         DataConfig("fashion-mnist-mini"),
         DiffusionConfig(schedule="cosine", objective="v", loss="l2"),
-        UnetConfig(dim=32, init_dim=32, dim_mults=(1, 2), use_convnext=False, patch_size=2),
-        TrainConfig(total_steps=1000, batch_size=64, lr=2e-3, warmup_steps=50, ema_decay=0.995, sample_every=250, save_every=250),
+        UnetConfig(dim=16, init_dim=16, use_convnext=False),
+        TrainConfig(total_steps=1400, batch_size=16, lr=3e-3, warmup_steps=50, ema_decay=0.995, sample_every=700, save_every=350),
     ),
     "fashion-mnist": Config(),
     "fashion-mnist-resnet": Config(model=UnetConfig(dim=32, use_convnext=False)),

@@ -1,0 +1,205 @@
+"""Weights to and from PyTorch, and what a bad file says."""
+
+import sys
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from make_golden import draw_batch, draw_weights
+
+import mindspore as ms
+from mindspore import Tensor
+
+from ms_diffusion.convert import load_into, load_torch_state_dict, save_torch_state_dict
+from ms_diffusion.models.unet import Unet
+from ms_diffusion.runtime import UserError, compiled
+
+
+def small_unet(seed=0):
+    return Unet(8, dim_mults=(1, 2), channels=1, seed=seed)
+
+
+def values(net) -> dict[str, np.ndarray]:
+    return {p.name: p.asnumpy() for p in net.get_parameters()}
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name])
+
+
+@pytest.fixture
+def without_torch(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+
+
+def test_safetensors_round_trip_without_torch(tmp_path, without_torch):
+    net, other = small_unet(0), small_unet(1)
+    save_torch_state_dict(net, tmp_path / "net.safetensors")
+    load_into(other, load_torch_state_dict(tmp_path / "net.safetensors"))
+    assert_same(values(other), values(net))
+
+
+def test_pytorch_loads_what_we_write(tmp_path):
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import load_file
+    from torch_unet import Unet as Twin
+
+    net, twin = small_unet(), Twin(8, dim_mults=(1, 2))
+    save_torch_state_dict(net, str(tmp_path / "net.safetensors"))
+    twin.load_state_dict(load_file(tmp_path / "net.safetensors"))
+    x, t, _ = draw_batch(2, 8)
+    with torch.no_grad():
+        expected = twin(torch.from_numpy(x), torch.from_numpy(t).float()).numpy()
+    np.testing.assert_allclose(net(Tensor(x), Tensor(t)).asnumpy(), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".pth", ".ckpt", ".bin"])
+@pytest.mark.parametrize("key", [None, "state_dict", "model"])
+def test_we_load_what_pytorch_writes(tmp_path, suffix, key):
+    torch = pytest.importorskip("torch")
+    from torch_unet import Unet as Twin
+
+    state = Twin(8, dim_mults=(1, 2)).state_dict()
+    path = tmp_path / f"net{suffix}"
+    torch.save(state if key is None else {key: state, "epoch": 3}, path)
+    net = small_unet()
+    load_into(net, load_torch_state_dict(path))
+    assert_same(values(net), {name: value.numpy() for name, value in state.items()})
+
+
+def test_half_precision_is_read_as_float32(tmp_path):
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import save_file
+
+    exact = torch.tensor([[1.5, -0.25, 96.0]])
+    state = {"half": exact.half(), "bfloat": exact.bfloat16(), "steps": torch.tensor(7)}
+    torch.save(state, tmp_path / "a.pt")
+    save_file(state, tmp_path / "a.safetensors")
+    for name in ("a.pt", "a.safetensors"):
+        arrays = load_torch_state_dict(tmp_path / name)
+        for key in ("half", "bfloat"):
+            assert arrays[key].dtype == np.float32
+            np.testing.assert_array_equal(arrays[key], exact.numpy())
+        assert arrays["steps"] == 7
+
+
+def test_loading_reaches_the_compiled_graph():
+    net, other = small_unet(0), small_unet(1)
+    x, t, _ = map(Tensor, draw_batch(1, 8))
+    forward = compiled(function_of(net))
+    before = forward(x, t).asnumpy()
+    for weights in (values(other), draw_weights({name: v.shape for name, v in values(other).items()})):
+        load_into(net, weights)
+        load_into(other.get_parameters(), weights)
+        after = forward(x, t).asnumpy()
+        np.testing.assert_allclose(after, other(x, t).asnumpy(), atol=1e-5)
+        assert abs(after - before).max() > 1e-3
+        assert_same(values(net), weights)
+
+
+def function_of(net):
+    def forward(x, t):
+        return net(x, t)
+
+    return forward
+
+
+def test_loading_some_parameters_keeps_their_type():
+    step = ms.Parameter(Tensor([0], ms.int32), name="step")
+    mean = ms.Parameter(Tensor([0.0], ms.float32), name="mean")
+    load_into([step, mean], {"step": np.array([7]), "mean": np.array([0.5])})
+    assert (step.dtype, step.asnumpy().tolist()) == (ms.int32, [7])
+    assert (mean.dtype, mean.asnumpy().tolist()) == (ms.float32, [0.5])
+
+
+# Errors: one line, what is wrong, how to mend it
+
+
+def complaint(function, *args) -> str:
+    with pytest.raises(UserError) as caught:
+        function(*args)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_names_and_shapes_are_strict():
+    net = small_unet()
+    before, weights = values(net), values(small_unet(1))
+    weights["init_conv.bias"] = weights["init_conv.bias"][None]
+    del weights["init_conv.weight"]
+    weights["module.weight"] = np.zeros(3, np.float32)
+    message = complaint(load_into, net, weights)
+    assert "missing: init_conv.weight;" in message
+    assert "unexpected: module.weight;" in message
+    assert "init_conv.bias (1, 4) instead of (4,)" in message
+    assert_same(values(net), before)  # nothing was half loaded
+
+
+def test_few_names_are_listed():
+    message = complaint(load_into, small_unet(), {})
+    assert f"and {len(values(small_unet())) - 4} more" in message
+    assert len(message) < 400
+
+
+def test_missing_file_and_unknown_kind(tmp_path):
+    assert "no such file" in complaint(load_torch_state_dict, tmp_path / "none.pt")
+    assert "no such file" in complaint(load_torch_state_dict, tmp_path)
+    (tmp_path / "net.h5").write_bytes(b"")
+    assert ".safetensors" in complaint(load_torch_state_dict, tmp_path / "net.h5")
+    assert ".safetensors" in complaint(save_torch_state_dict, small_unet(), tmp_path / "net.pt")
+
+
+def test_damaged_safetensors(tmp_path):
+    whole = safetensors.numpy.save({"a": np.arange(100.0)})
+    path = tmp_path / "net.safetensors"
+    for data in (whole[:-8], whole[:20], b"", b"<html>not found</html>", whole + b"\0"):
+        path.write_bytes(data)
+        assert "not a whole .safetensors file" in complaint(load_torch_state_dict, path)
+
+
+def test_strange_number_type_in_safetensors(tmp_path):
+    path = tmp_path / "net.safetensors"
+    header = b'{"a":{"dtype":"F8_E4M3","shape":[1],"data_offsets":[0,1]}}'
+    path.write_bytes(len(header).to_bytes(8, "little") + header + b"\0")
+    assert "a is of type F8_E4M3" in complaint(load_torch_state_dict, path)
+
+
+def test_damaged_pytorch_file(tmp_path):
+    torch = pytest.importorskip("torch")
+    path = tmp_path / "net.pt"
+    torch.save({"a": torch.arange(100.0)}, path)
+    whole = path.read_bytes()
+    for data in (whole[:-8], whole[:20], b"", b"<html>not found</html>", b"PK\x03\x04"):
+        path.write_bytes(data)
+        assert "not a whole PyTorch state dict" in complaint(load_torch_state_dict, path)
+
+
+def test_pytorch_file_without_state_dict(tmp_path):
+    torch = pytest.importorskip("torch")
+    for content in (3, [torch.zeros(2)], {"epoch": 3, "a": torch.zeros(2)}):
+        torch.save(content, tmp_path / "net.pt")
+        assert "holds no state dict" in complaint(load_torch_state_dict, tmp_path / "net.pt")
+
+
+def test_a_pickle_cannot_run_code(tmp_path):
+    torch = pytest.importorskip("torch")
+    torch.save({"a": Creates(tmp_path / "ran")}, tmp_path / "net.pt")
+    assert "save model.state_dict() alone" in complaint(load_torch_state_dict, tmp_path / "net.pt")
+    assert not (tmp_path / "ran").exists()
+
+
+class Creates:
+    """Its pickle creates a file when it is loaded without care."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (type(self.path).touch, (self.path,))
+
+
+def test_pytorch_file_without_pytorch(tmp_path, without_torch):
+    (tmp_path / "net.pt").write_bytes(b"PK")
+    assert "needs PyTorch: pip install torch" in complaint(load_torch_state_dict, tmp_path / "net.pt")
