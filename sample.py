@@ -102,8 +102,9 @@ def main() -> int:
     bar.close()
     pictures = images.to_uint8(x)
 
-    folder_out = Path(args.train_url) if args.train_url and not args.train_url.startswith(modelarts.OBS) else run
-    folder_out = folder_out if folder_out.is_dir() else folder_out.parent
+    folder_out = run if run.is_dir() else run.parent
+    if args.train_url and not args.train_url.startswith(modelarts.OBS):
+        folder_out = Path(args.train_url)
     out = Path(args.out or folder_out / "sample.png")
     images.save_grid(out, pictures)
     written = [out]

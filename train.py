@@ -69,17 +69,18 @@ def parse_args(argv=None) -> Args:
     return args
 
 
-def open_run(run_dir: Path, config: Config) -> None:
-    """Record the configuration; refuse a folder that holds a run of another model, data or diffusion."""
+def check_run(run_dir: Path, config: Config) -> None:
+    """Refuse a folder that holds a run of another model, data or diffusion."""
     record = run_dir / "config.json"
     if record.exists():
         old = Config.from_json(record)
         for name in ("model", "diffusion", "data", "precision"):
             if getattr(old, name) != getattr(config, name) and name != "data":
-                raise UserError(f"{run_dir} holds a run with another {name}: use another --run-dir, or the command it was begun with")
+                raise UserError(
+                    f"{run_dir} holds a run with another {name}: use another --run-dir, or the command it was begun with"
+                )
         if replace(old.data, dir=None) != replace(config.data, dir=None) or old.train.seed != config.train.seed:
             raise UserError(f"{run_dir} holds a run with other data or seed: use another --run-dir")
-    images.write(record, lambda f: f.write(config.to_json().encode()))
 
 
 class Metrics:
@@ -129,7 +130,7 @@ def main() -> int:
     # Data, and the step to go on from
     channels = config.model.channels
     pictures, labels = load_images(config.data.name, config.data.dir, "train", config.data.size, channels)
-    open_run(run_dir, config)
+    check_run(run_dir, config)
     state = checkpoint.load_latest()
     start = state["step"] if state else 0
     if start:
@@ -139,6 +140,7 @@ def main() -> int:
         batches = make_dataset(
             pictures, labels, train.batch_size, train.total_steps, start, train.seed, config.data.flip, rank, world_size
         ).create_tuple_iterator(num_epochs=1)
+    images.write(run_dir / "config.json", lambda f: f.write(config.to_json().encode()))
     steps_per_epoch = len(pictures) // (train.batch_size * world_size)
     metrics = Metrics(run_dir / "metrics.jsonl", start) if rank == 0 else None
 
@@ -179,12 +181,19 @@ def main() -> int:
             mean = float(np.mean([value.asnumpy() for value in losses]))
             rate = len(losses) * train.batch_size * world_size / (time.perf_counter() - clock)
             if not np.isfinite(mean):
-                raise UserError(f"the loss is {mean} at step {step}: resume with a lower --train.lr from the last checkpoint")
+                raise UserError(
+                    f"the loss is {mean} at step {step}: resume with a lower --train.lr from the last checkpoint"
+                )
             bar.set_postfix_str(f"loss {mean:.4f}, {rate:.0f} img/s")
             if rank == 0:
                 lr = float(optimizer.learning_rate(Tensor(step - 1)).asnumpy())
                 metrics.append(
-                    step=step, loss=mean, grad_norm=float(norm.asnumpy()), lr=lr, img_per_s=rate, epoch=step / steps_per_epoch
+                    step=step,
+                    loss=mean,
+                    grad_norm=float(norm.asnumpy()),
+                    lr=lr,
+                    img_per_s=rate,
+                    epoch=step / steps_per_epoch,
                 )
             losses, clock = [], time.perf_counter()
         if STOP.is_set():

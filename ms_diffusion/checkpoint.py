@@ -104,7 +104,8 @@ class Checkpoint:
 
 def checkpoints(run_dir) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
-    return sorted(p.parent for p in Path(run_dir).glob("checkpoints/step-*/state.json"))
+    found = [p.parent for p in Path(run_dir).glob("checkpoints/step-*/state.json")]
+    return sorted(found, key=lambda folder: (len(folder.name), folder.name))
 
 
 def read_state(folder: Path) -> dict:
@@ -114,7 +115,10 @@ def read_state(folder: Path) -> dict:
         UserError: it is missing or spoilt.
     """
     try:
-        return json.loads((folder / "state.json").read_text())
+        state = json.loads((folder / "state.json").read_text())
+        if not (isinstance(state, dict) and isinstance(state.get("step"), int) and isinstance(state.get("sha256"), dict)):
+            raise ValueError("no step or no sha256")
+        return state
     except (OSError, ValueError) as e:
         raise UserError(f"{folder} is not a whole checkpoint: its state.json cannot be read") from e
 
@@ -130,7 +134,7 @@ def read_weights(folder: Path, name: str) -> dict[str, np.ndarray]:
         data = path.read_bytes()
     except OSError as e:
         raise UserError(f"{path} cannot be read: {e.strerror}") from e
-    if hashlib.sha256(data).hexdigest() != read_state(folder).get("sha256", {}).get(path.name):
+    if hashlib.sha256(data).hexdigest() != read_state(folder)["sha256"].get(path.name):
         raise UserError(f"{path} is truncated or changed: its SHA-256 is not the one in state.json")
     return safetensors.numpy.load(data)
 

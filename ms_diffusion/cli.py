@@ -30,7 +30,9 @@ def parse(cls, default=None, argv=None):
         raise UserError(f"{' '.join(re.sub('[│╭╮╰╯─]', ' ', text).split())} (see --help)") from e
     flags = [flag for flag in unknown if flag.startswith("-")] or unknown
     dotted = [flag for flag in flags if "." in flag]
-    if dotted or (flags and not (modelarts.on_modelarts() or getattr(args, "data_url", None) or getattr(args, "train_url", None))):
+    if dotted or (
+        flags and not (modelarts.on_modelarts() or getattr(args, "data_url", None) or getattr(args, "train_url", None))
+    ):
         flag = (dotted or flags)[0].split("=")[0]
         known = re.findall(r"--[\w.-]+", _help(cls, default))
         close = difflib.get_close_matches(flag.replace("_", "-"), known, 1, 0.5)

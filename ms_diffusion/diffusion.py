@@ -52,6 +52,7 @@ class GaussianDiffusion:
         if not 0 <= v_posterior <= 1:
             raise ValueError(f"v_posterior is {v_posterior}: it must lie in [0, 1]")
         self.objective, self.loss, self.clip_denoised = objective, LOSSES[loss], clip_denoised
+        self.v_posterior = v_posterior
 
         # Forward process q(x_t | x_0)
         self.betas = betas

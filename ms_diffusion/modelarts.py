@@ -35,7 +35,9 @@ def fetch(url: str, cache: str = "/cache") -> Path:
     return local
 
 
-def publish(folder: Path, url: str | None) -> None:
-    """Copy a finished folder to a --train_url in OBS; a local --train_url is written directly and needs no copy."""
+def publish(path: Path, url: str | None) -> None:
+    """Copy a folder or a file to a --train_url in OBS; a local --train_url is written directly and needs no copy."""
     if url and url.startswith(OBS):
-        _moxing().file.copy_parallel(str(folder), url)
+        file = _moxing().file
+        copy = file.copy_parallel if Path(path).is_dir() else file.copy  # copy_parallel takes folders alone
+        copy(str(path), url)

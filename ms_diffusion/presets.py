@@ -76,8 +76,19 @@ class Config:
         multiple = self.model.size_multiple
         if self.data.size < multiple or self.data.size % multiple:
             fit = max(round(self.data.size / multiple), 1) * multiple
-            raise UserError(f"image size {self.data.size} is not divisible by {multiple}, as the network needs: try --data.size {fit}")
-        for name in ("total_steps", "batch_size", "lr", "clip_norm", "log_every", "sample_every", "save_every", "keep_checkpoints"):
+            raise UserError(
+                f"image size {self.data.size} is not divisible by {multiple}, as the network needs: try --data.size {fit}"
+            )
+        for name in (
+            "total_steps",
+            "batch_size",
+            "lr",
+            "clip_norm",
+            "log_every",
+            "sample_every",
+            "save_every",
+            "keep_checkpoints",
+        ):
             if not getattr(self.train, name) > 0:
                 raise UserError(f"--train.{name.replace('_', '-')} is {getattr(self.train, name)}: it must be above 0")
         if not 0 <= self.train.ema_decay < 1 or self.train.warmup_steps < 0 or self.train.seed < 0:
@@ -116,7 +127,16 @@ PRESETS = {
         DataConfig("fashion-mnist-mini"),
         DiffusionConfig(schedule="cosine", objective="v", loss="l2"),
         UnetConfig(dim=16, init_dim=16, use_convnext=False),
-        TrainConfig(total_steps=1400, batch_size=16, lr=3e-3, warmup_steps=50, ema_decay=0.995, sample_every=700, save_every=350),
+        TrainConfig(
+            total_steps=1400,
+            batch_size=16,
+            lr=3e-3,
+            warmup_steps=50,
+            ema_decay=0.995,
+            log_every=25,
+            sample_every=700,
+            save_every=350,
+        ),
     ),
     "fashion-mnist": Config(),
     "fashion-mnist-resnet": Config(model=UnetConfig(dim=32, use_convnext=False)),

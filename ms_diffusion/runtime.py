@@ -108,13 +108,20 @@ def catch_interrupts() -> threading.Event:
     return stop
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
+BAD_PATH = (errno.EACCES, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
+
+
 def run_program(main) -> None:
     """Call ``main()``; bad input and a full disk end in one line and exit code 2, or the traceback with ``--debug``."""
     try:
         sys.exit(main())
     except (UserError, OSError) as e:
-        if "--debug" in sys.argv or (isinstance(e, OSError) and e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)):
+        if "--debug" in sys.argv or (isinstance(e, OSError) and e.errno not in FULL + BAD_PATH):
             raise
+        hint = ""
+        if isinstance(e, OSError):
+            hint = ": free some space, then run the same command again" if e.errno in FULL else ": choose another path"
         with contextlib.suppress(OSError):
-            print(f"error: {e}" + (": free some space, then run the same command again" if isinstance(e, OSError) else ""), file=sys.stderr)
+            print(f"error: {e}{hint}", file=sys.stderr)
         sys.exit(2)

@@ -40,7 +40,8 @@ def sample_ddpm(denoise, x, diffusion, timesteps=None, randn_like=None, callback
             + math.sqrt(alpha) * (1 - alpha_bar_next) / (1 - alpha_bar) * x
         )
         if alpha_bar_next < 1:
-            sigma = math.sqrt((1 - alpha_bar_next) / (1 - alpha_bar) * (1 - alpha))
+            beta, v = 1 - alpha, diffusion.v_posterior
+            sigma = math.sqrt(beta * ((1 - v) * (1 - alpha_bar_next) / (1 - alpha_bar) + v))
             x = x + sigma * randn_like(x)
         if callback:
             callback(i, x, x_start)
@@ -54,9 +55,7 @@ def sample_ddim(denoise, x, diffusion, timesteps=None, randn_like=None, callback
         eps_scale = 1 / math.sqrt(1 - alpha_bar)
         sigma = eta * math.sqrt((1 - alpha_bar_next) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_next))
         direction = math.sqrt(1 - alpha_bar_next - sigma**2)
-        x = (
-            math.sqrt(alpha_bar_next) - direction * eps_scale * math.sqrt(alpha_bar)
-        ) * x_start + direction * eps_scale * x
+        x = (math.sqrt(alpha_bar_next) - direction * eps_scale * math.sqrt(alpha_bar)) * x_start + direction * eps_scale * x
         if sigma > 0:
             x = x + sigma * randn_like(x)
         if callback:

@@ -16,7 +16,7 @@ def linear_beta_schedule(T: int, beta_start: float = 1e-4, beta_end: float = 0.0
 
 
 def quadratic_beta_schedule(T: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> np.ndarray:
-    """Linear in the square root of beta (Song et al. 2020, DDIM, appendix D)."""
+    """Linear in the square root of beta ("quad" in the code of DDPM and DDIM)."""
     return _scaled(np.linspace(beta_start**0.5, beta_end**0.5, T) ** 2)
 
 

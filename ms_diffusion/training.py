@@ -68,7 +68,7 @@ def make_train_step(loss_fn, optimizer, ema: EMA | None = None, clip_norm: float
         shrink = ops.clamp(clip_norm / (norm + 1e-6), 0.0, 1.0)
         loss = ops.depend(loss, optimizer(tuple([g * shrink for g in gradients])))
         if ema is not None:
-            n = ops.cast(ops.depend(optimizer.global_step, loss), ms.float32)
+            n = ops.cast(ops.depend(optimizer.global_step, loss), ms.float32).reshape(())
             decay = ops.clamp((1 + n) / (10 + n), 0.0, ema.decay)
             for average, source in zip(ema.averages, ema.sources):  # noqa: B905 (graph mode knows no strict)
                 new = ops.depend(source, loss)

@@ -11,6 +11,7 @@ import numpy as np
 import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 
+
 def conv2d(c_in: int, c_out: int, kernel: int, stride: int = 1, padding: int = 0, groups: int = 1, bias: bool = True):
     """``torch.nn.Conv2d``: (B, c_in, H, W) -> (B, c_out, H', W')."""
     return nn.Conv2d(c_in, c_out, kernel, stride, pad_mode="pad", padding=padding, group=groups, has_bias=bias)

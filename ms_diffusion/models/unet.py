@@ -136,7 +136,9 @@ class Unet(nn.Cell):
         dims = [init_dim, *[dim * m for m in dim_mults]]
         levels = list(zip(dims[:-1], dims[1:], strict=True))
         time_dim = dim * 4 if with_time_emb else None
-        kind = partial(ConvNextBlock, mult=convnext_mult) if use_convnext else partial(ResnetBlock, groups=resnet_block_groups)
+        kind = (
+            partial(ConvNextBlock, mult=convnext_mult) if use_convnext else partial(ResnetBlock, groups=resnet_block_groups)
+        )
         block = partial(kind, time_emb_dim=time_dim)
 
         # Time: t -> (B, 4 dim)

@@ -1,0 +1,282 @@
+"""Checkpoints: what is saved comes back exactly, and nothing that happens to the files or the disk goes unseen."""
+
+import errno
+import hashlib
+import json
+import os
+import resource
+import shutil
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+import mindspore as ms
+from mindspore import Parameter, Tensor, nn, ops
+
+from ms_diffusion import checkpoint as module
+from ms_diffusion.checkpoint import Checkpoint, checkpoints, read_weights
+from ms_diffusion.runtime import UserError, compiled
+from ms_diffusion.training import EMA, make_optimizer, make_train_step
+
+
+class Net(nn.Cell):
+    """x (B, 3) -> (B, width)."""
+
+    def __init__(self, width=2, name="weight"):
+        super().__init__()
+        rng = np.random.default_rng(0)
+        self.weight = Parameter(Tensor(rng.standard_normal((3, width), dtype=np.float32)), name=name)
+        self.scale = Parameter(Tensor(np.full(1, 1.5, np.float32)), name="scale")
+
+    def construct(self, x):
+        return ops.matmul(x, self.weight) * self.scale
+
+
+def squared_error(net):
+    def loss_fn(x):
+        return ops.square(net(x) - 1).mean()
+
+    return loss_fn
+
+
+class Run:
+    """A little training run and its checkpoints."""
+
+    def __init__(self, folder, keep=3, net=None):
+        self.net = net or Net()
+        self.ema = EMA(self.net, 0.9)
+        self.optimizer = make_optimizer(self.net, 0.1, 1, 20)
+        self.scaler = ms.amp.DynamicLossScaler(scale_value=2.0**4, scale_factor=2, scale_window=2)
+        self.train_step = make_train_step(squared_error(self.net), self.optimizer, self.ema, 1.0, self.scaler)
+        self.checkpoint = Checkpoint(folder, self.net, self.optimizer, self.ema, self.scaler, keep)
+
+    def train(self, *steps):
+        return [float(self.train_step(batch(step))[0].asnumpy()) for step in steps]
+
+    def state(self):
+        parameters = [*self.optimizer.get_parameters(), *self.ema.averages, self.scaler.scale_value, self.scaler.counter]
+        return [p.asnumpy().copy() for p in parameters]
+
+
+def batch(step):
+    return Tensor(np.random.default_rng(step).standard_normal((4, 3), dtype=np.float32))
+
+
+def assert_same(a, b):
+    assert len(a) == len(b)
+    for x, y in zip(a, b, strict=True):
+        assert x.dtype == y.dtype and x.shape == y.shape
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run with checkpoints at 1, 2 and 3, its state at each, and the losses of steps 4 and 5."""
+    folder = tmp_path_factory.mktemp("run")
+    run, states = Run(folder), {}
+    for step in (1, 2, 3):
+        run.train(step)
+        run.checkpoint.save(step, seed=7)
+        states[step] = run.state()
+    return folder, run, states, run.train(4, 5)
+
+
+@pytest.fixture
+def folder(trained, tmp_path):
+    """A copy of those checkpoints to spoil."""
+    return shutil.copytree(trained[0], tmp_path / "run")
+
+
+def step_folder(run_dir, step):
+    return run_dir / "checkpoints" / f"step-{step:07d}"
+
+
+# There and back
+
+
+def test_a_new_run_is_restored_exactly_and_goes_on_the_same(trained, folder):
+    _, _, states, losses = trained
+    run = Run(folder)
+    state = run.checkpoint.load_latest()
+    assert state["step"] == 3 and state["seed"] == 7
+    assert_same(run.state(), states[3])
+    assert run.train(4, 5) == losses
+
+
+def test_graphs_that_have_run_see_what_is_loaded(trained, folder):
+    """MindSpore's own load_param_into_net leaves the old values in compiled graphs."""
+    _, run, states, losses = trained
+
+    def predict(x):
+        return run.ema.net(x)
+
+    graph = compiled(predict)
+    late = graph(batch(9)).asnumpy()
+    run.train(6)
+    run.checkpoint.load_latest()
+    assert_same(run.state(), states[3])
+    weight, scale = (p.asnumpy() for p in run.ema.averages)
+    np.testing.assert_allclose(graph(batch(9)).asnumpy(), batch(9).asnumpy() @ weight * scale, rtol=1e-5, atol=1e-6)
+    assert np.abs(graph(batch(9)).asnumpy() - late).max() > 1e-3
+    assert run.train(4, 5) == losses
+
+
+def test_no_checkpoint_is_none(tmp_path):
+    assert Run(tmp_path).checkpoint.load_latest() is None
+    assert checkpoints(tmp_path / "nowhere") == []
+
+
+def test_only_the_newest_stay(tmp_path):
+    checkpoint = Checkpoint(tmp_path, Net(), keep=2)
+    for step in (5, 10, 100, 20000):
+        checkpoint.save(step)
+    assert [p.name for p in checkpoints(tmp_path)] == ["step-0000100", "step-0020000"]
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["step-0000100", "step-0020000"]
+
+
+def test_a_step_can_be_saved_again(tmp_path):
+    net = Net()
+    checkpoint = Checkpoint(tmp_path, net)
+    checkpoint.save(1)
+    ops.assign(net.weight, Tensor(np.full((3, 2), 8, np.float32)))
+    checkpoint.save(1)
+    assert (read_weights(step_folder(tmp_path, 1), "model")["weight"] == 8).all()
+
+
+def test_files_are_plain_arrays_and_json_with_true_hashes(folder):
+    files = sorted(step_folder(folder, 3).iterdir())
+    assert [f.name for f in files] == ["ema.safetensors", "model.safetensors", "optimizer.safetensors", "state.json"]
+    state = json.loads(files[-1].read_text())
+    assert set(state["versions"]) == {"mindspore", "numpy", "python"}
+    for file in files[:-1]:
+        data = file.read_bytes()
+        assert not data.startswith((b"\x80", b"PK"))  # neither a pickle nor PyTorch's or NumPy's archive
+        assert all(isinstance(a, np.ndarray) and a.dtype != object for a in safetensors.numpy.load(data).values())
+        assert state["sha256"][file.name] == hashlib.sha256(data).hexdigest()
+    assert list(safetensors.numpy.load_file(files[0])) == ["scale", "weight"]  # the network's names, without "ema."
+
+
+# Spoilt files
+
+
+def truncate(file):
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def flip_a_bit(file):
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 1
+    file.write_bytes(data)
+
+
+def remove(file):
+    file.unlink()
+
+
+def writes(text):
+    def garbage(file):
+        file.write_bytes(text)
+
+    return garbage
+
+
+SPOIL = [
+    *[(how, name) for how in (truncate, flip_a_bit, remove) for name in ("model", "ema", "optimizer")],
+    (truncate, "state"),
+    *[
+        (writes(text), "state")
+        for text in (b"", b"garbage", b"\xff\xfe\x00", b"[1]", b"3", b"{}", b'{"step": "3", "sha256": {}}')
+    ],
+    (writes(b'{"step": 3, "sha256": 3}'), "state"),
+]
+
+
+def spoil(run_dir, step, how, name):
+    how(step_folder(run_dir, step) / (f"{name}.json" if name == "state" else f"{name}.safetensors"))
+
+
+@pytest.mark.parametrize("how, name", SPOIL)
+def test_a_spoilt_newest_falls_back_to_the_one_before(trained, folder, capsys, how, name):
+    _, run, states, _ = trained
+    spoil(folder, 3, how, name)
+    checkpoint = Checkpoint(folder, run.net, run.optimizer, run.ema, run.scaler)
+    assert checkpoint.load_latest()["step"] == 2
+    assert_same(run.state(), states[2])
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and err.startswith("warning: ") and "step-0000003" in err
+
+
+def test_a_folder_without_state_is_no_checkpoint(trained, folder):
+    _, run, _, _ = trained
+    spoil(folder, 3, remove, "state")
+    assert Checkpoint(folder, run.net, run.optimizer, run.ema, run.scaler).load_latest()["step"] == 2
+
+
+def test_all_spoilt(trained, folder, capsys):
+    _, run, _, _ = trained
+    before = run.state()
+    for step in (1, 2, 3):
+        spoil(folder, step, flip_a_bit, "optimizer")
+    with pytest.raises(UserError, match="no checkpoint in .* can be read"):
+        Checkpoint(folder, run.net, run.optimizer, run.ema, run.scaler).load_latest()
+    assert capsys.readouterr().err.count("warning:") == 3
+    assert_same(run.state(), before)
+
+
+@pytest.mark.parametrize("net, named", [({"width": 5}, "weight"), ({"name": "kernel"}, "kernel")])
+def test_a_foreign_network_is_named(folder, net, named):
+    run = Run(folder, net=Net(**net))
+    before = run.state()
+    with pytest.raises(UserError, match=named):
+        run.checkpoint.load_latest()
+    assert_same(run.state(), before)
+
+
+# A full disk
+
+
+def full(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def no_space_for(name):
+    write = module._write_synced
+    return lambda path, data: full() if path.name == name else write(path, data)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json", "fsync"])
+def test_a_full_disk_leaves_the_earlier_checkpoint(trained, folder, monkeypatch, name):
+    _, run, states, _ = trained
+    checkpoint = Checkpoint(folder, run.net, run.optimizer, run.ema, run.scaler)
+    with monkeypatch.context() as patch:
+        if name == "fsync":
+            patch.setattr(os, "fsync", full)
+        else:
+            patch.setattr(module, "_write_synced", no_space_for(name))
+        with pytest.raises(UserError, match="No space left on device"):
+            checkpoint.save(4)
+    assert sorted(os.listdir(folder / "checkpoints")) == [f"step-000000{i}" for i in (1, 2, 3)]
+    assert checkpoint.load_latest()["step"] == 3
+    assert_same(run.state(), states[3])
+
+
+def test_a_file_that_the_system_refuses_to_grow(tmp_path):
+    net = Net(width=250_000)  # 3 MB
+    checkpoint = Checkpoint(tmp_path, net)
+    checkpoint.save(1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))
+    try:
+        with pytest.raises(UserError, match="File too large"):
+            checkpoint.save(2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert os.listdir(tmp_path / "checkpoints") == ["step-0000001"]
+    assert checkpoint.load_latest()["step"] == 1
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "checkpoints").write_text("in the way")
+    with pytest.raises(UserError, match="cannot write"):
+        Checkpoint(tmp_path, Net()).save(1)

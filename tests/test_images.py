@@ -1,0 +1,161 @@
+"""Pictures: values, layout, and what another program reads back."""
+
+import numpy as np
+import pytest
+from PIL import Image, ImageSequence
+
+from ms_diffusion.images import grid as make_grid
+from ms_diffusion.images import save_gif, save_grid, save_loss_curve, to_uint8, write
+
+
+def numbered(n, height=2, width=3, channels=1):
+    """Image i is filled with i + 1 times 10, so that none is the black between."""
+    values = 10 * np.arange(1, n + 1, dtype=np.uint8)
+    return np.broadcast_to(values[:, None, None, None], (n, height, width, channels)).copy()
+
+
+def files(folder):
+    return sorted(p.name for p in folder.iterdir())
+
+
+# Values
+
+
+def test_to_uint8_gives_known_values():
+    """[-1, 1] to [0, 255], rounded, clipped."""
+    x = np.array([-1, 1, -0.5, 0.5, 0.2, -9, 9, -np.inf, np.inf], np.float32)
+    assert to_uint8(x.reshape(1, 1, 1, 9)).ravel().tolist() == [0, 255, 64, 191, 153, 0, 255, 0, 255]
+
+
+def test_to_uint8_undoes_the_scaling_of_pixels():
+    pixels = np.arange(256, dtype=np.uint8)
+    x = pixels / np.float32(127.5) - 1
+    np.testing.assert_array_equal(to_uint8(x.reshape(1, 1, 16, 16)).ravel(), pixels)
+
+
+@pytest.mark.parametrize("n", [1, 13])
+def test_to_uint8_puts_channels_last(n):
+    pixels = np.random.default_rng(0).integers(0, 256, (n, 3, 4, 5))
+    images = to_uint8(pixels / 127.5 - 1)
+    assert images.shape == (n, 4, 5, 3) and images.dtype == np.uint8
+    for c in range(3):
+        np.testing.assert_array_equal(images[..., c], pixels[:, c])
+
+
+# Layout
+
+
+def test_grid_by_hand():
+    """Three 1x2 images in two columns, two black pixels around each; the fourth place stays black."""
+    sheet = make_grid(np.array([[[1, 2]], [[3, 4]], [[5, 6]]], np.uint8)[..., None], columns=2)
+    expected = [
+        [0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
+        [0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
+        [0, 0, 1, 2, 0, 0, 3, 4, 0, 0],
+        [0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
+        [0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
+        [0, 0, 5, 6, 0, 0, 0, 0, 0, 0],
+        [0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
+        [0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
+    ]
+    assert sheet.dtype == np.uint8
+    assert sheet[..., 0].tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("n", "columns", "rows_columns"),
+    [(1, None, (1, 1)), (4, None, (2, 2)), (13, None, (4, 4)), (13, 5, (3, 5)), (2, 5, (1, 5))],
+)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_grid_goes_row_by_row(n, columns, rows_columns, channels):
+    """By default as square as it can be. Every image fills its place, and nothing else is lit."""
+    rows, wide = rows_columns
+    sheet = make_grid(numbered(n, channels=channels), columns)
+    assert sheet.shape == (2 + 4 * rows, 2 + 5 * wide, channels)
+    for i in range(n):
+        row, column = divmod(i, wide)
+        assert (sheet[2 + 4 * row : 4 + 4 * row, 2 + 5 * column : 5 + 5 * column] == 10 * (i + 1)).all()
+    assert (sheet > 0).sum() == n * 2 * 3 * channels
+
+
+# Files
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB")])
+@pytest.mark.parametrize("n", [1, 13])
+@pytest.mark.parametrize("scale", [1, 3])
+def test_png_reads_back_equal(tmp_path, channels, mode, n, scale):
+    images = np.random.default_rng(0).integers(0, 256, (n, 4, 5, channels)).astype(np.uint8)
+    path = tmp_path / "new" / "folder" / "grid.png"
+    save_grid(path, images, scale=scale)
+    with Image.open(path) as picture:
+        assert (picture.format, picture.mode) == ("PNG", mode)
+        pixels = np.asarray(picture)
+    expected = make_grid(images).repeat(scale, 0).repeat(scale, 1)
+    np.testing.assert_array_equal(pixels, expected[..., 0] if channels == 1 else expected)
+    assert files(path.parent) == ["grid.png"]
+
+
+@pytest.mark.parametrize("frames", [1, 5])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_gif_has_its_frames(tmp_path, frames, channels):
+    """As many as given, of the grid's size, in order, without end; the last stays for two seconds."""
+    pictures = [numbered(4, 4, 5, channels) + np.uint8(20 * i) for i in range(frames)]
+    save_gif(tmp_path / "a.gif", pictures, columns=2, scale=2, milliseconds=50)
+    with Image.open(tmp_path / "a.gif") as gif:
+        assert gif.format == "GIF" and gif.size == (2 * (2 + 7 * 2), 2 * (2 + 6 * 2))
+        assert getattr(gif, "n_frames", 1) == frames
+        durations = []
+        for picture, frame in zip(pictures, ImageSequence.Iterator(gif), strict=True):
+            expected = make_grid(picture, 2).repeat(2, 0).repeat(2, 1)
+            np.testing.assert_array_equal(
+                np.asarray(frame.convert("RGB")), np.broadcast_to(expected, (*expected.shape[:2], 3))
+            )
+            durations.append(frame.info.get("duration"))
+        if frames > 1:
+            assert durations == [50] * (frames - 1) + [2000]
+            assert gif.info["loop"] == 0
+    assert files(tmp_path) == ["a.gif"]
+
+
+@pytest.mark.parametrize("n", [1, 19, 20, 500])
+def test_curve_is_written(tmp_path, n):
+    """Both with too few points to smooth and with enough."""
+    losses = list(np.exp(-np.linspace(0, 3, n)))
+    save_loss_curve(tmp_path / "loss.png", list(range(1, n + 1)), losses)
+    with Image.open(tmp_path / "loss.png") as picture:
+        assert (picture.format, picture.size) == ("PNG", (720, 480))
+        pixels = np.asarray(picture.convert("RGB")).astype(int)
+    orange = abs(pixels - [255, 127, 14]).sum(-1) < 30  # matplotlib's second colour: the smoothed curve
+    assert orange.any() == (n >= 20)
+    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 10
+    assert files(tmp_path) == ["loss.png"]
+
+
+def test_write_replaces_the_file(tmp_path):
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"old and longer")
+    write(path, lambda f: f.write(b"new"))
+    assert path.read_bytes() == b"new"
+    assert files(tmp_path) == ["a.bin"]
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()], ids=["OSError", "KeyboardInterrupt"])
+@pytest.mark.parametrize("old", [b"old", None])
+def test_write_that_fails_midway_leaves_what_was(tmp_path, error, old):
+    path = tmp_path / "a.bin"
+    if old:
+        path.write_bytes(old)
+
+    def save(f):
+        f.write(b"half of the ")
+        f.flush()
+        assert path.read_bytes() == old if old else not path.exists()
+        assert len(files(tmp_path)) == (2 if old else 1)  # the half lies beside its place
+        raise error
+
+    with pytest.raises(type(error)):
+        write(path, save)
+    assert files(tmp_path) == (["a.bin"] if old else [])
+    if old:
+        assert path.read_bytes() == old
