@@ -125,8 +125,10 @@ class Config:
 PRESETS = {
     "quick": Config(
         DataConfig("fashion-mnist-mini"),
-        DiffusionConfig(schedule="cosine", objective="v", loss="l2"),
-        UnetConfig(dim=16, init_dim=16, use_convnext=False),
+        DiffusionConfig(
+            schedule="cosine", objective="x0", loss="l2"
+        ),  # shapes first: coherent much sooner than with eps or v
+        UnetConfig(dim=32, init_dim=32, dim_mults=(1, 2), use_convnext=False, patch_size=2),
         TrainConfig(
             total_steps=1400,
             batch_size=16,

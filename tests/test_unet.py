@@ -161,6 +161,17 @@ def test_options_like_pytorch(options):
     assert_like_torch(net, gradient_function(net), twin, "pynative", arrays)
 
 
+def test_patches_are_channels():
+    patched = Unet(8, dim_mults=(1, 2), channels=3, patch_size=2, init_dim=8)
+    plain = Unet(8, dim_mults=(1, 2), channels=12, init_dim=8)
+    load_into(plain, {p.name: p.asnumpy() for p in patched.get_parameters()})
+    x, t, _ = draw_batch(2, 16, 3)
+    small = x.reshape(2, 3, 8, 2, 8, 2).transpose(0, 1, 3, 5, 2, 4).reshape(2, 12, 8, 8)  # channel 4 c + 2 row + column
+    out = plain(Tensor(small), Tensor(t)).asnumpy()
+    large = out.reshape(2, 3, 2, 2, 8, 8).transpose(0, 1, 4, 2, 5, 3).reshape(2, 3, 16, 16)
+    np.testing.assert_allclose(patched(Tensor(x), Tensor(t)).asnumpy(), large, atol=1e-6)
+
+
 @every_kind
 def test_float16_stays_close(kind):
     net, half = (Unet(12, channels=1, dim_mults=(1, 2), **KINDS[kind]) for _ in range(2))

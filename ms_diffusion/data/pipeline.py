@@ -69,7 +69,8 @@ def make_dataset(
 
     if len(images) < batch_size * world_size:
         raise UserError(
-            f"{len(images)} images are fewer than a step's {batch_size} x {world_size} (batch size x ranks): lower --train.batch-size"
+            f"{len(images)} images are fewer than a step's {batch_size} x {world_size} (batch size x ranks): "
+            "lower --train.batch-size"
         )
     if start_step >= steps:
         raise UserError(f"no step is left after step {start_step} of {steps}: raise the number of steps")

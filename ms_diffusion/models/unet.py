@@ -99,11 +99,13 @@ class UnetConfig:
     """ConvNextBlock; otherwise ResnetBlock."""
     convnext_mult: int = 2
     """Widening inside a ConvNextBlock."""
+    patch_size: int = 1
+    """Work on patches of this many pixels a side as channels (Luhman & Luhman 2022): 2 costs a quarter."""
 
     @property
     def size_multiple(self) -> int:
         """H and W of the images must be divisible by this: MindSpore would silently return another size."""
-        return 2 ** (len(self.dim_mults) - 1)
+        return self.patch_size * 2 ** (len(self.dim_mults) - 1)
 
     def build(self, seed: int = 0) -> "Unet":
         return Unet(**asdict(self), seed=seed)
@@ -129,9 +131,11 @@ class Unet(nn.Cell):
         resnet_block_groups: int = 8,
         use_convnext: bool = True,
         convnext_mult: int = 2,
+        patch_size: int = 1,
         seed: int = 0,
     ):
         super().__init__()
+        self.patch_size = patch_size
         init_dim = init_dim or dim // 3 * 2
         dims = [init_dim, *[dim * m for m in dim_mults]]
         levels = list(zip(dims[:-1], dims[1:], strict=True))
@@ -149,7 +153,7 @@ class Unet(nn.Cell):
         )
 
         # Down: two blocks and linear attention a level, then half the size
-        self.init_conv = conv2d(channels, init_dim, 7, padding=3)
+        self.init_conv = conv2d(channels * patch_size**2, init_dim, 7, padding=3)
         self.downs = nn.CellList()
         for i, (c_in, c_out) in enumerate(levels):
             down = Downsample(c_out) if i < len(levels) - 1 else Identity()
@@ -167,7 +171,7 @@ class Unet(nn.Cell):
             attention = Residual(PreNorm(c_in, LinearAttention(c_in)))
             self.ups.append(nn.CellList([block(c_out * 2, c_in), block(c_in, c_in), attention, Upsample(c_in)]))
 
-        self.final_conv = nn.SequentialCell(kind(dims[1], dim), conv2d(dim, out_dim or channels, 1))
+        self.final_conv = nn.SequentialCell(kind(dims[1], dim), conv2d(dim, (out_dim or channels) * patch_size**2, 1))
         name_and_initialise(self, seed)
 
     def construct(self, x, t):
@@ -175,6 +179,8 @@ class Unet(nn.Cell):
         emb = self.time_mlp(ops.cast(t, ms.float32)) if self.time_mlp is not None else None
 
         # Down
+        if self.patch_size > 1:
+            x = ops.pixel_unshuffle(x, self.patch_size)
         x = self.init_conv(x)
         skips = ()  # newest first
         for block1, block2, attention, down in self.downs:
@@ -190,4 +196,5 @@ class Unet(nn.Cell):
             x = ops.concat((x, skips[i]), 1)
             x = up(attention(block2(block1(x, emb), emb)))
 
-        return ops.cast(self.final_conv(x), ms.float32)
+        x = ops.cast(self.final_conv(x), ms.float32)
+        return ops.pixel_shuffle(x, self.patch_size) if self.patch_size > 1 else x
