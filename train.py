@@ -5,6 +5,7 @@ from ms_diffusion import runtime
 STOP = runtime.catch_interrupts() if __name__ == "__main__" else None  # must precede the import of MindSpore
 
 # ruff: noqa: E402
+import argparse
 import json
 import shlex
 import sys
@@ -54,11 +55,10 @@ class Args:
 
 def parse_args(argv=None) -> Args:
     """The command line over the preset that it names; in ModelArts, data_url and train_url become folders."""
-    name = "quick"
     argv = sys.argv[1:] if argv is None else argv
-    for flag, value in zip(argv, [*argv[1:], ""], strict=True):
-        if flag.startswith("--preset"):
-            name = flag.split("=")[1] if "=" in flag else value
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", default="quick", nargs="?")
+    name = first.parse_known_args(argv)[0].preset
     if name not in PRESETS:
         raise UserError(f"unknown preset {name!r}: choose one of {', '.join(PRESETS)}")
     args = cli.parse(Args, Args(PRESETS[name], name), argv)
