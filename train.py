@@ -70,17 +70,20 @@ def parse_args(argv=None) -> Args:
 
 
 def check_run(run_dir: Path, config: Config) -> None:
-    """Refuse a folder that holds a run of another model, data or diffusion."""
+    """Refuse a folder that holds another run: of its parts only the place of the data and the training may change."""
+
+    def fixed(c: Config) -> dict:
+        data = replace(c.data, dir=None)
+        return {"model": c.model, "diffusion": c.diffusion, "data": data, "precision": c.precision, "seed": c.train.seed}
+
     record = run_dir / "config.json"
     if record.exists():
-        old = Config.from_json(record)
-        for name in ("model", "diffusion", "data", "precision"):
-            if getattr(old, name) != getattr(config, name) and name != "data":
+        old, new = fixed(Config.from_json(record)), fixed(config)
+        for name in old:
+            if old[name] != new[name]:
                 raise UserError(
-                    f"{run_dir} holds a run with another {name}: use another --run-dir, or the command it was begun with"
+                    f"{run_dir} holds a run with another {name}: use another --run-dir, or the same command as then"
                 )
-        if replace(old.data, dir=None) != replace(config.data, dir=None) or old.train.seed != config.train.seed:
-            raise UserError(f"{run_dir} holds a run with other data or seed: use another --run-dir")
 
 
 class Metrics:

@@ -23,7 +23,7 @@ from mindspore import Tensor
 import sample
 import train
 from ms_diffusion import cli, modelarts, runtime
-from ms_diffusion.presets import Config
+from ms_diffusion.presets import PRESETS, Config
 from ms_diffusion.runtime import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -112,7 +112,7 @@ def test_train_leaves_a_run_folder(trained):
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert all(np.isfinite(list(row.values())).all() and row["img_per_s"] > 0 and row["loss"] > 0 for row in rows)
     assert rows[-1]["epoch"] == STEPS * 8 / 2000
-    schedule = [2e-3 * step / 51 for step in range(1, 7)]  # the warm-up of quick, 50 steps to 2e-3
+    schedule = [PRESETS["quick"].train.lr * step / 51 for step in range(1, 7)]  # its warm-up takes 50 steps
     np.testing.assert_allclose([row["lr"] for row in rows], schedule, rtol=1e-5)
 
     for step in (2, 4, 6):
