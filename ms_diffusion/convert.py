@@ -12,10 +12,7 @@ from mindspore import Parameter, Tensor, nn, ops
 from .runtime import UserError
 
 PICKLED = (".pt", ".pth", ".ckpt", ".bin")
-NUMPY_TYPES = {  # the header's names; the format is little-endian
-    **{"F64": "<f8", "F32": "<f4", "F16": "<f2"},
-    **{"I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1", "U8": "u1", "BOOL": "?"},
-}
+NUMPY_TYPES = dict(F64="<f8", F32="<f4", F16="<f2", I64="<i8", I32="<i4", I16="<i2", I8="i1", U8="u1", BOOL="?")
 
 
 def load_torch_state_dict(path: str | Path) -> dict[str, np.ndarray]:
@@ -48,18 +45,7 @@ def decode(path: Path, name: str, dtype: str, shape: list[int], data: bytes) -> 
     """One tensor of a .safetensors file; bfloat16, which NumPy lacks, is the upper half of a float32."""
     if dtype == "BF16":
         return (np.frombuffer(data, np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(shape)
-    kinds = {
-        "F64": "f8",
-        "F32": "f4",
-        "F16": "f2",
-        "I64": "i8",
-        "I32": "i4",
-        "I16": "i2",
-        "I8": "i1",
-        "U8": "u1",
-        "BOOL": "?",
-    }
-    if dtype not in kinds:
+    if dtype not in NUMPY_TYPES:
         raise UserError(f"{path}: {name} is of type {dtype}, which is not read here: save it as float32")
     array = np.frombuffer(data, NUMPY_TYPES[dtype]).reshape(shape)
     return array.astype(np.float32) if dtype == "F16" else array

@@ -26,9 +26,9 @@ class Attention(nn.Cell):
 
     def construct(self, x):
         b, _, height, width = x.shape
-        q, k, v = split_heads(self.to_qkv(x), self.heads)  #         (B, h, d, N), N = H W
-        weights = ops.softmax(self.matmul(q.transpose(0, 1, 3, 2) * self.scale, k), -1)  #    (B, h, N, N)
-        out = self.matmul_t(v, weights)  #                             (B, h, d, N)
+        q, k, v = split_heads(self.to_qkv(x), self.heads)  #             (B, h, d, N), N = H W
+        scores = self.matmul(q.transpose(0, 1, 3, 2) * self.scale, k)  # (B, h, N, N)
+        out = self.matmul_t(v, ops.softmax(scores, -1))  #               (B, h, d, N)
         return self.to_out(out.reshape(b, -1, height, width))
 
 
@@ -44,8 +44,8 @@ class LinearAttention(nn.Cell):
 
     def construct(self, x):
         b, _, height, width = x.shape
-        q, k, v = split_heads(self.to_qkv(x), self.heads)  #       (B, h, d, N), N = H W
+        q, k, v = split_heads(self.to_qkv(x), self.heads)  #         (B, h, d, N), N = H W
         q = ops.softmax(q.transpose(0, 1, 3, 2), -1) * self.scale  # (B, h, N, d), over the channels
-        k = ops.softmax(k, -1)  #                                  (B, h, d, N), over the positions
-        out = self.matmul_t(self.matmul_t(v, k), q)  #                 (B, h, d, d) @ (B, h, d, N)
+        k = ops.softmax(k, -1)  #                                    (B, h, d, N), over the positions
+        out = self.matmul_t(self.matmul_t(v, k), q)  #               (B, h, d, d) times q^T
         return self.to_out(out.reshape(b, -1, height, width))
