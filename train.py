@@ -28,7 +28,7 @@ from ms_diffusion.denoiser import make_denoiser
 from ms_diffusion.models.layers import set_compute_type
 from ms_diffusion.presets import PRESETS, Config
 from ms_diffusion.runtime import DEVICES, UserError
-from ms_diffusion.samplers import generate, sample_ddim, sampling_timesteps
+from ms_diffusion.samplers import generate, sample_ddpm, sampling_timesteps
 from ms_diffusion.training import EMA, make_optimizer, make_train_step
 
 STREAM_NOISE = 2  # of np.random.default_rng((seed, stream, rank, step)); the data pipeline has its own
@@ -157,7 +157,7 @@ def main() -> int:
 
     def draw_samples(step: int) -> Path:
         shape = (channels, config.data.size, config.data.size)
-        x = generate(sample_ddim, denoise, diffusion, timesteps, shape, train.sample_num, train.seed)
+        x = generate(sample_ddpm, denoise, diffusion, timesteps, shape, train.sample_num, train.seed)
         path = run_dir / "samples" / f"step-{step:07d}.png"
         images.save_grid(path, images.to_uint8(x))
         return path

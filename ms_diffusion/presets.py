@@ -53,7 +53,7 @@ class TrainConfig:
     sample_num: int = 64
     """Images in a grid."""
     sample_steps: int = 50
-    """DDIM steps for a grid."""
+    """Steps of the ancestral sampler for a grid: its noise mends what a young network gets wrong, where DDIM keeps it."""
 
 
 @dataclass(frozen=True)
