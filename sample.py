@@ -1,6 +1,5 @@
 """Draw samples from a run: python sample.py runs/quick --num 64 --out grid.png --gif denoise.gif."""
 
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,9 +101,7 @@ def main() -> int:
     bar.close()
     pictures = images.to_uint8(x)
 
-    folder_out = run if run.is_dir() else run.parent
-    if args.train_url and not args.train_url.startswith(modelarts.OBS):
-        folder_out = Path(args.train_url)
+    folder_out = modelarts.output_folder(args.train_url) or (run if run.is_dir() else run.parent)
     out = Path(args.out or folder_out / "sample.png")
     images.save_grid(out, pictures)
     written = [out]
@@ -121,4 +118,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(runtime.run_program(main))
+    runtime.run_program(main)

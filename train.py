@@ -64,8 +64,7 @@ def parse_args(argv=None) -> Args:
     args = cli.parse(Args, Args(PRESETS[name], name), argv)
     if args.data_url:
         args.config = replace(args.config, data=replace(args.config.data, dir=str(modelarts.fetch(args.data_url))))
-    local_output = args.train_url if args.train_url and not args.train_url.startswith(modelarts.OBS) else None
-    args.run_dir = Path(args.run_dir or local_output or f"runs/{args.preset}")
+    args.run_dir = Path(args.run_dir or modelarts.output_folder(args.train_url) or f"runs/{args.preset}")
     return args
 
 

@@ -20,8 +20,6 @@ import mindspore as ms
 from .convert import load_into
 from .runtime import UserError
 
-FILES = ("model", "ema", "optimizer")
-
 
 class Checkpoint:
     """The checkpoints of one run: `save(step)` and `load_latest()`.

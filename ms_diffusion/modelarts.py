@@ -35,6 +35,11 @@ def fetch(url: str, cache: str = "/cache") -> Path:
     return local
 
 
+def output_folder(train_url: str | None) -> Path | None:
+    """The folder of a local --train_url; None for OBS, or where there is none."""
+    return Path(train_url) if train_url and not train_url.startswith(OBS) else None
+
+
 def publish(path: Path, url: str | None) -> None:
     """Copy a folder or a file to a --train_url in OBS; a local --train_url is written directly and needs no copy."""
     if url and url.startswith(OBS):

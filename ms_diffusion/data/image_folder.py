@@ -25,7 +25,7 @@ def load_image_folder(directory: str | Path, size: int, channels: int) -> tuple[
     """
     directory = Path(directory)
     if channels not in MODES:
-        raise UserError(f"images have 1 channel (gray) or 3 (RGB), not {channels}: set --data.channels to one of them")
+        raise UserError(f"images have 1 channel (gray) or 3 (RGB), not {channels}: set --model.channels to one of them")
     if not directory.is_dir():
         raise UserError(f"--data.dir {directory}: no such folder; pass the one that holds the images")
     names = sorted(
