@@ -2,10 +2,12 @@
 
 import copy
 import math
+from functools import partial
 
 import mindspore as ms
 from mindspore import nn, ops
 
+from . import kernels
 from .runtime import compiled
 
 
@@ -46,6 +48,28 @@ def make_optimizer(net: nn.Cell, lr: float, warmup_steps: int, total_steps: int)
     return nn.Adam(net.trainable_params(), learning_rate=schedule, beta1=0.9, beta2=0.999, eps=1e-8)
 
 
+# Over all gradients by HyperMap: list comprehensions made the step compile in 38 s instead of 5 (MindSpore 2.10).
+each = ops.HyperMap()
+sum_of_squares, scale, follow = (ops.MultitypeFuncGraph(name) for name in ("sum_of_squares", "scale", "follow"))
+
+
+@sum_of_squares.register("Tensor")
+def _sum_of_squares(gradient):
+    return ops.square(gradient).sum()
+
+
+@scale.register("Tensor", "Tensor")
+def _scale(factor, gradient):
+    return gradient * factor
+
+
+@follow.register("Tensor", "Tensor", "Tensor", "Tensor")
+def _follow(decay, after, average, source):
+    """Move the average to the source's value after `after`."""
+    new = ops.depend(source, after)
+    return ops.assign(average, new + decay * (average - new))
+
+
 def make_train_step(loss_fn, optimizer, ema: EMA | None = None, clip_norm: float = 1.0, loss_scaler=None, world_size=1):
     """Compile `step(*batch) -> (loss (), gradient norm ())`: gradients of `loss_fn(*batch)`, clip, Adam, EMA.
 
@@ -63,16 +87,18 @@ def make_train_step(loss_fn, optimizer, ema: EMA | None = None, clip_norm: float
 
     loss_and_gradients = ms.value_and_grad(scaled_loss, None, parameters)
 
+    fused = kernels.adam(optimizer, clip_norm, ema) if kernels.available() else None
+
     def update(loss, gradients):
-        norm = ops.sqrt(sum([ops.square(g).sum() for g in gradients]))
+        if fused is not None:
+            return loss, fused(gradients)
+        norm = ops.sqrt(ops.addn(each(sum_of_squares, gradients)))
         shrink = ops.clamp(clip_norm / (norm + 1e-6), 0.0, 1.0)
-        loss = ops.depend(loss, optimizer(tuple([g * shrink for g in gradients])))
+        loss = ops.depend(loss, optimizer(each(partial(scale, shrink), gradients)))
         if ema is not None:
             n = ops.cast(ops.depend(optimizer.global_step, loss), ms.float32).reshape(())
             decay = ops.clamp((1 + n) / (10 + n), 0.0, ema.decay)
-            for average, source in zip(ema.averages, ema.sources):  # noqa: B905 (graph mode knows no strict)
-                new = ops.depend(source, loss)
-                loss = ops.depend(loss, ops.assign(average, new + decay * (average - new)))
+            loss = ops.depend(loss, each(partial(follow, decay, loss), ema.averages, ema.sources))
         return loss, norm
 
     def step(*batch):

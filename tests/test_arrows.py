@@ -23,14 +23,15 @@ ALLOWED = {
     "diffusion": {"runtime", "schedules", "losses"},
     "denoiser": {"runtime", "diffusion"},
     "samplers": {"runtime"},  # a denoiser is an argument
-    "training": {"runtime"},
+    "kernels": set(),
+    "training": {"runtime", "kernels"},
     "convert": {"runtime"},
     "checkpoint": {"runtime", "convert"},
     "images": {"runtime"},
     "modelarts": {"runtime"},
     "cli": {"runtime", "modelarts"},
-    "models.layers": {"runtime"},
-    "models.attention": {"runtime", "models.layers"},
+    "models.layers": {"runtime", "kernels"},
+    "models.attention": {"runtime", "kernels", "models.layers"},
     "models.unet": {"runtime", "models.layers", "models.attention"},
 }
 DIFFUSION = {"schedules", "diffusion", "denoiser", "samplers"}

@@ -3,6 +3,7 @@
 import mindspore as ms
 from mindspore import nn, ops
 
+from .. import kernels
 from .layers import GroupNorm, conv2d
 
 
@@ -41,9 +42,12 @@ class LinearAttention(nn.Cell):
         self.to_qkv = conv2d(dim, 3 * heads * dim_head, 1, bias=False)
         self.to_out = nn.SequentialCell(conv2d(heads * dim_head, dim, 1), GroupNorm(1, dim))
         self.matmul_t = ops.BatchMatMul(transpose_b=True)
+        self.kernel = kernels.LinearAttention(heads) if kernels.available() else None
 
     def construct(self, x):
         b, _, height, width = x.shape
+        if self.kernel is not None:
+            return self.to_out(self.kernel(ops.cast(self.to_qkv(x), ms.float32)))
         q, k, v = split_heads(self.to_qkv(x), self.heads)  #         (B, h, d, N), N = H W
         q = ops.softmax(q.transpose(0, 1, 3, 2), -1) * self.scale  # (B, h, N, d), over the channels
         k = ops.softmax(k, -1)  #                                    (B, h, d, N), over the positions

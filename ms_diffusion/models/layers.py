@@ -11,9 +11,12 @@ import numpy as np
 import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 
+from .. import kernels
 
 def conv2d(c_in: int, c_out: int, kernel: int, stride: int = 1, padding: int = 0, groups: int = 1, bias: bool = True):
     """``torch.nn.Conv2d``: (B, c_in, H, W) -> (B, c_out, H', W')."""
+    if kernels.available():
+        return kernels.Conv2d(c_in, c_out, kernel, stride, padding, groups, bias)
     return nn.Conv2d(c_in, c_out, kernel, stride, pad_mode="pad", padding=padding, group=groups, has_bias=bias)
 
 
@@ -29,6 +32,8 @@ def Downsample(dim: int):
 
 def Upsample(dim: int):
     """Double H and W by a transposed convolution: (B, C, H, W) -> (B, C, 2H, 2W)."""
+    if kernels.available():
+        return kernels.Conv2dTranspose(dim, dim, 4, 2, 1)
     return nn.Conv2dTranspose(dim, dim, 4, 2, pad_mode="pad", padding=1, has_bias=True)
 
 
@@ -47,15 +52,34 @@ class GroupNorm(nn.Cell):
         self.weight = Parameter(Tensor(np.ones(channels, np.float32)), name="weight")
         self.bias = Parameter(Tensor(np.zeros(channels, np.float32)), name="bias")
 
+        self.normalise = kernels.GroupNorm(groups, eps) if kernels.available() else None
+
     def construct(self, x):
+        if self.normalise is not None:
+            return self.normalise(ops.cast(x, ms.float32), self.weight, self.bias)
         return ops.group_norm(ops.cast(x, ms.float32), self.groups, self.weight, self.bias, self.eps)
 
 
 class GELU(nn.Cell):
     """x Phi(x) by the error function, PyTorch's default (MindSpore's ``nn.GELU`` default is the tanh form)."""
 
+    def __init__(self):
+        super().__init__()
+        self.kernel = kernels.Activation("gelu") if kernels.available() else None
+
     def construct(self, x):
-        return ops.gelu(x, approximate="none")
+        return self.kernel(ops.cast(x, ms.float32)) if self.kernel is not None else ops.gelu(x, approximate="none")
+
+
+class SiLU(nn.Cell):
+    """x sigmoid(x)."""
+
+    def __init__(self):
+        super().__init__()
+        self.kernel = kernels.Activation("silu") if kernels.available() else None
+
+    def construct(self, x):
+        return self.kernel(ops.cast(x, ms.float32)) if self.kernel is not None else ops.silu(x)
 
 
 class Identity(nn.Cell):
@@ -125,3 +149,4 @@ def set_compute_type(net: nn.Cell, dtype: ms.Type) -> None:
     for _, cell in net.cells_and_names():
         if isinstance(cell, CONVOLUTIONS_AND_LINEAR):
             cell.to_float(dtype)
+            cell.in_float32 = dtype == ms.float32  # what the CPU's own kernels ask

@@ -17,6 +17,7 @@ from .layers import (
     Identity,
     PreNorm,
     Residual,
+    SiLU,
     SinusoidalPositionEmbeddings,
     Upsample,
     conv2d,
@@ -32,9 +33,10 @@ class Block(nn.Cell):
         super().__init__()
         self.proj = conv2d(dim, dim_out, 3, padding=1)
         self.norm = GroupNorm(groups, dim_out)
+        self.act = SiLU()
 
     def construct(self, x):
-        return ops.silu(self.norm(self.proj(x)))
+        return self.act(self.norm(self.proj(x)))
 
 
 class ResnetBlock(nn.Cell):
@@ -42,7 +44,7 @@ class ResnetBlock(nn.Cell):
 
     def __init__(self, dim: int, dim_out: int, time_emb_dim: int | None = None, groups: int = 8):
         super().__init__()
-        self.mlp = nn.SequentialCell(nn.SiLU(), linear(time_emb_dim, dim_out)) if time_emb_dim else None
+        self.mlp = nn.SequentialCell(SiLU(), linear(time_emb_dim, dim_out)) if time_emb_dim else None
         self.block1 = Block(dim, dim_out, groups)
         self.block2 = Block(dim_out, dim_out, groups)
         self.res_conv = conv2d(dim, dim_out, 1) if dim != dim_out else Identity()

@@ -1,0 +1,212 @@
+"""Own CPU kernels for what MindSpore's run slowly: convolution, GroupNorm, GELU, SiLU, linear attention; float32.
+
+`kernels.cc` is compiled on first use with the machine's C++ compiler ($CXX, c++, g++ or clang++) and kept in
+~/.cache/ms_diffusion/kernels, one library for each source, CPU and MindSpore version. Without a compiler, or with
+MS_DIFFUSION_KERNELS=off, `available()` is False and the layers use MindSpore's operators. `models/layers.py` alone
+knows of this package.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+import mindspore as ms
+from mindspore import Parameter, Tensor, nn, ops
+
+SOURCE = Path(__file__).with_name("kernels.cc")
+FLAGS = ["-O3", "-march=native", "-std=c++17", "-fopenmp-simd", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
+FLAGS += ["-shared", "-fPIC", "-pthread"]
+
+
+def _cpu() -> str:
+    """What the compiler's -march=native depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    return platform.machine() + "".join(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))
+
+
+def _works(library: Path) -> bool:
+    """Whether the library loads here and its SiLU of (1,) is right: another process tries, for a spoilt file can kill it."""
+    code = (
+        "import ctypes, sys; import numpy as np; x = np.ones(1, np.float32); y = x * 0\n"
+        "data = (ctypes.c_void_p * 2)(x.ctypes.data, y.ctypes.data); one = (ctypes.c_int64 * 1)(1)\n"
+        "shapes = (ctypes.POINTER(ctypes.c_int64) * 2)(one, one); ndims = (ctypes.c_int * 2)(1, 1)\n"
+        "types = (ctypes.c_char_p * 2)(b'float32', b'float32')\n"
+        "rc = ctypes.CDLL(sys.argv[1]).silu(2, data, ndims, shapes, types, None, None)\n"
+        "sys.exit(rc or int(abs(y[0] - 0.7310586) > 1e-6))"
+    )
+    return subprocess.run([sys.executable, "-c", code, library], capture_output=True).returncode == 0
+
+
+@functools.cache
+def library() -> str | None:
+    """The path of the compiled library, or None, with one line on stderr, where it cannot be had."""
+    if os.environ.get("MS_DIFFUSION_KERNELS") == "off":
+        return None
+    compiler = next(filter(None, map(shutil.which, filter(None, [os.environ.get("CXX"), "c++", "g++", "clang++"]))), None)
+    key = hashlib.sha256("".join([SOURCE.read_text(), *FLAGS, _cpu(), ms.__version__]).encode()).hexdigest()[:16]
+    path = Path.home() / ".cache" / "ms_diffusion" / "kernels" / f"{key}.so"
+    problem = "no C++ compiler was found (g++ or clang++)"
+    try:
+        if path.exists() and _works(path):
+            return str(path)
+        if compiler:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+                new = Path(folder) / path.name
+                build = subprocess.run([compiler, *FLAGS, SOURCE, "-o", new], capture_output=True, text=True)
+                problem = f"{compiler} failed: {(build.stderr.strip() or 'no message').splitlines()[0]}"
+                if build.returncode == 0:
+                    problem = f"the library that {compiler} made does not run here"
+                    if _works(new):
+                        os.replace(new, path)
+                        return str(path)
+    except OSError as e:
+        problem = str(e)
+    print(f"note: training on the CPU will be several times slower: {problem}", file=sys.stderr)
+    return None
+
+
+def available() -> bool:
+    """Whether the layers shall use these kernels: MindSpore runs on the CPU and the library is there."""
+    return ms.get_context("device_target") == "CPU" and library() is not None
+
+
+class Operator(ops.Custom):
+    """An operator of the library; `out_shape` and `out_dtype` (the former's by default) take the inputs'."""
+
+    def __init__(self, name: str, out_shape, out_dtype=None):
+        super().__init__(f"{library()}:{name}", out_shape, out_dtype or out_shape, "aot")
+
+    def __deepcopy__(self, memo):  # ops.Custom's own fails (MindSpore 2.10); an operator has no state
+        return self
+
+
+class Convolution(nn.Cell):
+    """(x, weight, bias) -> convolution, or its transpose."""
+
+    def __init__(self, stride: int, padding: int, groups: int, transposed: bool = False):
+        super().__init__()
+        self.settings = Tensor([stride, padding, groups], ms.int32)
+        name = "conv_transpose" if transposed else "conv"
+
+        def shape(x, w, b, settings):
+            if transposed:
+                return [x[0], w[1], *[(x[i] - 1) * stride - 2 * padding + w[2] for i in (2, 3)]]
+            return [x[0], w[0], *[(x[i] + 2 * padding - w[2]) // stride + 1 for i in (2, 3)]]
+
+        self.forward = Operator(name, shape, lambda x, w, b, s: x)
+        self.dx = Operator(f"{name}_input_gradient", lambda dy, w, s, x: x)
+        self.dw = Operator(f"{name}_weight_gradient", lambda dy, x, s, w, b: (w, b))
+
+    def construct(self, x, weight, bias):
+        return self.forward(x, weight, bias, self.settings)
+
+    def bprop(self, x, weight, bias, out, dout):
+        dweight, dbias = self.dw(dout, x, self.settings, weight, bias)
+        return self.dx(dout, weight, self.settings, x), dweight, dbias
+
+
+class Conv2d(nn.Conv2d):
+    """``nn.Conv2d`` with square kernels, the same padding on all sides and pad_mode "pad"."""
+
+    def __init__(self, c_in, c_out, kernel, stride, padding, group, has_bias):
+        super().__init__(c_in, c_out, kernel, stride, pad_mode="pad", padding=padding, group=group, has_bias=has_bias)
+        self.convolution, self.in_float32 = Convolution(stride, padding, group), True
+        if not has_bias:
+            self.zeros = Tensor(np.zeros(c_out, np.float32))
+
+    def construct(self, x):
+        if not self.in_float32:
+            return super().construct(x)
+        return self.convolution(x, self.weight, self.bias if self.has_bias else self.zeros)
+
+
+class Conv2dTranspose(nn.Conv2dTranspose):
+    def __init__(self, c_in, c_out, kernel, stride, padding):
+        super().__init__(c_in, c_out, kernel, stride, pad_mode="pad", padding=padding, has_bias=True)
+        self.convolution, self.in_float32 = Convolution(stride, padding, 1, transposed=True), True
+
+    def construct(self, x):
+        return self.convolution(x, self.weight, self.bias) if self.in_float32 else super().construct(x)
+
+
+class GroupNorm(nn.Cell):
+    """(x, weight, bias) -> ``ops.group_norm``."""
+
+    def __init__(self, groups: int, eps: float):
+        super().__init__()
+        self.settings = Tensor([groups, eps], ms.float32)
+        self.forward = Operator("group_norm", lambda x, w, b, s: x)
+        self.gradient = Operator("group_norm_gradient", lambda dy, x, w, s: (x, w, w))
+
+    def construct(self, x, weight, bias):
+        return self.forward(x, weight, bias, self.settings)
+
+    def bprop(self, x, weight, bias, out, dout):
+        return self.gradient(dout, x, weight, self.settings)
+
+
+class Activation(nn.Cell):
+    """x -> "gelu" (by the error function) or "silu" of it."""
+
+    def __init__(self, name: str):
+        super().__init__()
+        self.forward = Operator(name, lambda x: x)
+        self.gradient = Operator(f"{name}_gradient", lambda x, dy: x)
+
+    def construct(self, x):
+        return self.forward(x)
+
+    def bprop(self, x, out, dout):
+        return (self.gradient(x, dout),)
+
+
+class LinearAttention(nn.Cell):
+    """qkv (B, 3 h d, H, W) -> (B, h d, H, W)."""
+
+    def __init__(self, heads: int):
+        super().__init__()
+        self.settings = Tensor([heads], ms.int32)
+        self.forward = Operator("linear_attention", lambda x, s: [x[0], x[1] // 3, x[2], x[3]], lambda x, s: x)
+        self.gradient = Operator("linear_attention_gradient", lambda dy, x, s: x)
+
+    def construct(self, qkv):
+        return self.forward(qkv, self.settings)
+
+    def bprop(self, qkv, out, dout):
+        return (self.gradient(dout, qkv, self.settings),)
+
+
+def adam(optimizer: nn.Adam, clip_norm: float, ema=None):
+    """update(gradients) -> their norm (): clips it at `clip_norm`, then does `nn.Adam`'s step and moves the `EMA`'s averages.
+
+    One operator for what takes MindSpore ten for each parameter. It changes its inputs in place, which the graph need not
+    know: whatever reads the old parameters feeds the gradients.
+    """
+    averages, highest_decay = (ema.averages, ema.decay) if ema is not None else ((), 0.0)
+    constants = [len(optimizer.parameters), optimizer.beta1, optimizer.beta2, optimizer.eps, clip_norm]
+    constants = Tensor(np.array([float(c) for c in constants], np.float32))
+    operator = Operator("adam", lambda *inputs: (), lambda *inputs: inputs[0])
+    parameters, moments = optimizer.parameters, optimizer.moment1 + optimizer.moment2
+    step, schedule = optimizer.global_step, optimizer.learning_rate
+    powers = (optimizer.beta1_power, optimizer.beta2_power)
+
+    def update(gradients):
+        n = ops.cast(step, ms.float32) + 1  # (1,)
+        decay = ops.clamp((1 + n) / (10 + n), 0.0, highest_decay)
+        lr = schedule(step).reshape(1)
+        return operator(constants, lr, decay, *powers, step, *parameters, *moments, *gradients, *averages)
+
+    return update
