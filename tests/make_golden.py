@@ -56,7 +56,7 @@ def gradient_rows(gradients: dict[str, np.ndarray]) -> np.ndarray:
 
 def main():
     import torch
-    from torch_unet import Unet
+    from ms_diffusion.torch_peer import Unet
 
     answers = {}
     for kind, batch, size in CASES:

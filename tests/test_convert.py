@@ -44,7 +44,7 @@ def test_safetensors_round_trip_without_torch(tmp_path, without_torch):
 def test_pytorch_loads_what_we_write(tmp_path):
     torch = pytest.importorskip("torch")
     from safetensors.torch import load_file
-    from torch_unet import Unet as Twin
+    from ms_diffusion.torch_peer import Unet as Twin
 
     net, twin = small_unet(), Twin(8, dim_mults=(1, 2))
     save_torch_state_dict(net, str(tmp_path / "net.safetensors"))
@@ -59,7 +59,7 @@ def test_pytorch_loads_what_we_write(tmp_path):
 @pytest.mark.parametrize("key", [None, "state_dict", "model"])
 def test_we_load_what_pytorch_writes(tmp_path, suffix, key):
     torch = pytest.importorskip("torch")
-    from torch_unet import Unet as Twin
+    from ms_diffusion.torch_peer import Unet as Twin
 
     state = Twin(8, dim_mults=(1, 2)).state_dict()
     path = tmp_path / f"net{suffix}"

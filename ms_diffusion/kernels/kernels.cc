@@ -104,7 +104,7 @@ Pool& pool() {
 
 // Scratch memory of this thread, of at least `floats`, one block for each use.
 float* scratch(int use, long floats) {
-  thread_local std::vector<float> blocks[6];
+  thread_local std::vector<float> blocks[8];
   auto& block = blocks[use];
   if (static_cast<long>(block.size()) < floats + 2 * L) block.assign(floats + 2 * L, 0.f);
   return block.data();
@@ -508,15 +508,28 @@ void elementwise(long n, F f) {  // f(i) for all i < n, in vectors
   });
 }
 
-// Group normalisation: y = (x - mean) / deviation * weight + bias over each of `groups` runs of channels of an image.
+// Group normalisation: y = (x - mean) / deviation * weight + bias over each of `groups` runs of channels of an image; GELU
+// may come before it, SiLU after it.
+
+enum Activation { NONE, GELU_BEFORE, SILU_AFTER };
 
 struct Norm {
   long n, c, groups, pixels;
   float eps;
-  long block() const { return c / groups * pixels; }
+  Activation activation;
+  long channels() const { return c / groups; }
+  long block() const { return channels() * pixels; }
 };
 
-inline void moments(const float* x, long n, float eps, float* mean, float* scale) {
+// The block x, or its GELU in scratch memory; its mean and 1 / deviation.
+const float* normalise(const Norm& z, const float* x, float* mean, float* scale) {
+  const long n = z.block();
+  if (z.activation == GELU_BEFORE) {
+    float* to = scratch(0, n);
+#pragma omp simd
+    for (long i = 0; i < n; ++i) to[i] = gelu(x[i]);
+    x = to;
+  }
   float s = 0, v = 0;
 #pragma omp simd reduction(+ : s)
   for (long i = 0; i < n; ++i) s += x[i];
@@ -524,39 +537,53 @@ inline void moments(const float* x, long n, float eps, float* mean, float* scale
 #pragma omp simd reduction(+ : v)
   for (long i = 0; i < n; ++i) v += (x[i] - m) * (x[i] - m);
   *mean = m;
-  *scale = 1 / std::sqrt(v / n + eps);
+  *scale = 1 / std::sqrt(v / n + z.eps);
+  return x;
 }
 
 void group_norm(const Norm& z, const float* x, const float* weight, const float* bias, float* y) {
   pool().run([&](int t) {
     for (long i = z.n * z.groups * t / pool().size(); i < z.n * z.groups * (t + 1) / pool().size(); ++i) {
       float mean, scale;
-      moments(x + i * z.block(), z.block(), z.eps, &mean, &scale);
-      for (long j = 0; j < z.c / z.groups; ++j) {
-        const long c = i % z.groups * (z.c / z.groups) + j, at = i * z.block() + j * z.pixels;
+      const float* from = normalise(z, x + i * z.block(), &mean, &scale);
+      for (long j = 0; j < z.channels(); ++j, from += z.pixels) {
+        const long c = i % z.groups * z.channels() + j;
         const float a = scale * weight[c], b = bias[c] - mean * a;
+        float* to = y + i * z.block() + j * z.pixels;
+        if (z.activation == SILU_AFTER)
 #pragma omp simd
-        for (long q = 0; q < z.pixels; ++q) y[at + q] = x[at + q] * a + b;
+          for (long q = 0; q < z.pixels; ++q) to[q] = silu(from[q] * a + b);
+        else
+#pragma omp simd
+          for (long q = 0; q < z.pixels; ++q) to[q] = from[q] * a + b;
       }
     }
   });
 }
 
-void group_norm_gradient(const Norm& z, const float* dy, const float* x, const float* weight, float* dx, float* dweight,
-                         float* dbias) {
+void group_norm_gradient(const Norm& z, const float* dy, const float* x, const float* weight, const float* bias, float* dx,
+                         float* dweight, float* dbias) {
   std::vector<float> sums(2 * z.n * z.c);  // of dy and of dy times the normalised x, for each image and channel
   pool().run([&](int t) {
     for (long i = z.n * z.groups * t / pool().size(); i < z.n * z.groups * (t + 1) / pool().size(); ++i) {
       float mean, scale, mean_g = 0, mean_gx = 0;  // g = dy * weight
-      moments(x + i * z.block(), z.block(), z.eps, &mean, &scale);
-      const long first = i % z.groups * (z.c / z.groups);
-      for (long j = 0; j < z.c / z.groups; ++j) {
-        const long at = i * z.block() + j * z.pixels;
+      const float *in = normalise(z, x + i * z.block(), &mean, &scale), *slope = dy + i * z.block();
+      const long first = i % z.groups * z.channels();
+      if (z.activation == SILU_AFTER) {
+        float* to = scratch(1, z.block());
+        for (long j = 0; j < z.channels(); ++j) {
+          const float a = scale * weight[first + j], b = bias[first + j] - mean * a;
+#pragma omp simd
+          for (long q = j * z.pixels; q < (j + 1) * z.pixels; ++q) to[q] = slope[q] * silu_slope(in[q] * a + b);
+        }
+        slope = to;
+      }
+      for (long j = 0; j < z.channels(); ++j) {
         float s = 0, sx = 0;
 #pragma omp simd reduction(+ : s, sx)
-        for (long q = 0; q < z.pixels; ++q) {
-          s += dy[at + q];
-          sx += dy[at + q] * (x[at + q] - mean);
+        for (long q = j * z.pixels; q < (j + 1) * z.pixels; ++q) {
+          s += slope[q];
+          sx += slope[q] * (in[q] - mean);
         }
         sx *= scale;
         const long to = i / z.groups * z.c + first + j;
@@ -564,12 +591,15 @@ void group_norm_gradient(const Norm& z, const float* dy, const float* x, const f
         mean_g += s * weight[first + j] / z.block(), mean_gx += sx * weight[first + j] / z.block();
       }
       // dx = scale (g - mean(g) - normalised x mean(g normalised x)) (Wu & He 2018, differentiated)
-      for (long j = 0; j < z.c / z.groups; ++j) {
-        const long at = i * z.block() + j * z.pixels;
+      float* to = dx + i * z.block();
+      for (long j = 0; j < z.channels(); ++j) {
         const float a = scale * weight[first + j], b = -scale * scale * mean_gx, c = -scale * mean_g - b * mean;
 #pragma omp simd
-        for (long q = 0; q < z.pixels; ++q) dx[at + q] = dy[at + q] * a + x[at + q] * b + c;
+        for (long q = j * z.pixels; q < (j + 1) * z.pixels; ++q) to[q] = slope[q] * a + in[q] * b + c;
       }
+      if (z.activation == GELU_BEFORE)
+#pragma omp simd
+        for (long q = 0; q < z.block(); ++q) to[q] *= gelu_slope(x[i * z.block() + q]);
     }
   });
   std::fill(dweight, dweight + z.c, 0.f);
@@ -723,13 +753,11 @@ struct Arguments {
             settings[1], size(x, 1) * h * w, size(y, 1) * oh * ow};
   }
   const int32_t* settings(int i) const { return static_cast<int32_t*>(data[i]); }
-  bool depthwise(const Shape& z) const { return z.c == 1 && z.o == 1 && z.s == 1 && z.p < z.k; }
+  Norm norm(int x, const float* settings) const {
+    return {size(x, 0), size(x, 1), static_cast<long>(settings[0]), size(x, 2) * size(x, 3), settings[1],
+            static_cast<Activation>(settings[2])};
+  }
 };
-
-template <class F>
-void each_group(const Shape& z, long groups, F f) {  // f(index of x, of weight, of y)
-  for (long g = 0; g < groups; ++g) f(g * z.c * z.h * z.w, g * z.o * z.c * z.k * z.k, g * z.o * z.oh * z.ow);
-}
 
 void bias_gradient(const float* dy, long n, long c, long pixels, float* db) {
   pool().run([&](int t) {
@@ -745,6 +773,28 @@ void bias_gradient(const float* dy, long n, long c, long pixels, float* db) {
       db[j] = total;
     }
   });
+}
+
+bool is_depthwise(const Shape& z) { return z.c == 1 && z.o == 1 && z.s == 1 && z.p < z.k; }
+
+void conv(const Shape& z, long groups, const float* x, const float* weight, const float* bias, float* y) {
+  if (is_depthwise(z)) return depthwise(z, groups, x, weight, bias, y, false);
+  for (long g = 0; g < groups; ++g)
+    convolve(z, x + g * z.c * z.h * z.w, weight + g * z.o * z.c * z.k * z.k, bias + g * z.o, y + g * z.o * z.oh * z.ow);
+}
+
+void conv_gradient(const Shape& z, long groups, const float* dy, const float* x, const float* weight, float* dx,
+                   float* dweight, float* dbias) {
+  bias_gradient(dy, z.n, groups * z.o, z.oh * z.ow, dbias);
+  if (is_depthwise(z)) {
+    depthwise_weight_gradient(z, groups, x, dy, dweight);
+    return depthwise(z, groups, dy, weight, nullptr, dx, true);
+  }
+  for (long g = 0; g < groups; ++g) {
+    const long in = g * z.c * z.h * z.w, w = g * z.o * z.c * z.k * z.k, out = g * z.o * z.oh * z.ow;
+    weight_gradient(z, x + in, dy + out, dweight + w);
+    convolve_transposed(z, dy + out, weight + w, nullptr, dx + in);
+  }
 }
 
 }  // namespace
@@ -763,40 +813,34 @@ void bias_gradient(const float* dy, long n, long c, long pixels, float* db) {
 // x, weight (o, c / groups, k, k), bias (o), settings -> y
 OPERATOR(conv) {
   const Arguments a{data, shapes};
-  const long groups = a.settings(3)[2];
-  const Shape z = a.shape(0, 1, 4, a.settings(3));
-  if (a.depthwise(z))
-    depthwise(z, groups, a.in(0), a.in(1), a.in(2), a.out(4), false);
-  else
-    each_group(z, groups, [&, g = 0L](long x, long w, long y) mutable {
-      convolve(z, a.in(0) + x, a.in(1) + w, a.in(2) + z.o * g++, a.out(4) + y);
-    });
+  conv(a.shape(0, 1, 4, a.settings(3)), a.settings(3)[2], a.in(0), a.in(1), a.in(2), a.out(4));
 }
 
-// dy, weight, settings, x (for its shape) -> dx
-OPERATOR(conv_input_gradient) {
+// dy, x, weight, settings -> dx, dweight, dbias
+OPERATOR(conv_gradient) {
   const Arguments a{data, shapes};
-  const long groups = a.settings(2)[2];
-  const Shape z = a.shape(4, 1, 0, a.settings(2));
-  if (a.depthwise(z))
-    depthwise(z, groups, a.in(0), a.in(1), nullptr, a.out(4), true);
-  else
-    each_group(z, groups, [&](long x, long w, long y) {
-      convolve_transposed(z, a.in(0) + y, a.in(1) + w, nullptr, a.out(4) + x);
-    });
+  conv_gradient(a.shape(1, 2, 0, a.settings(3)), a.settings(3)[2], a.in(0), a.in(1), a.in(2), a.out(4), a.out(5), a.out(6));
 }
 
-// dy, x, settings, weight and bias (for their shapes) -> dweight, dbias
-OPERATOR(conv_weight_gradient) {
+// Convolution of the normalised x, which is computed again for the gradient instead of kept:
+// x, norm weight (c), norm bias (c), norm settings, weight, bias, settings -> y
+OPERATOR(norm_conv) {
   const Arguments a{data, shapes};
-  const long groups = a.settings(2)[2];
-  const Shape z = a.shape(1, 3, 0, a.settings(2));
-  if (a.depthwise(z))
-    depthwise_weight_gradient(z, groups, a.in(1), a.in(0), a.out(5));
-  else
-    each_group(z, groups,
-               [&](long x, long w, long y) { weight_gradient(z, a.in(1) + x, a.in(0) + y, a.out(5) + w); });
-  bias_gradient(a.in(0), z.n, a.size(0, 1), z.oh * z.ow, a.out(6));
+  const Shape z = a.shape(0, 4, 7, a.settings(6));
+  float* normal = scratch(6, z.n * z.x_image);
+  group_norm(a.norm(0, a.in(3)), a.in(0), a.in(1), a.in(2), normal);
+  conv(z, a.settings(6)[2], normal, a.in(4), a.in(5), a.out(7));
+}
+
+// dy, x, norm weight, norm bias, norm settings, weight, settings -> dx, dnorm weight, dnorm bias, dweight, dbias
+OPERATOR(norm_conv_gradient) {
+  const Arguments a{data, shapes};
+  const Shape z = a.shape(1, 5, 0, a.settings(6));
+  const Norm norm = a.norm(1, a.in(4));
+  float *normal = scratch(6, z.n * z.x_image), *slope = scratch(7, z.n * z.x_image);
+  group_norm(norm, a.in(1), a.in(2), a.in(3), normal);
+  conv_gradient(z, a.settings(6)[2], a.in(0), normal, a.in(5), slope, a.out(10), a.out(11));
+  group_norm_gradient(norm, slope, a.in(1), a.in(2), a.in(3), a.out(7), a.out(8), a.out(9));
 }
 
 // x (n, c, h, w), weight (c, o, k, k), bias (o), settings -> y
@@ -806,32 +850,25 @@ OPERATOR(conv_transpose) {
   convolve_transposed(z, a.in(0), a.in(1), a.in(2), a.out(4));
 }
 
-// dy, weight, settings, x (for its shape) -> dx
-OPERATOR(conv_transpose_input_gradient) {
+// dy, x, weight, settings -> dx, dweight, dbias
+OPERATOR(conv_transpose_gradient) {
   const Arguments a{data, shapes};
-  convolve(a.shape(0, 1, 4, a.settings(2)), a.in(0), a.in(1), nullptr, a.out(4));
-}
-
-// dy, x, settings, weight and bias (for their shapes) -> dweight, dbias
-OPERATOR(conv_transpose_weight_gradient) {
-  const Arguments a{data, shapes};
-  const Shape z = a.shape(0, 3, 1, a.settings(2));
+  const Shape z = a.shape(0, 2, 1, a.settings(3));
   weight_gradient(z, a.in(0), a.in(1), a.out(5));
+  convolve(z, a.in(0), a.in(2), nullptr, a.out(4));
   bias_gradient(a.in(0), z.n, a.size(0, 1), z.h * z.w, a.out(6));
 }
 
-// x, weight (c), bias (c), {groups, eps} -> y
+// x, weight (c), bias (c), {groups, eps, activation} -> y
 OPERATOR(group_norm) {
   const Arguments a{data, shapes};
-  group_norm({a.size(0, 0), a.size(0, 1), static_cast<long>(a.in(3)[0]), a.size(0, 2) * a.size(0, 3), a.in(3)[1]}, a.in(0),
-             a.in(1), a.in(2), a.out(4));
+  group_norm(a.norm(0, a.in(3)), a.in(0), a.in(1), a.in(2), a.out(4));
 }
 
-// dy, x, weight, {groups, eps} -> dx, dweight, dbias
+// dy, x, weight, bias, {groups, eps, activation} -> dx, dweight, dbias
 OPERATOR(group_norm_gradient) {
   const Arguments a{data, shapes};
-  group_norm_gradient({a.size(0, 0), a.size(0, 1), static_cast<long>(a.in(3)[0]), a.size(0, 2) * a.size(0, 3), a.in(3)[1]},
-                      a.in(0), a.in(1), a.in(2), a.out(4), a.out(5), a.out(6));
+  group_norm_gradient(a.norm(1, a.in(4)), a.in(0), a.in(1), a.in(2), a.in(3), a.out(5), a.out(6), a.out(7));
 }
 
 #define ELEMENTWISE(name, inputs, expression)               \

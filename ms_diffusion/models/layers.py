@@ -13,6 +13,7 @@ from mindspore import Parameter, Tensor, nn, ops
 
 from .. import kernels
 
+
 def conv2d(c_in: int, c_out: int, kernel: int, stride: int = 1, padding: int = 0, groups: int = 1, bias: bool = True):
     """``torch.nn.Conv2d``: (B, c_in, H, W) -> (B, c_out, H', W')."""
     if kernels.available():
@@ -40,24 +41,36 @@ def Upsample(dim: int):
 class GroupNorm(nn.Cell):
     """Group normalisation in float32 whatever the input's precision (Wu & He 2018, eq. 1): (B, C, H, W) -> the same.
 
+    `activation`: "gelu-before" normalises GELU(x), "silu-after" returns SiLU of the normalised x; in one pass on the CPU.
+
     Raises:
         ValueError: ``channels`` is not divisible by ``groups``.
     """
 
-    def __init__(self, groups: int, channels: int, eps: float = 1e-5):
+    def __init__(self, groups: int, channels: int, eps: float = 1e-5, activation: str | None = None):
         super().__init__()
         if channels % groups:
             raise ValueError(f"{channels} channels are not divisible into {groups} groups: choose another dim or groups")
-        self.groups, self.eps = groups, eps
+        self.groups, self.eps, self.activation = groups, eps, activation
         self.weight = Parameter(Tensor(np.ones(channels, np.float32)), name="weight")
         self.bias = Parameter(Tensor(np.zeros(channels, np.float32)), name="bias")
-
-        self.normalise = kernels.GroupNorm(groups, eps) if kernels.available() else None
+        self.kernel = kernels.GroupNorm(groups, eps, activation) if kernels.available() else None
 
     def construct(self, x):
-        if self.normalise is not None:
-            return self.normalise(ops.cast(x, ms.float32), self.weight, self.bias)
-        return ops.group_norm(ops.cast(x, ms.float32), self.groups, self.weight, self.bias, self.eps)
+        x = ops.cast(x, ms.float32)
+        if self.kernel is not None:
+            return self.kernel(x, self.weight, self.bias)
+        if self.activation == "gelu-before":
+            x = ops.gelu(x, approximate="none")
+        x = ops.group_norm(x, self.groups, self.weight, self.bias, self.eps)
+        return ops.silu(x) if self.activation == "silu-after" else x
+
+
+def norm_conv(norm: GroupNorm, conv: nn.Conv2d, x):
+    """conv(norm(x)); on the CPU as one, which spares the memory of what lies between."""
+    if norm.kernel is not None and conv.in_float32:
+        return conv.of_norm(ops.cast(x, ms.float32), norm.weight, norm.bias, norm.kernel.settings)
+    return conv(norm(x))
 
 
 class GELU(nn.Cell):

@@ -23,6 +23,7 @@ from .layers import (
     conv2d,
     linear,
     name_and_initialise,
+    norm_conv,
 )
 
 
@@ -32,11 +33,10 @@ class Block(nn.Cell):
     def __init__(self, dim: int, dim_out: int, groups: int = 8):
         super().__init__()
         self.proj = conv2d(dim, dim_out, 3, padding=1)
-        self.norm = GroupNorm(groups, dim_out)
-        self.act = SiLU()
+        self.norm = GroupNorm(groups, dim_out, activation="silu-after")
 
     def construct(self, x):
-        return self.act(self.norm(self.proj(x)))
+        return self.norm(self.proj(x))
 
 
 class ResnetBlock(nn.Cell):
@@ -66,8 +66,8 @@ class ConvNextBlock(nn.Cell):
         self.net = nn.SequentialCell(
             GroupNorm(1, dim),
             conv2d(dim, dim_out * mult, 3, padding=1),
-            GELU(),
-            GroupNorm(1, dim_out * mult),
+            Identity(),  # the GELU is in the norm; this keeps PyTorch's parameter names
+            GroupNorm(1, dim_out * mult, activation="gelu-before"),
             conv2d(dim_out * mult, dim_out, 3, padding=1),
         )
         self.res_conv = conv2d(dim, dim_out, 1) if dim != dim_out else Identity()
@@ -76,7 +76,8 @@ class ConvNextBlock(nn.Cell):
         h = self.ds_conv(x)
         if self.mlp is not None and time_emb is not None:
             h = h + self.mlp(time_emb).expand_dims(-1).expand_dims(-1)
-        return self.net(h) + self.res_conv(x)
+        h = norm_conv(self.net[0], self.net[1], h)
+        return norm_conv(self.net[3], self.net[4], h) + self.res_conv(x)
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,13 @@
-"""The U-Net of the annotated diffusion model in PyTorch, the reference that the MindSpore tests compare with.
+"""The U-Net of the annotated diffusion model in PyTorch: what the tests compare with, and `benchmark --peer torch` races.
 
 Architecture and state-dict paths are those of Rogge & Rasul, "The Annotated Diffusion Model" (Hugging Face blog, 2022).
+Nothing but those two needs PyTorch.
 """
 
+import copy
 import math
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -136,8 +139,10 @@ class Unet(nn.Module):
         resnet_block_groups=8,
         use_convnext=True,
         convnext_mult=2,
+        patch_size=1,
     ):
         super().__init__()
+        self.patch_size = patch_size
 
         def block(dim_in, dim_out, time_emb_dim=dim * 4 if with_time_emb else None):
             if use_convnext:
@@ -149,7 +154,7 @@ class Unet(nn.Module):
 
         widths = [dim * mult for mult in dim_mults]
         first = init_dim or dim // 3 * 2
-        self.init_conv = nn.Conv2d(channels, first, 7, padding=3)
+        self.init_conv = nn.Conv2d(channels * patch_size**2, first, 7, padding=3)
         self.time_mlp = None
         if with_time_emb:
             self.time_mlp = nn.Sequential(
@@ -171,10 +176,12 @@ class Unet(nn.Module):
             double = nn.ConvTranspose2d(width, width, 4, 2, 1)
             self.ups.append(nn.ModuleList([block(above * 2, width), block(width, width), linear_attention(width), double]))
 
-        self.final_conv = nn.Sequential(block(dim, dim, None), nn.Conv2d(dim, out_dim or channels, 1))
+        self.final_conv = nn.Sequential(block(dim, dim, None), nn.Conv2d(dim, (out_dim or channels) * patch_size**2, 1))
 
     def forward(self, x, t):
         emb = None if self.time_mlp is None else self.time_mlp(t)
+        if self.patch_size > 1:
+            x = F.pixel_unshuffle(x, self.patch_size)
         x = self.init_conv(x)
         skips = []
         for block1, block2, attention, half in self.downs:
@@ -185,4 +192,50 @@ class Unet(nn.Module):
         for block1, block2, attention, double in self.ups:
             x = torch.cat([x, skips.pop()], dim=1)
             x = double(attention(block2(block1(x, emb), emb)))
-        return self.final_conv(x)
+        x = self.final_conv(x)
+        return F.pixel_shuffle(x, self.patch_size) if self.patch_size > 1 else x
+
+
+class Work:
+    """What `benchmark.Work` does, by PyTorch in eager mode: a training step, a forward pass, DDIM sampling."""
+
+    def __init__(self, model: dict, size: int, batch_size: int, device: str = "cpu"):
+        torch.manual_seed(0)
+        self.device = "cuda" if device == "GPU" else "cpu"
+        self.net = Unet(**model).to(self.device)
+        self.ema = copy.deepcopy(self.net)
+        self.optimizer = torch.optim.Adam(self.net.parameters(), lr=1e-3)
+        betas = torch.linspace(1e-4, 0.02, 1000, device=self.device)
+        self.alphas_cumprod = torch.cumprod(1 - betas, 0)
+        shape = (batch_size, model["channels"], size, size)
+        self.x, self.noise = torch.rand(shape, device=self.device) * 2 - 1, torch.randn(shape, device=self.device)
+        self.t = torch.randint(0, len(betas), (batch_size,), device=self.device)
+
+    def step(self):
+        self.optimizer.zero_grad()
+        alpha_bar = self.alphas_cumprod[self.t].view(-1, 1, 1, 1)
+        x_t = alpha_bar.sqrt() * self.x + (1 - alpha_bar).sqrt() * self.noise
+        loss = F.smooth_l1_loss(self.net(x_t, self.t.float()), self.noise)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
+        self.optimizer.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(list(self.ema.parameters()), list(self.net.parameters()), 0.001)
+        return loss.item()
+
+    @torch.no_grad()
+    def forward(self):
+        return self.net(self.x, self.t.float()).cpu()
+
+    @torch.no_grad()
+    def sample(self, steps: int):
+        x = torch.randn_like(self.x)
+        timesteps = np.round(np.linspace(len(self.alphas_cumprod) - 1, 0, steps)).astype(int)
+        for i, t in enumerate(timesteps):
+            alpha_bar = self.alphas_cumprod[t]
+            next_alpha_bar = self.alphas_cumprod[timesteps[i + 1]] if i + 1 < steps else torch.ones_like(alpha_bar)
+            eps = self.net(x, torch.full((len(x),), float(t), device=self.device))
+            x_start = ((x - (1 - alpha_bar).sqrt() * eps) / alpha_bar.sqrt()).clamp(-1, 1)
+            eps = (x - alpha_bar.sqrt() * x_start) / (1 - alpha_bar).sqrt()
+            x = next_alpha_bar.sqrt() * x_start + (1 - next_alpha_bar).sqrt() * eps
+        return x.cpu()

@@ -1,0 +1,387 @@
+"""How fast is it here: python -m ms_diffusion.benchmark --peer torch.
+
+Each network and batch size is built in a process of its own, so that its peak memory is its own, and with `--peer torch`
+in a second one by PyTorch in eager mode. The two are timed in turns, A/B/A/B, and while one works the other sleeps.
+"""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from datetime import date
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from . import cli, runtime
+from .runtime import DEVICES, UserError
+
+PRESET_NAMES = ("quick", "fashion-mnist", "fashion-mnist-resnet")
+WIDEST_SPREAD = 0.2  # of a ratio's rounds around their median, (highest - lowest) / median
+
+
+@dataclass
+class Args:
+    """Time the data pipeline, compilation, the forward pass, the training step and sampling."""
+
+    presets: tuple[Literal[PRESET_NAMES], ...] = ("fashion-mnist", "fashion-mnist-resnet")
+    """Networks: fashion-mnist is the annotated U-Net (dim 28, ConvNeXt), fashion-mnist-resnet has ResnetBlocks."""
+    batch_sizes: tuple[int, ...] = (32, 128)
+    """Images a step."""
+    rounds: int = 5
+    """Turns of each side; the median counts."""
+    sampling_steps: tuple[int, ...] = (10, 50)
+    """DDIM steps for 64 images; none leaves sampling out."""
+    peer: Literal["none", "torch"] = "none"
+    """torch runs PyTorch beside, and prints ratios; it must be installed."""
+    cost: str | None = None
+    """Measure how the cost grows with batch, size and width instead, and draw it in this PNG."""
+    json: str | None = None
+    """Write all figures to this file too."""
+    device: Literal[DEVICES] = "auto"
+    """Where to run; auto is Ascend, then GPU, then CPU."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+class Work:
+    """A training step, a forward pass and DDIM sampling of one network; each call waits for its result."""
+
+    def __init__(self, model: dict, size: int, batch_size: int):
+        from mindspore import Tensor
+
+        from . import diffusion, presets, training
+        from .denoiser import make_denoiser
+
+        config = presets.Config()
+        net, self.diffusion = type(config.model)(**model).build(), config.diffusion.build()
+        self.net, self.ema = net, training.EMA(net)
+        optimizer = training.make_optimizer(net, 1e-3, 100, 10000)
+        rng = np.random.default_rng(0)
+        shape = (batch_size, model["channels"], size, size)
+        self.batch = (
+            Tensor(rng.random(shape, np.float32) * 2 - 1),
+            Tensor(rng.integers(0, self.diffusion.T, batch_size).astype(np.int32)),
+            Tensor(rng.standard_normal(shape, np.float32)),
+        )
+
+        def loss_fn(x_start, t, noise):
+            return self.diffusion.p_losses(net, x_start, t, noise)
+
+        def predict(x, t):
+            return diffusion.predict(net, x, t)
+
+        self.train_step, self.predict = training.make_train_step(loss_fn, optimizer, self.ema), runtime.compiled(predict)
+        self.denoise = make_denoiser(self.diffusion, self.ema.net)
+
+    def step(self):
+        self.net.set_train(True)
+        return float(self.train_step(*self.batch)[0].asnumpy())
+
+    def forward(self):
+        self.net.set_train(False)
+        return self.predict(*self.batch[:2]).asnumpy()
+
+    def sample(self, steps: int):
+        from .samplers import generate, sample_ddim, sampling_timesteps
+
+        shape = self.batch[0].shape
+        timesteps = sampling_timesteps(self.diffusion.T, steps)
+        return generate(sample_ddim, self.denoise, self.diffusion, timesteps, shape[1:], shape[0], batch_size=shape[0])
+
+
+def count_operations(model: dict, size: int) -> int:
+    """Floating-point operations (2 for a multiplication and addition) of one image's forward pass, from the layers' shapes:
+    convolutions, linear layers and the products of attention. A training step takes three times as many."""
+    from mindspore import Tensor, nn
+
+    from .models.attention import Attention, LinearAttention
+    from .models.unet import UnetConfig
+
+    total = 0
+
+    def count(cell, inputs, output):
+        nonlocal total
+        if isinstance(cell, Attention | LinearAttention):
+            pixels, heads = int(np.prod(inputs[0].shape[2:])), cell.heads
+            width = cell.to_qkv.weight.shape[0] // 3  # heads times channels a head
+            total += 4 * pixels * width * (pixels if isinstance(cell, Attention) else width // heads)
+        elif isinstance(cell, nn.Conv2dTranspose):
+            total += 2 * cell.weight.size * int(np.prod(inputs[0].shape[2:]))
+        else:
+            total += 2 * cell.weight.size * int(np.prod(output.shape[2:], dtype=int))
+
+    net = UnetConfig(**model).build()
+    counted = (nn.Conv2d, nn.Conv2dTranspose, nn.Dense, Attention, LinearAttention)
+    for _, cell in net.cells_and_names():
+        if isinstance(cell, counted):
+            cell.register_forward_hook(count)
+    net(Tensor(np.zeros((1, model["channels"], size, size), np.float32)), Tensor(np.zeros(1, np.int32)))
+    return total
+
+
+def matrix_peak(device: str, n: int = 2048) -> float:
+    """Floating-point operations a second of the product of two n x n float32 matrices: the CPU's by numpy."""
+    from mindspore import Tensor, ops
+
+    a = np.random.default_rng(0).random((n, n), np.float32)
+    b = a if device == "CPU" else Tensor(a)
+    seconds = []
+    for _ in range(8):
+        start = time.perf_counter()
+        c = b @ b if device == "CPU" else ops.matmul(b, b).asnumpy()
+        seconds.append(time.perf_counter() - start)
+    assert c.shape == (n, n)
+    return 2 * n**3 / min(seconds)
+
+
+def pipeline_rate(batch_size: int = 64, steps: int = 300) -> float:
+    """Images a second of the training data pipeline."""
+    from .data.pipeline import load_images, make_dataset
+
+    dataset = make_dataset(*load_images("fashion-mnist-mini", None, "train", 28, 1), batch_size, steps, flip=True)
+    rows = dataset.create_tuple_iterator(output_numpy=True, num_epochs=1)
+    next(rows)
+    start = time.perf_counter()
+    count = sum(len(row[0]) for row in rows)
+    return count / (time.perf_counter() - start)
+
+
+def peak_memory() -> float:
+    """MiB: of the device, where it has its own memory, else of this process."""
+    import resource
+
+    if "mindspore" in sys.modules:
+        import mindspore as ms
+
+        if ms.get_context("device_target") != "CPU":
+            return ms.runtime.max_memory_allocated() / 2**20
+    elif sys.modules["torch"].cuda.is_available():
+        return sys.modules["torch"].cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def serve(side: str, device: str, model: str, size: str, batch_size: str) -> None:
+    """The life of a worker process: a line `name argument...` on stdin, its seconds and the peak memory as JSON on stdout."""
+    arguments = (json.loads(model), int(size), int(batch_size))
+    if side == "torch":
+        os.environ.pop("ONEDNN_MAX_CPU_ISA", None)  # which `runtime` sets for MindSpore; it would slow PyTorch
+        from . import torch_peer
+
+        work = torch_peer.Work(*arguments, device=device)
+    else:
+        runtime.set_device(device.lower())
+        work = Work(*arguments)
+    for line in sys.stdin:
+        name, *numbers = line.split()
+        start = time.perf_counter()
+        getattr(work, name)(*map(int, numbers))
+        seconds = time.perf_counter() - start
+        print(json.dumps({"seconds": seconds, "memory": peak_memory()}), flush=True)
+
+
+class Worker:
+    """A process that times the calls of `Work`, of MindSpore or PyTorch."""
+
+    def __init__(self, side: str, device: str, model: dict, size: int, batch_size: int):
+        # os.environ, as it was before MindSpore set OMP_NUM_THREADS to 1 behind it, which would hold PyTorch to one core
+        environment = {key: value for key, value in os.environ.items() if side != "torch" or key != "ONEDNN_MAX_CPU_ISA"}
+        command = [sys.executable, "-m", "ms_diffusion.benchmark", "serve", side, device]
+        command += [json.dumps(model), str(size), str(batch_size)]
+        self.process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
+            cwd=Path(__file__).parents[1],
+        )
+        self.memory = 0.0
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.stdin.close()
+        self.process.wait()
+
+    def time(self, *call) -> float:
+        """Seconds of one call."""
+        print(*call, file=self.process.stdin, flush=True)
+        for line in self.process.stdout:
+            if line.startswith('{"seconds"'):
+                answer = json.loads(line)
+                self.memory = answer["memory"]
+                return answer["seconds"]
+        raise UserError(f"{' '.join(map(str, call))} failed, see above: the batch may be too large for the memory")
+
+
+def alternate(workers: dict, rounds: int, *call) -> dict:
+    """Seconds of `call` for each worker, in turns, after one turn that does not count: {side: [seconds, ...]}."""
+    for worker in workers.values():
+        worker.time(*call)
+    times = {side: [] for side in workers}
+    for _ in range(rounds):
+        for side, worker in workers.items():
+            worker.time(*call)  # wakes this side's threads and caches
+            times[side].append(min(worker.time(*call) for _ in range(2)))
+    return times
+
+
+def ratio(times: dict) -> tuple[float, float] | None:
+    """(PyTorch's time / ours, spread of the rounds), None without a peer."""
+    if "torch" not in times:
+        return None
+    ratios = np.divide(times["torch"], times["mindspore"])
+    return float(np.median(ratios)), float(np.ptp(ratios) / np.median(ratios))
+
+
+def verdict(pair) -> str:
+    if pair is None:
+        return ""
+    value, spread = pair
+    if spread > WIDEST_SPREAD:
+        return f"no verdict: the rounds' ratios spread by {spread:.0%}; run it on a quiet machine"
+    return f"{value:.2f}x PyTorch's speed (spread {spread:.0%})"
+
+
+def measure(args: Args, device: str) -> list[dict]:
+    """All figures of each preset and batch size, printed as they come."""
+    from .presets import PRESETS
+
+    peak = matrix_peak(device)
+    print(f"matrix product: {peak / 1e9:.0f} GFLOP/s; data pipeline: {pipeline_rate():,.0f} images/s")
+    records = []
+    for preset in args.presets:
+        model, size = asdict(PRESETS[preset].model), PRESETS[preset].data.size
+        operations = count_operations(model, size)
+        print(f"\n{preset}: {operations / 1e6:.0f} million floating-point operations an image, forward")
+        for batch_size in args.batch_sizes:
+            records.append(measure_one(args, device, preset, model, size, batch_size, operations, peak))
+    return records
+
+
+def measure_one(args: Args, device, preset, model, size, batch_size, operations, peak) -> dict:
+    record = {"preset": preset, "batch_size": batch_size, "operations": operations, "matrix_peak": peak}
+    sides = ["mindspore", "torch"] if args.peer == "torch" else ["mindspore"]
+    workers = {side: Worker(side, device, model, size, batch_size) for side in sides}
+    try:
+        first = {side: worker.time("step") for side, worker in workers.items()}
+        record["first_step"] = first
+        print(f"  batch {batch_size}: first step, compiled: {first['mindspore']:.1f} s")
+        for name, share in (("step", 3), ("forward", 1)):
+            times = alternate(workers, args.rounds, name)
+            record[name] = {"seconds": times, "ratio": ratio(times)}
+            ours = float(np.median(times["mindspore"]))
+            rate = share * operations * batch_size / ours
+            print(
+                f"    {name:8} {ours * 1e3:8.1f} ms {batch_size / ours:8.0f} images/s  {rate / peak:4.0%} of the matrix "
+                f"product's rate  {verdict(record[name]['ratio'])}"
+            )
+        record["memory"] = {side: worker.memory for side, worker in workers.items()}
+        print("    memory   " + ", ".join(f"{side} {memory:.0f} MiB" for side, memory in record["memory"].items()))
+    finally:
+        for worker in workers.values():
+            worker.__exit__()
+    if args.sampling_steps and batch_size == args.batch_sizes[0]:
+        workers = {side: Worker(side, device, model, size, 64) for side in sides}
+        try:
+            for steps in args.sampling_steps:
+                times = alternate(workers, max(args.rounds // 2, 1), "sample", steps)
+                record[f"ddim-{steps}"] = {"seconds": times, "ratio": ratio(times)}
+                ours = float(np.median(times["mindspore"]))
+                print(
+                    f"    DDIM-{steps}, 64 images: {ours:.2f} s, {64 / ours:.1f} images/s  "
+                    f"{verdict(record[f'ddim-{steps}']['ratio'])}"
+                )
+        finally:
+            for worker in workers.values():
+                worker.__exit__()
+    return record
+
+
+# How the cost grows: each from (batch 16, size 32, dim 32)
+SWEEPS = {"batch_size": (1, 4, 16, 64, 256), "size": (16, 32, 48, 64), "dim": (16, 32, 48, 64)}
+
+
+def measure_cost(args: Args, device: str) -> list[dict]:
+    """Seconds and memory of the annotated U-Net's step and forward pass over batch, size and width, as a table."""
+    from .presets import PRESETS
+
+    records = []
+    print("varied     value   step ms   forward ms   memory MiB")
+    for varied, values in SWEEPS.items():
+        for value in values:
+            setting = {"batch_size": 16, "size": 32, "dim": 32, varied: value}
+            model = asdict(replace(PRESETS["fashion-mnist"].model, dim=setting["dim"]))
+            with Worker("mindspore", device, model, setting["size"], setting["batch_size"]) as worker:
+                times = {
+                    name: float(np.median(alternate({"mindspore": worker}, args.rounds, name)["mindspore"]))
+                    for name in ("step", "forward")
+                }
+            records.append({"varied": varied, **setting, **times, "memory": worker.memory})
+            print(f"{varied:10} {value:5} {times['step'] * 1e3:9.1f} {times['forward'] * 1e3:12.1f} {worker.memory:12.0f}")
+    return records
+
+
+def draw_cost(records: list[dict], path: Path) -> None:
+    """One panel for each sweep: milliseconds over what was varied, on logarithmic axes."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 3.5), layout="constrained")
+    for axes, varied in zip(figure.subplots(1, 3, sharey=True), SWEEPS, strict=True):
+        rows = [r for r in records if r["varied"] == varied]
+        for name in ("step", "forward"):
+            axes.loglog([r[varied] for r in rows], [r[name] * 1e3 for r in rows], "o-", label=name)
+        axes.set_xticks([r[varied] for r in rows], [str(r[varied]) for r in rows])
+        axes.minorticks_off()
+        axes.set_xlabel(varied.replace("_", " "))
+        axes.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("ms")
+    figure.axes[0].legend()
+    figure.savefig(path, dpi=100)
+
+
+def main() -> None:
+    args = cli.parse(Args)
+    if args.rounds < 1 or min(args.batch_sizes, default=0) < 1 or min(args.sampling_steps, default=1) < 1:
+        raise UserError("--rounds, --batch-sizes and --sampling-steps must be at least 1")
+    if args.peer == "torch":
+        try:
+            import torch  # noqa: F401
+        except ImportError:
+            raise UserError("--peer torch needs PyTorch: pip install torch==2.13.0, or leave --peer out") from None
+    for path in filter(None, (args.json, args.cost)):
+        if not Path(path).absolute().parent.is_dir():
+            raise UserError(f"there is no folder for {path}: make it, or choose another path")
+    device = runtime.set_device(args.device)
+    import mindspore as ms
+
+    machine = {"date": str(date.today()), "cpu": cpu_name(), "cores": len(os.sched_getaffinity(0)), "device": device}
+    machine |= {"mindspore": ms.__version__, "python": platform.python_version()}
+    print(", ".join(f"{key} {value}" for key, value in machine.items()))
+    records = measure_cost(args, device) if args.cost else measure(args, device)
+    if args.cost:
+        draw_cost(records, Path(args.cost))
+    if args.json:
+        Path(args.json).write_text(json.dumps({"machine": machine, "records": records}, indent=1))
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["serve"]:
+        serve(*sys.argv[2:])
+    else:
+        runtime.run_program(main)
