@@ -166,7 +166,7 @@ def peak_memory() -> float:
 
 
 def serve(side: str, device: str, model: str, size: str, batch_size: str) -> None:
-    """The life of a worker process: a line `name argument...` on stdin, its seconds and the peak memory as JSON on stdout."""
+    """The life of a worker process: a line `name argument...` on stdin, seconds and peak memory as JSON on stdout."""
     arguments = (json.loads(model), int(size), int(batch_size))
     if side == "torch":
         os.environ.pop("ONEDNN_MAX_CPU_ISA", None)  # which `runtime` sets for MindSpore; it would slow PyTorch
@@ -275,6 +275,8 @@ def measure_one(args: Args, device, preset, model, size, batch_size, operations,
         print(f"  batch {batch_size}: first step, compiled: {first['mindspore']:.1f} s")
         for name, share in (("step", 3), ("forward", 1)):
             times = alternate(workers, args.rounds, name)
+            if name == "step":
+                record["memory"] = {side: worker.memory for side, worker in workers.items()}
             record[name] = {"seconds": times, "ratio": ratio(times)}
             ours = float(np.median(times["mindspore"]))
             rate = share * operations * batch_size / ours
@@ -282,7 +284,6 @@ def measure_one(args: Args, device, preset, model, size, batch_size, operations,
                 f"    {name:8} {ours * 1e3:8.1f} ms {batch_size / ours:8.0f} images/s  {rate / peak:4.0%} of the matrix "
                 f"product's rate  {verdict(record[name]['ratio'])}"
             )
-        record["memory"] = {side: worker.memory for side, worker in workers.items()}
         print("    memory   " + ", ".join(f"{side} {memory:.0f} MiB" for side, memory in record["memory"].items()))
     finally:
         for worker in workers.values():

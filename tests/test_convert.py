@@ -44,6 +44,7 @@ def test_safetensors_round_trip_without_torch(tmp_path, without_torch):
 def test_pytorch_loads_what_we_write(tmp_path):
     torch = pytest.importorskip("torch")
     from safetensors.torch import load_file
+
     from ms_diffusion.torch_peer import Unet as Twin
 
     net, twin = small_unet(), Twin(8, dim_mults=(1, 2))

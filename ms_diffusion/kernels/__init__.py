@@ -6,7 +6,6 @@ MS_DIFFUSION_KERNELS=off, `available()` is False and the layers use MindSpore's 
 knows of this package.
 """
 
-import ctypes
 import functools
 import hashlib
 import os
@@ -20,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 import mindspore as ms
-from mindspore import Parameter, Tensor, nn, ops
+from mindspore import Tensor, nn, ops
 
 SOURCE = Path(__file__).with_name("kernels.cc")
 FLAGS = [
@@ -117,9 +116,8 @@ class Convolution(nn.Cell):
             return [x[0], w[0], *[(x[i] + 2 * padding - w[2]) // stride + 1 for i in (2, 3)]]
 
         self.forward = Operator(name, shape, lambda x, w, b, s: x)
-        self.gradient = Operator(
-            f"{name}_gradient", lambda dy, x, w, s: (x, w, [w[1] if transposed else w[0]]), lambda dy, x, w, s: (x, w, w)
-        )
+        out = 1 if transposed else 0  # the axis of the weight that holds the outputs
+        self.gradient = Operator(f"{name}_gradient", lambda dy, x, w, s: (x, w, [w[out]]), lambda dy, x, w, s: (x, w, w))
 
     def construct(self, x, weight, bias):
         return self.forward(x, weight, bias, self.settings)
@@ -233,7 +231,7 @@ class LinearAttention(nn.Cell):
 
 
 def adam(optimizer: nn.Adam, clip_norm: float, ema=None):
-    """update(gradients) -> their norm (): clips it at `clip_norm`, then does `nn.Adam`'s step and moves the `EMA`'s averages.
+    """update(gradients) -> their norm (): clip it at `clip_norm`, then `nn.Adam`'s step, then the `EMA`'s.
 
     One operator for what takes MindSpore ten for each parameter. It changes its inputs in place, which the graph need not
     know: whatever reads the old parameters feeds the gradients.
