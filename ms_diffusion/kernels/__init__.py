@@ -116,6 +116,8 @@ class Convolution(nn.Cell):
             return [x[0], w[0], *[(x[i] + 2 * padding - w[2]) // stride + 1 for i in (2, 3)]]
 
         self.forward = Operator(name, shape, lambda x, w, b, s: x)
+        # PyNative would take the shape that it found for an equal operator on equal inputs (MindSpore 2.10)
+        self.forward.add_prim_attr("settings", f"{stride} {padding} {groups}")
         out = 1 if transposed else 0  # the axis of the weight that holds the outputs
         self.gradient = Operator(f"{name}_gradient", lambda dy, x, w, s: (x, w, [w[out]]), lambda dy, x, w, s: (x, w, w))
 
@@ -138,6 +140,7 @@ class NormConvolution(nn.Cell):
             return [x[0], w[0], *[(x[i] + 2 * padding - w[2]) // stride + 1 for i in (2, 3)]]
 
         self.forward = Operator("norm_conv", shape, lambda x, g, h, n, w, b, s: x)
+        self.forward.add_prim_attr("settings", f"{stride} {padding} {groups}")
         self.gradient = Operator(
             "norm_conv_gradient",
             lambda dy, x, g, h, n, w, s: (x, g, h, w, w[:1]),
