@@ -221,14 +221,13 @@ class Worker:
 
 
 def alternate(workers: dict, rounds: int, *call) -> dict:
-    """Seconds of `call` for each worker, in turns, after one turn that does not count: {side: [seconds, ...]}."""
-    for worker in workers.values():
-        worker.time(*call)
+    """Seconds of `call` for each worker, in turns, after one that does not count: {side: [seconds, ...]}. A turn is the best
+    of three, for the first wakes sleeping threads and caches; a long call needs no waking."""
+    tries = {side: 3 if worker.time(*call) < 2 else 1 for side, worker in workers.items()}
     times = {side: [] for side in workers}
     for _ in range(rounds):
         for side, worker in workers.items():
-            worker.time(*call)  # wakes this side's threads and caches
-            times[side].append(min(worker.time(*call) for _ in range(2)))
+            times[side].append(min(worker.time(*call) for _ in range(tries[side])))
     return times
 
 

@@ -252,7 +252,7 @@ def test_float16_is_refused_and_left_to_mindspore(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)  # where a failing graph leaves rank_0/
     core, x = kernels.LinearAttention(1), draw(1, 15, 5, 7)
     for run in (core, ms.jit(core)):
-        with pytest.raises(RuntimeError, match="is 1"):
+        with pytest.raises(TypeError, match="takes float32"):
             run(Tensor(x, ms.float16)).asnumpy()
 
     def build():
@@ -264,6 +264,31 @@ def test_float16_is_refused_and_left_to_mindspore(monkeypatch, tmp_path):
     np.testing.assert_equal(answers(ours, x), answers(theirs, x))
     layers.set_compute_type(ours, ms.float32)
     np.testing.assert_equal(answers(ours, x), answers(drawn(build()), x))
+
+
+MISFITS = {
+    "channels": (lambda: layers.conv2d(3, 2, 3), (1, 5, 8, 8), "3 channels"),
+    "transposed": (lambda: layers.Upsample(3), (1, 5, 3, 8), "3 channels"),
+    "kernel": (lambda: layers.conv2d(3, 2, 5), (1, 3, 4, 8), "does not fit"),
+    "axes": (lambda: layers.conv2d(3, 2, 3), (3, 8, 8), "shape"),
+    "norm": (lambda: layers.GroupNorm(1, 4), (1, 5, 3, 8), "4 channels"),
+    "norm, axes": (lambda: layers.GroupNorm(1, 4), (1, 4, 8), "shape"),
+    "heads": (lambda: kernels.LinearAttention(4), (1, 30, 4, 4), "4 heads"),
+}
+
+
+@pytest.mark.parametrize("name", MISFITS)
+def test_shapes_that_do_not_fit_are_refused(name, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    build, shape, message = MISFITS[name]
+    with pytest.raises(ValueError, match=message):
+        build()(Tensor(draw(*shape))).asnumpy()
+
+
+def test_an_empty_batch():
+    for build, _, shape in CASES.values():
+        y = build()(Tensor(np.zeros((0, *shape[1:]), np.float32)))
+        assert len(y) == 0 and y.shape[1:] == build()(Tensor(draw(*shape))).shape[1:]
 
 
 # Training

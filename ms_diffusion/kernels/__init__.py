@@ -2,8 +2,8 @@
 
 `kernels.cc` is compiled on first use with the machine's C++ compiler ($CXX, c++, g++ or clang++) and kept in
 ~/.cache/ms_diffusion/kernels, one library for each source, CPU and MindSpore version. Without a compiler, or with
-MS_DIFFUSION_KERNELS=off, `available()` is False and the layers use MindSpore's operators. `models/layers.py` alone
-knows of this package.
+MS_DIFFUSION_KERNELS=off, `available()` is False and the layers use MindSpore's operators. `models/layers.py`,
+`models/attention.py` and `training.py` choose; nothing else knows of this package.
 """
 
 import functools
@@ -93,13 +93,50 @@ def available() -> bool:
 
 
 class Operator(ops.Custom):
-    """An operator of the library; `out_shape` and `out_dtype` (the former's by default) take the inputs'."""
+    """An operator of the library; `out_shape` and `out_dtype` (the former's by default) take the inputs'.
+
+    The library trusts what it is given, so shapes and types are checked here.
+    """
 
     def __init__(self, name: str, out_shape, out_dtype=None):
-        super().__init__(f"{library()}:{name}", out_shape, out_dtype or out_shape, "aot")
+        def checked(*types):
+            if "float32" not in repr(types[0]).lower():
+                raise TypeError(f"the CPU kernel {name} takes float32, not {types[0]}")
+            return (out_dtype or out_shape)(*types)
+
+        super().__init__(f"{library()}:{name}", out_shape, checked, "aot")
 
     def __deepcopy__(self, memo):  # ops.Custom's own fails (MindSpore 2.10); an operator has no state
         return self
+
+
+def output_shape(x, weight, stride: int, padding: int, groups: int = 1, transposed: bool = False):
+    """Of a convolution of x (B, C, H, W), all as lists.
+
+    Raises:
+        ValueError: the channels do not fit or the kernel is larger than the padded input.
+    """
+    out, channels = (weight[1], weight[0]) if transposed else (weight[0], weight[1] * groups)
+    if len(x) != 4 or x[1] != channels:
+        raise ValueError(f"a convolution of {channels} channels cannot take an input of shape {tuple(x)}: (B, C, H, W)")
+    if transposed:
+        size = [(n - 1) * stride - 2 * padding + weight[2] for n in x[2:]]
+    else:
+        size = [(n + 2 * padding - weight[2]) // stride + 1 for n in x[2:]]
+    if min(size) < 1:
+        raise ValueError(f"a kernel of {weight[2]} with padding {padding} does not fit an input of shape {tuple(x)}")
+    return [x[0], out, *size]
+
+
+def norm_shape(x, weight, *_):
+    """Of a GroupNorm of x (B, C, H, W).
+
+    Raises:
+        ValueError: the channels do not fit.
+    """
+    if len(x) != 4 or x[1] != weight[0]:
+        raise ValueError(f"a GroupNorm of {weight[0]} channels cannot take an input of shape {tuple(x)}: (B, C, H, W)")
+    return x
 
 
 class Convolution(nn.Cell):
@@ -111,9 +148,7 @@ class Convolution(nn.Cell):
         name = "conv_transpose" if transposed else "conv"
 
         def shape(x, w, b, settings):
-            if transposed:
-                return [x[0], w[1], *[(x[i] - 1) * stride - 2 * padding + w[2] for i in (2, 3)]]
-            return [x[0], w[0], *[(x[i] + 2 * padding - w[2]) // stride + 1 for i in (2, 3)]]
+            return output_shape(x, w, stride, padding, groups, transposed)
 
         self.forward = Operator(name, shape, lambda x, w, b, s: x)
         # PyNative would take the shape that it found for an equal operator on equal inputs (MindSpore 2.10)
@@ -137,7 +172,7 @@ class NormConvolution(nn.Cell):
         self.settings = Tensor([stride, padding, groups], ms.int32)
 
         def shape(x, g, h, n, w, b, settings):
-            return [x[0], w[0], *[(x[i] + 2 * padding - w[2]) // stride + 1 for i in (2, 3)]]
+            return output_shape(norm_shape(x, g), w, stride, padding, groups)
 
         self.forward = Operator("norm_conv", shape, lambda x, g, h, n, w, b, s: x)
         self.forward.add_prim_attr("settings", f"{stride} {padding} {groups}")
@@ -165,15 +200,14 @@ class Conv2d(nn.Conv2d):
         if not has_bias:
             self.zeros = Tensor(np.zeros(c_out, np.float32))
 
-    def construct(self, x):
+    def construct(self, x, norm_weight=None, norm_bias=None, norm_settings=None):
+        """The convolution of x, or of GroupNorm(x)."""
         if not self.in_float32:
             return super().construct(x)
-        return self.convolution(x, self.weight, self.bias if self.has_bias else self.zeros)
-
-    def of_norm(self, x, norm_weight, norm_bias, norm_settings):
-        """The convolution of GroupNorm(x)."""
         bias = self.bias if self.has_bias else self.zeros
-        return self.norm_convolution(x, norm_weight, norm_bias, norm_settings, self.weight, bias)
+        if norm_weight is not None:
+            return self.norm_convolution(x, norm_weight, norm_bias, norm_settings, self.weight, bias)
+        return self.convolution(x, self.weight, bias)
 
 
 class Conv2dTranspose(nn.Conv2dTranspose):
@@ -192,7 +226,7 @@ class GroupNorm(nn.Cell):
         super().__init__()
         kinds = {None: 0, "gelu-before": 1, "silu-after": 2}
         self.settings = Tensor(np.array([groups, eps, kinds[activation]], np.float32))
-        self.forward = Operator("group_norm", lambda x, w, b, s: x)
+        self.forward = Operator("group_norm", norm_shape, lambda x, w, b, s: x)
         self.gradient = Operator("group_norm_gradient", lambda dy, x, w, b, s: (x, w, b))
 
     def construct(self, x, weight, bias):
@@ -223,7 +257,13 @@ class LinearAttention(nn.Cell):
     def __init__(self, heads: int):
         super().__init__()
         self.settings = Tensor([heads], ms.int32)
-        self.forward = Operator("linear_attention", lambda x, s: [x[0], x[1] // 3, x[2], x[3]], lambda x, s: x)
+
+        def shape(x, settings):
+            if len(x) != 4 or x[1] % (3 * heads):
+                raise ValueError(f"{heads} heads cannot share an input of shape {tuple(x)}: (B, 3 heads d, H, W)")
+            return [x[0], x[1] // 3, x[2], x[3]]
+
+        self.forward = Operator("linear_attention", shape, lambda x, s: x)
         self.gradient = Operator("linear_attention_gradient", lambda dy, x, s: x)
 
     def construct(self, qkv):

@@ -205,6 +205,7 @@ struct Pass {
 
 void run_passes(const std::vector<Pass>& passes, Planes planes, long plane_channels, const float* x, long x_image, long n,
                 long o, long oh, long ow, const float* bias, float* y, long y_image) {
+  if (n == 0) return;
   const long blocks = (o + MAX_M - 1) / MAX_M, m = (o + blocks - 1) / blocks;
   const long threads = pool().size(), parts = std::min(blocks, n < threads ? (threads + n - 1) / n : 1);
   planes.stack(plane_channels, std::max(1L, n / threads));
@@ -457,8 +458,8 @@ void depthwise_weight_gradient(const Shape& z, long channels, const float* x, co
 
 // Elementwise functions, written so that loops over them become vector instructions.
 
-inline float exponential(float x) {  // 2 units in the last place
-  x = x < -87.f ? -87.f : x > 88.f ? 88.f : x;
+inline float exponential(float y) {  // 2 units in the last place; beyond -87 and 88, 0 and infinity
+  const float x = y < -87.f ? -87.f : y > 88.f ? 88.f : y;
   const float n = std::floor(x * 1.44269504f + 0.5f), r = x - n * 0.693359375f + n * 2.12194440e-4f;
   float p = 1.9875691500e-4f;
   p = p * r + 1.3981999507e-3f;
@@ -469,7 +470,8 @@ inline float exponential(float x) {  // 2 units in the last place
   const int32_t bits = (static_cast<int32_t>(n) + 127) << 23;
   float power;
   std::memcpy(&power, &bits, 4);
-  return (p * r * r + r + 1.f) * power;
+  p = (p * r * r + r + 1.f) * power;
+  return y < -87.f ? 0.f : y > 88.f ? INFINITY : p;
 }
 
 inline float normal_cdf(float x) {  // by a rational function for erf (as in Eigen), beyond 4 the limit

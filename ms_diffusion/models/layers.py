@@ -69,7 +69,7 @@ class GroupNorm(nn.Cell):
 def norm_conv(norm: GroupNorm, conv: nn.Conv2d, x):
     """conv(norm(x)); on the CPU as one, which spares the memory of what lies between."""
     if norm.kernel is not None and conv.in_float32:
-        return conv.of_norm(ops.cast(x, ms.float32), norm.weight, norm.bias, norm.kernel.settings)
+        return conv(ops.cast(x, ms.float32), norm.weight, norm.bias, norm.kernel.settings)
     return conv(norm(x))
 
 
