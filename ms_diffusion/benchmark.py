@@ -21,7 +21,7 @@ from . import cli, runtime
 from .runtime import DEVICES, UserError
 
 PRESET_NAMES = ("quick", "fashion-mnist", "fashion-mnist-resnet")
-WIDEST_SPREAD = 0.2  # of a ratio's rounds around their median, (highest - lowest) / median
+WIDEST_SPREAD = 0.2  # of a ratio's rounds: between their quartiles, over their median
 
 
 @dataclass
@@ -236,7 +236,8 @@ def ratio(times: dict) -> tuple[float, float] | None:
     if "torch" not in times:
         return None
     ratios = np.divide(times["torch"], times["mindspore"])
-    return float(np.median(ratios)), float(np.ptp(ratios) / np.median(ratios))
+    low, median, high = np.percentile(ratios, (25, 50, 75))
+    return float(median), float((high - low) / median)
 
 
 def verdict(pair) -> str:
@@ -291,7 +292,7 @@ def measure_one(args: Args, device, preset, model, size, batch_size, operations,
         workers = {side: Worker(side, device, model, size, 64) for side in sides}
         try:
             for steps in args.sampling_steps:
-                times = alternate(workers, max(args.rounds // 2, 1), "sample", steps)
+                times = alternate(workers, min(args.rounds, 3), "sample", steps)
                 record[f"ddim-{steps}"] = {"seconds": times, "ratio": ratio(times)}
                 ours = float(np.median(times["mindspore"]))
                 print(
