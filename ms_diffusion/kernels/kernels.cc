@@ -110,8 +110,8 @@ float* scratch(int use, long floats) {
   return block.data();
 }
 
-// Convolution. Every kind becomes out[o, q] = bias[o] + sum_k weight[o, k] * planes[offset[k] + q] over padded planes, where q
-// runs over whole rows of the plane, padding included: one multiplication of matrices whose rows are shifted views.
+// Convolution. Every kind becomes out[o, q] = bias[o] + sum_k weight[o, k] * planes[offset[k] + q] over padded planes, where
+// q runs over whole rows of the plane, padding included: one multiplication of matrices whose rows are shifted views.
 
 struct Shape {
   long n, c, h, w, o, oh, ow, k, s, p;  // of one group; a transposed convolution is the gradient of the one described
@@ -186,8 +186,9 @@ constexpr int NV = 3, MAX_M = REGISTERS / NV;
 template <int M>
 void tiles(const float* planes, const std::vector<int>& offset, const float* weight, float* out, long pitch, long length) {
   long q = 0;
-  for (; q + (NV - 1) * L < length; q += NV * L) tile<M, NV>(planes + q, offset.data(), offset.size(), weight, out + q, pitch);
-  for (; q < length; q += L) tile<M, 1>(planes + q, offset.data(), offset.size(), weight, out + q, pitch);
+  const long k = offset.size();
+  for (; q + (NV - 1) * L < length; q += NV * L) tile<M, NV>(planes + q, offset.data(), k, weight, out + q, pitch);
+  for (; q < length; q += L) tile<M, 1>(planes + q, offset.data(), k, weight, out + q, pitch);
 }
 using Tiles = void (*)(const float*, const std::vector<int>&, const float*, float*, long, long);
 template <int... M>
@@ -272,7 +273,8 @@ void convolve(const Shape& z, const float* x, const float* w, const float* bias,
   Planes planes = input_planes(z);
   planes.stack(z.c, std::max(1L, z.n / pool().size()));
   const long taps = z.c * z.k * z.k;
-  Pass pass{input_offsets(z, planes), pack(z.o, taps, [&](long o, long k) { return w[o * taps + k]; }), 0, z.oh, z.ow, 0, 0, 1};
+  auto packed = pack(z.o, taps, [&](long o, long k) { return w[o * taps + k]; });
+  const Pass pass{input_offsets(z, planes), std::move(packed), 0, z.oh, z.ow, 0, 0, 1};
   run_passes({pass}, planes, z.c, x, z.x_image, z.n, z.o, z.oh, z.ow, bias, y, z.y_image);
 }
 
@@ -366,9 +368,13 @@ void weight_gradient(const Shape& z, const float* x, const float* dy, float* dw)
             for (long m = channels; m < width; ++m) to[m] = 0;
           }
         }
-        const auto f = width == 4 * L ? weight_tile<M, 4> : width == 3 * L ? weight_tile<M, 3> : width == 2 * L ? weight_tile<M, 2> : weight_tile<M, 1>;
+        const auto f = width == 4 * L   ? weight_tile<M, 4>
+                       : width == 3 * L ? weight_tile<M, 3>
+                       : width == 2 * L ? weight_tile<M, 2>
+                                        : weight_tile<M, 1>;
+        const long plane_image = planes.rows * planes.pitch;
         for (long k = 0; k < padded; k += M)
-          f(buffer, &offset[k], y, width, count, z.oh, z.ow, planes.rows * planes.pitch, planes.pitch, &sums[t][k * o + j], o);
+          f(buffer, &offset[k], y, width, count, z.oh, z.ow, plane_image, planes.pitch, &sums[t][k * o + j], o);
       }
     }
   });
