@@ -4,6 +4,7 @@ Each network and batch size is built in a process of its own, so that its peak m
 in a second one by PyTorch in eager mode. The two are timed in turns, A/B/A/B, and while one works the other sleeps.
 """
 
+import contextlib
 import json
 import os
 import platform
@@ -20,6 +21,7 @@ import numpy as np
 from . import cli, runtime
 from .runtime import DEVICES, UserError
 
+# Not read from PRESETS, which would load MindSpore into PyTorch's process too
 PRESET_NAMES = ("quick", "fashion-mnist", "fashion-mnist-resnet")
 WIDEST_SPREAD = 0.2  # of a ratio's rounds: between their quartiles, over their median
 
@@ -54,12 +56,12 @@ class Work:
     def __init__(self, model: dict, size: int, batch_size: int):
         from mindspore import Tensor
 
-        from . import diffusion, presets, training
+        from . import diffusion, training
         from .denoiser import make_denoiser
+        from .models.unet import UnetConfig
 
-        config = presets.Config()
-        net, self.diffusion = type(config.model)(**model).build(), config.diffusion.build()
-        self.net, self.ema = net, training.EMA(net)
+        net, self.diffusion = UnetConfig(**model).build(), diffusion.DiffusionConfig().build()
+        self.net, ema = net, training.EMA(net)
         optimizer = training.make_optimizer(net, 1e-3, 100, 10000)
         rng = np.random.default_rng(0)
         shape = (batch_size, model["channels"], size, size)
@@ -75,8 +77,8 @@ class Work:
         def predict(x, t):
             return diffusion.predict(net, x, t)
 
-        self.train_step, self.predict = training.make_train_step(loss_fn, optimizer, self.ema), runtime.compiled(predict)
-        self.denoise = make_denoiser(self.diffusion, self.ema.net)
+        self.train_step, self.predict = training.make_train_step(loss_fn, optimizer, ema), runtime.compiled(predict)
+        self.denoise = make_denoiser(self.diffusion, ema.net)
 
     def step(self):
         self.net.set_train(True)
@@ -188,8 +190,6 @@ class Worker:
     """A process that times the calls of `Work`, of MindSpore or PyTorch."""
 
     def __init__(self, side: str, device: str, model: dict, size: int, batch_size: int):
-        # os.environ, as it was before MindSpore set OMP_NUM_THREADS to 1 behind it, which would hold PyTorch to one core
-        environment = {key: value for key, value in os.environ.items() if side != "torch" or key != "ONEDNN_MAX_CPU_ISA"}
         command = [sys.executable, "-m", "ms_diffusion.benchmark", "serve", side, device]
         command += [json.dumps(model), str(size), str(batch_size)]
         self.process = subprocess.Popen(
@@ -197,7 +197,7 @@ class Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=environment,
+            env=dict(os.environ),  # without the OMP_NUM_THREADS=1 of MindSpore's C++, which would hold PyTorch to one core
             cwd=Path(__file__).parents[1],
         )
         self.memory = 0.0
@@ -218,6 +218,14 @@ class Worker:
                 self.memory = answer["memory"]
                 return answer["seconds"]
         raise UserError(f"{' '.join(map(str, call))} failed, see above: the batch may be too large for the memory")
+
+
+@contextlib.contextmanager
+def start_workers(peer: str, *arguments):
+    """{side: Worker}, ours and the peer's if there is one, ended with the block."""
+    with contextlib.ExitStack() as stack:
+        sides = ["mindspore"] if peer == "none" else ["mindspore", peer]
+        yield {side: stack.enter_context(Worker(side, *arguments)) for side in sides}
 
 
 def alternate(workers: dict, rounds: int, *call) -> dict:
@@ -267,41 +275,31 @@ def measure(args: Args, device: str) -> list[dict]:
 
 def measure_one(args: Args, device, preset, model, size, batch_size, operations, peak) -> dict:
     record = {"preset": preset, "batch_size": batch_size, "operations": operations, "matrix_peak": peak}
-    sides = ["mindspore", "torch"] if args.peer == "torch" else ["mindspore"]
-    workers = {side: Worker(side, device, model, size, batch_size) for side in sides}
-    try:
-        first = {side: worker.time("step") for side, worker in workers.items()}
-        record["first_step"] = first
-        print(f"  batch {batch_size}: first step, compiled: {first['mindspore']:.1f} s")
+
+    def timed(workers, rounds, key, *call) -> tuple[float, str]:
+        """Record the rounds of a call; our median seconds and the verdict."""
+        times = alternate(workers, rounds, *call)
+        record[key] = {"seconds": times, "ratio": ratio(times)}
+        return float(np.median(times["mindspore"])), verdict(record[key]["ratio"])
+
+    with start_workers(args.peer, device, model, size, batch_size) as workers:
+        record["first_step"] = {side: worker.time("step") for side, worker in workers.items()}
+        print(f"  batch {batch_size}: first step, compiled: {record['first_step']['mindspore']:.1f} s")
         for name, share in (("step", 3), ("forward", 1)):
-            times = alternate(workers, args.rounds, name)
+            seconds, judged = timed(workers, args.rounds, name, name)
             if name == "step":
                 record["memory"] = {side: worker.memory for side, worker in workers.items()}
-            record[name] = {"seconds": times, "ratio": ratio(times)}
-            ours = float(np.median(times["mindspore"]))
-            rate = share * operations * batch_size / ours
+            rate = share * operations * batch_size / seconds
             print(
-                f"    {name:8} {ours * 1e3:8.1f} ms {batch_size / ours:8.0f} images/s  {rate / peak:4.0%} of the matrix "
-                f"product's rate  {verdict(record[name]['ratio'])}"
+                f"    {name:8} {seconds * 1e3:8.1f} ms {batch_size / seconds:8.0f} images/s  {rate / peak:4.0%} of the "
+                f"matrix product's rate  {judged}"
             )
         print("    memory   " + ", ".join(f"{side} {memory:.0f} MiB" for side, memory in record["memory"].items()))
-    finally:
-        for worker in workers.values():
-            worker.__exit__()
     if args.sampling_steps and batch_size == args.batch_sizes[0]:
-        workers = {side: Worker(side, device, model, size, 64) for side in sides}
-        try:
+        with start_workers(args.peer, device, model, size, 64) as workers:
             for steps in args.sampling_steps:
-                times = alternate(workers, min(args.rounds, 3), "sample", steps)
-                record[f"ddim-{steps}"] = {"seconds": times, "ratio": ratio(times)}
-                ours = float(np.median(times["mindspore"]))
-                print(
-                    f"    DDIM-{steps}, 64 images: {ours:.2f} s, {64 / ours:.1f} images/s  "
-                    f"{verdict(record[f'ddim-{steps}']['ratio'])}"
-                )
-        finally:
-            for worker in workers.values():
-                worker.__exit__()
+                seconds, judged = timed(workers, min(args.rounds, 3), f"ddim-{steps}", "sample", steps)
+                print(f"    DDIM-{steps}, 64 images: {seconds:.2f} s, {64 / seconds:.1f} images/s  {judged}")
     return record
 
 

@@ -41,6 +41,10 @@ class EMA:
             average.name = f"ema.{source.name}"
             average.requires_grad = False
 
+    def decay_after(self, n):
+        """The decay of step n, a float32 Tensor that counts from 1."""
+        return ops.clamp((1 + n) / (10 + n), 0.0, self.decay)
+
 
 def make_optimizer(net: nn.Cell, lr: float, warmup_steps: int, total_steps: int) -> nn.Adam:
     """Adam (Kingma & Ba 2014) with PyTorch's defaults and a cosine learning rate; it counts its steps in `global_step`."""
@@ -97,8 +101,7 @@ def make_train_step(loss_fn, optimizer, ema: EMA | None = None, clip_norm: float
         loss = ops.depend(loss, optimizer(each(partial(scale, shrink), gradients)))
         if ema is not None:
             n = ops.cast(ops.depend(optimizer.global_step, loss), ms.float32).reshape(())
-            decay = ops.clamp((1 + n) / (10 + n), 0.0, ema.decay)
-            loss = ops.depend(loss, each(partial(follow, decay, loss), ema.averages, ema.sources))
+            loss = ops.depend(loss, each(partial(follow, ema.decay_after(n), loss), ema.averages, ema.sources))
         return loss, norm
 
     def step(*batch):

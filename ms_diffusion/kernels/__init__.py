@@ -279,7 +279,7 @@ def adam(optimizer: nn.Adam, clip_norm: float, ema=None):
     One operator for what takes MindSpore ten for each parameter. It changes its inputs in place, which the graph need not
     know: whatever reads the old parameters feeds the gradients.
     """
-    averages, highest_decay = (ema.averages, ema.decay) if ema is not None else ((), 0.0)
+    averages = ema.averages if ema is not None else ()
     constants = [len(optimizer.parameters), optimizer.beta1, optimizer.beta2, optimizer.eps, clip_norm]
     constants = Tensor(np.array([float(c) for c in constants], np.float32))
     operator = Operator("adam", lambda *inputs: (), lambda *inputs: inputs[0])
@@ -289,7 +289,7 @@ def adam(optimizer: nn.Adam, clip_norm: float, ema=None):
 
     def update(gradients):
         n = ops.cast(step, ms.float32) + 1  # (1,)
-        decay = ops.clamp((1 + n) / (10 + n), 0.0, highest_decay)
+        decay = ema.decay_after(n) if ema is not None else n
         lr = schedule(step).reshape(1)
         return operator(constants, lr, decay, *powers, step, *parameters, *moments, *gradients, *averages)
 

@@ -102,6 +102,12 @@ Pool& pool() {
   return *p;
 }
 
+// f(begin, end) on each thread, for its share of 0 .. n - 1.
+template <class F>
+void share_out(long n, F f) {
+  pool().run([&](int t) { f(n * t / pool().size(), n * (t + 1) / pool().size()); });
+}
+
 // Scratch memory of this thread, of at least `floats`, one block for each use.
 float* scratch(int use, long floats) {
   thread_local std::vector<float> blocks[8];
@@ -197,6 +203,21 @@ Tiles choose_tiles(int m, std::integer_sequence<int, M...>) {
   return all[m - 1];
 }
 
+// o output channels as `count` blocks of m, the last perhaps shorter
+struct Blocks {
+  long o, count = (o + MAX_M - 1) / MAX_M, m = (o + count - 1) / count;
+
+  // weight[o, k] as `tiles` wants it, (blocks, k, m), from at(o, k)
+  template <class At>
+  std::vector<float> pack(long taps, At at) const {
+    std::vector<float> packed(count * m * taps, 0.f);
+    for (long i = 0; i < o; ++i)
+      for (long k = 0; k < taps; ++k) packed[(i / m * taps + k) * m + i % m] = at(i, k);
+    return packed;
+  }
+  Tiles tiles() const { return choose_tiles(m, std::make_integer_sequence<int, MAX_M>()); }
+};
+
 // One sum over shifted planes and where its results go: rows x columns pixels, from (y0, x0) in steps of s.
 struct Pass {
   std::vector<int> offset;
@@ -204,30 +225,28 @@ struct Pass {
   long start, rows, columns, y0, x0, s;
 };
 
-void run_passes(const std::vector<Pass>& passes, Planes planes, long plane_channels, const float* x, long x_image, long n,
-                long o, long oh, long ow, const float* bias, float* y, long y_image) {
+void run_passes(const std::vector<Pass>& passes, const Planes& planes, long plane_channels, const float* x, long x_image,
+                long n, long o, long oh, long ow, const float* bias, float* y, long y_image) {
   if (n == 0) return;
-  const long blocks = (o + MAX_M - 1) / MAX_M, m = (o + blocks - 1) / blocks;
-  const long threads = pool().size(), parts = std::min(blocks, n < threads ? (threads + n - 1) / n : 1);
-  planes.stack(plane_channels, std::max(1L, n / threads));
-  pool().run([&](int t) {
+  const Blocks blocks{o};
+  const long m = blocks.m, threads = pool().size(), parts = std::min(blocks.count, n < threads ? (threads + n - 1) / n : 1);
+  const Tiles tiles = blocks.tiles();
+  share_out(n * parts, [&](long begin, long end) {
     float* buffer = scratch(0, plane_channels * planes.s * planes.s * planes.length);
     float* result = scratch(1, m * planes.length);
     std::memset(buffer, 0, plane_channels * planes.s * planes.s * planes.length * sizeof(float));
-    const long tasks = n * parts, begin = tasks * t / threads, end = tasks * (t + 1) / threads;
     for (long task = begin; task < end;) {
       const long image = task / parts, part = task % parts;
       const long count = parts > 1 ? 1 : std::min(planes.images, end - task);
       task += count;
       planes.fill(x + image * x_image, x_image, plane_channels, count, buffer);
-      for (long block = blocks * part / parts; block < blocks * (part + 1) / parts; ++block) {
+      for (long block = blocks.count * part / parts; block < blocks.count * (part + 1) / parts; ++block) {
         const long channels = std::min(m, o - block * m);
         if (channels <= 0) continue;
         for (const Pass& pass : passes) {
           const long length = (count - 1) * planes.rows * planes.pitch + (pass.rows - 1) * planes.pitch + pass.columns;
-          choose_tiles(m, std::make_integer_sequence<int, MAX_M>())(
-              buffer + pass.start, pass.offset, pass.weight.data() + block * m * pass.offset.size(), result, planes.length,
-              length);
+          const float* weight = pass.weight.data() + block * m * pass.offset.size();
+          tiles(buffer + pass.start, pass.offset, weight, result, planes.length, length);
           for (long i = 0; i < count; ++i)
             for (long j = 0; j < channels; ++j) {
               const float add = bias ? bias[block * m + j] : 0.f;
@@ -247,16 +266,6 @@ void run_passes(const std::vector<Pass>& passes, Planes planes, long plane_chann
   });
 }
 
-// weight[o, k] as blocks for `tiles`, from at(o, k)
-template <class At>
-std::vector<float> pack(long o, long count, At at) {
-  const long blocks = (o + MAX_M - 1) / MAX_M, m = (o + blocks - 1) / blocks;
-  std::vector<float> packed(blocks * m * count, 0.f);
-  for (long i = 0; i < o; ++i)
-    for (long k = 0; k < count; ++k) packed[(i / m * count + k) * m + i % m] = at(i, k);
-  return packed;
-}
-
 Planes input_planes(const Shape& z) { return {z.h, z.w, z.s, z.p, (z.ow - 1) + z.k - z.p - z.w, z.oh, z.ow, z.k}; }
 
 std::vector<int> input_offsets(const Shape& z, const Planes& planes) {
@@ -273,7 +282,7 @@ void convolve(const Shape& z, const float* x, const float* w, const float* bias,
   Planes planes = input_planes(z);
   planes.stack(z.c, std::max(1L, z.n / pool().size()));
   const long taps = z.c * z.k * z.k;
-  auto packed = pack(z.o, taps, [&](long o, long k) { return w[o * taps + k]; });
+  auto packed = Blocks{z.o}.pack(taps, [&](long o, long k) { return w[o * taps + k]; });
   const Pass pass{input_offsets(z, planes), std::move(packed), 0, z.oh, z.ow, 0, 0, 1};
   run_passes({pass}, planes, z.c, x, z.x_image, z.n, z.o, z.oh, z.ow, bias, y, z.y_image);
 }
@@ -300,7 +309,7 @@ void convolve_transposed(const Shape& z, const float* y, const float* w, const f
             pass.offset.push_back(o * planes.length + (most - ky / z.s) * planes.pitch + most - kx / z.s);
             tap.push_back((o * z.c * z.k + ky) * z.k + kx);
           }
-      pass.weight = pack(z.c, tap.size(), [&](long c, long k) { return w[tap[k] + c * z.k * z.k]; });
+      pass.weight = Blocks{z.c}.pack(tap.size(), [&](long c, long k) { return w[tap[k] + c * z.k * z.k]; });
       passes.push_back(std::move(pass));
     }
   run_passes(passes, planes, z.o, y, z.y_image, z.n, z.c, z.h, z.w, bias, x, z.x_image);
@@ -400,11 +409,11 @@ void depthwise(const Shape& z, long channels, const float* x, const float* w, co
   constexpr int N = 8;
   const Planes planes = depthwise_planes(z, flip);
   const long oh = flip ? z.h : z.oh, ow = flip ? z.w : z.ow, taps = z.k * z.k, length = (oh - 1) * planes.pitch + ow;
-  pool().run([&](int t) {
+  share_out(z.n * channels, [&](long begin, long end) {
     float* plane = scratch(0, planes.length);
     float* result = scratch(1, planes.length);
     std::memset(plane, 0, planes.length * sizeof(float));
-    for (long i = z.n * channels * t / pool().size(); i < z.n * channels * (t + 1) / pool().size(); ++i) {
+    for (long i = begin; i < end; ++i) {
       const long c = i % channels;
       planes.fill(x + i * planes.h * planes.w, 0, 1, 1, plane);
       for (long q = 0; q < length; q += N * L) {
@@ -429,13 +438,13 @@ void depthwise_weight_gradient(const Shape& z, long channels, const float* x, co
   constexpr int N = 7;
   const Planes planes = depthwise_planes(z, false);
   const long taps = z.k * z.k, length = (z.oh - 1) * planes.pitch + z.ow;
-  pool().run([&](int t) {
+  share_out(channels, [&](long begin, long end) {
     float* plane = scratch(0, planes.length);
     float* y = scratch(1, planes.length);  // dy in the plane's rows, zero between them
     std::memset(plane, 0, planes.length * sizeof(float));
     std::memset(y, 0, planes.length * sizeof(float));
     V* sums = reinterpret_cast<V*>(scratch(2, round_up(taps, N) * L));
-    for (long c = channels * t / pool().size(); c < channels * (t + 1) / pool().size(); ++c) {
+    for (long c = begin; c < end; ++c) {
       std::fill(sums, sums + round_up(taps, N), V{});
       for (long i = c; i < z.n * channels; i += channels) {
         planes.fill(x + i * z.h * z.w, 0, 1, 1, plane);
@@ -460,7 +469,6 @@ void depthwise_weight_gradient(const Shape& z, long channels, const float* x, co
     }
   });
 }
-
 
 // Elementwise functions, written so that loops over them become vector instructions.
 
@@ -509,10 +517,9 @@ inline float silu_slope(float x) {
 
 template <class F>
 void elementwise(long n, F f) {  // f(i) for all i < n, in vectors
-  pool().run([&](int t) {
-    const long end = n * (t + 1) / pool().size();
+  share_out(n, [&](long begin, long end) {
 #pragma omp simd
-    for (long i = n * t / pool().size(); i < end; ++i) f(i);
+    for (long i = begin; i < end; ++i) f(i);
   });
 }
 
@@ -550,8 +557,8 @@ const float* normalise(const Norm& z, const float* x, float* mean, float* scale)
 }
 
 void group_norm(const Norm& z, const float* x, const float* weight, const float* bias, float* y) {
-  pool().run([&](int t) {
-    for (long i = z.n * z.groups * t / pool().size(); i < z.n * z.groups * (t + 1) / pool().size(); ++i) {
+  share_out(z.n * z.groups, [&](long begin, long end) {
+    for (long i = begin; i < end; ++i) {
       float mean, scale;
       const float* from = normalise(z, x + i * z.block(), &mean, &scale);
       for (long j = 0; j < z.channels(); ++j, from += z.pixels) {
@@ -572,8 +579,8 @@ void group_norm(const Norm& z, const float* x, const float* weight, const float*
 void group_norm_gradient(const Norm& z, const float* dy, const float* x, const float* weight, const float* bias, float* dx,
                          float* dweight, float* dbias) {
   std::vector<float> sums(2 * z.n * z.c);  // of dy and of dy times the normalised x, for each image and channel
-  pool().run([&](int t) {
-    for (long i = z.n * z.groups * t / pool().size(); i < z.n * z.groups * (t + 1) / pool().size(); ++i) {
+  share_out(z.n * z.groups, [&](long begin, long end) {
+    for (long i = begin; i < end; ++i) {
       float mean, scale, mean_g = 0, mean_gx = 0;  // g = dy * weight
       const float *in = normalise(z, x + i * z.block(), &mean, &scale), *slope = dy + i * z.block();
       const long first = i % z.groups * z.channels();
@@ -679,32 +686,26 @@ struct Head {
           for (int l = 0; l < M && j + l < d; ++l) out[(i + m) * d + j + l] = sum(acc[m][l]) * factor;
       }
   }
-  // out (d, n) = w x, or w^T x, with w (d, d), x (d, pitch); `room` (2 d d + MAX_M pitch)
+  // out (d, n) = w x, or w^T x, with w (d, d), x (d, pitch); `room` (MAX_M pitch)
   void multiply(const float* w, bool transposed, const float* x, float* out, float* room) const {
-    const long blocks = (d + MAX_M - 1) / MAX_M, m = (d + blocks - 1) / blocks;
+    const Blocks blocks{d};
+    const auto packed = blocks.pack(d, [&](long row, long k) { return transposed ? w[k * d + row] : w[row * d + k]; });
     std::vector<int> offset(d);
     for (long i = 0; i < d; ++i) offset[i] = i * pitch;
-    float *packed = room, *result = room + 2 * d * d + MAX_M * d;
-    for (long block = 0; block * m < d; ++block) {
-      const long channels = std::min(m, d - block * m);
-      for (long k = 0; k < d; ++k)
-        for (long j = 0; j < m; ++j) {
-          const long row = std::min(block * m + j, d - 1);
-          packed[k * m + j] = transposed ? w[k * d + row] : w[row * d + k];
-        }
-      choose_tiles(m, std::make_integer_sequence<int, MAX_M>())(x, offset, packed, result, pitch, n);
-      for (long j = 0; j < channels; ++j) std::memcpy(out + (block * m + j) * n, result + j * pitch, n * sizeof(float));
+    for (long first = 0; first < d; first += blocks.m) {
+      blocks.tiles()(x, offset, packed.data() + first * d, room, pitch, n);
+      for (long j = 0; j < std::min(blocks.m, d - first); ++j)
+        std::memcpy(out + (first + j) * n, room + j * pitch, n * sizeof(float));
     }
   }
 };
 
 Head make_head(long d, long n) { return {d, n, round_up(n, L)}; }
-long room_of(const Head& z) { return 2 * z.d * z.d + MAX_M * z.d + MAX_M * z.pitch + NV * L; }
 
 void linear_attention(const Head& z, const float* q, const float* k, const float* v, float* out) {
   const float factor = 1 / std::sqrt(static_cast<float>(z.d));
   float *keys = scratch(0, z.size()), *queries = scratch(1, z.size() + NV * L), *values = scratch(2, z.size());
-  float *context = scratch(3, z.d * z.d), *room = scratch(4, room_of(z) + 2 * z.pitch);
+  float *context = scratch(3, z.d * z.d), *room = scratch(4, MAX_M * z.pitch);
   z.softmax_positions(k, keys);
   z.copy(v, values);
   z.outer(keys, values, factor, context);
@@ -716,7 +717,7 @@ void linear_attention_gradient(const Head& z, const float* dout, const float* q,
                                float* dk, float* dv) {
   const float factor = 1 / std::sqrt(static_cast<float>(z.d));
   float *keys = scratch(0, z.size() + NV * L), *queries = scratch(1, z.size()), *values = scratch(2, z.size() + NV * L);
-  float *context = scratch(3, 2 * z.d * z.d), *room = scratch(4, room_of(z) + 2 * z.pitch);
+  float *context = scratch(3, 2 * z.d * z.d), *room = scratch(4, MAX_M * z.pitch);
   float *dcontext = context + z.d * z.d, *douts = scratch(5, z.size() + NV * L);
   z.softmax_positions(k, keys);
   z.softmax_channels(q, queries, room, room + z.pitch);
@@ -768,8 +769,8 @@ struct Arguments {
 };
 
 void bias_gradient(const float* dy, long n, long c, long pixels, float* db) {
-  pool().run([&](int t) {
-    for (long j = c * t / pool().size(); j < c * (t + 1) / pool().size(); ++j) {
+  share_out(c, [&](long begin, long end) {
+    for (long j = begin; j < end; ++j) {
       float total = 0;
       for (long i = 0; i < n; ++i) {
         const float* from = dy + (i * c + j) * pixels;
@@ -894,31 +895,34 @@ ELEMENTWISE(gelu_gradient, 2, gelu_slope(x[i]) * dy[i])
 ELEMENTWISE(silu, 1, silu(x[i]))
 ELEMENTWISE(silu_gradient, 2, silu_slope(x[i]) * dy[i])
 
+// f(head, where its output begins, where its q begins, how far its k lies behind q and its v behind k) for each head of the
+// tensors qkv (n, 3 heads d, h, w) and {heads}
+template <class F>
+void each_head(const Arguments& a, int qkv, int heads_at, F f) {
+  const long heads = a.settings(heads_at)[0];
+  const Head z = make_head(a.size(qkv, 1) / (3 * heads), a.size(qkv, 2) * a.size(qkv, 3));
+  const long floats = z.d * z.n;
+  share_out(a.size(qkv, 0) * heads, [&](long begin, long end) {
+    for (long i = begin; i < end; ++i) f(z, i * floats, (i / heads * 3 * heads + i % heads) * floats, heads * floats);
+  });
+}
+
 // qkv (n, 3 heads d, h, w), {heads} -> out (n, heads d, h, w)
 OPERATOR(linear_attention) {
   const Arguments a{data, shapes};
-  const long heads = a.settings(1)[0], d = a.size(0, 1) / (3 * heads), tasks = a.size(0, 0) * heads;
-  const Head z = make_head(d, a.size(0, 2) * a.size(0, 3));
-  pool().run([&](int t) {
-    for (long i = tasks * t / pool().size(); i < tasks * (t + 1) / pool().size(); ++i) {
-      const float* q = a.in(0) + (i / heads * 3 * heads + i % heads) * d * z.n;
-      linear_attention(z, q, q + heads * d * z.n, q + 2 * heads * d * z.n, a.out(2) + i * d * z.n);
-    }
+  each_head(a, 0, 1, [&](const Head& z, long out, long first, long part) {
+    const float* q = a.in(0) + first;
+    linear_attention(z, q, q + part, q + 2 * part, a.out(2) + out);
   });
 }
 
 // dout, qkv, {heads} -> dqkv
 OPERATOR(linear_attention_gradient) {
   const Arguments a{data, shapes};
-  const long heads = a.settings(2)[0], d = a.size(1, 1) / (3 * heads), tasks = a.size(1, 0) * heads;
-  const Head z = make_head(d, a.size(1, 2) * a.size(1, 3));
-  pool().run([&](int t) {
-    for (long i = tasks * t / pool().size(); i < tasks * (t + 1) / pool().size(); ++i) {
-      const long first = (i / heads * 3 * heads + i % heads) * d * z.n, part = heads * d * z.n;
-      const float* q = a.in(1) + first;
-      float* dq = a.out(3) + first;
-      linear_attention_gradient(z, a.in(0) + i * d * z.n, q, q + part, q + 2 * part, dq, dq + part, dq + 2 * part);
-    }
+  each_head(a, 1, 2, [&](const Head& z, long out, long first, long part) {
+    const float* q = a.in(1) + first;
+    float* dq = a.out(3) + first;
+    linear_attention_gradient(z, a.in(0) + out, q, q + part, q + 2 * part, dq, dq + part, dq + 2 * part);
   });
 }
 
