@@ -1,7 +1,8 @@
 """Draw samples from a run: python sample.py runs/quick --num 64 --out grid.png --gif denoise.gif."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -10,30 +11,61 @@ import tyro
 from tqdm import tqdm
 
 from ms_diffusion import cli, images, modelarts, runtime
-from ms_diffusion.checkpoint import checkpoints, read_state, read_weights
-from ms_diffusion.convert import load_into
-from ms_diffusion.denoiser import make_denoiser
-from ms_diffusion.presets import Config
+from ms_diffusion.data.conditions import condition_image
+from ms_diffusion.data.image_folder import read_image
+from ms_diffusion.data.pipeline import load_images
+from ms_diffusion.denoiser import guide, inpaint, make_denoiser, remember, with_label
+from ms_diffusion.editing import invert_ddim, sample_repaint, slerp
+from ms_diffusion.presets import load_run
 from ms_diffusion.runtime import DEVICES, UserError
-from ms_diffusion.samplers import SAMPLERS, generate, sampling_timesteps
+from ms_diffusion.samplers import SAMPLERS, SPACINGS, SeededNoise, generate, sample_ddim, sampling_timesteps
 
 GIF_FRAMES = 40
 
 
 @dataclass
 class Args:
-    """Draw samples from a trained run."""
+    """Draw samples from a trained run, or edit images with it.
+
+    IMAGE is a file, or test:N, the run's own test image N.
+    """
 
     run: Annotated[str | None, tyro.conf.Positional] = None
     """A run's folder, or one of its checkpoints."""
-    num: int = 64
-    """How many images."""
+    num: int | None = None
+    """How many images; if not given 64, or 8 of an edit."""
     seed: int = 0
     """Image i of a seed is the same whatever the number and the batch size."""
     sampler: Literal[tuple(SAMPLERS)] = "ddim"
-    """ddpm is the ancestral sampler, ddim the deterministic one."""
+    """ddpm is the ancestral sampler; the others are deterministic, dpmpp_2m and unipc good in 10 to 15 steps."""
     steps: int = 50
-    """Network calls an image; at most the timesteps of training."""
+    """Steps of the sampler, at most the timesteps of training; each calls the network once (heun: twice)."""
+    spacing: Literal[SPACINGS] = "linspace"
+    """Where the steps lie."""
+    eta: float = 0.0
+    """Noise of ddim, from 0, none, to 1, that of ddpm."""
+    v_posterior: float | None = None
+    """Share of beta in ddpm's variance, if not the run's."""
+    class_: Annotated[int | None, tyro.conf.arg(name="class")] = None
+    """The class to draw; if not given each in turn, in columns."""
+    guidance: float = 1.0
+    """Classifier-free guidance towards the class: 0 takes no notice of it, 1 is the plain network, more sharpens."""
+    guidance_rescale: float = 0.0
+    """Share of the guided x_0 that is brought back to its contrast without guidance."""
+    guidance_interval: tuple[int, int] | None = None
+    """First and last timestep that are guided."""
+    image: tuple[str, ...] = ()
+    """IMAGEs to upscale, colour or fill in, for a run with a condition; its own test images if not given."""
+    inpaint: tuple[str, str] | None = None
+    """MASK IMAGE: what is white in the file MASK, or its left, right, top, bottom or center half, is painted anew."""
+    resample: int = 1
+    """RePaint's resampling for --inpaint: 10 is the paper's, for 10 times the network calls; 1 is plain replacing."""
+    interpolate: tuple[str, str] | None = None
+    """IMAGE IMAGE to go between, through their noises."""
+    init: str | None = None
+    """IMAGE to begin from (SDEdit): see --strength."""
+    strength: float | None = None
+    """How far to go back into noise, in (0, 1]; 0.6 for --init and 1 for --interpolate if not given."""
     out: str | None = None
     """PNG grid; sample.png in the run's folder if not given."""
     gif: str | None = None
@@ -54,67 +86,183 @@ class Args:
     """Show the traceback of an error."""
 
 
-def find_checkpoint(run: Path) -> tuple[Path, Config]:
-    """The newest checkpoint of a run's folder, or the one given, and the configuration it was trained with."""
-    if run.suffix == ".safetensors":
-        run = run.parent
-    if not run.is_dir():
-        raise UserError(f"{run} is not a folder: give a run's folder, such as runs/quick, or train one with train.py")
-    if (run / "state.json").exists():
-        return run, Config.from_json(run.parent.parent / "config.json")
-    found = checkpoints(run)
-    if not found:
-        raise UserError(f"{run} holds no checkpoint: train it first, with python train.py --run-dir {run}")
-    return found[-1], Config.from_json(run / "config.json")
+def check(args: Args, config, T: int) -> None:
+    """Refuse what does not fit together, or not to the run."""
+    edits = [name for name in ("inpaint", "interpolate", "init") if getattr(args, name)]
+    classes, dropout = config.model.num_classes, config.train.label_dropout
+    if not 1 <= args.steps <= T:
+        raise UserError(f"--steps {args.steps}: choose from 1 to {T}, the timesteps this run was trained with")
+    if not 0 <= args.eta <= 1 or (args.eta and (args.sampler != "ddim" or args.interpolate)):
+        raise UserError(f"--eta {args.eta}: choose from 0 to 1, with --sampler ddim and not with --interpolate")
+    if args.v_posterior is not None and not 0 <= args.v_posterior <= 1:
+        raise UserError(f"--v-posterior {args.v_posterior}: choose from 0 to 1")
+    if len(edits) > 1:
+        raise UserError(f"choose one of --{' and --'.join(edits)}")
+    if classes is None and (args.class_ is not None or args.guidance != 1):
+        raise UserError("this run knows no classes, which --class and --guidance need: train --preset quick-class")
+    if classes is not None and args.class_ is not None and not 0 <= args.class_ < classes:
+        raise UserError(f"--class {args.class_}: choose from 0 to {classes - 1}")
+    if classes is not None and not dropout and (args.guidance != 1 or (edits and args.class_ is None)):
+        raise UserError("this run was trained with --train.label-dropout 0: give a --class, and no --guidance")
+    if not (0 <= args.guidance < np.inf and 0 <= args.guidance_rescale <= 1):
+        raise UserError("--guidance must be at least 0, --guidance-rescale in [0, 1]")
+    if config.data.condition != "none" and edits:
+        raise UserError(f"this run's network is shown a condition ({config.data.condition}): use --image, not --{edits[0]}")
+    if config.data.condition == "none" and args.image:
+        raise UserError("this run's network is shown no image beside x: --init, --inpaint or --interpolate edit one")
+    if args.strength is not None and (not 0 < args.strength <= 1 or not (args.init or args.interpolate)):
+        raise UserError(f"--strength {args.strength}: choose above 0 and up to 1, with --init or --interpolate")
+    if args.resample < 1 or (args.resample > 1 and not args.inpaint):
+        raise UserError(f"--resample {args.resample}: choose 1 or more, with --inpaint")
+
+
+def read_images(names, config) -> np.ndarray:
+    """Files, or test:N for images of the run's test set -> (N, C, H, W) in [-1, 1]."""
+    data, channels = config.data, config.model.channels
+    found = []
+    for name in names:
+        try:
+            if name.startswith("test:"):
+                number = int(name[5:])
+                pictures = load_images(data.name, data.dir, "test", data.size, channels)[0]
+                if not 0 <= number < len(pictures):
+                    raise UserError(f"{name}: the test set has images 0 to {len(pictures) - 1}")
+                found.append(pictures[number])
+            else:
+                found.append(read_image(name, data.size, channels))
+        except (OSError, ValueError) as e:
+            raise UserError(f"{name} cannot be read as an image: {e}") from e
+    return images.to_float(np.stack(found))
+
+
+def read_mask(name: str, image: str, config) -> np.ndarray:
+    """(1, 1, H, W): 1 where the image is kept, 0 where it is painted, which is white in the file."""
+    size = config.data.size
+    half, quarter = size // 2, size // 4
+    painted = {"left": np.s_[:, :half], "right": np.s_[:, half:], "top": np.s_[:half], "bottom": np.s_[half:]}
+    painted["center"] = np.s_[quarter : size - quarter, quarter : size - quarter]
+    if name in painted:
+        known = np.ones((1, 1, size, size), np.float32)
+        known[0, 0][painted[name]] = 0
+        return known
+    mask = read_images([name], replace(config, model=replace(config.model, channels=1)))
+    shapes = [(size, size) if file.startswith("test:") else images.picture_size(file) for file in (name, image)]
+    if shapes[0] != shapes[1]:
+        raise UserError("the mask {} is {} x {} pixels, the image {} {} x {}".format(name, *shapes[0], image, *shapes[1]))
+    return (mask < 0).astype(np.float32)
 
 
 def main() -> int:
+    from mindspore import Tensor  # which `runtime` must precede
+
     args = cli.parse(Args)
-    if args.num < 1 or args.batch_size < 1 or args.seed < 0:
+    if (args.num is not None and args.num < 1) or args.batch_size < 1 or args.seed < 0:
         raise UserError("--num and --batch-size must be at least 1, --seed at least 0")
     if not (args.run or args.data_url):
         raise UserError("which run? Give its folder: python sample.py runs/quick")
     run = Path(args.run) if args.run else modelarts.fetch(args.data_url)
-    folder, config = find_checkpoint(run)
-    step = read_state(folder)["step"]
-    arrays = read_weights(folder, args.weights)
-
     device = runtime.set_device(args.device)
-    net, diffusion = config.build()
-    load_into(net, arrays)
-    if not 1 <= args.steps <= diffusion.T:
-        raise UserError(f"--steps {args.steps}: choose from 1 to {diffusion.T}, the timesteps this run was trained with")
-    timesteps = sampling_timesteps(diffusion.T, args.steps)
+    net, diffusion, config, step = load_run(run, args.weights)
+    check(args, config, diffusion.T)
+    classes, condition = config.model.num_classes, config.data.condition
+    editing = bool(args.inpaint or args.interpolate or args.init)
+    num = args.num or (8 if editing else 64)
     shape = (config.model.channels, config.data.size, config.data.size)
+    clock = time.perf_counter()
 
-    frames, every = [], max(args.steps // GIF_FRAMES, 1)
-    bar = tqdm(total=-(-args.num // args.batch_size) * args.steps, unit="step", desc=f"{args.sampler} on {device}")
+    # What the network is told: labels, the image of a condition
+    cond, in_turn = [], classes is not None and args.class_ is None and not editing
+    if classes is not None:
+        label = classes if args.class_ is None else args.class_  # `classes` is the label for none
+        cond.append(np.arange(num, dtype=np.int32) % classes if in_turn else np.full(num, label, np.int32))
+    if condition != "none":
+        originals = read_images(args.image or [f"test:{i}" for i in range(num)], config)
+        originals = originals[np.arange(num) % len(originals)]
+        cond.append(condition_image(condition, originals, config.data.lowres_size, np.random.default_rng(args.seed)))
+
+    # The denoiser, the sampler and its steps
+    denoise = make_denoiser(diffusion, net, clip=args.guidance == 1)
+    if args.guidance != 1:
+        uncond = with_label(denoise, classes)
+        denoise = guide(denoise, uncond, args.guidance, args.guidance_rescale, args.guidance_interval)
+    if args.inpaint:
+        mask, image = args.inpaint
+        given, known = read_images([image], config), read_mask(mask, image, config)
+        denoise = inpaint(denoise, Tensor(given), Tensor(known))
+    if args.v_posterior is not None:
+        diffusion.v_posterior = args.v_posterior
+    sampler = partial(sample_ddim, eta=args.eta) if args.sampler == "ddim" else SAMPLERS[args.sampler]
+    if args.resample > 1:
+        sampler = partial(sample_repaint, jump_n_sample=args.resample)
+    timesteps = sampling_timesteps(diffusion.T, args.steps, args.spacing, diffusion.alphas_cumprod)
+    if args.init or args.interpolate:
+        strength = args.strength or (0.6 if args.init else 1)
+        timesteps = [t for t in timesteps if t < strength * diffusion.T]
+        if not timesteps:
+            raise UserError(f"--strength {strength} leaves none of the {args.steps} steps: raise one of them")
+
+    # Where it begins, if not at noise
+    start = None
+    if args.init:
+        given = read_images([args.init], config)
+        t = Tensor(np.full(num, timesteps[0], np.int32))
+        noise = SeededNoise(args.seed, range(num))(shape)
+        start = diffusion.q_sample(Tensor(given.repeat(num, 0)), t, Tensor(noise)).asnumpy()
+    if args.interpolate:
+        given = read_images(args.interpolate, config)
+        labels = [Tensor(values[:1].repeat(2, 0)) for values in cond]
+        begin = remember(denoise) if config.model.self_condition else denoise
+        ends = invert_ddim(lambda x, t: begin(x, t, *labels), Tensor(given), diffusion, timesteps).asnumpy()
+        start = np.stack([slerp(*ends, share) for share in np.linspace(0, 1, num)])
+
+    # Sample
+    calls = len(timesteps) * args.resample
+    frames, every = [], max(calls // GIF_FRAMES, 1)
+    bar = tqdm(total=-(-num // args.batch_size) * calls, unit="step", desc=f"{args.sampler} on {device}")
 
     def watch(i, x, x_start):
         bar.update()
-        if args.gif and bar.n <= args.steps and (i % every == 0 or i == args.steps - 1):
+        if args.gif and bar.n <= calls and (i % every == 0 or i == calls - 1):
             frames.append(images.to_uint8(x.asnumpy()))
 
-    clock = time.perf_counter()
-    denoise = make_denoiser(diffusion, net)
-    x = generate(SAMPLERS[args.sampler], denoise, diffusion, timesteps, shape, args.num, args.seed, args.batch_size, watch)
-    bar.close()
-    pictures = images.to_uint8(x)
+    def sample(denoise, *rest):
+        return sampler(remember(denoise) if config.model.self_condition else denoise, *rest)
 
-    folder_out = modelarts.output_folder(args.train_url) or (run if run.is_dir() else run.parent)
-    out = Path(args.out or folder_out / "sample.png")
-    images.save_grid(out, pictures)
+    x = generate(sample, denoise, diffusion, timesteps, shape, num, args.seed, args.batch_size, watch, cond, start)
+    bar.close()
+
+    # The picture: what was given beside what came of it
+    columns = classes if in_turn else None
+    if condition != "none":
+        sheet = np.stack([cond[-1][:, : shape[0]], x, originals], 1).reshape(-1, *shape)  # shown, sample, original
+        columns = 12 if num > 3 else 3
+    elif args.init:
+        sheet = np.concatenate([given, x])
+    elif args.inpaint:
+        sheet = np.concatenate([given, given * known, x])
+    elif args.interpolate:
+        sheet, columns = np.concatenate([given[:1], x, given[1:]]), num + 2
+        print(f"reconstruction error of both ends (RMS in [-1, 1]): {rms(x[0], given[0]):.3f}, {rms(x[-1], given[1]):.3f}")
+    else:
+        sheet = x
+    folder = modelarts.output_folder(args.train_url) or (run if run.is_dir() else run.parent)
+    out = Path(args.out or folder / "sample.png")
+    images.save_grid(out, images.to_uint8(sheet), columns, scale=4 if editing else 2)
     written = [out]
     if args.gif:
-        images.save_gif(args.gif, frames)
+        images.save_gif(args.gif, frames, columns if in_turn else None)
         written.append(Path(args.gif))
     if args.npz:
-        images.write(args.npz, lambda f: np.savez_compressed(f, images=pictures))
+        images.write(args.npz, lambda f: np.savez_compressed(f, images=images.to_uint8(x)))
         written.append(Path(args.npz))
-    print(f"{args.num} images of step {step} in {time.perf_counter() - clock:.1f} s: {', '.join(map(str, written))}")
+    print(f"{num} images of step {step} in {time.perf_counter() - clock:.1f} s: {', '.join(map(str, written))}")
     for path in written:
         modelarts.publish(path, args.train_url and f"{args.train_url.rstrip('/')}/{path.name}")
     return 0
+
+
+def rms(a, b) -> float:
+    return float(np.sqrt(np.mean((a - b) ** 2)))
 
 
 if __name__ == "__main__":

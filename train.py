@@ -19,12 +19,13 @@ import tyro
 from tqdm import tqdm
 
 import mindspore as ms
-from mindspore import Tensor
+from mindspore import Parameter, Tensor, ops
 
-from ms_diffusion import cli, images, modelarts
+from ms_diffusion import cli, draws, images, modelarts
 from ms_diffusion.checkpoint import Checkpoint
+from ms_diffusion.data.conditions import condition_image
 from ms_diffusion.data.pipeline import load_images, make_dataset
-from ms_diffusion.denoiser import make_denoiser
+from ms_diffusion.denoiser import make_denoiser, remember
 from ms_diffusion.models.layers import set_compute_type
 from ms_diffusion.presets import PRESETS, Config
 from ms_diffusion.runtime import DEVICES, UserError
@@ -126,12 +127,18 @@ def main() -> int:
         if config.precision == "fp16":
             loss_scaler = ms.amp.DynamicLossScaler(scale_value=2.0**16, scale_factor=2, scale_window=2000)
     ema = EMA(net, train.ema_decay)
-    optimizer = make_optimizer(net, train.lr, train.warmup_steps, train.total_steps)
-    checkpoint = Checkpoint(run_dir, net, optimizer, ema, loss_scaler, train.keep_checkpoints)
+    logvar = Parameter(Tensor(np.zeros(diffusion.T, np.float32)), name="logvar") if train.learn_logvar else None
+    optimizer = make_optimizer(net, train.lr, train.warmup_steps, train.total_steps, [logvar] if train.learn_logvar else [])
+    importance = draws.ImportanceTimesteps(diffusion.T) if train.timesteps == "importance" else None
+    others = importance.parameters if importance else []
+    checkpoint = Checkpoint(run_dir, net, optimizer, ema, loss_scaler, train.keep_checkpoints, others)
 
     # Data, and the step to go on from
     channels = config.model.channels
     pictures, labels = load_images(config.data.name, config.data.dir, "train", config.data.size, channels)
+    classes = config.model.num_classes
+    if classes is not None and labels.max() >= classes:
+        raise UserError(f"the data has labels up to {labels.max()}: set --model.num-classes {labels.max() + 1}")
     check_run(run_dir, config)
     state = checkpoint.load_latest()
     start = state["step"] if state else 0
@@ -141,24 +148,54 @@ def main() -> int:
     if start < train.total_steps:
         batches = make_dataset(
             pictures, labels, train.batch_size, train.total_steps, start, train.seed, config.data.flip, rank, world_size
-        ).create_tuple_iterator(num_epochs=1)
+        ).create_tuple_iterator(num_epochs=1, output_numpy=True)
     images.write(run_dir / "config.json", lambda f: f.write(config.to_json().encode()))
     steps_per_epoch = len(pictures) // (train.batch_size * world_size)
     metrics = Metrics(run_dir / "metrics.jsonl", start) if rank == 0 else None
 
-    # The compiled step, and the sampler that draws the grids
-    def loss_fn(x_start, t, noise):
-        return diffusion.p_losses(net, x_start, t, noise)
+    # What a step draws, all of it from (seed, rank, step)
+    def draw_batch(x_start, labels, step: int):
+        rng = np.random.default_rng((train.seed, STREAM_NOISE, rank, step))
+        n, weights, cond = train.batch_size, np.ones(train.batch_size, np.float32), []
+        if importance:
+            t, weights = importance.draw(rng, n)
+        elif train.timesteps == "antithetic":
+            t = draws.antithetic_timesteps(rng, diffusion.T, n)
+        else:
+            t = draws.uniform_timesteps(rng, diffusion.T, n)
+        noise = draws.offset_noise(rng, x_start.shape, train.offset_noise)
+        remembers = rng.integers(0, 2, n).astype(np.float32)
+        if classes is not None:
+            cond.append(draws.drop_labels(rng, labels, train.label_dropout, classes))
+        if config.data.condition != "none":
+            cond.append(condition_image(config.data.condition, x_start, config.data.lowres_size, rng))
+        return [x_start, t, noise, weights, remembers, *cond]
 
-    train_step = make_train_step(loss_fn, optimizer, ema, train.clip_norm, loss_scaler, world_size)
+    # The compiled step, and the sampler that draws the grids
+    def loss_fn(x_start, t, noise, weights, remembers, *cond):
+        shown = remembers if config.model.self_condition else None
+        losses = diffusion.losses(net, x_start, t, noise, cond, logvar, shown)
+        return ops.mean(weights * losses), losses
+
+    train_step = make_train_step(loss_fn, optimizer, ema, train.clip_norm, loss_scaler, world_size, has_aux=True)
     denoise = make_denoiser(diffusion, ema.net)
     timesteps = sampling_timesteps(diffusion.T, train.sample_steps)
 
+    def sample(denoise, *args):
+        return sample_ddpm(remember(denoise) if config.model.self_condition else denoise, *args)
+
     def draw_samples(step: int) -> Path:
-        shape = (channels, config.data.size, config.data.size)
-        x = generate(sample_ddpm, denoise, diffusion, timesteps, shape, train.sample_num, train.seed)
+        """A grid of samples: of each class in turn, or of the first images' conditions."""
+        shape, cond = (channels, config.data.size, config.data.size), []
+        if classes is not None:
+            cond.append(np.arange(train.sample_num, dtype=np.int32) % classes)
+        if config.data.condition != "none":
+            originals = images.to_float(pictures[np.arange(train.sample_num) % len(pictures)])
+            rng = np.random.default_rng((train.seed, STREAM_NOISE))
+            cond.append(condition_image(config.data.condition, originals, config.data.lowres_size, rng))
+        x = generate(sample, denoise, diffusion, timesteps, shape, train.sample_num, train.seed, cond=cond)
         path = run_dir / "samples" / f"step-{step:07d}.png"
-        images.save_grid(path, images.to_uint8(x))
+        images.save_grid(path, images.to_uint8(x), columns=classes)
         return path
 
     def save(step: int) -> None:
@@ -171,12 +208,12 @@ def main() -> int:
     step, losses, last_grid, clock = start, [], None, time.perf_counter()
     bar = tqdm(total=train.total_steps, initial=start, unit="step", disable=rank > 0, dynamic_ncols=True)
     bar.set_postfix_str("compiling" if batches else "finished")
-    for image, _ in batches:
-        rng = np.random.default_rng((train.seed, STREAM_NOISE, rank, step))
-        t = Tensor(rng.integers(0, diffusion.T, train.batch_size).astype(np.int32))
-        noise = Tensor(rng.standard_normal(image.shape, dtype=np.float32))
-        loss, norm = train_step(image, t, noise)
+    for x_start, label in batches:
+        batch = draw_batch(x_start, label, step)
+        loss, norm, each = train_step(*map(Tensor, batch))
         losses.append(loss)
+        if importance:
+            importance.update(batch[1], each.asnumpy())
         step += 1
         bar.update()
         if step % train.log_every == 0 or step == train.total_steps or STOP.is_set():

@@ -28,16 +28,17 @@ class Checkpoint:
         run_dir: the run's folder.
         net, optimizer, ema, loss_scaler: what is saved and restored, each as `training` makes it; all but net may be None.
         keep: how many of the newest checkpoints stay.
+        others: parameters that are neither the network's nor the optimizer's, saved with the latter.
     """
 
-    def __init__(self, run_dir, net, optimizer=None, ema=None, loss_scaler=None, keep: int = 3):
+    def __init__(self, run_dir, net, optimizer=None, ema=None, loss_scaler=None, keep: int = 3, others=()):
         self.folder = Path(run_dir) / "checkpoints"
         self.keep = keep
         self.files = {"model": {p.name: p for p in net.get_parameters()}}
         if ema is not None:
             self.files["ema"] = {s.name: a for s, a in zip(ema.sources, ema.averages, strict=True)}
         if optimizer is not None:
-            state = {p.name: p for p in optimizer.get_parameters() if p.name not in self.files["model"]}
+            state = {p.name: p for p in [*optimizer.get_parameters(), *others] if p.name not in self.files["model"]}
             if loss_scaler is not None:
                 state |= {"loss_scale.value": loss_scaler.scale_value, "loss_scale.counter": loss_scaler.counter}
             self.files["optimizer"] = state

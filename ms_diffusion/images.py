@@ -15,6 +15,17 @@ def to_uint8(x) -> np.ndarray:
     return np.clip(np.round((x + 1) * 127.5), 0, 255).astype(np.uint8)
 
 
+def to_float(images) -> np.ndarray:
+    """(N, H, W, C) uint8 -> (N, C, H, W) float32 in [-1, 1]."""
+    return np.asarray(images).transpose(0, 3, 1, 2).astype(np.float32, order="C") / np.float32(127.5) - np.float32(1)
+
+
+def picture_size(path) -> tuple[int, int]:
+    """(height, width) of an image file."""
+    with Image.open(path) as picture:
+        return picture.height, picture.width
+
+
 def grid(images: np.ndarray, columns: int | None = None) -> np.ndarray:
     """(N, H, W, C) uint8 -> one (H', W', C) picture, row by row, on black."""
     n, height, width, channels = images.shape

@@ -1,11 +1,15 @@
 """What a run is made of, and the table of named runs."""
 
 import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal
 
+from .checkpoint import checkpoints, read_state, read_weights
+from .convert import load_into
+from .data.conditions import KINDS, condition_channels
 from .diffusion import DiffusionConfig
+from .draws import TIMESTEPS
 from .models.unet import UnetConfig
 from .runtime import UserError
 
@@ -22,6 +26,10 @@ class DataConfig:
     """Height and width in pixels."""
     flip: bool = True
     """Flip half of the images left to right."""
+    condition: Literal[KINDS] = "none"
+    """What the network is shown of an image: lowres (super-resolution), gray (colourisation), mask (inpainting) or none."""
+    lowres_size: int = 7
+    """Height and width of the lowres condition in pixels."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +48,14 @@ class TrainConfig:
     """The global norm of the gradients is scaled down to this."""
     ema_decay: float = 0.999
     """Decay of the moving average of the weights, which samples are drawn from."""
+    timesteps: Literal[TIMESTEPS] = "uniform"
+    """How timesteps are drawn: uniform, antithetic (t and T - 1 - t) or by importance (their last losses)."""
+    offset_noise: float = 0.0
+    """Strength of the noise that is one number for a whole channel."""
+    label_dropout: float = 0.1
+    """Share of labels that are withheld, so that guidance has an unconditional network (where model.num_classes is set)."""
+    learn_logvar: bool = False
+    """Learn the log-variance of each timestep's error, which then weighs it."""
     seed: int = 0
     """Seed of every random number of the run."""
     log_every: int = 20
@@ -91,6 +107,17 @@ class Config:
         ):
             if not getattr(self.train, name) > 0:
                 raise UserError(f"--train.{name.replace('_', '-')} is {getattr(self.train, name)}: it must be above 0")
+        needed = condition_channels(self.data.condition, self.model.channels)
+        if self.model.cond_channels != needed:
+            raise UserError(
+                f"--data.condition {self.data.condition} has {needed} channels: set --model.cond-channels {needed}"
+            )
+        if self.data.condition == "lowres" and not 1 <= self.data.lowres_size <= self.data.size:
+            raise UserError(f"--data.lowres-size is {self.data.lowres_size}: choose from 1 to {self.data.size}")
+        if self.data.condition == "lowres" and self.data.size % self.data.lowres_size:
+            raise UserError(f"--data.lowres-size {self.data.lowres_size} does not divide the image size {self.data.size}")
+        if not (0 <= self.train.label_dropout <= 1 and self.train.offset_noise >= 0):
+            raise UserError("--train.label-dropout must be in [0, 1], --train.offset-noise at least 0")
         if not 0 <= self.train.ema_decay < 1 or self.train.warmup_steps < 0 or self.train.seed < 0:
             raise UserError("--train.ema-decay must be in [0, 1), --train.warmup-steps and --train.seed at least 0")
         if not 1 <= self.train.sample_steps <= self.diffusion.timesteps or self.train.sample_num < 1:
@@ -121,24 +148,64 @@ class Config:
             raise UserError(f"{path} is not the config.json of a run: {e}") from e
 
 
-# The seeds' networks and data; quick is sized for a few minutes on two CPU cores.
+def load_run(run: Path, weights: str = "ema"):
+    """(network, diffusion, config, step) of a run's folder, at its newest checkpoint, or of the checkpoint that is given.
+
+    Args:
+        weights: "ema", the moving average, or "model", as trained.
+
+    Raises:
+        UserError: there is no such run, or it cannot be read.
+    """
+    run = Path(run)
+    if run.suffix == ".safetensors":
+        run = run.parent
+    if not run.is_dir():
+        raise UserError(f"{run} is not a folder: give a run's folder, such as runs/quick, or train one with train.py")
+    if (run / "state.json").exists():
+        folder, home = run, run.parent.parent
+    else:
+        found = checkpoints(run)
+        if not found:
+            raise UserError(f"{run} holds no checkpoint: train it first, with python train.py --run-dir {run}")
+        folder, home = found[-1], run
+    config = Config.from_json(home / "config.json")
+    step, arrays = read_state(folder)["step"], read_weights(folder, weights)
+    net, diffusion = config.build()
+    load_into(net, arrays)
+    return net, diffusion, config, step
+
+
+# Sized for a few minutes on two CPU cores
+QUICK = Config(
+    DataConfig("fashion-mnist-mini"),
+    # x0 makes whole shapes much sooner than eps or v do
+    DiffusionConfig(schedule="cosine", objective="x0", loss="l2"),
+    UnetConfig(dim=32, init_dim=32, dim_mults=(1, 2), use_convnext=False, patch_size=2),
+    TrainConfig(
+        total_steps=4800,
+        batch_size=16,
+        lr=3e-3,
+        warmup_steps=50,
+        ema_decay=0.995,
+        log_every=25,
+        sample_every=1600,
+        save_every=800,
+    ),
+)
+
+# The networks and data that the project came from, and the same with more of a condition
 PRESETS = {
-    "quick": Config(
-        DataConfig("fashion-mnist-mini"),
-        # x0 makes whole shapes much sooner than eps or v do
-        DiffusionConfig(schedule="cosine", objective="x0", loss="l2"),
-        UnetConfig(dim=32, init_dim=32, dim_mults=(1, 2), use_convnext=False, patch_size=2),
-        TrainConfig(
-            total_steps=4800,
-            batch_size=16,
-            lr=3e-3,
-            warmup_steps=50,
-            ema_decay=0.995,
-            log_every=25,
-            sample_every=1600,
-            save_every=800,
-        ),
+    "quick": QUICK,
+    "quick-class": replace(QUICK, model=replace(QUICK.model, num_classes=10)),
+    "quick-upscale": replace(
+        QUICK, data=replace(QUICK.data, condition="lowres"), model=replace(QUICK.model, cond_channels=1)
     ),
     "fashion-mnist": Config(),
     "fashion-mnist-resnet": Config(model=UnetConfig(dim=32, use_convnext=False)),
+    "fashion-mnist-class": Config(
+        diffusion=DiffusionConfig(schedule="cosine", objective="v", loss="l2", weighting="min-snr"),
+        model=UnetConfig(dim=48, init_dim=48, dim_mults=(1, 2), use_convnext=False, patch_size=2, num_classes=10),
+        train=TrainConfig(total_steps=6000, batch_size=64, lr=2e-3, ema_decay=0.998),
+    ),
 }

@@ -36,6 +36,16 @@ def cosine_beta_schedule(T: int, s: float = 0.008) -> np.ndarray:
     return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
 
 
+def rescale_zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
+    """The same schedule, shifted and stretched so that x_T is noise and nothing else (Lin et al. 2024, algorithm 1).
+
+    The last beta becomes 1; the objective must then be x0 or v, for no noise can be told from noise.
+    """
+    root = np.sqrt(np.cumprod(1 - betas))
+    root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
+    return 1 - np.append(root[0], root[1:] / root[:-1]) ** 2
+
+
 SCHEDULES = {
     "linear": linear_beta_schedule,
     "cosine": cosine_beta_schedule,

@@ -46,10 +46,14 @@ class EMA:
         return ops.clamp((1 + n) / (10 + n), 0.0, self.decay)
 
 
-def make_optimizer(net: nn.Cell, lr: float, warmup_steps: int, total_steps: int) -> nn.Adam:
-    """Adam (Kingma & Ba 2014) with PyTorch's defaults and a cosine learning rate; it counts its steps in `global_step`."""
+def make_optimizer(net: nn.Cell, lr: float, warmup_steps: int, total_steps: int, others=()) -> nn.Adam:
+    """Adam (Kingma & Ba 2014) with PyTorch's defaults and a cosine learning rate; it counts its steps in `global_step`.
+
+    `others` are parameters that are trained besides the network's.
+    """
     schedule = WarmupCosine(lr, warmup_steps, total_steps)
-    return nn.Adam(net.trainable_params(), learning_rate=schedule, beta1=0.9, beta2=0.999, eps=1e-8)
+    parameters = [*net.trainable_params(), *others]
+    return nn.Adam(parameters, learning_rate=schedule, beta1=0.9, beta2=0.999, eps=1e-8)
 
 
 # Over all gradients by HyperMap: list comprehensions made the step compile in 38 s instead of 5 (MindSpore 2.10).
@@ -74,23 +78,31 @@ def _follow(decay, after, average, source):
     return ops.assign(average, new + decay * (average - new))
 
 
-def make_train_step(loss_fn, optimizer, ema: EMA | None = None, clip_norm: float = 1.0, loss_scaler=None, world_size=1):
+def make_train_step(
+    loss_fn,
+    optimizer,
+    ema: EMA | None = None,
+    clip_norm: float = 1.0,
+    loss_scaler=None,
+    world_size: int = 1,
+    has_aux: bool = False,
+):
     """Compile `step(*batch) -> (loss (), gradient norm ())`: gradients of `loss_fn(*batch)`, clip, Adam, EMA.
 
     Args:
         clip_norm: the gradients' global norm is scaled down to this (Pascanu et al. 2013).
         loss_scaler: `mindspore.amp.DynamicLossScaler` for float16; a step that overflows is skipped.
         world_size: number of devices, whose gradients are averaged.
+        has_aux: loss_fn returns (loss, more), and the step (loss, gradient norm, more).
     """
     parameters = optimizer.parameters
     reduce_gradients = nn.DistributedGradReducer(parameters, mean=True, degree=world_size) if world_size > 1 else None
 
     def scaled_loss(*batch):
-        loss = loss_fn(*batch)
-        return loss if loss_scaler is None else loss_scaler.scale(loss)
+        loss, aux = loss_fn(*batch) if has_aux else (loss_fn(*batch), ())
+        return loss if loss_scaler is None else loss_scaler.scale(loss), aux
 
-    loss_and_gradients = ms.value_and_grad(scaled_loss, None, parameters)
-
+    loss_and_gradients = ms.value_and_grad(scaled_loss, None, parameters, has_aux=True)
     fused = kernels.adam(optimizer, clip_norm, ema) if kernels.available() else None
 
     def update(loss, gradients):
@@ -105,16 +117,18 @@ def make_train_step(loss_fn, optimizer, ema: EMA | None = None, clip_norm: float
         return loss, norm
 
     def step(*batch):
-        loss, gradients = loss_and_gradients(*batch)
+        (loss, aux), gradients = loss_and_gradients(*batch)
         if reduce_gradients is not None:
             gradients = reduce_gradients(gradients)
         if loss_scaler is None:
-            return update(loss, gradients)
-        loss = loss_scaler.unscale(loss)
-        finite = ms.amp.all_finite(gradients)
-        norm = loss * 0
-        if finite:
-            loss, norm = update(loss, loss_scaler.unscale(gradients))
-        return ops.depend(loss, loss_scaler.adjust(finite)), norm
+            loss, norm = update(loss, gradients)
+        else:
+            loss = loss_scaler.unscale(loss)
+            finite = ms.amp.all_finite(gradients)
+            norm = loss * 0
+            if finite:
+                loss, norm = update(loss, loss_scaler.unscale(gradients))
+            loss = ops.depend(loss, loss_scaler.adjust(finite))
+        return (loss, norm, aux) if has_aux else (loss, norm)
 
     return compiled(step)

@@ -23,6 +23,9 @@ ALLOWED = {
     "diffusion": {"runtime", "schedules", "losses"},
     "denoiser": {"runtime", "diffusion"},
     "samplers": {"runtime"},  # a denoiser is an argument
+    "editing": {"runtime", "samplers"},
+    "likelihood": {"runtime", "diffusion", "denoiser", "cli", "presets", "data.pipeline"},
+    "draws": set(),
     "kernels": set(),
     "training": {"runtime", "kernels"},
     "convert": {"runtime"},

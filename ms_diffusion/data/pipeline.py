@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from ..images import to_float
 from ..runtime import UserError
 from .fashion_mnist import load_fashion_mnist, load_fashion_mnist_mini
 from .image_folder import load_image_folder
@@ -35,10 +36,7 @@ class Batches:
         if self.flip:
             flipped = np.random.default_rng((self.seed, FLIP, self.rank, step)).random(len(x)) < 0.5
             x[flipped] = x[flipped, :, ::-1]
-        x = x.transpose(0, 3, 1, 2).astype(np.float32, order="C")  # (B, C, H, W)
-        x /= 127.5
-        x -= 1
-        return x, self.labels[chosen]
+        return to_float(x), self.labels[chosen]
 
 
 def make_dataset(

@@ -933,7 +933,7 @@ OPERATOR(adam) {
   constexpr int FIRST = 6;
   const auto value = [&](int i) -> float& { return *static_cast<float*>(data[i]); };
   const float *settings = &value(0), beta1 = settings[1], beta2 = settings[2], eps = settings[3];
-  const long n = static_cast<long>(settings[0]), follow = tensors - 1 - FIRST > 4 * n;
+  const long n = static_cast<long>(settings[0]), followed = tensors - 1 - FIRST - 4 * n;  // the first of the parameters
   const auto tensor = [&](int kind, long i) { return static_cast<float*>(data[FIRST + kind * n + i]); };
   std::vector<long> end(n + 1, 0);  // of each parameter, as if they lay in a row
   for (long i = 0; i < n; ++i) {
@@ -969,7 +969,7 @@ OPERATOR(adam) {
   const float rate = value(1) * std::sqrt(1 - power2) / (1 - power1), move = 1 - value(2);
   pool().run([&](int t) {
     share(t, [&](long i, long from, long to) {
-      float *p = tensor(0, i), *m = tensor(1, i), *v = tensor(2, i), *average = follow ? tensor(4, i) : nullptr;
+      float *p = tensor(0, i), *m = tensor(1, i), *v = tensor(2, i), *average = i < followed ? tensor(4, i) : nullptr;
       const float* gradient = tensor(3, i);
 #pragma omp simd
       for (long j = from; j < to; ++j) {

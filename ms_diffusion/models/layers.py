@@ -125,6 +125,17 @@ class PreNorm(nn.Cell):
         return self.fn(self.norm(x))
 
 
+class Embedding(nn.Cell):
+    """``torch.nn.Embedding``, drawn from N(0, 1): (B,) int32 in [0, num) -> (B, dim)."""
+
+    def __init__(self, num: int, dim: int):
+        super().__init__()
+        self.weight = Parameter(Tensor(np.zeros((num, dim), np.float32)), name="weight")
+
+    def construct(self, index):
+        return ops.gather(self.weight, index, 0)
+
+
 class SinusoidalPositionEmbeddings(nn.Cell):
     """Timesteps (B,) float32 -> (B, dim): sines then cosines of dim/2 frequencies from 1 to 1/10000 (Vaswani 2017, 3.5)."""
 
@@ -144,7 +155,8 @@ CONVOLUTIONS_AND_LINEAR = (nn.Conv2d, nn.Conv2dTranspose, nn.Dense)
 def name_and_initialise(net: nn.Cell, seed: int) -> None:
     """Give each parameter its path as name and PyTorch's default values, all from one seed.
 
-    PyTorch draws weight and bias of convolutions and linear layers from U(-1/sqrt(fan_in), 1/sqrt(fan_in)).
+    PyTorch draws weight and bias of convolutions and linear layers from U(-1/sqrt(fan_in), 1/sqrt(fan_in)), embeddings from
+    N(0, 1).
     Nested CellLists would otherwise leave duplicate names, which ``nn.Adam`` refuses.
     """
     rng = np.random.default_rng(seed)
@@ -155,6 +167,8 @@ def name_and_initialise(net: nn.Cell, seed: int) -> None:
                 bound = 1 / math.sqrt(np.prod(cell.weight.shape[1:]))  # shape[1:] is fan_in, as PyTorch counts it
                 values = rng.uniform(-bound, bound, parameter.shape)
                 parameter.set_data(Tensor(values.astype(np.float32)))
+            elif isinstance(cell, Embedding):
+                parameter.set_data(Tensor(rng.standard_normal(parameter.shape, np.float32)))
 
 
 def set_compute_type(net: nn.Cell, dtype: ms.Type) -> None:

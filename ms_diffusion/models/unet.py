@@ -13,6 +13,7 @@ from .attention import Attention, LinearAttention
 from .layers import (
     GELU,
     Downsample,
+    Embedding,
     GroupNorm,
     Identity,
     PreNorm,
@@ -104,6 +105,12 @@ class UnetConfig:
     """Widening inside a ConvNextBlock."""
     patch_size: int = 1
     """Work on patches of this many pixels a side as channels (Luhman & Luhman 2022): 2 costs a quarter."""
+    num_classes: int | None = None
+    """Classes that the network is told of, by an embedding added to the time's; None is an unconditional network."""
+    cond_channels: int = 0
+    """Channels of an image that the network is shown beside x."""
+    self_condition: bool = False
+    """Show the network its last x_0 beside x (Chen et al. 2022)."""
 
     @property
     def size_multiple(self) -> int:
@@ -117,10 +124,12 @@ class UnetConfig:
 class Unet(nn.Cell):
     """Predict from a noisy image x (B, channels, H, W) at timestep t (B,) int32: -> (B, out_dim, H, W), float32.
 
-    The arguments are UnetConfig's; `seed` draws the initial weights.
+    The arguments are UnetConfig's; `seed` draws the initial weights. Conditions follow t, those the network is built for, in
+    this order: labels (B,) int32 in [0, num_classes], where num_classes stands for no label; an image (B, cond_channels, H,
+    W); the last x_0 (B, channels, H, W), or zeros.
 
     Raises:
-        ValueError: a width is not divisible by the groups.
+        ValueError: a width is not divisible by the groups, or labels without time embedding.
     """
 
     def __init__(
@@ -135,9 +144,14 @@ class Unet(nn.Cell):
         use_convnext: bool = True,
         convnext_mult: int = 2,
         patch_size: int = 1,
+        num_classes: int | None = None,
+        cond_channels: int = 0,
+        self_condition: bool = False,
         seed: int = 0,
     ):
         super().__init__()
+        if num_classes is not None and not (with_time_emb and num_classes > 0):
+            raise ValueError(f"num_classes is {num_classes}: it must be at least 1, and needs with_time_emb")
         self.patch_size = patch_size
         init_dim = init_dim or dim // 3 * 2
         dims = [init_dim, *[dim * m for m in dim_mults]]
@@ -154,9 +168,11 @@ class Unet(nn.Cell):
             if with_time_emb
             else None
         )
+        self.label_emb = Embedding(num_classes + 1, time_dim) if num_classes is not None else None
 
         # Down: two blocks and linear attention a level, then half the size
-        self.init_conv = conv2d(channels * patch_size**2, init_dim, 7, padding=3)
+        channels_in = channels * (2 if self_condition else 1) + cond_channels
+        self.init_conv = conv2d(channels_in * patch_size**2, init_dim, 7, padding=3)
         self.downs = nn.CellList()
         for i, (c_in, c_out) in enumerate(levels):
             down = Downsample(c_out) if i < len(levels) - 1 else Identity()
@@ -177,11 +193,16 @@ class Unet(nn.Cell):
         self.final_conv = nn.SequentialCell(kind(dims[1], dim), conv2d(dim, (out_dim or channels) * patch_size**2, 1))
         name_and_initialise(self, seed)
 
-    def construct(self, x, t):
+    def construct(self, x, t, *cond):
         # Time. One cast here: an integer t used for indexing and arithmetic alike breaks the gradient.
         emb = self.time_mlp(ops.cast(t, ms.float32)) if self.time_mlp is not None else None
+        if self.label_emb is not None:
+            emb = emb + self.label_emb(cond[0])
+            cond = cond[1:]
 
         # Down
+        if len(cond) > 0:
+            x = ops.concat((x,) + cond, 1)
         if self.patch_size > 1:
             x = ops.pixel_unshuffle(x, self.patch_size)
         x = self.init_conv(x)

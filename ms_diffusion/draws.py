@@ -1,0 +1,72 @@
+"""What a training step draws: timesteps and noise, on the host, so that runs repeat and resume exactly."""
+
+import numpy as np
+
+from mindspore import Parameter, Tensor
+
+TIMESTEPS = ("uniform", "antithetic", "importance")
+
+
+def uniform_timesteps(rng: np.random.Generator, T: int, n: int) -> np.ndarray:
+    """(n,) int32 in [0, T)."""
+    return rng.integers(0, T, n).astype(np.int32)
+
+
+def antithetic_timesteps(rng: np.random.Generator, T: int, n: int) -> np.ndarray:
+    """Pairs t, T - 1 - t: (n,) int32, each uniform in [0, T); what a loss owes to t's place cancels in part."""
+    t = rng.integers(0, T, (n + 1) // 2)
+    return np.concatenate([t, T - 1 - t])[:n].astype(np.int32)
+
+
+class ImportanceTimesteps:
+    """Timesteps drawn in proportion to the root mean square of their last losses (Nichol & Dhariwal 2021, eq. 18).
+
+    Uniform until each timestep has `keep` losses. `.parameters` is the state that a checkpoint saves.
+    """
+
+    def __init__(self, T: int, keep: int = 10, uniform_share: float = 0.001):
+        self.T, self.uniform_share = T, uniform_share
+        self.losses = Parameter(Tensor(np.zeros((T, keep), np.float32)), name="timesteps.losses", requires_grad=False)
+        self.counts = Parameter(Tensor(np.zeros(T, np.int32)), name="timesteps.counts", requires_grad=False)
+
+    @property
+    def parameters(self) -> list[Parameter]:
+        return [self.losses, self.counts]
+
+    def probabilities(self) -> np.ndarray:
+        """(T,) float64, in sum 1; a share of it is uniform, so that no timestep is forgotten."""
+        losses = self.losses.asnumpy().astype(np.float64)
+        if (self.counts.asnumpy() < losses.shape[1]).any():
+            return np.full(self.T, 1 / self.T)
+        p = np.sqrt((losses**2).mean(1)) + 1e-12
+        return (1 - self.uniform_share) * p / p.sum() + self.uniform_share / self.T
+
+    def draw(self, rng: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray]:
+        """Timesteps (n,) int32 and the weights (n,) float32, 1 / (T p_t), that make the mean loss what uniform ones give."""
+        p = self.probabilities()
+        t = rng.choice(self.T, n, p=p)
+        return t.astype(np.int32), (1 / (self.T * p[t])).astype(np.float32)
+
+    def update(self, t: np.ndarray, losses: np.ndarray) -> None:
+        """Note the losses (n,) of timesteps t (n,), those that are finite; the oldest of a timestep makes room."""
+        table, counts = self.losses.asnumpy().copy(), self.counts.asnumpy().copy()
+        finite = np.isfinite(losses)
+        for place, loss in zip(t[finite], losses[finite], strict=True):
+            table[place, counts[place] % table.shape[1]] = loss
+            counts[place] += 1
+        self.losses.set_data(Tensor(table))
+        self.counts.set_data(Tensor(counts))
+
+
+def offset_noise(rng: np.random.Generator, shape, strength: float) -> np.ndarray:
+    """N(0, 1) noise (B, C, H, W) float32 plus `strength` times one more number for each image and channel, so that the mean
+    brightness is learnt too (Guttenberg 2023, "Diffusion with offset noise"); strength 0 is plain noise."""
+    noise = rng.standard_normal(shape, dtype=np.float32)
+    if strength:
+        noise += np.float32(strength) * rng.standard_normal((*shape[:2], *[1] * (len(shape) - 2)), dtype=np.float32)
+    return noise
+
+
+def drop_labels(rng: np.random.Generator, labels: np.ndarray, probability: float, null: int) -> np.ndarray:
+    """Labels (B,) int32, each replaced by `null` with this probability (classifier-free guidance, Ho & Salimans 2021)."""
+    return np.where(rng.random(len(labels)) < probability, null, labels).astype(np.int32)
