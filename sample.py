@@ -76,6 +76,8 @@ class Args:
     """Images at once."""
     weights: Literal["ema", "model"] = "ema"
     """The moving average, or the weights as trained."""
+    ema_length: float | None = None
+    """Length of another average, chosen after training, for a run with --train.ema-lengths: 0.1 is a tenth of the run."""
     device: Literal[DEVICES] = "auto"
     """Where to run; auto is Ascend, then GPU, then CPU."""
     data_url: str | None = None
@@ -162,7 +164,7 @@ def main() -> int:
         raise UserError("which run? Give its folder: python sample.py runs/quick")
     run = Path(args.run) if args.run else modelarts.fetch(args.data_url)
     device = runtime.set_device(args.device)
-    net, diffusion, config, step = load_run(run, args.weights)
+    net, diffusion, config, step = load_run(run, args.weights, args.ema_length)
     check(args, config, diffusion.T)
     classes, condition = config.model.num_classes, config.data.condition
     editing = bool(args.inpaint or args.interpolate or args.init)

@@ -126,12 +126,12 @@ def main() -> int:
         set_compute_type(net, {"fp16": ms.float16, "bf16": ms.bfloat16}[config.precision])
         if config.precision == "fp16":
             loss_scaler = ms.amp.DynamicLossScaler(scale_value=2.0**16, scale_factor=2, scale_window=2000)
-    ema = EMA(net, train.ema_decay)
+    ema, more_emas = EMA(net, train.ema_decay), [EMA(net, length=length) for length in train.ema_lengths]
     logvar = Parameter(Tensor(np.zeros(diffusion.T, np.float32)), name="logvar") if train.learn_logvar else None
     optimizer = make_optimizer(net, train.lr, train.warmup_steps, train.total_steps, [logvar] if train.learn_logvar else [])
     importance = draws.ImportanceTimesteps(diffusion.T) if train.timesteps == "importance" else None
     others = importance.parameters if importance else []
-    checkpoint = Checkpoint(run_dir, net, optimizer, ema, loss_scaler, train.keep_checkpoints, others)
+    checkpoint = Checkpoint(run_dir, net, optimizer, ema, loss_scaler, train.keep_checkpoints, others, more_emas)
 
     # Data, and the step to go on from
     channels = config.model.channels
@@ -177,7 +177,9 @@ def main() -> int:
         losses = diffusion.losses(net, x_start, t, noise, cond, logvar, shown)
         return ops.mean(weights * losses), losses
 
-    train_step = make_train_step(loss_fn, optimizer, ema, train.clip_norm, loss_scaler, world_size, has_aux=True)
+    train_step = make_train_step(
+        loss_fn, optimizer, ema, train.clip_norm, loss_scaler, world_size, has_aux=True, more_emas=more_emas
+    )
     denoise = make_denoiser(diffusion, ema.net)
     timesteps = sampling_timesteps(diffusion.T, train.sample_steps)
 

@@ -29,14 +29,15 @@ class Checkpoint:
         net, optimizer, ema, loss_scaler: what is saved and restored, each as `training` makes it; all but net may be None.
         keep: how many of the newest checkpoints stay.
         others: parameters that are neither the network's nor the optimizer's, saved with the latter.
+        more_emas: averages besides `ema`, in files of their own.
     """
 
-    def __init__(self, run_dir, net, optimizer=None, ema=None, loss_scaler=None, keep: int = 3, others=()):
+    def __init__(self, run_dir, net, optimizer=None, ema=None, loss_scaler=None, keep: int = 3, others=(), more_emas=()):
         self.folder = Path(run_dir) / "checkpoints"
         self.keep = keep
         self.files = {"model": {p.name: p for p in net.get_parameters()}}
-        if ema is not None:
-            self.files["ema"] = {s.name: a for s, a in zip(ema.sources, ema.averages, strict=True)}
+        for average in [*([ema] if ema is not None else []), *more_emas]:
+            self.files[average.name] = {s.name: a for s, a in zip(average.sources, average.averages, strict=True)}
         if optimizer is not None:
             state = {p.name: p for p in [*optimizer.get_parameters(), *others] if p.name not in self.files["model"]}
             if loss_scaler is not None:
@@ -123,7 +124,7 @@ def read_state(folder: Path) -> dict:
 
 
 def read_weights(folder: Path, name: str) -> dict[str, np.ndarray]:
-    """One file of a checkpoint, "model", "ema" or "optimizer", checked against its hash: parameter name -> array.
+    """One file of a checkpoint, "model", "ema", "ema-0.05", "optimizer", checked against its hash: parameter name -> array.
 
     Raises:
         UserError: the file is missing, truncated or changed.

@@ -5,6 +5,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+
 from .checkpoint import checkpoints, read_state, read_weights
 from .convert import load_into
 from .data.conditions import KINDS, condition_channels
@@ -12,6 +14,7 @@ from .diffusion import DiffusionConfig
 from .draws import TIMESTEPS
 from .models.unet import UnetConfig
 from .runtime import UserError
+from .training import average_after_training, power_of_length
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,8 @@ class TrainConfig:
     """Share of labels that are withheld, so that guidance has an unconditional network (where model.num_classes is set)."""
     learn_logvar: bool = False
     """Learn the log-variance of each timestep's error, which then weighs it."""
+    ema_lengths: tuple[float, ...] = ()
+    """Lengths of power-function averages kept besides: with two, say 0.05 0.1, sample.py --ema-length can choose any."""
     seed: int = 0
     """Seed of every random number of the run."""
     log_every: int = 20
@@ -118,6 +123,11 @@ class Config:
             raise UserError(f"--data.lowres-size {self.data.lowres_size} does not divide the image size {self.data.size}")
         if not (0 <= self.train.label_dropout <= 1 and self.train.offset_noise >= 0):
             raise UserError("--train.label-dropout must be in [0, 1], --train.offset-noise at least 0")
+        for length in self.train.ema_lengths:
+            try:
+                power_of_length(length)
+            except ValueError as e:
+                raise UserError(f"--train.ema-lengths: {e}") from e
         if not 0 <= self.train.ema_decay < 1 or self.train.warmup_steps < 0 or self.train.seed < 0:
             raise UserError("--train.ema-decay must be in [0, 1), --train.warmup-steps and --train.seed at least 0")
         if not 1 <= self.train.sample_steps <= self.diffusion.timesteps or self.train.sample_num < 1:
@@ -148,14 +158,16 @@ class Config:
             raise UserError(f"{path} is not the config.json of a run: {e}") from e
 
 
-def load_run(run: Path, weights: str = "ema"):
+def load_run(run: Path, weights: str = "ema", ema_length: float | None = None):
     """(network, diffusion, config, step) of a run's folder, at its newest checkpoint, or of the checkpoint that is given.
 
     Args:
         weights: "ema", the moving average, or "model", as trained.
+        ema_length: take the average of this length instead, made of those that the run's checkpoints keep
+            (`average_after_training`).
 
     Raises:
-        UserError: there is no such run, or it cannot be read.
+        UserError: there is no such run, or it cannot be read, or it keeps no averages.
     """
     run = Path(run)
     if run.suffix == ".safetensors":
@@ -170,10 +182,28 @@ def load_run(run: Path, weights: str = "ema"):
             raise UserError(f"{run} holds no checkpoint: train it first, with python train.py --run-dir {run}")
         folder, home = found[-1], run
     config = Config.from_json(home / "config.json")
-    step, arrays = read_state(folder)["step"], read_weights(folder, weights)
+    step = read_state(folder)["step"]
+    arrays = read_weights(folder, weights) if ema_length is None else _average(home, config, step, ema_length)
     net, diffusion = config.build()
     load_into(net, arrays)
     return net, diffusion, config, step
+
+
+def _average(run: Path, config: Config, step: int, length: float) -> dict:
+    if not config.train.ema_lengths:
+        raise UserError("this run keeps no averages to choose from: train it with --train.ema-lengths 0.05 0.1")
+    kept = [(read_state(folder)["step"], each, folder) for folder in checkpoints(run) for each in config.train.ema_lengths]
+    kept = [row for row in kept if row[0] <= step]
+    steps, lengths, folders = zip(*kept, strict=True)
+    try:
+        coefficients = average_after_training(steps, lengths, step, length)
+    except ValueError as e:
+        raise UserError(f"--ema-length: {e}") from e
+    total = {}
+    for coefficient, each, folder in zip(coefficients, lengths, folders, strict=True):
+        for name, values in read_weights(folder, f"ema-{each:g}").items():
+            total[name] = total.get(name, 0) + np.float32(coefficient) * values
+    return total
 
 
 # Sized for a few minutes on two CPU cores

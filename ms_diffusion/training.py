@@ -4,6 +4,8 @@ import copy
 import math
 from functools import partial
 
+import numpy as np
+
 import mindspore as ms
 from mindspore import nn, ops
 
@@ -30,20 +32,54 @@ class EMA:
 
     The decay warms up as min(decay, (1 + n) / (10 + n)) after n steps (TensorFlow's ExponentialMovingAverage), so that
     the random initial weights are soon forgotten.
+
+    With a `length` it is a power function's average instead, whose weights have a standard deviation of `length` times the
+    steps so far (Karras et al. 2024, "Analyzing and improving the training dynamics of diffusion models", eqs. 3 to 5). Of
+    two such, saved now and then, averages of other lengths can be made after training: `average_after_training`.
     """
 
-    def __init__(self, net: nn.Cell, decay: float = 0.999):
-        self.decay = decay
+    def __init__(self, net: nn.Cell, decay: float = 0.999, length: float | None = None):
+        self.decay, self.power = decay, None if length is None else power_of_length(length) + 1
+        self.name = "ema" if length is None else f"ema-{length:g}"
         self.net = copy.deepcopy(net)
         self.sources = ms.ParameterTuple(net.get_parameters())
         self.averages = ms.ParameterTuple(self.net.get_parameters())
         for source, average in zip(self.sources, self.averages, strict=True):
-            average.name = f"ema.{source.name}"
+            average.name = f"{self.name}.{source.name}"
             average.requires_grad = False
 
     def decay_after(self, n):
         """The decay of step n, a float32 Tensor that counts from 1."""
+        if self.power is not None:
+            return ops.pow(1 - 1 / ops.clamp(n, 1.0, None), self.power)
         return ops.clamp((1 + n) / (10 + n), 0.0, self.decay)
+
+
+def power_of_length(length: float) -> float:
+    """gamma of the average with weights t^gamma that is so long (Karras et al. 2024, eq. 5 solved): 0.1 -> 6.94.
+
+    Raises:
+        ValueError: length is not between 0 and 0.289, the length of the plain mean.
+    """
+    if not 0 < length < 12**-0.5:
+        raise ValueError(f"the length of an average is {length}: choose above 0 and below 0.289, say 0.05")
+    square = length**-2
+    return float(max(np.roots([1, 7, 16 - square, 12 - square]).real))
+
+
+def average_after_training(steps, lengths, step: int, length: float) -> np.ndarray:
+    """Coefficients (N,) with which N saved averages, of these `steps` and `lengths`, add up to nearly the average of this
+    `length` at `step`: least squares between the functions that weigh the weights (Karras et al. 2024, section 3.2)."""
+
+    def product(step_a, gamma_a, step_b, gamma_b):  # of two such functions, integrated
+        ratio = np.minimum(step_a / step_b, step_b / step_a) ** np.where(step_a < step_b, gamma_b, gamma_a)
+        scale = (gamma_a + 1) * (gamma_b + 1) / (gamma_a + gamma_b + 1)
+        return scale * ratio / np.maximum(step_a, step_b)
+
+    steps, gammas = np.array(steps, np.float64), np.array([power_of_length(each) for each in lengths])
+    matrix = product(steps[:, None], gammas[:, None], steps, gammas)
+    wanted = product(steps, gammas, step, power_of_length(length))
+    return np.linalg.lstsq(matrix, wanted, rcond=None)[0]
 
 
 def make_optimizer(net: nn.Cell, lr: float, warmup_steps: int, total_steps: int, others=()) -> nn.Adam:
@@ -86,6 +122,7 @@ def make_train_step(
     loss_scaler=None,
     world_size: int = 1,
     has_aux: bool = False,
+    more_emas=(),
 ):
     """Compile `step(*batch) -> (loss (), gradient norm ())`: gradients of `loss_fn(*batch)`, clip, Adam, EMA.
 
@@ -94,6 +131,7 @@ def make_train_step(
         loss_scaler: `mindspore.amp.DynamicLossScaler` for float16; a step that overflows is skipped.
         world_size: number of devices, whose gradients are averaged.
         has_aux: loss_fn returns (loss, more), and the step (loss, gradient norm, more).
+        more_emas: other averages that follow the network besides `ema`.
     """
     parameters = optimizer.parameters
     reduce_gradients = nn.DistributedGradReducer(parameters, mean=True, degree=world_size) if world_size > 1 else None
@@ -112,9 +150,12 @@ def make_train_step(
         shrink = ops.clamp(clip_norm / (norm + 1e-6), 0.0, 1.0)
         loss = ops.depend(loss, optimizer(each(partial(scale, shrink), gradients)))
         if ema is not None:
-            n = ops.cast(ops.depend(optimizer.global_step, loss), ms.float32).reshape(())
-            loss = ops.depend(loss, each(partial(follow, ema.decay_after(n), loss), ema.averages, ema.sources))
+            loss = follow_network(ema, loss)
         return loss, norm
+
+    def follow_network(average, loss):
+        n = ops.cast(ops.depend(optimizer.global_step, loss), ms.float32).reshape(())
+        return ops.depend(loss, each(partial(follow, average.decay_after(n), loss), average.averages, average.sources))
 
     def step(*batch):
         (loss, aux), gradients = loss_and_gradients(*batch)
@@ -131,4 +172,19 @@ def make_train_step(
             loss = ops.depend(loss, loss_scaler.adjust(finite))
         return (loss, norm, aux) if has_aux else (loss, norm)
 
-    return compiled(step)
+    if not more_emas:
+        return compiled(step)
+
+    def follow_more(loss):
+        for average in more_emas:
+            loss = follow_network(average, loss)
+        return loss
+
+    train, follow_after = compiled(step), compiled(follow_more)  # in one graph the fused update would change copies
+
+    def step_and_follow(*batch):
+        out = train(*batch)
+        follow_after(out[0])
+        return out
+
+    return step_and_follow
