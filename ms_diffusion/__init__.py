@@ -9,19 +9,24 @@ from . import runtime  # noqa: F401
 
 _HOMES = {
     "schedules": "SCHEDULES cosine_beta_schedule linear_beta_schedule quadratic_beta_schedule sigmoid_beta_schedule "
-    "sqrt_linear_beta_schedule",
+    "rescale_zero_terminal_snr sqrt_linear_beta_schedule",
     "diffusion": "DiffusionConfig GaussianDiffusion",
-    "denoiser": "make_denoiser",
-    "samplers": "SAMPLERS SeededNoise generate sample_ddim sample_ddpm sampling_timesteps",
+    "denoiser": "guide inpaint make_denoiser remember with_label",
+    "samplers": "SAMPLERS SPACINGS SeededNoise generate sample_ddim sample_ddpm sample_dpmpp_2m sample_heun sample_plms "
+    "sample_unipc sampling_timesteps",
+    "editing": "invert_ddim sample_repaint slerp",
+    "likelihood": "bits_per_dim dequantised_bits_per_dim make_divergence ode_log_likelihood",
+    "draws": "ImportanceTimesteps antithetic_timesteps drop_labels offset_noise uniform_timesteps",
     "models.unet": "ConvNextBlock ResnetBlock Unet UnetConfig",
     "models.attention": "Attention LinearAttention",
     "models.layers": "Downsample PreNorm Residual SinusoidalPositionEmbeddings Upsample",
-    "training": "EMA make_optimizer make_train_step",
+    "training": "EMA average_after_training make_optimizer make_train_step",
     "checkpoint": "Checkpoint",
-    "presets": "PRESETS Config DataConfig TrainConfig",
+    "presets": "PRESETS Config DataConfig TrainConfig load_run",
+    "data.conditions": "condition_image",
     "data.pipeline": "load_images make_dataset",
     "convert": "load_into load_torch_state_dict",
-    "images": "save_gif save_grid save_loss_curve to_uint8",
+    "images": "save_gif save_grid save_loss_curve to_float to_uint8",
     "runtime": "UserError compiled set_device",
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names.split()}
