@@ -21,9 +21,9 @@ SIGMA_MAX = 80  # noise / signal beyond which x_t says nothing of data in [-1, 1
 def sampling_timesteps(T: int, steps: int, spacing: str = "linspace", alphas_cumprod=None) -> list[int]:
     """`steps` descending timesteps in [0, T). The spacings (the first three: Lin et al. 2024, table 2):
 
-    linspace: evenly from T - 1 to 0 (one step: T - 1 alone). leading: multiples of T // steps from 0, never T - 1.
-    trailing: T - 1 and down by T / steps, never 0. karras: sigma^(1/7) evenly, sigma the noise / signal ratio (Karras et al.
-    2022, eq. 5). logsnr: the logarithm of the signal-to-noise ratio evenly (Lu et al. 2022, section 3.4).
+    linspace: evenly from T - 1 to 0 (one step: T - 1 alone). leading: multiples of T // steps from 0, short of T - 1 unless
+    steps = T. trailing: T - 1 and down by T / steps, to T / steps - 1. karras: sigma^(1/7) evenly, sigma the noise / signal
+    ratio (Karras et al. 2022, eq. 5). logsnr: the logarithm of that ratio evenly (Lu et al. 2022, section 3.4).
 
     karras and logsnr go by `alphas_cumprod` (T,), take sigma above 80 for 80, and the nearest free timesteps.
 
@@ -145,7 +145,8 @@ def sample_heun(denoise, x, diffusion, timesteps=None, randn_like=None, callback
 
 
 def sample_plms(denoise, x, diffusion, timesteps=None, randn_like=None, callback=None):
-    """Pseudo linear multistep: Adams-Bashforth on eps up to order 4, then DDIM's step (Liu et al. 2022, eqs. 9 and 12).
+    """Pseudo linear multistep: Adams-Bashforth on eps up to order 4, then DDIM's step (Liu et al. 2022, eqs. 9 and 12). The
+    weights are those of steps even in sigma / alpha; on others the order is 2.
 
     As latent diffusion's reference does, it begins with an improved Euler step, which calls the network twice; above
     sigma / alpha = 80 with DDIM's, for the reason in `sample_heun`.
