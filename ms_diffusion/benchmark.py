@@ -2,6 +2,8 @@
 
 Each network and batch size is built in a process of its own, so that its peak memory is its own, and with `--peer torch`
 in a second one by PyTorch in eager mode. The two are timed in turns, A/B/A/B, and while one works the other sleeps.
+
+How good is a sampler for its calls of the network: `--samplers`, the errors of `sampler_errors`, the same on any machine.
 """
 
 import contextlib
@@ -42,6 +44,10 @@ class Args:
     """torch runs PyTorch beside, and prints ratios; it must be installed."""
     cost: str | None = None
     """Measure how the cost grows with batch, size and width instead, and draw it in this PNG."""
+    samplers: bool = False
+    """Print the error of each sampler after so many network calls instead."""
+    picture: str | None = None
+    """Draw the errors of --samplers in this PNG."""
     json: str | None = None
     """Write all figures to this file too."""
     device: Literal[DEVICES] = "auto"
@@ -345,6 +351,17 @@ def draw_cost(records: list[dict], path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
+def report_samplers(args: Args) -> None:
+    from . import sampler_errors
+
+    records = sampler_errors.measure_samplers()
+    sampler_errors.print_table(records)
+    if args.picture:
+        sampler_errors.draw(records, Path(args.picture))
+    if args.json:
+        Path(args.json).write_text(json.dumps({"records": records}, indent=1))
+
+
 def main() -> None:
     args = cli.parse(Args)
     if args.rounds < 1 or min(args.batch_sizes, default=0) < 1 or min(args.sampling_steps, default=1) < 1:
@@ -354,9 +371,15 @@ def main() -> None:
             import torch  # noqa: F401
         except ImportError:
             raise UserError("--peer torch needs PyTorch: pip install torch==2.13.0, or leave --peer out") from None
-    for path in filter(None, (args.json, args.cost)):
+    if args.samplers and args.cost:
+        raise UserError("--samplers and --cost are two measurements: choose one")
+    if args.picture and not args.samplers:
+        raise UserError("--picture draws the errors of --samplers: add --samplers")
+    for path in filter(None, (args.json, args.cost, args.picture)):
         if not Path(path).absolute().parent.is_dir():
             raise UserError(f"there is no folder for {path}: make it, or choose another path")
+    if args.samplers:
+        return report_samplers(args)
     device = runtime.set_device(args.device)
     import mindspore as ms
 
