@@ -40,8 +40,8 @@ class Args:
     """ddpm is the ancestral sampler; the others are deterministic, dpmpp_2m and unipc good in 10 to 15 steps."""
     steps: int = 50
     """Steps of the sampler, at most the timesteps of training; each calls the network once (heun: twice)."""
-    spacing: Literal[SPACINGS] = "linspace"
-    """Where the steps lie."""
+    spacing: Literal[SPACINGS] | None = None
+    """Where the steps lie; if not given linspace for ddpm and ddim, logsnr for the others."""
     eta: float = 0.0
     """Noise of ddim, from 0, none, to 1, that of ddpm."""
     v_posterior: float | None = None
@@ -96,6 +96,8 @@ def check(args: Args, config, T: int) -> None:
         raise UserError(f"--steps {args.steps}: choose from 1 to {T}, the timesteps this run was trained with")
     if not 0 <= args.eta <= 1 or (args.eta and (args.sampler != "ddim" or args.interpolate)):
         raise UserError(f"--eta {args.eta}: choose from 0 to 1, with --sampler ddim and not with --interpolate")
+    if args.interpolate and (args.sampler == "ddpm" or args.steps < 2):
+        raise UserError("--interpolate needs a deterministic sampler, which ddpm is not, and --steps of at least 2")
     if args.v_posterior is not None and not 0 <= args.v_posterior <= 1:
         raise UserError(f"--v-posterior {args.v_posterior}: choose from 0 to 1")
     if len(edits) > 1:
@@ -108,6 +110,10 @@ def check(args: Args, config, T: int) -> None:
         raise UserError("this run was trained with --train.label-dropout 0: give a --class, and no --guidance")
     if not (0 <= args.guidance < np.inf and 0 <= args.guidance_rescale <= 1):
         raise UserError("--guidance must be at least 0, --guidance-rescale in [0, 1]")
+    if args.guidance == 1 and (args.guidance_rescale or args.guidance_interval):
+        raise UserError("--guidance-rescale and --guidance-interval change nothing without --guidance: give one, say 3")
+    if args.guidance_interval and not 0 <= args.guidance_interval[0] <= args.guidance_interval[1] < T:
+        raise UserError(f"--guidance-interval: give two timesteps in 0 to {T - 1}, the lower one first")
     if config.data.condition != "none" and edits:
         raise UserError(f"this run's network is shown a condition ({config.data.condition}): use --image, not --{edits[0]}")
     if config.data.condition == "none" and args.image:
@@ -120,21 +126,26 @@ def check(args: Args, config, T: int) -> None:
 
 def read_images(names, config) -> np.ndarray:
     """Files, or test:N for images of the run's test set -> (N, C, H, W) in [-1, 1]."""
-    data, channels = config.data, config.model.channels
+    test = test_set(config) if any(name.startswith("test:") for name in names) else ()
     found = []
     for name in names:
+        if name.startswith("test:"):
+            number = name.removeprefix("test:")
+            if not (number.isdecimal() and int(number) < len(test)):
+                raise UserError(f"{name}: the test set has images test:0 to test:{len(test) - 1}")
+            found.append(test[int(number)])
+            continue
         try:
-            if name.startswith("test:"):
-                number = int(name[5:])
-                pictures = load_images(data.name, data.dir, "test", data.size, channels)[0]
-                if not 0 <= number < len(pictures):
-                    raise UserError(f"{name}: the test set has images 0 to {len(pictures) - 1}")
-                found.append(pictures[number])
-            else:
-                found.append(read_image(name, data.size, channels))
-        except (OSError, ValueError) as e:
+            found.append(read_image(name, config.data.size, config.model.channels))
+        except Exception as e:  # PIL's decoders raise anything on a damaged file
             raise UserError(f"{name} cannot be read as an image: {e}") from e
     return images.to_float(np.stack(found))
+
+
+def test_set(config) -> np.ndarray:
+    """The run's test images (N, H, W, C) uint8."""
+    data = config.data
+    return load_images(data.name, data.dir, "test", data.size, config.model.channels)[0]
 
 
 def read_mask(name: str, image: str, config) -> np.ndarray:
@@ -178,7 +189,7 @@ def main() -> int:
         label = classes if args.class_ is None else args.class_  # `classes` is the label for none
         cond.append(np.arange(num, dtype=np.int32) % classes if in_turn else np.full(num, label, np.int32))
     if condition != "none":
-        originals = read_images(args.image or [f"test:{i}" for i in range(num)], config)
+        originals = read_images(args.image, config) if args.image else images.to_float(test_set(config)[:num])
         originals = originals[np.arange(num) % len(originals)]
         cond.append(condition_image(condition, originals, config.data.lowres_size, np.random.default_rng(args.seed)))
 
@@ -196,7 +207,8 @@ def main() -> int:
     sampler = partial(sample_ddim, eta=args.eta) if args.sampler == "ddim" else SAMPLERS[args.sampler]
     if args.resample > 1:
         sampler = partial(sample_repaint, jump_n_sample=args.resample)
-    timesteps = sampling_timesteps(diffusion.T, args.steps, args.spacing, diffusion.alphas_cumprod)
+    spacing = args.spacing or ("linspace" if args.sampler in ("ddpm", "ddim") else "logsnr")
+    timesteps = sampling_timesteps(diffusion.T, args.steps, spacing, diffusion.alphas_cumprod)
     if args.init or args.interpolate:
         strength = args.strength or (0.6 if args.init else 1)
         timesteps = [t for t in timesteps if t < strength * diffusion.T]
@@ -236,7 +248,8 @@ def main() -> int:
     # The picture: what was given beside what came of it
     columns = classes if in_turn else None
     if condition != "none":
-        sheet = np.stack([cond[-1][:, : shape[0]], x, originals], 1).reshape(-1, *shape)  # shown, sample, original
+        shown = np.broadcast_to(cond[-1][:, : shape[0]], x.shape)  # one channel where it is gray
+        sheet = np.stack([shown, x, originals], 1).reshape(-1, *shape)
         columns = 12 if num > 3 else 3
     elif args.init:
         sheet = np.concatenate([given, x])
