@@ -14,7 +14,7 @@ from .runtime import compiled
 def make_denoiser(diffusion: GaussianDiffusion, net, cond=None, clip: bool = True):
     """`denoise(x_t, t, *cond)`: the x_0 that the network sees in x_t, compiled.
 
-    `cond`, a Tensor or several, stands in where the call gives none; `clip` keeps x_0 in [-1, 1], where images live.
+    `cond`, a Tensor or a tuple, stands in where the call gives none; `clip` keeps x_0 in [-1, 1], where images live.
     """
     net.set_train(False)
 

@@ -24,7 +24,7 @@ def at(table, t, x):
 
 
 def as_tuple(cond):
-    """None, a condition or several -> a tuple of conditions."""
+    """None, a condition or a tuple of them -> a tuple."""
     if cond is None:
         return ()
     return cond if isinstance(cond, tuple) else (cond,)
@@ -44,7 +44,7 @@ class GaussianDiffusion:
         clip_denoised: clip the predicted x_0 to [-1, 1] in `p_mean_variance`.
         weighting: of the timesteps in the loss, stated here for eps, with SNR = alpha_bar / (1 - alpha_bar); the same error
             squared is SNR times smaller in x_0, alpha_bar times smaller in v. "min-snr": min(SNR, gamma) / SNR (Hang et al.
-            2023, section 3.4); "p2": (1 + SNR)^-gamma (Choi et al. 2022, eq. 8, k = 1).
+            2023, section 3.4); "p2": (1 + SNR)^-gamma (Choi et al. 2022, eq. 8, k = 1). At zero SNR both are 0 in x_0 and v.
         gamma: of min-snr (5 in its paper) or p2 (1 in its paper); None is the paper's.
         l_simple_weight, original_elbo_weight: the loss is the former times the weighted error plus the latter times the
             error weighted by `lvlb_weights`, as in latent diffusion's reference (L_hybrid, Nichol & Dhariwal 2021, eq. 16).
@@ -80,9 +80,9 @@ class GaussianDiffusion:
             raise ValueError(f"v_posterior is {v_posterior}: it must lie in [0, 1]")
         if weighting not in WEIGHTINGS:
             raise ValueError(f"unknown weighting {weighting!r}: choose one of {', '.join(WEIGHTINGS)}")
-        if gamma is not None and not gamma > 0:
-            raise ValueError(f"gamma is {gamma}: it must be above 0")
-        if min(l_simple_weight, original_elbo_weight) < 0 or l_simple_weight + original_elbo_weight == 0:
+        if gamma is not None and not (gamma > 0 and weighting != "none"):
+            raise ValueError(f"gamma is {gamma}: it must be above 0, and belongs to a weighting")
+        if not (l_simple_weight >= 0 and original_elbo_weight >= 0 and l_simple_weight + original_elbo_weight > 0):
             raise ValueError("l_simple_weight and original_elbo_weight must be at least 0, and not both 0")
         self.objective, self.loss, self.clip_denoised = objective, LOSSES[loss], clip_denoised
         self.v_posterior = v_posterior
@@ -200,9 +200,9 @@ class GaussianDiffusion:
         """Weighted error (B,) of the network's prediction at x_t: eq. 14 and what `weighting` and its like make of it.
 
         Args:
-            cond: conditions (B, ...), a Tensor or several, handed to the network after t.
-            logvar: log-variance (T,) of the errors, learned with the network: error / exp(logvar) + logvar (Kendall & Gal
-                2017, eq. 8; `learn_logvar` of latent diffusion's reference).
+            cond: conditions (B, ...), a Tensor or a tuple, handed to the network after t.
+            logvar: log-variance (T,) of the errors, learned with the network: error / exp(logvar) + logvar is then what
+                `weighting` weighs (Kendall & Gal 2017, eq. 8; `learn_logvar` of latent diffusion's reference).
             remembers: (B,) 0 or 1, whether a sample is shown a first guess of x_0 in self-conditioning (Chen et al. 2022,
                 algorithm 1), else zeros.
         """
@@ -220,11 +220,11 @@ class GaussianDiffusion:
             cond = cond + (guess * remembers.reshape((-1,) + (1,) * (x_t.ndim - 1)),)
         error = self.loss(predict(net, x_t, t, cond), target)
         error = ops.mean(error.reshape(x_t.shape[0], -1), 1)
-        simple = ops.gather(self._simple_weights, t, 0) * error
+        simple = error
         if logvar is not None:
             logvar_t = ops.gather(logvar, t, 0)
-            simple = simple * ops.exp(-logvar_t) + logvar_t
-        return simple + ops.gather(self._elbo_weights, t, 0) * error
+            simple = error * ops.exp(-logvar_t) + logvar_t
+        return ops.gather(self._simple_weights, t, 0) * simple + ops.gather(self._elbo_weights, t, 0) * error
 
     def p_losses(self, net, x_start, t, noise, cond=None, logvar=None, remembers=None):
         """The mean () of `losses`."""
@@ -232,7 +232,7 @@ class GaussianDiffusion:
 
 
 def predict(net, x_t, t, cond=None):
-    """The network's output, float32; conditions, a Tensor or several, are passed on where there are any."""
+    """The network's output, float32; conditions, a Tensor or a tuple, are passed on where there are any."""
     return ops.cast(net(x_t, t, *as_tuple(cond)), ms.float32)
 
 

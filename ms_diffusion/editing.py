@@ -43,20 +43,24 @@ def sample_repaint(
 def invert_ddim(denoise, x, diffusion, timesteps=None, iterations: int = 3):
     """The x_T from which `sample_ddim` over the same timesteps leads to the image x (Song et al. 2020, section 4.3).
 
-    Each step of DDIM is solved for its noisier end by fixed-point iteration, from the eps at the cleaner one (one iteration
-    is the usual inversion, Dhariwal & Nichol 2021, appendix F); each iteration calls the network once.
+    A step of DDIM turns x_t by an angle against v, x_next = cos x_t - sin v(x_t) (Salimans & Ho 2022, appendix D). It is
+    solved for x_t by fixed-point iteration, from v at x_next; each iteration calls the network once. One is to first order
+    the usual inversion (Dhariwal & Nichol 2021, appendix F), which goes by eps and could not be iterated near zero SNR.
 
     Raises:
-        ValueError: iterations is below 1.
+        ValueError: iterations is below 1, or a step leads from pure noise straight to data, which nothing undoes.
     """
     if iterations < 1:
         raise ValueError(f"iterations is {iterations}: it must be at least 1")
     for _, t, alpha_bar, alpha_bar_next in reversed(noise_levels(diffusion, timesteps)):
+        cos = math.sqrt(alpha_bar * alpha_bar_next) + math.sqrt((1 - alpha_bar) * (1 - alpha_bar_next))
+        sin = math.sqrt((1 - alpha_bar) * alpha_bar_next) - math.sqrt(alpha_bar * (1 - alpha_bar_next))
+        if cos == 0:
+            raise ValueError("one step from pure noise to data cannot be inverted: use more timesteps")
         x_t = x  # x belongs to the level of alpha_bar_next
-        shrink = math.sqrt(alpha_bar / alpha_bar_next)
         for _ in range(iterations):
-            eps = (x_t - math.sqrt(alpha_bar) * denoise(x_t, t)) / math.sqrt(1 - alpha_bar)
-            x_t = shrink * x + (math.sqrt(1 - alpha_bar) - shrink * math.sqrt(1 - alpha_bar_next)) * eps
+            v = (math.sqrt(alpha_bar) * x_t - denoise(x_t, t)) / math.sqrt(1 - alpha_bar)
+            x_t = (x + sin * v) / cos
         x = x_t
     return x
 

@@ -65,10 +65,8 @@ def save_gif(path, frames: list[np.ndarray], columns: int | None = None, scale: 
     """Write a list of (N, H, W, C) uint8 as an animated GIF of grids; the last frame stays for two seconds."""
     pictures = [_picture(grid(images, columns), scale) for images in frames]
     durations = [milliseconds] * (len(pictures) - 1) + [2000]
-    write(
-        path,
-        lambda f: pictures[0].save(f, "GIF", save_all=True, append_images=pictures[1:], duration=durations, loop=0),
-    )
+    options = {"duration": durations, "loop": 0, "optimize": False}  # Pillow 13's smaller palettes are up to 26 grays off
+    write(path, lambda f: pictures[0].save(f, "GIF", save_all=True, append_images=pictures[1:], **options))
 
 
 def save_loss_curve(path, steps, losses) -> None:
@@ -82,6 +80,6 @@ def save_loss_curve(path, steps, losses) -> None:
         width = len(losses) // 10
         smooth = np.convolve(losses, np.ones(width) / width, "valid")
         axes.plot(steps[width - 1 :], smooth, label=f"mean of {width}")
-    axes.set(xlabel="step", ylabel="loss", yscale="log")
+    axes.set(xlabel="step", ylabel="loss", yscale="log" if min(losses) > 0 else "linear")  # a learned variance goes below
     axes.legend()
     write(path, lambda f: figure.savefig(f, format="png", dpi=120))

@@ -126,7 +126,7 @@ class ConvNextBlock(nn.Module):
 
 
 class Unet(nn.Module):
-    """(B, channels, H, W) and float timesteps (B,) -> (B, out_dim, H, W)."""
+    """(B, channels, H, W) and float timesteps (B,) -> (B, out_dim, H, W); labels and images follow as in `models.unet`."""
 
     def __init__(
         self,
@@ -140,6 +140,9 @@ class Unet(nn.Module):
         use_convnext=True,
         convnext_mult=2,
         patch_size=1,
+        num_classes=None,
+        cond_channels=0,
+        self_condition=False,
     ):
         super().__init__()
         self.patch_size = patch_size
@@ -154,12 +157,14 @@ class Unet(nn.Module):
 
         widths = [dim * mult for mult in dim_mults]
         first = init_dim or dim // 3 * 2
-        self.init_conv = nn.Conv2d(channels * patch_size**2, first, 7, padding=3)
+        channels_in = channels + cond_channels + channels * self_condition
+        self.init_conv = nn.Conv2d(channels_in * patch_size**2, first, 7, padding=3)
         self.time_mlp = None
         if with_time_emb:
             self.time_mlp = nn.Sequential(
                 SinusoidalPositionEmbeddings(dim), nn.Linear(dim, dim * 4), nn.GELU(), nn.Linear(dim * 4, dim * 4)
             )
+        self.label_emb = None if num_classes is None else nn.Embedding(num_classes + 1, dim * 4)
 
         self.downs = nn.ModuleList()
         for below, width in zip([first] + widths, widths, strict=False):
@@ -178,8 +183,13 @@ class Unet(nn.Module):
 
         self.final_conv = nn.Sequential(block(dim, dim, None), nn.Conv2d(dim, (out_dim or channels) * patch_size**2, 1))
 
-    def forward(self, x, t):
+    def forward(self, x, t, *cond):
         emb = None if self.time_mlp is None else self.time_mlp(t)
+        if self.label_emb is not None:
+            emb = emb + self.label_emb(cond[0])
+            cond = cond[1:]
+        if cond:
+            x = torch.cat([x, *cond], dim=1)
         if self.patch_size > 1:
             x = F.pixel_unshuffle(x, self.patch_size)
         x = self.init_conv(x)

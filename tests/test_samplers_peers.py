@@ -20,7 +20,7 @@ from ms_diffusion.samplers import (
     sample_unipc,
     sampling_timesteps,
 )
-from ms_diffusion.schedules import SCHEDULES, rescale_zero_terminal_snr
+from ms_diffusion.schedules import SCHEDULES
 
 
 def ratio(alpha_bar):
@@ -174,12 +174,3 @@ def test_timesteps_agree_with_diffusers(schedulers):
             scheduler = schedulers("DPMSolverMultistepScheduler", diffusion, **{option: True}, **DPMPP)
             scheduler.set_timesteps(steps)
             assert sampling_timesteps(1000, steps, spacing, diffusion.alphas_cumprod) == scheduler.timesteps.tolist()
-
-
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_zero_terminal_snr_agrees_with_diffusers(schedulers, schedule):
-    import torch
-    from diffusers.schedulers.scheduling_ddim import rescale_zero_terminal_snr as theirs
-
-    betas = SCHEDULES[schedule](1000)
-    np.testing.assert_allclose(rescale_zero_terminal_snr(betas), theirs(torch.from_numpy(betas)).numpy(), rtol=1e-9)

@@ -67,12 +67,12 @@ def drawn_unet(kind: str, dim: int):
 
 
 def torch_answer(twin, weights, x, *rest):
-    """The output and gradients of a PyTorch network with these weights; an integer input becomes float."""
+    """The output and gradients of a PyTorch network with these weights; what follows x, the timesteps, becomes float."""
     import torch
 
     twin.load_state_dict({name: torch.from_numpy(value) for name, value in weights.items()})
-    *inputs, cotangent = (torch.from_numpy(a).float() for a in (x, *rest))
-    output = twin(*inputs)
+    x, *inputs, cotangent = (torch.from_numpy(a) for a in (x, *rest))
+    output = twin(x, *(a.float() for a in inputs[:1]), *inputs[1:])
     (output * cotangent).sum().backward()
     return output.detach().numpy(), {name: p.grad.numpy() for name, p in twin.named_parameters()}
 
@@ -161,6 +161,51 @@ def test_options_like_pytorch(options):
     assert_like_torch(net, gradient_function(net), twin, "pynative", arrays)
 
 
+def draw_conditional(batch, size):
+    """x, t, the labels from that of no class down, an image of two channels, a last x_0, the cotangent."""
+    x, t, cotangent = draw_batch(batch, size)
+    labels = (3 - np.arange(batch, dtype=np.int32)) % 4
+    pictures = np.random.default_rng(batch).uniform(-1, 1, (batch, 3, size, size)).astype(np.float32)
+    return x, t, labels, pictures[:, :2], pictures[:, 2:], cotangent
+
+
+CONDITIONS = {"num_classes": 3, "cond_channels": 2, "self_condition": True}
+CONDITIONAL = [("convnext", 1, "graph"), ("convnext", 2, "pynative"), ("resnet", 1, "pynative"), ("resnet", 2, "graph")]
+
+
+@pytest.mark.parametrize(("kind", "patch_size", "mode"), CONDITIONAL)
+def test_conditional_network_like_pytorch(kind, patch_size, mode):
+    pytest.importorskip("torch")
+    from ms_diffusion.torch_peer import Unet as Twin
+
+    options = {"dim": 8, "dim_mults": (1, 2), "channels": 1, "patch_size": patch_size, **KINDS[kind], **CONDITIONS}
+    net = UnetConfig(**options).build()
+    gradient = gradient_function(net)
+    for batch in (1, 13):
+        twin = Twin(**options)
+        assert shapes_of(net) == {name: tuple(p.shape) for name, p in twin.state_dict().items()}
+        assert_like_torch(net, gradient, twin, mode, draw_conditional(batch, 8))
+
+
+def test_each_condition_counts():
+    """One image under every label, that of no class among them, and under other pictures: no two outputs agree."""
+    net = Unet(8, dim_mults=(1, 2), channels=1, **CONDITIONS)
+    x, t, _, image, last, _ = (np.repeat(a, 6, 0) for a in draw_conditional(1, 8))
+    image[4], last[5] = 0, 0
+    outputs = net(*map(Tensor, (x, t, np.array([0, 1, 2, 3, 3, 3], np.int32), image, last))).asnumpy()
+    for i in range(6):
+        for j in range(i):
+            assert relative(outputs[i], outputs[j]) > 1e-3, (i, j)
+
+
+@pytest.mark.parametrize(
+    "options", [{"num_classes": 0}, {"num_classes": -1}, {"num_classes": 3, "with_time_emb": False}], ids=str
+)
+def test_labels_need_classes_and_the_time_embedding(options):
+    with pytest.raises(ValueError, match=f"num_classes is {options['num_classes']}: .*with_time_emb"):
+        Unet(8, dim_mults=(1, 2), **options)
+
+
 def test_patches_are_channels():
     patched = Unet(8, dim_mults=(1, 2), channels=3, patch_size=2, init_dim=8)
     plain = Unet(8, dim_mults=(1, 2), channels=12, init_dim=8)
@@ -224,8 +269,21 @@ def test_initial_bounds_are_those_pytorch_draws():
                 assert abs(p.asnumpy()).max() == pytest.approx(q.abs().max().item(), rel=0.05)
 
 
+def test_embeddings_are_normal():
+    """N(0, 1): mean 0, variance 1, fourth moment 3 (eighth 105), in every row alike."""
+    net = nn.SequentialCell(layers.Embedding(40, 500))
+    layers.name_and_initialise(net, seed=0)
+    values, n = net[0].weight.asnumpy(), 40 * 500
+    assert abs(values.mean()) < 5 / math.sqrt(n)
+    assert abs((values**2).mean() - 1) < 5 * math.sqrt(2 / n)
+    assert abs((values**4).mean() - 3) < 5 * math.sqrt((105 - 9) / n)
+    assert (abs(values.mean(1)) < 5 / math.sqrt(500)).all() and len(np.unique(values)) > 0.99 * n
+    rows = np.array([39, 0, 0], np.int32)
+    np.testing.assert_array_equal(net(Tensor(rows)).asnumpy(), values[rows])
+
+
 def test_seed_decides_the_weights():
-    first, again, other = (Unet(8, dim_mults=(1, 2), seed=seed) for seed in (3, 3, 4))
+    first, again, other = (Unet(8, dim_mults=(1, 2), num_classes=3, seed=seed) for seed in (3, 3, 4))
     for a, b, c in zip(first.get_parameters(), again.get_parameters(), other.get_parameters(), strict=True):
         assert (a.asnumpy() == b.asnumpy()).all()
         if not np.isin(a.asnumpy(), (0, 1)).all():  # all but GroupNorm's
