@@ -59,7 +59,7 @@ class Args:
     inpaint: tuple[str, str] | None = None
     """MASK IMAGE: what is white in the file MASK, or its left, right, top, bottom or center half, is painted anew."""
     resample: int = 1
-    """RePaint's resampling for --inpaint: 10 is the paper's, for 10 times the network calls; 1 is plain replacing."""
+    """RePaint for --inpaint, with ddpm's steps: 10 is the paper's, for 10 times the network calls; 1 is plain replacing."""
     interpolate: tuple[str, str] | None = None
     """IMAGE IMAGE to go between, through their noises."""
     init: str | None = None
@@ -165,6 +165,42 @@ def read_mask(name: str, image: str, config) -> np.ndarray:
     return (mask < 0).astype(np.float32)
 
 
+def conditions(args: Args, config, num: int, in_turn: bool):
+    """What the network is told, arrays (num, ...): labels, an image; and the originals of the images, or None."""
+    cond, originals, classes = [], None, config.model.num_classes
+    if classes is not None:
+        label = classes if args.class_ is None else args.class_  # `classes` is the label for none
+        cond.append(np.arange(num, dtype=np.int32) % classes if in_turn else np.full(num, label, np.int32))
+    if config.data.condition != "none":
+        originals = read_images(args.image, config) if args.image else images.to_float(test_set(config)[:num])
+        originals = originals[np.arange(num) % len(originals)]
+        rng = np.random.default_rng(args.seed)
+        cond.append(condition_image(config.data.condition, originals, config.data.lowres_size, rng))
+    return cond, originals
+
+
+def choose_sampler(args: Args, self_condition: bool):
+    if args.resample > 1:
+        sampler = partial(sample_repaint, jump_n_sample=args.resample)
+    elif args.sampler == "ddim":
+        sampler = partial(sample_ddim, eta=args.eta)
+    else:
+        sampler = SAMPLERS[args.sampler]
+    if not self_condition:
+        return sampler
+    return lambda denoise, *rest: sampler(remember(denoise), *rest)  # a memory for each batch
+
+
+def choose_timesteps(args: Args, diffusion) -> list[int]:
+    spacing = args.spacing or ("linspace" if args.sampler in ("ddpm", "ddim") else "logsnr")
+    timesteps = sampling_timesteps(diffusion.T, args.steps, spacing, diffusion.alphas_cumprod)
+    strength = args.strength or (0.6 if args.init else 1)
+    timesteps = [t for t in timesteps if t < strength * diffusion.T]
+    if not timesteps:
+        raise UserError(f"--strength {strength} leaves none of the {args.steps} steps: raise one of them")
+    return timesteps
+
+
 def main() -> int:
     from mindspore import Tensor  # which `runtime` must precede
 
@@ -177,23 +213,15 @@ def main() -> int:
     device = runtime.set_device(args.device)
     net, diffusion, config, step = load_run(run, args.weights, args.ema_length)
     check(args, config, diffusion.T)
-    classes, condition = config.model.num_classes, config.data.condition
+    classes = config.model.num_classes
     editing = bool(args.inpaint or args.interpolate or args.init)
     num = args.num or (8 if editing else 64)
     shape = (config.model.channels, config.data.size, config.data.size)
     clock = time.perf_counter()
 
-    # What the network is told: labels, the image of a condition
-    cond, in_turn = [], classes is not None and args.class_ is None and not editing
-    if classes is not None:
-        label = classes if args.class_ is None else args.class_  # `classes` is the label for none
-        cond.append(np.arange(num, dtype=np.int32) % classes if in_turn else np.full(num, label, np.int32))
-    if condition != "none":
-        originals = read_images(args.image, config) if args.image else images.to_float(test_set(config)[:num])
-        originals = originals[np.arange(num) % len(originals)]
-        cond.append(condition_image(condition, originals, config.data.lowres_size, np.random.default_rng(args.seed)))
-
     # The denoiser, the sampler and its steps
+    in_turn = classes is not None and args.class_ is None and not editing
+    cond, originals = conditions(args, config, num, in_turn)
     denoise = make_denoiser(diffusion, net, clip=args.guidance == 1)
     if args.guidance != 1:
         uncond = with_label(denoise, classes)
@@ -204,16 +232,8 @@ def main() -> int:
         denoise = inpaint(denoise, Tensor(given), Tensor(known))
     if args.v_posterior is not None:
         diffusion.v_posterior = args.v_posterior
-    sampler = partial(sample_ddim, eta=args.eta) if args.sampler == "ddim" else SAMPLERS[args.sampler]
-    if args.resample > 1:
-        sampler = partial(sample_repaint, jump_n_sample=args.resample)
-    spacing = args.spacing or ("linspace" if args.sampler in ("ddpm", "ddim") else "logsnr")
-    timesteps = sampling_timesteps(diffusion.T, args.steps, spacing, diffusion.alphas_cumprod)
-    if args.init or args.interpolate:
-        strength = args.strength or (0.6 if args.init else 1)
-        timesteps = [t for t in timesteps if t < strength * diffusion.T]
-        if not timesteps:
-            raise UserError(f"--strength {strength} leaves none of the {args.steps} steps: raise one of them")
+    sampler = choose_sampler(args, config.model.self_condition)
+    timesteps = choose_timesteps(args, diffusion)
 
     # Where it begins, if not at noise
     start = None
@@ -239,15 +259,12 @@ def main() -> int:
         if args.gif and bar.n <= calls and (i % every == 0 or i == calls - 1):
             frames.append(images.to_uint8(x.asnumpy()))
 
-    def sample(denoise, *rest):
-        return sampler(remember(denoise) if config.model.self_condition else denoise, *rest)
-
-    x = generate(sample, denoise, diffusion, timesteps, shape, num, args.seed, args.batch_size, watch, cond, start)
+    x = generate(sampler, denoise, diffusion, timesteps, shape, num, args.seed, args.batch_size, watch, cond, start)
     bar.close()
 
     # The picture: what was given beside what came of it
     columns = classes if in_turn else None
-    if condition != "none":
+    if originals is not None:
         shown = np.broadcast_to(cond[-1][:, : shape[0]], x.shape)  # one channel where it is gray
         sheet = np.stack([shown, x, originals], 1).reshape(-1, *shape)
         columns = 12 if num > 3 else 3
