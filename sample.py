@@ -273,12 +273,14 @@ def main() -> int:
     elif args.inpaint:
         sheet = np.concatenate([given, given * known, x])
     elif args.interpolate:
-        sheet, columns = np.concatenate([given[:1], x, given[1:]]), num + 2
+        sheet = np.concatenate([given[:1], x, given[1:]])
         print(f"reconstruction error of both ends (RMS in [-1, 1]): {rms(x[0], given[0]):.3f}, {rms(x[-1], given[1]):.3f}")
     else:
         sheet = x
     folder = modelarts.output_folder(args.train_url) or (run if run.is_dir() else run.parent)
     out = Path(args.out or folder / "sample.png")
+    if editing:
+        columns = min(len(sheet), 12)
     images.save_grid(out, images.to_uint8(sheet), columns, scale=4 if editing else 2)
     written = [out]
     if args.gif:

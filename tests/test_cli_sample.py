@@ -22,7 +22,7 @@ import train
 from ms_diffusion import runtime
 from ms_diffusion.checkpoint import Checkpoint
 from ms_diffusion.data.fashion_mnist import load_fashion_mnist_mini
-from ms_diffusion.images import save_loss_curve
+from ms_diffusion.images import save_loss_curve, to_float, to_uint8
 from ms_diffusion.presets import PRESETS
 from ms_diffusion.samplers import SAMPLERS, SPACINGS
 from ms_diffusion.training import EMA
@@ -387,6 +387,23 @@ def test_guidance_and_what_tempers_it(draw):
     assert (first != guided).any() and (first != plain).any()
 
 
+def test_guidance_by_hand(draw, runs):
+    """One step from the image's own noise: x_0 = uncond + 9 (cond - uncond), clipped at the end and nowhere before."""
+    images = draw("class", "--init", "test:0", "--strength", 1 / T, "--steps", T, "--class", 3, "--guidance", 9)
+    net, diffusion, _, _ = sample.load_run(runs / "class", "ema", None)
+    a = diffusion.alphas_cumprod[0]
+    noise = np.stack([np.random.default_rng((0, i)).standard_normal((1, 28, 28), dtype=np.float32) for i in range(4)])
+    x = (np.sqrt(a) * to_float(TEST_IMAGES[:1]) + np.sqrt(1 - a) * noise).astype(np.float32)
+    t, no_guess = Tensor(np.zeros(4, np.int32)), Tensor(np.zeros_like(x))
+    cond, uncond = (
+        (x - np.sqrt(1 - a) * net(Tensor(x), t, Tensor(np.full(4, label, np.int32)), no_guess).asnumpy()) / np.sqrt(a)
+        for label in (3, 10)
+    )
+    assert abs(images.astype(int) - to_uint8(uncond + 9 * (cond - uncond))).max() <= 1
+    clipped = cond.clip(-1, 1), uncond.clip(-1, 1)
+    assert abs(images.astype(int) - to_uint8(clipped[1] + 9 * (clipped[0] - clipped[1]))).max() > 1
+
+
 def test_classes_without_dropout_can_be_drawn(draw):
     assert (draw("no-dropout", "--class", 3) != draw("no-dropout", "--class", 4)).any()
     assert draw("no-dropout", "--class", 3, "--init", "test:0").shape == (4, 28, 28, 1)
@@ -481,7 +498,7 @@ def test_inpainting_keeps_the_known_pixels(draw, tmp_path, monkeypatch, mask, pa
     np.testing.assert_array_equal(images[:, ~hidden], np.broadcast_to(original[~hidden], (4, (~hidden).sum(), 1)))
     assert all((image[hidden] != original[hidden]).mean() > 0.5 for image in images)
     assert len({image.tobytes() for image in images}) == 4
-    sheet = cells(tmp_path / "out.png", 3)
+    sheet = cells(tmp_path / "out.png", 6)
     np.testing.assert_array_equal(sheet[0], original[..., 0])
     np.testing.assert_array_equal(sheet[1], np.where(hidden, 128, original[..., 0]))
     np.testing.assert_array_equal(sheet[2:], images[..., 0])
@@ -501,7 +518,7 @@ def test_a_mask_of_another_size_than_the_networks(draw, files):
     Image.fromarray(mask).save("mask.png")
     Image.fromarray(photo).save("photo.png")
     images = draw("plain", "--inpaint", "mask.png", "photo.png")
-    given = cells(files / "out.png", 3)[0]
+    given = cells(files / "out.png", 6)[0]
     np.testing.assert_array_equal(images[:, :, :13, 0], np.broadcast_to(given[:, :13], (4, 28, 13)))
     assert (images[:, :, 15:, 0] != given[:, 15:]).mean() > 0.5
 
@@ -524,7 +541,7 @@ def test_the_strength_of_image_to_image(draw, tmp_path):
     distances = [rms(images, image) for images in (near, middle, far)]
     assert 0 < distances[0] < 25 and 1.5 * distances[0] < distances[1] < distances[2]
     assert len({i.tobytes() for i in near}) == len({i.tobytes() for i in far}) == 4
-    sheet = cells(tmp_path / "out.png", 3)
+    sheet = cells(tmp_path / "out.png", 5)
     np.testing.assert_array_equal(sheet[0], image[..., 0])
     np.testing.assert_array_equal(sheet[1:5], far[..., 0])
     np.testing.assert_array_equal(
