@@ -100,6 +100,8 @@ def check(args: Args, config, T: int) -> None:
         raise UserError("--interpolate needs a deterministic sampler, which ddpm is not, and --steps of at least 2")
     if args.v_posterior is not None and not 0 <= args.v_posterior <= 1:
         raise UserError(f"--v-posterior {args.v_posterior}: choose from 0 to 1")
+    if args.v_posterior is not None and args.sampler != "ddpm":
+        raise UserError(f"--v-posterior is ddpm's variance, which {args.sampler} has not: add --sampler ddpm")
     if len(edits) > 1:
         raise UserError(f"choose one of --{' and --'.join(edits)}")
     if classes is None and (args.class_ is not None or args.guidance != 1):
@@ -122,6 +124,8 @@ def check(args: Args, config, T: int) -> None:
         raise UserError(f"--strength {args.strength}: choose above 0 and up to 1, with --init or --interpolate")
     if args.resample < 1 or (args.resample > 1 and not args.inpaint):
         raise UserError(f"--resample {args.resample}: choose 1 or more, with --inpaint")
+    if args.resample > 1 and args.sampler != "ddpm":
+        raise UserError(f"--resample goes back and forth by ddpm's steps, not {args.sampler}'s: add --sampler ddpm")
 
 
 def read_images(names, config) -> np.ndarray:

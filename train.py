@@ -153,29 +153,32 @@ def main() -> int:
     steps_per_epoch = len(pictures) // (train.batch_size * world_size)
     metrics = Metrics(run_dir / "metrics.jsonl", start) if rank == 0 else None
 
-    # What a step draws, all of it from (seed, rank, step)
+    # What a step draws, all of it from (seed, rank, step); nothing that it does not need, for each input costs time
     def draw_batch(x_start, labels, step: int):
         rng = np.random.default_rng((train.seed, STREAM_NOISE, rank, step))
-        n, weights, cond = train.batch_size, np.ones(train.batch_size, np.float32), []
+        n, more = train.batch_size, []
         if importance:
             t, weights = importance.draw(rng, n)
+            more.append(weights)
         elif train.timesteps == "antithetic":
             t = draws.antithetic_timesteps(rng, diffusion.T, n)
         else:
             t = draws.uniform_timesteps(rng, diffusion.T, n)
         noise = draws.offset_noise(rng, x_start.shape, train.offset_noise)
-        remembers = rng.integers(0, 2, n).astype(np.float32)
+        if config.model.self_condition:
+            more.append(rng.integers(0, 2, n).astype(np.float32))
         if classes is not None:
-            cond.append(draws.drop_labels(rng, labels, train.label_dropout, classes))
+            more.append(draws.drop_labels(rng, labels, train.label_dropout, classes))
         if config.data.condition != "none":
-            cond.append(condition_image(config.data.condition, x_start, config.data.lowres_size, rng))
-        return [x_start, t, noise, weights, remembers, *cond]
+            more.append(condition_image(config.data.condition, x_start, config.data.lowres_size, rng))
+        return [x_start, t, noise, *more]
 
     # The compiled step, and the sampler that draws the grids
-    def loss_fn(x_start, t, noise, weights, remembers, *cond):
-        shown = remembers if config.model.self_condition else None
-        losses = diffusion.losses(net, x_start, t, noise, cond, logvar, shown)
-        return ops.mean(weights * losses), losses
+    def loss_fn(x_start, t, noise, *more):
+        weights, more = (more[0], more[1:]) if importance else (None, more)
+        remembers, cond = (more[0], more[1:]) if config.model.self_condition else (None, more)
+        losses = diffusion.losses(net, x_start, t, noise, cond, logvar, remembers)
+        return ops.mean(losses if weights is None else weights * losses), losses
 
     train_step = make_train_step(
         loss_fn, optimizer, ema, train.clip_norm, loss_scaler, world_size, has_aux=True, more_emas=more_emas

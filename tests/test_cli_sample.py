@@ -176,31 +176,36 @@ def first_step(tmp_path, monkeypatch):
     return first_step
 
 
+def arrays(found):
+    return [value.asnumpy() for value in found[1]]
+
+
 def test_what_a_step_draws(first_step):
-    """x_0, timesteps, noise, weights, whether a guess is shown, then labels or the image of a condition."""
-    x_start, t, noise, weights, remembers = (value.asnumpy() for value in first_step("--train.timesteps antithetic")[1])
+    """x_0, timesteps, noise, and where there is use for them weights, who is shown a guess, labels, the image shown."""
+    drawn = arrays(first_step("--train.timesteps antithetic"))
+    x_start, t, noise = drawn
     assert x_start.shape == noise.shape == (64, 1, 28, 28) and abs(x_start).max() == 1
     np.testing.assert_array_equal(t[:32] + t[32:], np.full(32, 999))
-    np.testing.assert_array_equal(weights, np.ones(64))
-    assert set(remembers) == {0, 1} and noise.mean((1, 2, 3)).std() < 0.1
-    again = [value.asnumpy() for value in first_step("--train.timesteps antithetic")[1]]
-    for a, b in zip((x_start, t, noise, weights, remembers), again, strict=True):
+    assert noise.mean((1, 2, 3)).std() < 0.1
+    for a, b in zip(drawn, arrays(first_step("--train.timesteps antithetic")), strict=True):
         np.testing.assert_array_equal(a, b)
-    assert (first_step("--train.seed 1")[1][2].asnumpy() != noise).any()
-    assert abs(first_step("--train.offset-noise 3")[1][2].asnumpy().mean((1, 2, 3)).std() - 3) < 5 * 3 / np.sqrt(2 * 64)
+    assert (arrays(first_step("--train.seed 1"))[2] != noise).any()
+    assert abs(arrays(first_step("--train.offset-noise 3"))[2].mean((1, 2, 3)).std() - 3) < 5 * 3 / np.sqrt(2 * 64)
 
     for share, expected in ((1, {10}), (0, set(range(10)))):
-        labels = first_step("--preset quick-class --train.label-dropout", str(share))[1][5].asnumpy()
+        labels = arrays(first_step("--preset quick-class --train.label-dropout", str(share)))[3]
         assert labels.dtype == np.int32 and set(labels) == expected
-    batch = first_step("--data.condition mask --model.cond-channels 2 --model.num-classes 10")[1]
-    x_start, labels, shown = (batch[i].asnumpy() for i in (0, 5, 6))
-    assert labels.shape == (64,) and shown.shape == (64, 2, 28, 28)
+    everything = "--train.timesteps importance --model.self-condition --model.num-classes 10"
+    drawn = arrays(first_step(everything, "--data.condition mask --model.cond-channels 2"))
+    x_start, _, _, weights, remembers, labels, shown = drawn
+    np.testing.assert_array_equal(weights, np.ones(64, np.float32))  # uniform at first
+    assert set(remembers) == {0, 1} and labels.shape == (64,) and shown.shape == (64, 2, 28, 28)
     np.testing.assert_array_equal(shown[:, 0], np.where(shown[:, 1] == 1, 0, x_start[:, 0]))
 
 
 def test_the_loss_of_a_step(first_step):
     """The mean of weight times loss, and the losses; a guess of x_0 is shown to those that are to remember one."""
-    loss_fn, (*batch, weights, remembers) = first_step("--model.self-condition")
+    loss_fn, (*batch, weights, remembers) = first_step("--model.self-condition --train.timesteps importance")
     weights = Tensor(np.linspace(0, 3, 64, dtype=np.float32))
     loss, losses = loss_fn(*batch, weights, remembers)
     assert losses.shape == (64,) and losses.asnumpy().std() > 0
@@ -208,6 +213,10 @@ def test_the_loss_of_a_step(first_step):
     with_guess, without = (loss_fn(*batch, weights, Tensor(np.full(64, n, np.float32)))[1].asnumpy() for n in (1, 0))
     np.testing.assert_allclose(losses.asnumpy(), np.where(remembers.asnumpy() == 1, with_guess, without), rtol=1e-4)
     assert (abs(with_guess - without) > 1e-4 * without).mean() > 0.9
+
+    loss_fn, batch = first_step("--train.seed 0")
+    loss, losses = loss_fn(*batch)
+    np.testing.assert_allclose(loss.asnumpy(), losses.asnumpy().mean(), rtol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -315,6 +324,8 @@ def files(tmp_path, monkeypatch):
         ("class", "--inpaint left", "inpaint"),
         ("class", "--inpaint left test:0 --resample 0", "--resample 0"),
         ("class", "--resample 2", "with --inpaint"),
+        ("class", "--inpaint left test:0 --resample 2", "add --sampler ddpm"),
+        ("class", "--v-posterior 1", "add --sampler ddpm"),
         ("class", "--inpaint small.png photo.png", "small.png is 14 x 14 pixels, the image photo.png 28 x 28"),
         ("class", "--inpaint large.png test:0", "large.png is 56 x 56 pixels, the image test:0 28 x 28"),
         ("class", "--inpaint nowhere.png photo.png", "nowhere.png"),
@@ -504,7 +515,10 @@ def test_inpainting_keeps_the_known_pixels(draw, tmp_path, monkeypatch, mask, pa
     np.testing.assert_array_equal(sheet[2:], images[..., 0])
 
 
-@pytest.mark.parametrize("args", [*[["--sampler", name] for name in SAMPLERS], ["--resample", 3], ["--eta", 1]], ids=str)
+EXTRAS = (["--sampler", "ddpm", "--resample", 3], ["--eta", 1])
+
+
+@pytest.mark.parametrize("args", [*[["--sampler", name] for name in SAMPLERS], *EXTRAS], ids=str)
 def test_every_way_of_inpainting_keeps_the_known_pixels(draw, args):
     images = draw("class", "--inpaint", "left", "test:2", "--class", 1, "--guidance", 2, *args)
     np.testing.assert_array_equal(images[:, :, 14:], TEST_IMAGES[[2] * 4, :, 14:])
@@ -526,7 +540,9 @@ def test_a_mask_of_another_size_than_the_networks(draw, files):
 def test_resampling_calls_the_network_more_often(draw, tmp_path):
     plain = draw("class", "--inpaint", "left", "test:2", "--gif", tmp_path / "x.gif", "--sampler", "ddpm")
     assert picture(tmp_path / "x.gif")[2] == 3
-    resampled = draw("class", "--inpaint", "left", "test:2", "--gif", tmp_path / "x.gif", "--resample", 4)
+    resampled = draw(
+        "class", "--inpaint", "left", "test:2", "--gif", tmp_path / "x.gif", "--sampler", "ddpm", "--resample", 4
+    )
     assert picture(tmp_path / "x.gif")[2] == 12
     assert (resampled != plain).any()
 
