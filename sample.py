@@ -14,7 +14,7 @@ from ms_diffusion import cli, images, modelarts, runtime
 from ms_diffusion.data.conditions import condition_image
 from ms_diffusion.data.image_folder import read_image
 from ms_diffusion.data.pipeline import load_images
-from ms_diffusion.denoiser import guide, inpaint, make_denoiser, remember, with_label
+from ms_diffusion.denoiser import guide, inpaint, make_denoiser, remember, self_conditioned, with_label
 from ms_diffusion.editing import invert_ddim, sample_repaint, slerp
 from ms_diffusion.presets import load_run
 from ms_diffusion.runtime import DEVICES, UserError
@@ -190,9 +190,7 @@ def choose_sampler(args: Args, self_condition: bool):
         sampler = partial(sample_ddim, eta=args.eta)
     else:
         sampler = SAMPLERS[args.sampler]
-    if not self_condition:
-        return sampler
-    return lambda denoise, *rest: sampler(remember(denoise), *rest)  # a memory for each batch
+    return self_conditioned(sampler) if self_condition else sampler
 
 
 def choose_timesteps(args: Args, diffusion) -> list[int]:

@@ -25,7 +25,7 @@ from ms_diffusion import cli, draws, images, modelarts
 from ms_diffusion.checkpoint import Checkpoint
 from ms_diffusion.data.conditions import condition_image
 from ms_diffusion.data.pipeline import load_images, make_dataset
-from ms_diffusion.denoiser import make_denoiser, remember
+from ms_diffusion.denoiser import make_denoiser, self_conditioned
 from ms_diffusion.models.layers import set_compute_type
 from ms_diffusion.presets import PRESETS, Config
 from ms_diffusion.runtime import DEVICES, UserError
@@ -186,8 +186,7 @@ def main() -> int:
     denoise = make_denoiser(diffusion, ema.net)
     timesteps = sampling_timesteps(diffusion.T, train.sample_steps)
 
-    def sample(denoise, *args):
-        return sample_ddpm(remember(denoise) if config.model.self_condition else denoise, *args)
+    sampler = self_conditioned(sample_ddpm) if config.model.self_condition else sample_ddpm
 
     def draw_samples(step: int) -> Path:
         """A grid of samples: of each class in turn, or of the first images' conditions."""
@@ -198,7 +197,7 @@ def main() -> int:
             originals = images.to_float(pictures[np.arange(train.sample_num) % len(pictures)])
             rng = np.random.default_rng((train.seed, STREAM_NOISE))
             cond.append(condition_image(config.data.condition, originals, config.data.lowres_size, rng))
-        x = generate(sample, denoise, diffusion, timesteps, shape, train.sample_num, train.seed, cond=cond)
+        x = generate(sampler, denoise, diffusion, timesteps, shape, train.sample_num, train.seed, cond=cond)
         path = run_dir / "samples" / f"step-{step:07d}.png"
         images.save_grid(path, images.to_uint8(x), columns=classes)
         return path

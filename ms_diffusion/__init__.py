@@ -11,7 +11,7 @@ _HOMES = {
     "schedules": "SCHEDULES cosine_beta_schedule linear_beta_schedule quadratic_beta_schedule sigmoid_beta_schedule "
     "rescale_zero_terminal_snr sqrt_linear_beta_schedule",
     "diffusion": "DiffusionConfig GaussianDiffusion",
-    "denoiser": "guide inpaint make_denoiser remember with_label",
+    "denoiser": "guide inpaint make_denoiser remember self_conditioned with_label",
     "samplers": "SAMPLERS SPACINGS SeededNoise generate sample_ddim sample_ddpm sample_dpmpp_2m sample_heun sample_plms "
     "sample_unipc sampling_timesteps",
     "editing": "invert_ddim sample_repaint slerp",

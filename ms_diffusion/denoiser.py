@@ -98,3 +98,12 @@ def remember(denoise):
         return last
 
     return remembering
+
+
+def self_conditioned(sampler):
+    """The sampler over `remember(denoise)`, with a new memory for each call of it."""
+
+    def sample(denoise, *args, **options):
+        return sampler(remember(denoise), *args, **options)
+
+    return sample

@@ -117,8 +117,7 @@ class GaussianDiffusion:
         if weighting == "min-snr":
             weights = np.minimum(snr, gamma or 5) * in_x0
         elif weighting == "p2":
-            in_eps = {"x0": snr, "eps": np.ones(self.T), "v": self.alphas_cumprod}[objective]
-            weights = (1 + snr) ** -(gamma or 1) * in_eps
+            weights = (1 + snr) ** -(gamma or 1) * snr * in_x0
         else:
             weights = np.ones(self.T)
         self.simple_weights = l_simple_weight * weights

@@ -51,7 +51,7 @@ def bits_per_dim(denoise, diffusion: GaussianDiffusion, x_start, rng, callback=N
     if not (abs(levels - np.clip(np.round(levels), 0, 255)) < 1e-3).all():
         raise ValueError("x_start is not on the 256 levels n / 127.5 - 1, n = 0..255: the bound is one of discrete images")
     T, alpha_bar = diffusion.T, diffusion.alphas_cumprod
-    q_variance = diffusion.betas * (1 - np.append(1.0, alpha_bar[:-1])) / (1 - alpha_bar)
+    q_variance = diffusion.betas * (1 - diffusion.alphas_cumprod_prev) / (1 - alpha_bar)
     p_variance = diffusion.posterior_variance.copy()
     p_variance[0] = p_variance[1] if T > 1 else diffusion.betas[0]
 

@@ -70,9 +70,10 @@ def _lambda(alpha_bar: float) -> float:
     return 0.5 * math.log(alpha_bar / (1 - alpha_bar))
 
 
-def ddim_step(x, x_start, alpha_bar, alpha_bar_next):
-    """alpha_next x_0 + sigma_next eps, with the eps that x_0 leaves in x: exact where x_0 stays the same."""
-    keep = math.sqrt((1 - alpha_bar_next) / (1 - alpha_bar))
+def ddim_step(x, x_start, alpha_bar, alpha_bar_next, sigma: float = 0.0):
+    """alpha_next x_0 plus the eps that x_0 leaves in x, scaled to sigma_next less the noise of `sigma` that is still to come
+    (Song et al. 2020, eq. 12, without its last term): without that noise, exact where x_0 stays the same."""
+    keep = math.sqrt(max(1 - alpha_bar_next - sigma**2, 0) / (1 - alpha_bar))
     return (math.sqrt(alpha_bar_next) - keep * math.sqrt(alpha_bar)) * x_start + keep * x
 
 
@@ -115,8 +116,7 @@ def sample_ddim(denoise, x, diffusion, timesteps=None, randn_like=None, callback
     for i, t, alpha_bar, alpha_bar_next in noise_levels(diffusion, timesteps):
         x_start = denoise(x, t)
         sigma = eta * math.sqrt((1 - alpha_bar_next) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_next))
-        keep = math.sqrt(max(1 - alpha_bar_next - sigma**2, 0) / (1 - alpha_bar))
-        x = (math.sqrt(alpha_bar_next) - keep * math.sqrt(alpha_bar)) * x_start + keep * x
+        x = ddim_step(x, x_start, alpha_bar, alpha_bar_next, sigma)
         if sigma > 0:
             x = x + sigma * randn_like(x)
         if callback:
