@@ -1,5 +1,6 @@
 """Draw samples from a run: python sample.py runs/quick --num 64 --out grid.png --gif denoise.gif."""
 
+import json
 import time
 from dataclasses import dataclass, replace
 from functools import partial
@@ -10,13 +11,15 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from ms_diffusion import cli, images, modelarts, runtime
+from ms_diffusion import cli, images, modelarts, plane, runtime
 from ms_diffusion.data.conditions import condition_image
 from ms_diffusion.data.image_folder import read_image
 from ms_diffusion.data.pipeline import load_images
+from ms_diffusion.data.toy import Frame
 from ms_diffusion.denoiser import guide, inpaint, make_denoiser, remember, self_conditioned, with_label
 from ms_diffusion.editing import invert_ddim, sample_repaint, slerp
-from ms_diffusion.presets import load_run
+from ms_diffusion.evaluation import compare
+from ms_diffusion.presets import load_run, run_folders
 from ms_diffusion.runtime import DEVICES, UserError
 from ms_diffusion.samplers import SAMPLERS, SPACINGS, SeededNoise, generate, sample_ddim, sampling_timesteps
 
@@ -27,13 +30,13 @@ GIF_FRAMES = 40
 class Args:
     """Draw samples from a trained run, or edit images with it.
 
-    IMAGE is a file, or test:N, the run's own test image N.
+    IMAGE is a file, or test:N, the run's own test image N. A run of points gets all its pictures and scores.
     """
 
     run: Annotated[str | None, tyro.conf.Positional] = None
     """A run's folder, or one of its checkpoints."""
     num: int | None = None
-    """How many images; if not given 64, or 8 of an edit."""
+    """How many images or points; if not given 64 images, 8 of an edit, 10,000 points."""
     seed: int = 0
     """Image i of a seed is the same whatever the number and the batch size."""
     sampler: Literal[tuple(SAMPLERS)] = "ddim"
@@ -71,9 +74,9 @@ class Args:
     gif: str | None = None
     """Animated GIF of the denoising."""
     npz: str | None = None
-    """Raw images: array `images`, uint8 (N, H, W, C)."""
-    batch_size: int = 64
-    """Images at once."""
+    """Raw images: array `images`, uint8 (N, H, W, C); or `points`, float32 (N, 2)."""
+    batch_size: int | None = None
+    """Images or points at once; if not given 64, or all points."""
     weights: Literal["ema", "model"] = "ema"
     """The moving average, or the weights as trained."""
     ema_length: float | None = None
@@ -92,6 +95,8 @@ def check(args: Args, config, T: int) -> None:
     """Refuse what does not fit together, or not to the run."""
     edits = [name for name in ("inpaint", "interpolate", "init") if getattr(args, name)]
     classes, dropout = config.model.num_classes, config.train.label_dropout
+    if config.is_points and (edits or args.image):
+        raise UserError(f"this run is of points in the plane, and --{(edits or ['image'])[0]} of images: leave it out")
     if not 1 <= args.steps <= T:
         raise UserError(f"--steps {args.steps}: choose from 1 to {T}, the timesteps this run was trained with")
     if not 0 <= args.eta <= 1 or (args.eta and (args.sampler != "ddim" or args.interpolate)):
@@ -203,23 +208,12 @@ def choose_timesteps(args: Args, diffusion) -> list[int]:
     return timesteps
 
 
-def main() -> int:
+def sample_images(args: Args, folder: Path, device: str, net, diffusion, config) -> list[Path]:
+    """Draw a grid of images, or edit some; the files written."""
     from mindspore import Tensor  # which `runtime` must precede
 
-    args = cli.parse(Args)
-    if (args.num is not None and args.num < 1) or args.batch_size < 1 or args.seed < 0:
-        raise UserError("--num and --batch-size must be at least 1, --seed at least 0")
-    if not (args.run or args.data_url):
-        raise UserError("which run? Give its folder: python sample.py runs/quick")
-    run = Path(args.run) if args.run else modelarts.fetch(args.data_url)
-    device = runtime.set_device(args.device)
-    net, diffusion, config, step = load_run(run, args.weights, args.ema_length)
-    check(args, config, diffusion.T)
-    classes = config.model.num_classes
+    classes, shape, num = config.model.num_classes, config.shape, args.num
     editing = bool(args.inpaint or args.interpolate or args.init)
-    num = args.num or (8 if editing else 64)
-    shape = (config.model.channels, config.data.size, config.data.size)
-    clock = time.perf_counter()
 
     # The denoiser, the sampler and its steps
     in_turn = classes is not None and args.class_ is None and not editing
@@ -279,7 +273,6 @@ def main() -> int:
         print(f"reconstruction error of both ends (RMS in [-1, 1]): {rms(x[0], given[0]):.3f}, {rms(x[-1], given[1]):.3f}")
     else:
         sheet = x
-    folder = modelarts.output_folder(args.train_url) or (run if run.is_dir() else run.parent)
     out = Path(args.out or folder / "sample.png")
     if editing:
         columns = min(len(sheet), 12)
@@ -291,7 +284,105 @@ def main() -> int:
     if args.npz:
         images.write(args.npz, lambda f: np.savez_compressed(f, images=images.to_uint8(x)))
         written.append(Path(args.npz))
-    print(f"{num} images of step {step} in {time.perf_counter() - clock:.1f} s: {', '.join(map(str, written))}")
+    return written
+
+
+def sample_points(args: Args, home: Path, folder: Path, device: str, net, diffusion, config) -> list[Path]:
+    """Draw points, all pictures of a run of points, and its scores against held-out data; the files written."""
+    from mindspore import Tensor
+
+    with np.load(home / "points.npz", allow_pickle=False) as kept:
+        frame, data = Frame.of(kept["train"]), kept["test"]
+    x_test = frame.to_unit(data[:2000])
+    if args.v_posterior is not None:
+        diffusion.v_posterior = args.v_posterior
+    denoise, timesteps = make_denoiser(diffusion, net), choose_timesteps(args, diffusion)
+
+    def draw(sampler, n: int) -> tuple[np.ndarray, np.ndarray]:
+        """Points (n, 2), and the ways of those of the first batch, (steps + 1, B, 2), in the data's units."""
+        size = min(args.batch_size, n)
+        way = [SeededNoise(args.seed, range(size))((2,))]
+        calls = len(timesteps)
+        bar = tqdm(total=-(-n // size) * calls, unit="step", desc=f"{n} points on {device}")
+
+        def watch(i, x, x_start):
+            bar.update()
+            if len(way) <= calls:
+                way.append(x.asnumpy())
+
+        x = generate(sampler, denoise, diffusion, timesteps, (2,), n, args.seed, size, watch)
+        bar.close()
+        return frame.to_points(x), frame.to_points(np.stack(way))
+
+    samples, way = draw(choose_sampler(args, False), args.num)
+    out, gif = Path(args.out or folder / "sample.png"), Path(args.gif or folder / "denoise.gif")
+    title = f"{args.sampler}, {len(timesteps)} steps"
+    plane.save_samples(out, samples, data[: args.num], title)
+
+    # There and back, in ten panels each
+    ts = np.linspace(0, diffusion.T - 1, 10).round().astype(int)
+    noise = np.random.default_rng(args.seed).standard_normal(x_test.shape, np.float32)
+    alphas_cumprod = diffusion.alphas_cumprod[ts, None, None]
+    noised = np.sqrt(alphas_cumprod) * x_test + np.sqrt(1 - alphas_cumprod) * noise  # (10, n, 2)
+    plane.save_panels(folder / "forward.png", [frame.to_points(x) for x in noised], [f"t = {t}" for t in ts])
+    stages = np.linspace(0, len(way) - 1, 10).round().astype(int)
+    names = [f"t = {timesteps[i]}" if i < len(timesteps) else "x_0" for i in range(len(way))]
+    plane.save_panels(folder / "reverse.png", [way[i][:2000] for i in stages], [names[i] for i in stages])
+    moments = np.linspace(0, len(way) - 1, min(len(way), GIF_FRAMES)).round().astype(int)
+    plane.save_points_gif(gif, [way[i][:2000] for i in moments], data[:2000], [names[i] for i in moments])
+
+    # The field that the samplers follow, score = (sqrt(alpha_bar) x_0 - x) / (1 - alpha_bar)
+    bounds = plane.limits(noised[3])  # at a third of the way: later all is a cloud, and the data would be too small to see
+    grid, unclipped = plane.grid_points(bounds), make_denoiser(diffusion, net, clip=False)
+    x_start = np.stack([unclipped(Tensor(grid), int(t)).asnumpy() for t in ts])
+    scores = (np.sqrt(alphas_cumprod) * x_start - grid) / (1 - alphas_cumprod) / frame.scale
+    fields = [(frame.to_points(x), frame.to_points(grid), score) for x, score in zip(noised, scores, strict=True)]
+    bounds = tuple(map(tuple, frame.to_points(np.transpose(bounds)).T.tolist()))
+    plane.save_score_field(folder / "score.png", fields, [f"t = {t}" for t in ts], bounds=bounds)
+    ways = {name: draw(SAMPLERS[name], 12)[1] for name in ("ddpm", "ddim")}
+    plane.save_trajectories(folder / "trajectories.png", ways, data[:2000])
+
+    written = [out, gif, *(folder / f"{name}.png" for name in ("forward", "reverse", "score", "trajectories"))]
+    if args.npz:
+        images.write(args.npz, lambda f: np.savez_compressed(f, points=samples))
+        written.append(Path(args.npz))
+
+    # How far from data, and how far data are from data
+    try:
+        distances = compare(samples, data, np.random.default_rng(args.seed))
+    except ValueError as e:
+        print(f"no score: {e}")
+        return written
+    print(f"{title}: distance of {args.num} points from data held out, and of such data from each other")
+    for name, d in distances.items():
+        print(f"  {name:18} {d['score']:8.4f}   data {d['floor']:8.4f}, at most {d['floor_most']:8.4f}")
+    record = {"sampler": args.sampler, "steps": len(timesteps), "num": args.num, **distances}
+    images.write(folder / "scores.json", lambda f: f.write(json.dumps(record, indent=1).encode()))
+    return [*written, folder / "scores.json"]
+
+
+def main() -> int:
+    args = cli.parse(Args)
+    if min(1 if n is None else n for n in (args.num, args.batch_size)) < 1 or args.seed < 0:
+        raise UserError("--num and --batch-size must be at least 1, --seed at least 0")
+    if not (args.run or args.data_url):
+        raise UserError("which run? Give its folder: python sample.py runs/quick")
+    run = Path(args.run) if args.run else modelarts.fetch(args.data_url)
+    device = runtime.set_device(args.device)
+    net, diffusion, config, step = load_run(run, args.weights, args.ema_length)
+    check(args, config, diffusion.T)
+    folder = modelarts.output_folder(args.train_url) or (run if run.is_dir() else run.parent)
+    clock = time.perf_counter()
+    if config.is_points:
+        args.num = args.num or 10_000
+        args.batch_size = args.batch_size or args.num
+        written = sample_points(args, run_folders(run)[1], folder, device, net, diffusion, config)
+    else:
+        args.num = args.num or (8 if args.inpaint or args.interpolate or args.init else 64)
+        args.batch_size = args.batch_size or 64
+        written = sample_images(args, folder, device, net, diffusion, config)
+    kind = "points" if config.is_points else "images"
+    print(f"{args.num} {kind} of step {step} in {time.perf_counter() - clock:.1f} s: {', '.join(map(str, written))}")
     for path in written:
         modelarts.publish(path, args.train_url and f"{args.train_url.rstrip('/')}/{path.name}")
     return 0

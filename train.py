@@ -7,6 +7,7 @@ STOP = runtime.catch_interrupts() if __name__ == "__main__" else None  # must pr
 # ruff: noqa: E402
 import argparse
 import json
+import math
 import shlex
 import sys
 import time
@@ -21,10 +22,11 @@ from tqdm import tqdm
 import mindspore as ms
 from mindspore import Parameter, Tensor, ops
 
-from ms_diffusion import cli, draws, images, modelarts
+from ms_diffusion import cli, draws, images, modelarts, plane
 from ms_diffusion.checkpoint import Checkpoint
 from ms_diffusion.data.conditions import condition_image
 from ms_diffusion.data.pipeline import load_images, make_dataset
+from ms_diffusion.data.toy import Frame, load_points
 from ms_diffusion.denoiser import make_denoiser, self_conditioned
 from ms_diffusion.models.layers import set_compute_type
 from ms_diffusion.presets import PRESETS, Config
@@ -86,6 +88,15 @@ def check_run(run_dir: Path, config: Config) -> None:
                 )
 
 
+def keep_points(path: Path, train: np.ndarray, test: np.ndarray) -> None:
+    """Keep a run's points with it, for `sample.py`; refuse other points than those that it has."""
+    if path.exists():
+        with np.load(path, allow_pickle=False) as old:
+            if not (np.array_equal(old["train"], train) and np.array_equal(old["test"], test)):
+                raise UserError(f"the points are not those of the run in {path.parent}: use another --run-dir for them")
+    images.write(path, lambda f: np.savez(f, train=train, test=test))
+
+
 class Metrics:
     """metrics.jsonl: a line of numbers every `log_every` steps; lines after the resumed step are dropped."""
 
@@ -134,23 +145,33 @@ def main() -> int:
     checkpoint = Checkpoint(run_dir, net, optimizer, ema, loss_scaler, train.keep_checkpoints, others, more_emas)
 
     # Data, and the step to go on from
-    channels = config.model.channels
-    pictures, labels = load_images(config.data.name, config.data.dir, "train", config.data.size, channels)
     classes = config.model.num_classes
+    if config.is_points:
+        points, test_points = load_points(config.data.name, config.data.dir, config.data.num, train.seed)
+        frame = Frame.of(points)
+        data, labels = frame.to_unit(points), np.zeros(len(points), np.int32)
+    else:
+        data, labels = load_images(config.data.name, config.data.dir, "train", config.data.size, config.model.channels)
     if classes is not None and labels.max() >= classes:
         raise UserError(f"the data has labels up to {labels.max()}: set --model.num-classes {labels.max() + 1}")
     check_run(run_dir, config)
+    if config.is_points:
+        keep_points(run_dir / "points.npz", points, test_points)
     state = checkpoint.load_latest()
     start = state["step"] if state else 0
     if start:
         print(f"resuming at step {start} of {train.total_steps} in {run_dir}")
-    batches = ()
+    batches, per_call = (), 1
+    if not (importance or more_emas or loss_scaler):  # these need the host, or a graph of their own, after each step
+        every = (train.total_steps, train.log_every, train.sample_every, train.save_every)
+        per_call = math.gcd(train.steps_per_call, *every, start)
     if start < train.total_steps:
+        flip = not config.is_points and config.data.flip
         batches = make_dataset(
-            pictures, labels, train.batch_size, train.total_steps, start, train.seed, config.data.flip, rank, world_size
+            data, labels, train.batch_size, train.total_steps, start, train.seed, flip, rank, world_size, per_call
         ).create_tuple_iterator(num_epochs=1, output_numpy=True)
     images.write(run_dir / "config.json", lambda f: f.write(config.to_json().encode()))
-    steps_per_epoch = len(pictures) // (train.batch_size * world_size)
+    steps_per_epoch = len(data) // (train.batch_size * world_size)
     metrics = Metrics(run_dir / "metrics.jsonl", start) if rank == 0 else None
 
     # What a step draws, all of it from (seed, rank, step); nothing that it does not need, for each input costs time
@@ -178,10 +199,10 @@ def main() -> int:
         weights, more = (more[0], more[1:]) if importance else (None, more)
         remembers, cond = (more[0], more[1:]) if config.model.self_condition else (None, more)
         losses = diffusion.losses(net, x_start, t, noise, cond, logvar, remembers)
-        return ops.mean(losses if weights is None else weights * losses), losses
+        return (ops.mean(weights * losses), losses) if importance else ops.mean(losses)
 
     train_step = make_train_step(
-        loss_fn, optimizer, ema, train.clip_norm, loss_scaler, world_size, has_aux=True, more_emas=more_emas
+        loss_fn, optimizer, ema, train.clip_norm, loss_scaler, world_size, importance is not None, more_emas, per_call
     )
     denoise = make_denoiser(diffusion, ema.net)
     timesteps = sampling_timesteps(diffusion.T, train.sample_steps)
@@ -189,17 +210,21 @@ def main() -> int:
     sampler = self_conditioned(sample_ddpm) if config.model.self_condition else sample_ddpm
 
     def draw_samples(step: int) -> Path:
-        """A grid of samples: of each class in turn, or of the first images' conditions."""
-        shape, cond = (channels, config.data.size, config.data.size), []
+        """A grid of samples: of each class in turn, or of the first images' conditions. Points beside the data."""
+        cond, path = [], run_dir / "samples" / f"step-{step:07d}.png"
         if classes is not None:
             cond.append(np.arange(train.sample_num, dtype=np.int32) % classes)
         if config.data.condition != "none":
-            originals = images.to_float(pictures[np.arange(train.sample_num) % len(pictures)])
+            originals = images.to_float(data[np.arange(train.sample_num) % len(data)])
             rng = np.random.default_rng((train.seed, STREAM_NOISE))
             cond.append(condition_image(config.data.condition, originals, config.data.lowres_size, rng))
-        x = generate(sampler, denoise, diffusion, timesteps, shape, train.sample_num, train.seed, cond=cond)
-        path = run_dir / "samples" / f"step-{step:07d}.png"
-        images.save_grid(path, images.to_uint8(x), columns=classes)
+        num = train.sample_num
+        batch_size = num if config.is_points else 64
+        x = generate(sampler, denoise, diffusion, timesteps, config.shape, num, train.seed, batch_size, cond=cond)
+        if config.is_points:
+            plane.save_samples(path, frame.to_points(x), test_points[:num], f"step {step}")
+        else:
+            images.save_grid(path, images.to_uint8(x), columns=classes)
         return path
 
     def save(step: int) -> None:
@@ -213,21 +238,25 @@ def main() -> int:
     bar = tqdm(total=train.total_steps, initial=start, unit="step", disable=rank > 0, dynamic_ncols=True)
     bar.set_postfix_str("compiling" if batches else "finished")
     for x_start, label in batches:
-        batch = draw_batch(x_start, label, step)
-        loss, norm, each = train_step(*map(Tensor, batch))
+        if per_call == 1:
+            batch = draw_batch(x_start, label, step)
+        else:
+            drawn = [draw_batch(x_start[k], label[k], step + k) for k in range(per_call)]
+            batch = [np.stack(values) for values in zip(*drawn, strict=True)]
+        loss, norm, *aux = train_step(*map(Tensor, batch))
         losses.append(loss)
         if importance:
-            importance.update(batch[1], each.asnumpy())
-        step += 1
-        bar.update()
+            importance.update(batch[1], aux[0].asnumpy())
+        step += per_call
+        bar.update(per_call)
         if step % train.log_every == 0 or step == train.total_steps or STOP.is_set():
             mean = float(np.mean([value.asnumpy() for value in losses]))
-            rate = len(losses) * train.batch_size * world_size / (time.perf_counter() - clock)
+            rate = len(losses) * per_call * train.batch_size * world_size / (time.perf_counter() - clock)
             if not np.isfinite(mean):
                 raise UserError(
                     f"the loss is {mean} at step {step}: resume with a lower --train.lr from the last checkpoint"
                 )
-            bar.set_postfix_str(f"loss {mean:.4f}, {rate:.0f} img/s")
+            bar.set_postfix_str(f"loss {mean:.4f}, {rate:.0f} {'points' if config.is_points else 'img'}/s")
             if rank == 0:
                 lr = float(optimizer.learning_rate(Tensor(step - 1)).asnumpy())
                 metrics.append(
@@ -263,7 +292,7 @@ def main() -> int:
         last_grid = last_grid or draw_samples(step)
         modelarts.publish(run_dir, args.train_url)
         print(f"samples     {last_grid}\nloss curve  {run_dir / 'loss.png'}\nmetrics     {run_dir / 'metrics.jsonl'}")
-        print(f"more images: python sample.py {run_dir}")
+        print(f"{'pictures, scores' if config.is_points else 'more images'}: python sample.py {run_dir}")
     return 0
 
 

@@ -24,7 +24,7 @@ from . import cli, runtime
 from .runtime import DEVICES, UserError
 
 # Not read from PRESETS, which would load MindSpore into PyTorch's process too
-PRESET_NAMES = ("quick", "fashion-mnist", "fashion-mnist-resnet")
+PRESET_NAMES = ("quick", "fashion-mnist", "fashion-mnist-resnet", "scurve", "scurve-seed")
 WIDEST_SPREAD = 0.2  # of a ratio's rounds: between their quartiles, over their median
 
 
@@ -33,7 +33,8 @@ class Args:
     """Time the data pipeline, compilation, the forward pass, the training step and sampling."""
 
     presets: tuple[Literal[PRESET_NAMES], ...] = ("fashion-mnist", "fashion-mnist-resnet")
-    """Networks: fashion-mnist is the annotated U-Net (dim 28, ConvNeXt), fashion-mnist-resnet has ResnetBlocks."""
+    """Networks: fashion-mnist is the annotated U-Net (dim 28, ConvNeXt), fashion-mnist-resnet has ResnetBlocks; scurve and
+    scurve-seed are timed by epochs of 10,000 points."""
     batch_sizes: tuple[int, ...] = (32, 128)
     """Images a step."""
     rounds: int = 5
@@ -100,6 +101,43 @@ class Work:
         shape = self.batch[0].shape
         timesteps = sampling_timesteps(self.diffusion.T, steps)
         return generate(sample_ddim, self.denoise, self.diffusion, timesteps, shape[1:], shape[0], batch_size=shape[0])
+
+
+class PointsWork:
+    """An epoch of points for an MLP, as `train.py` makes it: batches and noise from the host, all steps in one call."""
+
+    def __init__(self, model: dict, size: int, batch_size: int):
+        from . import diffusion, training
+        from .data.pipeline import Batches
+        from .models.mlp import MLPConfig, ResidualMLPConfig
+
+        net = (ResidualMLPConfig if "depth" in model else MLPConfig)(**model).build()
+        process = diffusion.DiffusionConfig(timesteps=100, schedule="sigmoid", loss="l2").build()
+        points = np.random.default_rng(0).random((size, 2), np.float32) * 2 - 1
+        points = np.concatenate([points, points[: -size % batch_size]])  # the last batch of an epoch is filled up
+        self.batches = Batches(points, np.zeros(len(points), np.int32), batch_size, 10**9, 0, 0, False, 0, 1, 1)
+        self.steps, self.step, self.T = len(points) // batch_size, 0, process.T
+
+        def loss_fn(x_start, t, noise):
+            return process.p_losses(net, x_start, t, noise)
+
+        optimizer = training.make_optimizer(net, 1e-3, 100, 10**6)
+        self.train_steps = training.make_train_step(loss_fn, optimizer, training.EMA(net), steps_per_call=self.steps)
+
+    def epoch(self):
+        from mindspore import Tensor
+
+        from . import draws
+
+        drawn = []
+        for step in range(self.step, self.step + self.steps):
+            x_start, rng = self.batches[step][0], np.random.default_rng((0, step))
+            drawn.append(
+                (x_start, draws.antithetic_timesteps(rng, self.T, len(x_start)), draws.offset_noise(rng, x_start.shape, 0))
+            )
+        self.step += self.steps
+        batch = [Tensor(np.stack(values)) for values in zip(*drawn, strict=True)]
+        return float(self.train_steps(*batch)[0].asnumpy())
 
 
 def count_operations(model: dict, size: int) -> int:
@@ -176,14 +214,16 @@ def peak_memory() -> float:
 def serve(side: str, device: str, model: str, size: str, batch_size: str) -> None:
     """The life of a worker process: a line `name argument...` on stdin, seconds and peak memory as JSON on stdout."""
     arguments = (json.loads(model), int(size), int(batch_size))
+    is_unet = "channels" in arguments[0]
     if side == "torch":
         os.environ.pop("ONEDNN_MAX_CPU_ISA", None)  # which `runtime` sets for MindSpore; it would slow PyTorch
         from . import torch_peer
 
-        work = torch_peer.Work(*arguments, device=device)
+        kind = torch_peer.Work if is_unet else torch_peer.PointsWork
+        work = kind(*arguments, device=device)
     else:
         runtime.set_device(device.lower())
-        work = Work(*arguments)
+        work = (Work if is_unet else PointsWork)(*arguments)
     for line in sys.stdin:
         name, *numbers = line.split()
         start = time.perf_counter()
@@ -271,7 +311,11 @@ def measure(args: Args, device: str) -> list[dict]:
     print(f"matrix product: {peak / 1e9:.0f} GFLOP/s; data pipeline: {pipeline_rate():,.0f} images/s")
     records = []
     for preset in args.presets:
-        model, size = asdict(PRESETS[preset].model), PRESETS[preset].data.size
+        model = asdict(PRESETS[preset].model)
+        if PRESETS[preset].is_points:
+            records.append(measure_points(args, device, preset, model, PRESETS[preset]))
+            continue
+        size = PRESETS[preset].data.size
         operations = count_operations(model, size)
         print(f"\n{preset}: {operations / 1e6:.0f} million floating-point operations an image, forward")
         for batch_size in args.batch_sizes:
@@ -307,6 +351,18 @@ def measure_one(args: Args, device, preset, model, size, batch_size, operations,
                 seconds, judged = timed(workers, min(args.rounds, 3), f"ddim-{steps}", "sample", steps)
                 print(f"    DDIM-{steps}, 64 images: {seconds:.2f} s, {64 / seconds:.1f} images/s  {judged}")
     return record
+
+
+def measure_points(args: Args, device, preset, model, config) -> dict:
+    """An epoch of a preset of points, in its batch size."""
+    num, batch_size = config.data.num, config.train.batch_size
+    with start_workers(args.peer, device, model, num, batch_size) as workers:
+        times = alternate(workers, args.rounds, "epoch")
+    seconds = float(np.median(times["mindspore"]))
+    step = seconds / -(-num // batch_size)
+    print(f"\n{preset}: an epoch of {num} points, batch {batch_size}: {seconds * 1e3:.1f} ms, {step * 1e6:.0f} us a step")
+    print(f"    {verdict(ratio(times))}")
+    return {"preset": preset, "batch_size": batch_size, "epoch": {"seconds": times, "ratio": ratio(times)}}
 
 
 # How the cost grows: each from (batch 16, size 32, dim 32)

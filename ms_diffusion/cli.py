@@ -22,7 +22,7 @@ def parse(cls, default=None, argv=None):
     messages = io.StringIO()
     try:
         with contextlib.redirect_stderr(messages):
-            args, unknown = tyro.cli(cls, default=default, args=argv, return_unknown_args=True)
+            args, unknown = tyro.cli(tyro.conf.AvoidSubcommands[cls], default=default, args=argv, return_unknown_args=True)
     except SystemExit as e:
         if not e.code:
             raise
@@ -45,5 +45,5 @@ def parse(cls, default=None, argv=None):
 def _help(cls, default) -> str:
     text = io.StringIO()
     with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
-        tyro.cli(cls, default=default, args=["--help"])
+        tyro.cli(tyro.conf.AvoidSubcommands[cls], default=default, args=["--help"])
     return text.getvalue()

@@ -220,6 +220,8 @@ def main() -> int:
     device = runtime.set_device(args.device)
     net, diffusion, config, step = load_run(Path(args.run), args.weights)
     data, model, ode = config.data, config.model, args.method == "ode"
+    if config.is_points:
+        raise UserError(f"{args.run} is of points in the plane: bits per dimension are for images")
     if model.cond_channels or model.self_condition:
         raise UserError(f"{args.run} is conditioned on images, which the likelihood is not made for")
     if ode and not 2 <= args.steps <= diffusion.T:

@@ -3,15 +3,17 @@
 import json
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 
 from .checkpoint import checkpoints, read_state, read_weights
 from .convert import load_into
 from .data.conditions import KINDS, condition_channels
+from .data.toy import POINTS_FILE, TOYS
 from .diffusion import DiffusionConfig
 from .draws import TIMESTEPS
+from .models.mlp import MLPConfig, ResidualMLPConfig
 from .models.unet import UnetConfig
 from .runtime import UserError
 from .training import average_after_training, power_of_length
@@ -36,13 +38,29 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class PointsConfig:
+    """The points in the plane that are learnt."""
+
+    name: Literal[(*TOYS, POINTS_FILE)] = "scurve"
+    """A known distribution, or points-file, your own points."""
+    dir: str | None = None
+    """The points-file: .npy or .csv, (N, 2), or a folder that holds one."""
+    num: int = 10_000
+    """Points that are drawn to learn from; not of a points-file."""
+
+    condition: ClassVar[str] = "none"
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """How it is trained."""
 
     total_steps: int = 20000
     """Training steps."""
     batch_size: int = 128
-    """Images a step, on each device."""
+    """Images, or points, a step, on each device."""
+    steps_per_call: int = 1
+    """Training steps that one call of the compiled function makes; more for small networks."""
     lr: float = 1e-3
     """Peak learning rate of Adam, reached after the warm-up; then a cosine to 0."""
     warmup_steps: int = 200
@@ -72,7 +90,7 @@ class TrainConfig:
     keep_checkpoints: int = 3
     """How many of the newest checkpoints stay."""
     sample_num: int = 64
-    """Images in a grid."""
+    """Images in a grid, or points in a picture."""
     sample_steps: int = 50
     """Steps of the ancestral sampler for a grid: its noise mends what a young network gets wrong, where DDIM keeps it."""
 
@@ -81,12 +99,22 @@ class TrainConfig:
 class Config:
     """A run: data + diffusion + model + train."""
 
-    data: DataConfig = field(default_factory=DataConfig)
+    data: DataConfig | PointsConfig = field(default_factory=DataConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
-    model: UnetConfig = field(default_factory=UnetConfig)
+    model: UnetConfig | MLPConfig | ResidualMLPConfig = field(default_factory=UnetConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     precision: Literal["fp32", "fp16", "bf16"] = "fp32"
     """Type of convolutions and linear layers; weights, norms and softmax stay float32. fp16 scales the loss."""
+
+    @property
+    def is_points(self) -> bool:
+        """Of points in the plane, not of images."""
+        return isinstance(self.data, PointsConfig)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one x: (2,), or (C, H, W)."""
+        return (2,) if self.is_points else (self.model.channels, self.data.size, self.data.size)
 
     def build(self):
         """The (network, diffusion) of this run.
@@ -94,24 +122,30 @@ class Config:
         Raises:
             UserError: values that do not fit together.
         """
+        if self.is_points:
+            self._check_points()
+        else:
+            self._check_images()
+        self._check_training()
+        try:
+            return self.model.build(self.train.seed), self.diffusion.build()
+        except ValueError as e:
+            raise UserError(str(e)) from e
+
+    def _check_points(self) -> None:
+        if self.model.timesteps < self.diffusion.timesteps:
+            raise UserError(
+                f"the network has embeddings for {self.model.timesteps} timesteps: "
+                f"set --model.timesteps {self.diffusion.timesteps}, as --diffusion.timesteps"
+            )
+
+    def _check_images(self) -> None:
         multiple = self.model.size_multiple
         if self.data.size < multiple or self.data.size % multiple:
             fit = max(round(self.data.size / multiple), 1) * multiple
             raise UserError(
                 f"image size {self.data.size} is not divisible by {multiple}, as the network needs: try --data.size {fit}"
             )
-        for name in (
-            "total_steps",
-            "batch_size",
-            "lr",
-            "clip_norm",
-            "log_every",
-            "sample_every",
-            "save_every",
-            "keep_checkpoints",
-        ):
-            if not getattr(self.train, name) > 0:
-                raise UserError(f"--train.{name.replace('_', '-')} is {getattr(self.train, name)}: it must be above 0")
         needed = condition_channels(self.data.condition, self.model.channels)
         if self.model.cond_channels != needed:
             raise UserError(
@@ -121,41 +155,65 @@ class Config:
             raise UserError(f"--data.lowres-size is {self.data.lowres_size}: choose from 1 to {self.data.size}")
         if self.data.condition == "lowres" and self.data.size % self.data.lowres_size:
             raise UserError(f"--data.lowres-size {self.data.lowres_size} does not divide the image size {self.data.size}")
-        if not (0 <= self.train.label_dropout <= 1 and self.train.offset_noise >= 0):
+
+    def _check_training(self) -> None:
+        train = self.train
+        above_0 = "total_steps batch_size steps_per_call lr clip_norm log_every sample_every save_every keep_checkpoints"
+        for name in above_0.split():
+            if not getattr(train, name) > 0:
+                raise UserError(f"--train.{name.replace('_', '-')} is {getattr(train, name)}: it must be above 0")
+        if not (0 <= train.label_dropout <= 1 and train.offset_noise >= 0):
             raise UserError("--train.label-dropout must be in [0, 1], --train.offset-noise at least 0")
-        for length in self.train.ema_lengths:
+        for length in train.ema_lengths:
             try:
                 power_of_length(length)
             except ValueError as e:
                 raise UserError(f"--train.ema-lengths: {e}") from e
-        if not 0 <= self.train.ema_decay < 1 or self.train.warmup_steps < 0 or self.train.seed < 0:
+        if not 0 <= train.ema_decay < 1 or train.warmup_steps < 0 or train.seed < 0:
             raise UserError("--train.ema-decay must be in [0, 1), --train.warmup-steps and --train.seed at least 0")
-        if not 1 <= self.train.sample_steps <= self.diffusion.timesteps or self.train.sample_num < 1:
+        if not 1 <= train.sample_steps <= self.diffusion.timesteps or train.sample_num < 1:
             raise UserError(f"--train.sample-steps must be in 1..{self.diffusion.timesteps}, --train.sample-num at least 1")
-        try:
-            return self.model.build(self.train.seed), self.diffusion.build()
-        except ValueError as e:
-            raise UserError(str(e)) from e
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1)
 
     @classmethod
     def from_json(cls, path) -> "Config":
-        """Read a run's config.json.
+        """Read a run's config.json; the fields of data and model tell which kind they are.
 
         Raises:
             UserError: the file is missing or not such a record.
         """
+        kinds = {"data": (DataConfig, PointsConfig), "diffusion": (DiffusionConfig,), "train": (TrainConfig,)}
+        kinds["model"] = (UnetConfig, MLPConfig, ResidualMLPConfig)
         try:
             record = json.loads(Path(path).read_text())
-            parts = {f.name: f.default_factory for f in fields(cls) if f.name != "precision"}
-            for name, part in parts.items():
+            for name, choices in kinds.items():
                 values = {k: tuple(v) if isinstance(v, list) else v for k, v in record[name].items()}
-                record[name] = part(**values)
+                fitting = [kind for kind in choices if set(values) <= {f.name for f in fields(kind)}]
+                record[name] = (fitting or choices)[0](**values)
             return cls(**record)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
             raise UserError(f"{path} is not the config.json of a run: {e}") from e
+
+
+def run_folders(run: Path) -> tuple[Path, Path]:
+    """(checkpoint, run): the newest checkpoint of a run's folder, or the one that is given, or its weights, and its run.
+
+    Raises:
+        UserError: there is no such run, or nothing in it.
+    """
+    run = Path(run)
+    if run.suffix == ".safetensors":
+        run = run.parent
+    if not run.is_dir():
+        raise UserError(f"{run} is not a folder: give a run's folder, such as runs/quick, or train one with train.py")
+    if (run / "state.json").exists():
+        return run, run.parent.parent
+    found = checkpoints(run)
+    if not found:
+        raise UserError(f"{run} holds no checkpoint: train it first, with python train.py --run-dir {run}")
+    return found[-1], run
 
 
 def load_run(run: Path, weights: str = "ema", ema_length: float | None = None):
@@ -169,18 +227,7 @@ def load_run(run: Path, weights: str = "ema", ema_length: float | None = None):
     Raises:
         UserError: there is no such run, or it cannot be read, or it keeps no averages.
     """
-    run = Path(run)
-    if run.suffix == ".safetensors":
-        run = run.parent
-    if not run.is_dir():
-        raise UserError(f"{run} is not a folder: give a run's folder, such as runs/quick, or train one with train.py")
-    if (run / "state.json").exists():
-        folder, home = run, run.parent.parent
-    else:
-        found = checkpoints(run)
-        if not found:
-            raise UserError(f"{run} holds no checkpoint: train it first, with python train.py --run-dir {run}")
-        folder, home = found[-1], run
+    folder, home = run_folders(run)
     config = Config.from_json(home / "config.json")
     step = read_state(folder)["step"]
     arrays = read_weights(folder, weights) if ema_length is None else _average(home, config, step, ema_length)
@@ -224,6 +271,23 @@ QUICK = Config(
     ),
 )
 
+# Points in the plane: the S-curve experiment's network, data and training, and a network that does better in less time
+SIGMOID = DiffusionConfig(timesteps=100, schedule="sigmoid", loss="l2")
+POINTS = TrainConfig(
+    total_steps=10_000,
+    batch_size=512,
+    steps_per_call=100,
+    timesteps="antithetic",
+    lr=2e-3,
+    log_every=100,
+    sample_every=5000,
+    save_every=5000,
+    sample_num=2000,
+    sample_steps=100,
+)
+SCURVE = Config(PointsConfig(), SIGMOID, ResidualMLPConfig(), POINTS)
+SCURVE_SEED = replace(SCURVE, model=MLPConfig(), train=replace(POINTS, total_steps=316_000, batch_size=128, lr=1e-3))
+
 # The networks and data that the project came from, and the same with more of a condition
 PRESETS = {
     "quick": QUICK,
@@ -238,4 +302,6 @@ PRESETS = {
         model=UnetConfig(dim=48, init_dim=48, dim_mults=(1, 2), use_convnext=False, patch_size=2, num_classes=10),
         train=TrainConfig(total_steps=6000, batch_size=64, lr=2e-3, ema_decay=0.998),
     ),
+    **{name: replace(SCURVE, data=PointsConfig(name)) for name in TOYS},
+    "scurve-seed": SCURVE_SEED,
 }

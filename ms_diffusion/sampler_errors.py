@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
+from .evaluation import sliced_wasserstein
 from .samplers import SAMPLERS, sampling_timesteps
 from .schedules import linear_beta_schedule
 
@@ -19,8 +20,6 @@ ORDER_CALLS = (50, 100, 200)  # where errors fall as a power of the calls
 SOLVERS = {name: (sampler, 0.0) for name, sampler in SAMPLERS.items() if name != "ddpm"}  # (sampler, v_posterior)
 DDPM, DDIM = SAMPLERS["ddpm"], SAMPLERS["ddim"]
 STOCHASTIC = {"ddpm v=0": (DDPM, 0.0), "ddpm v=1": (DDPM, 1.0), "ddim eta=1": (partial(DDIM, eta=1.0), 0.0)}
-ANGLES = np.arange(32) * np.pi / 32
-DIRECTIONS = np.stack([np.cos(ANGLES), np.sin(ANGLES)])  # (2, 32), evenly over a half turn
 TEXTS = {
     "ode": """\
 Solvers: RMS distance from the exact solution of the probability-flow ODE for the same x_T, at so many network calls.
@@ -98,12 +97,6 @@ def solve_ode(mixture: Mixture, x, alpha_bar: float, alpha_bar_end: float, steps
 def rms(a, b) -> float:
     """Root of the mean squared distance of points (n, d) from their partners."""
     return math.sqrt(((a - b) ** 2).sum(1).mean())
-
-
-def sliced_wasserstein(a, b, directions=DIRECTIONS) -> float:
-    """Mean Wasserstein-1 distance of points a and b (n, d) along `directions` (d, P) (Bonneel et al. 2015, "Sliced and Radon
-    Wasserstein barycenters"): on a line, that is the mean distance of the sorted points."""
-    return float(np.abs(np.sort((a @ directions).T) - np.sort((b @ directions).T)).mean())
 
 
 def count_calls(sampler, diffusion, timesteps) -> int:

@@ -1,6 +1,7 @@
-"""The U-Net of the annotated diffusion model in PyTorch: what the tests compare with, and `benchmark --peer torch` races.
+"""The networks in PyTorch: what the tests compare with, and `benchmark --peer torch` races.
 
-Architecture and state-dict paths are those of Rogge & Rasul, "The Annotated Diffusion Model" (Hugging Face blog, 2022).
+The U-Net's architecture and state-dict paths are those of Rogge & Rasul, "The Annotated Diffusion Model" (Hugging Face blog,
+2022), the MLP's those of the S-curve experiment.
 Nothing but those two needs PyTorch.
 """
 
@@ -204,6 +205,81 @@ class Unet(nn.Module):
             x = double(attention(block2(block1(x, emb), emb)))
         x = self.final_conv(x)
         return F.pixel_shuffle(x, self.patch_size) if self.patch_size > 1 else x
+
+
+class MLP(nn.Module):
+    """The S-curve experiment's."""
+
+    def __init__(self, dim=128, timesteps=100):
+        super().__init__()
+        self.linears = nn.ModuleList([nn.Linear(2, dim), nn.Linear(dim, dim), nn.Linear(dim, dim), nn.Linear(dim, 2)])
+        self.step_embeddings = nn.ModuleList([nn.Embedding(timesteps, dim) for _ in range(3)])
+
+    def forward(self, x, t):
+        for linear, embedding in zip(self.linears, self.step_embeddings, strict=False):
+            x = F.relu(linear(x) + embedding(t))
+        return self.linears[3](x)
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.time, self.linear1, self.linear2 = nn.Linear(dim, dim), nn.Linear(dim, dim), nn.Linear(dim, dim)
+
+    def forward(self, x, emb):
+        h = self.linear1(F.silu(x)) + self.time(F.silu(emb))
+        return x + self.linear2(F.silu(h))
+
+
+class ResidualMLP(nn.Module):
+    def __init__(self, dim=128, depth=3, frequencies=4, timesteps=100):
+        super().__init__()
+        self.register_buffer("frequencies", math.pi / 2 * 2.0 ** torch.arange(frequencies), persistent=False)
+        every_t = SinusoidalPositionEmbeddings(dim)(torch.arange(timesteps, dtype=torch.float32))
+        self.register_buffer("time_embeddings", every_t, persistent=False)
+        self.time_mlp = nn.Linear(dim, dim)
+        self.first = nn.Linear(2 + 4 * frequencies, dim)
+        self.blocks = nn.ModuleList([ResidualBlock(dim) for _ in range(depth)])
+        self.last = nn.Linear(dim, 2)
+
+    def forward(self, x, t):
+        emb = self.time_mlp(self.time_embeddings[t])
+        angles = (x[:, :, None] * self.frequencies.to(x.dtype)).flatten(1)
+        x = self.first(torch.cat([x, angles.sin(), angles.cos()], dim=1))
+        for block in self.blocks:
+            x = block(x, emb)
+        return self.last(F.silu(x))
+
+
+class PointsWork:
+    """What `benchmark.PointsWork` does, by PyTorch in eager mode: an epoch."""
+
+    def __init__(self, model: dict, size: int, batch_size: int, device: str = "cpu"):
+        torch.manual_seed(0)
+        self.device = "cuda" if device == "GPU" else "cpu"
+        self.net = (ResidualMLP if "depth" in model else MLP)(**model).to(self.device)
+        self.ema = copy.deepcopy(self.net)
+        self.optimizer = torch.optim.Adam(self.net.parameters(), lr=1e-3)
+        betas = torch.sigmoid(torch.linspace(-6, 6, 100, device=self.device)) * 0.2
+        self.alphas_cumprod = torch.cumprod(1 - betas, 0)[:, None]
+        self.points, self.batch_size = torch.rand(size, 2, device=self.device) * 2 - 1, batch_size
+
+    def epoch(self):
+        order = torch.randperm(len(self.points))
+        for i in range(0, len(order), self.batch_size):
+            x = self.points[order[i : i + self.batch_size]]
+            t = torch.randint(0, len(self.alphas_cumprod), ((len(x) + 1) // 2,), device=self.device)
+            t = torch.cat([t, len(self.alphas_cumprod) - 1 - t])[: len(x)]
+            noise, alpha_bar = torch.randn_like(x), self.alphas_cumprod[t]
+            x_t = alpha_bar.sqrt() * x + (1 - alpha_bar).sqrt() * noise
+            self.optimizer.zero_grad()
+            loss = F.mse_loss(self.net(x_t, t), noise)
+            loss.backward()
+            nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
+            self.optimizer.step()
+            with torch.no_grad():
+                torch._foreach_lerp_(list(self.ema.parameters()), list(self.net.parameters()), 0.001)
+        return loss.item()
 
 
 class Work:

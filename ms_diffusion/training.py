@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 
 import mindspore as ms
-from mindspore import nn, ops
+from mindspore import Tensor, nn, ops
 
 from . import kernels
 from .runtime import compiled
@@ -123,6 +123,7 @@ def make_train_step(
     world_size: int = 1,
     has_aux: bool = False,
     more_emas=(),
+    steps_per_call: int = 1,
 ):
     """Compile `step(*batch) -> (loss (), gradient norm ())`: gradients of `loss_fn(*batch)`, clip, Adam, EMA.
 
@@ -132,6 +133,9 @@ def make_train_step(
         world_size: number of devices, whose gradients are averaged.
         has_aux: loss_fn returns (loss, more), and the step (loss, gradient norm, more).
         more_emas: other averages that follow the network besides `ema`.
+        steps_per_call: K > 1 makes K steps in one call, of batches with a further, first axis (K, ...), and returns their
+            mean loss and the last gradient norm; a small network's step is shorter than the way into the graph. For
+            float32, without has_aux and more_emas.
     """
     parameters = optimizer.parameters
     reduce_gradients = nn.DistributedGradReducer(parameters, mean=True, degree=world_size) if world_size > 1 else None
@@ -172,6 +176,19 @@ def make_train_step(
             loss = ops.depend(loss, loss_scaler.adjust(finite))
         return (loss, norm, aux) if has_aux else (loss, norm)
 
+    def repeat(count, *batches):
+        i, total, norm = Tensor(0, ms.int32), Tensor(0.0, ms.float32), Tensor(0.0, ms.float32)
+        while i < count:  # a loop in the graph, since both are Tensors
+            batch = ()
+            for values in batches:
+                batch = batch + (ops.gather(values, i, 0),)
+            loss, norm = step(*batch)
+            total, i = total + loss, i + 1
+        return total / steps_per_call, norm
+
+    if steps_per_call > 1:
+        run, count = compiled(repeat), Tensor(steps_per_call, ms.int32)
+        return lambda *batches: run(count, *batches)
     if not more_emas:
         return compiled(step)
 

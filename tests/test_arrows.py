@@ -26,6 +26,9 @@ ALLOWED = {
     "editing": {"runtime", "samplers"},
     "likelihood": {"runtime", "diffusion", "denoiser", "cli", "presets", "data.pipeline"},
     "draws": set(),
+    "evaluation": set(),
+    "plane": {"runtime", "images"},
+    "data.toy": {"runtime"},
     "kernels": set(),
     "training": {"runtime", "kernels"},
     "convert": {"runtime"},
@@ -36,6 +39,7 @@ ALLOWED = {
     "models.layers": {"runtime", "kernels"},
     "models.attention": {"runtime", "kernels", "models.layers"},
     "models.unet": {"runtime", "models.layers", "models.attention"},
+    "models.mlp": {"runtime", "models.layers"},
 }
 DIFFUSION = {"schedules", "diffusion", "denoiser", "samplers"}
 MEETING = {"presets", "cli", "train", "sample"}  # the top, where all meet

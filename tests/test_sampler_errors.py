@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from ms_diffusion import sampler_errors
-from ms_diffusion.sampler_errors import DATA, SOLVERS, STOCHASTIC, Mixture, process, rms, sliced_wasserstein, solve_ode
+from ms_diffusion.evaluation import sliced_wasserstein
+from ms_diffusion.sampler_errors import DATA, SOLVERS, STOCHASTIC, Mixture, process, rms, solve_ode
 from ms_diffusion.samplers import SAMPLERS, sampling_timesteps
 
 ONE = Mixture(np.array([1.0]), np.array([[0.3, -0.2]]), np.array([0.15]))  # a Gaussian

@@ -258,7 +258,7 @@ def test_initial_bounds_are_those_pytorch_draws():
     for ours, twin in [
         (layers.conv2d(6, 12, 7, groups=6), torch.nn.Conv2d(6, 12, 7, groups=6)),
         (layers.Upsample(10), torch.nn.ConvTranspose2d(10, 10, 4, 2, 1)),
-        (layers.linear(50, 40), torch.nn.Linear(50, 40)),
+        (layers.Linear(50, 40), torch.nn.Linear(50, 40)),
     ]:
         net = nn.SequentialCell(ours)
         layers.name_and_initialise(net, seed=0)

@@ -7,32 +7,41 @@ from ..runtime import UserError
 from .fashion_mnist import load_fashion_mnist, load_fashion_mnist_mini
 from .image_folder import load_image_folder
 
-# Words that keep the random streams of one seed apart
-ORDER, FLIP = 1, 2
+# Words that keep the random streams of one seed apart; 2 is train.py's, of noise
+ORDER, FLIP = 1, 3
 
 
 class Batches:
-    """Item i is the batch of training step ``start_step + i``; see ``make_dataset``."""
+    """Item i is the batch of training step ``start_step + i``, or of ``steps_per_call`` steps; see ``make_dataset``."""
 
-    def __init__(self, images, labels, batch_size, steps, start_step, seed, flip, rank, world_size):
+    def __init__(self, images, labels, batch_size, steps, start_step, seed, flip, rank, world_size, steps_per_call):
         self.images, self.labels = images, labels
         self.batch_size, self.steps, self.start_step = batch_size, steps, start_step
         self.seed, self.flip, self.rank, self.world_size = seed, flip, rank, world_size
+        self.steps_per_call = steps_per_call
         self.batches_per_epoch = len(images) // (batch_size * world_size)
         self.epoch, self.order = None, None  # the permutation of the epoch at hand
 
     def __len__(self):
-        return self.steps - self.start_step
+        return (self.steps - self.start_step) // self.steps_per_call
 
     def __getitem__(self, i):
-        step = self.start_step + int(i)
+        step = self.start_step + int(i) * self.steps_per_call
+        if self.steps_per_call == 1:
+            return self.batch(step)
+        batches = [self.batch(step + k) for k in range(self.steps_per_call)]
+        return tuple(np.stack(column) for column in zip(*batches, strict=True))
+
+    def batch(self, step: int):
         epoch, batch = divmod(step, self.batches_per_epoch)
         if epoch != self.epoch:
             self.epoch, self.order = epoch, np.random.default_rng((self.seed, ORDER, epoch)).permutation(len(self.images))
         start = (batch * self.world_size + self.rank) * self.batch_size
         chosen = self.order[start : start + self.batch_size]
 
-        x = self.images[chosen]  # (B, H, W, C) uint8
+        x = self.images[chosen]  # (B, H, W, C) uint8, or points (B, 2) float32
+        if x.dtype != np.uint8:
+            return x, self.labels[chosen]
         if self.flip:
             flipped = np.random.default_rng((self.seed, FLIP, self.rank, step)).random(len(x)) < 0.5
             x[flipped] = x[flipped, :, ::-1]
@@ -49,11 +58,14 @@ def make_dataset(
     flip: bool = False,
     rank: int = 0,
     world_size: int = 1,
+    steps_per_call: int = 1,
 ):
     """A MindSpore dataset of the batches of training steps ``start_step`` to ``steps - 1``, a row each.
 
     Its columns are "image" (B, C, H, W) float32 in [-1, 1] and "label" (B,) int32, from images (N, H, W, C) uint8 and
-    labels (N,); with ``flip`` each image is mirrored left to right with probability 1/2.
+    labels (N,); with ``flip`` each image is mirrored left to right with probability 1/2. What is float32 already, such as
+    points (N, 2), comes as it is. With ``steps_per_call`` K > 1 a row is the batches of K steps, (K, B, ...), and K must
+    divide the number of steps.
 
     A batch is a function of (seed, step, rank) alone, so a run that resumes at step k sees exactly what it would have seen
     without the break, and nothing is read to get there. MindSpore's own random state, which cannot be restored, has no
@@ -66,14 +78,15 @@ def make_dataset(
     import mindspore.dataset as ds  # here: who only loads images need not wait for it
 
     if len(images) < batch_size * world_size:
+        kind = "images" if images.dtype == np.uint8 else "points"
         raise UserError(
-            f"{len(images)} images are fewer than a step's {batch_size} x {world_size} (batch size x ranks): "
+            f"{len(images)} {kind} are fewer than a step's {batch_size} x {world_size} (batch size x ranks): "
             "lower --train.batch-size"
         )
     if start_step >= steps:
         raise UserError(f"no step is left after step {start_step} of {steps}: raise the number of steps")
     labels = np.asarray(labels, np.int32)
-    source = Batches(images, labels, batch_size, steps, start_step, seed, flip, rank, world_size)
+    source = Batches(images, labels, batch_size, steps, start_step, seed, flip, rank, world_size, steps_per_call)
     # One worker: two Python threads are 20 times slower (MindSpore 2.10), and one makes a batch in well under 1 ms
     return ds.GeneratorDataset(
         source, ["image", "label"], shuffle=False, num_parallel_workers=1, python_multiprocessing=False

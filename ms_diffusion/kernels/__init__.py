@@ -251,6 +251,30 @@ class Activation(nn.Cell):
         return (self.gradient(x, dout),)
 
 
+class Linear(nn.Cell):
+    """(x (n, c), weight (o, c), bias (o), more (n, o) or None) -> f(x) weight^T + bias + more, f the `activation` before."""
+
+    def __init__(self, activation: str | None = None):
+        super().__init__()
+        self.settings = Tensor([(None, "relu", "silu").index(activation)], ms.int32)
+
+        def shape(x, w, *_):
+            if len(x) != 2 or x[1] != w[1]:
+                raise ValueError(f"a linear layer of {w[1]} inputs cannot take an input of shape {tuple(x)}: (B, {w[1]})")
+            return [x[0], w[0]]
+
+        self.forward = Operator("linear", shape, lambda x, *_: x)
+        self.gradient = Operator("linear_gradient", lambda dy, x, w, s: (x, w, w[:1]), lambda dy, x, w, s: (x, w, w))
+
+    def construct(self, x, weight, bias, more=None):
+        if more is None:
+            return self.forward(x, weight, bias, self.settings)
+        return self.forward(x, weight, bias, more, self.settings)
+
+    def bprop(self, x, weight, bias, more, out, dout):
+        return (*self.gradient(dout, x, weight, self.settings), dout)
+
+
 class LinearAttention(nn.Cell):
     """qkv (B, 3 h d, H, W) -> (B, h d, H, W)."""
 

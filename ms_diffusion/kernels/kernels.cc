@@ -523,6 +523,111 @@ void elementwise(long n, F f) {  // f(i) for all i < n, in vectors
   });
 }
 
+// Linear layers, as products of matrices: a (m, k) with a[i, q] at a[i * row + q * column], b (k, n), packed (k, N * L).
+
+template <int M, int N>
+void product_tile(const float* a, long row, long column, const float* b, long k, float* c) {
+  V acc[M][N] = {};
+  for (long q = 0; q < k; ++q, a += column, b += N * L)
+#pragma GCC unroll 24
+    for (int m = 0; m < M; ++m) {
+      const float x = a[m * row];
+#pragma GCC unroll 4
+      for (int v = 0; v < N; ++v) acc[m][v] += x * load(b + v * L);
+    }
+  for (int m = 0; m < M; ++m)
+    for (int v = 0; v < N; ++v) store(c + (m * N + v) * L, acc[m][v]);
+}
+
+template <int N, class Use>
+void product_columns(long m, long k, const float* a, long row, long column, const float* b, Use use) {
+  constexpr int M = REGISTERS / N;
+  float c[M * N * L];
+  long i = 0;
+  for (; i + M <= m; i += M) {
+    product_tile<M, N>(a + i * row, row, column, b, k, c);
+    for (int j = 0; j < M; ++j) use(i + j, c + j * N * L);
+  }
+  for (; i < m; ++i) {
+    product_tile<1, N>(a + i * row, row, column, b, k, c);
+    use(i, c);
+  }
+}
+
+// use(i, j, count, values) for row i of a b and its columns j .. j + count - 1; b(q, j) is an element. Threads share columns.
+template <class B, class Use>
+void product(long m, long n, long k, const float* a, long row, long column, B b, Use use) {
+  share_out((n + L - 1) / L, [&](long begin, long end) {
+    for (long v = begin, wide; v < end; v += wide) {
+      wide = std::min(4L, end - v);
+      const long j = v * L, width = wide * L, count = std::min(n - j, width);
+      float* packed = scratch(0, k * width);
+      for (long q = 0; q < k; ++q) {
+#pragma omp simd
+        for (long c = 0; c < count; ++c) packed[q * width + c] = b(q, j + c);
+        for (long c = count; c < width; ++c) packed[q * width + c] = 0;
+      }
+      const auto columns = [&](auto f) { f(m, k, a, row, column, packed, [&](long i, const float* c) { use(i, j, count, c); }); };
+      switch (wide) {
+        case 1: columns([](auto... x) { product_columns<1>(x...); }); break;
+        case 2: columns([](auto... x) { product_columns<2>(x...); }); break;
+        case 3: columns([](auto... x) { product_columns<3>(x...); }); break;
+        default: columns([](auto... x) { product_columns<4>(x...); });
+      }
+    }
+  });
+}
+
+// What x goes through before it meets the weights; `choose` calls f with it as a constant, so that loops need not ask.
+enum class Before { NOTHING, RELU, SILU };
+template <class F>
+void choose(int before, F f) {
+  if (before == 1) return f(std::integral_constant<Before, Before::RELU>());
+  if (before == 2) return f(std::integral_constant<Before, Before::SILU>());
+  f(std::integral_constant<Before, Before::NOTHING>());
+}
+template <Before F>
+inline float before(float x) {
+  return F == Before::RELU ? std::max(x, 0.f) : F == Before::SILU ? silu(x) : x;
+}
+template <Before F>
+inline float before_slope(float x) {
+  return F == Before::RELU ? (x > 0 ? 1.f : 0.f) : F == Before::SILU ? silu_slope(x) : 1.f;
+}
+
+// y (n, o) = F(x) (n, c) w (o, c)^T + bias (o) + more (n, o)
+template <Before F>
+void linear(long n, long c, long o, const float* x, const float* w, const float* bias, const float* more, float* y) {
+  const float* a = x;
+  if (F != Before::NOTHING) {
+    float* activated = scratch(1, n * c);
+    elementwise(n * c, [=](long i) { activated[i] = before<F>(x[i]); });
+    a = activated;
+  }
+  product(n, o, c, a, c, 1, [=](long q, long j) { return w[j * c + q]; }, [=](long i, long j, long count, const float* v) {
+    for (long l = 0; l < count; ++l) y[i * o + j + l] = v[l] + bias[j + l] + (more ? more[i * o + j + l] : 0.f);
+  });
+}
+
+template <Before F>
+void linear_gradient(long n, long c, long o, const float* dy, const float* x, const float* w, float* dx, float* dw,
+                     float* dbias) {
+  product(n, c, o, dy, o, 1, [=](long q, long j) { return w[q * c + j]; }, [=](long i, long j, long count, const float* v) {
+#pragma omp simd
+    for (long l = 0; l < count; ++l) dx[i * c + j + l] = v[l] * before_slope<F>(x[i * c + j + l]);
+  });
+  float* transposed = scratch(1, o * n);  // read along n, dy would have a row of the cache for each of its numbers
+  share_out(o, [=](long begin, long end) {
+    for (long j = begin; j < end; ++j) {
+      float total = 0;
+      for (long i = 0; i < n; ++i) total += transposed[j * n + i] = dy[i * o + j];
+      dbias[j] = total;
+    }
+  });
+  product(o, c, n, transposed, n, 1, [=](long q, long j) { return before<F>(x[q * c + j]); },
+          [=](long i, long j, long count, const float* v) { std::memcpy(dw + i * c + j, v, count * sizeof(float)); });
+}
+
 // Group normalisation: y = (x - mean) / deviation * weight + bias over each of `groups` runs of channels of an image; GELU
 // may come before it, SiLU after it.
 
@@ -866,6 +971,23 @@ OPERATOR(conv_transpose_gradient) {
   weight_gradient(z, a.in(0), a.in(1), a.out(5));
   convolve(z, a.in(0), a.in(2), nullptr, a.out(4));
   bias_gradient(a.in(0), z.n, a.size(0, 1), z.h * z.w, a.out(6));
+}
+
+// x (n, c), weight (o, c), bias (o), more (n, o) or nothing, {activation before} -> y (n, o)
+OPERATOR(linear) {
+  const Arguments a{data, shapes};
+  const int last = tensors - 1;
+  choose(a.settings(last - 1)[0], [&](auto f) {
+    linear<f>(a.size(0, 0), a.size(0, 1), a.size(1, 0), a.in(0), a.in(1), a.in(2), last > 4 ? a.in(3) : nullptr, a.out(last));
+  });
+}
+
+// dy, x, weight, {activation before} -> dx, dweight, dbias
+OPERATOR(linear_gradient) {
+  const Arguments a{data, shapes};
+  choose(a.settings(3)[0], [&](auto f) {
+    linear_gradient<f>(a.size(1, 0), a.size(1, 1), a.size(2, 0), a.in(0), a.in(1), a.in(2), a.out(4), a.out(5), a.out(6));
+  });
 }
 
 // x, weight (c), bias (c), {groups, eps, activation} -> y

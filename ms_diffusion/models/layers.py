@@ -21,9 +21,26 @@ def conv2d(c_in: int, c_out: int, kernel: int, stride: int = 1, padding: int = 0
     return nn.Conv2d(c_in, c_out, kernel, stride, pad_mode="pad", padding=padding, group=groups, has_bias=bias)
 
 
-def linear(c_in: int, c_out: int):
-    """``torch.nn.Linear``: (..., c_in) -> (..., c_out)."""
-    return nn.Dense(c_in, c_out)
+class Linear(nn.Dense):
+    """``torch.nn.Linear`` of f(x), with `activation` f ("relu", "silu" or None), plus `more`; on the CPU in one pass.
+
+    x (B, c_in), more (B, c_out) or None -> (B, c_out).
+    """
+
+    def __init__(self, c_in: int, c_out: int, activation: str | None = None):
+        super().__init__(c_in, c_out)
+        self.before, self.in_float32 = activation, True
+        self.kernel = kernels.Linear(activation) if kernels.available() else None
+
+    def construct(self, x, more=None):
+        if self.kernel is not None and self.in_float32:
+            return self.kernel(x, self.weight, self.bias, more)
+        if self.before == "relu":
+            x = ops.relu(x)
+        if self.before == "silu":
+            x = ops.silu(x)
+        x = super().construct(x)
+        return x if more is None else x + more
 
 
 def Downsample(dim: int):

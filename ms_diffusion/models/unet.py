@@ -16,13 +16,13 @@ from .layers import (
     Embedding,
     GroupNorm,
     Identity,
+    Linear,
     PreNorm,
     Residual,
     SiLU,
     SinusoidalPositionEmbeddings,
     Upsample,
     conv2d,
-    linear,
     name_and_initialise,
     norm_conv,
 )
@@ -45,7 +45,7 @@ class ResnetBlock(nn.Cell):
 
     def __init__(self, dim: int, dim_out: int, time_emb_dim: int | None = None, groups: int = 8):
         super().__init__()
-        self.mlp = nn.SequentialCell(SiLU(), linear(time_emb_dim, dim_out)) if time_emb_dim else None
+        self.mlp = nn.SequentialCell(SiLU(), Linear(time_emb_dim, dim_out)) if time_emb_dim else None
         self.block1 = Block(dim, dim_out, groups)
         self.block2 = Block(dim_out, dim_out, groups)
         self.res_conv = conv2d(dim, dim_out, 1) if dim != dim_out else Identity()
@@ -62,7 +62,7 @@ class ConvNextBlock(nn.Cell):
 
     def __init__(self, dim: int, dim_out: int, time_emb_dim: int | None = None, mult: int = 2):
         super().__init__()
-        self.mlp = nn.SequentialCell(GELU(), linear(time_emb_dim, dim)) if time_emb_dim else None
+        self.mlp = nn.SequentialCell(GELU(), Linear(time_emb_dim, dim)) if time_emb_dim else None
         self.ds_conv = conv2d(dim, dim, 7, padding=3, groups=dim)
         self.net = nn.SequentialCell(
             GroupNorm(1, dim),
@@ -164,7 +164,7 @@ class Unet(nn.Cell):
 
         # Time: t -> (B, 4 dim)
         self.time_mlp = (
-            nn.SequentialCell(SinusoidalPositionEmbeddings(dim), linear(dim, time_dim), GELU(), linear(time_dim, time_dim))
+            nn.SequentialCell(SinusoidalPositionEmbeddings(dim), Linear(dim, time_dim), GELU(), Linear(time_dim, time_dim))
             if with_time_emb
             else None
         )

@@ -1,0 +1,425 @@
+"""Distances between sets of points: scipy's, loops, closed forms, what they stay the same under; what compare() reports."""
+
+import math
+import tracemalloc
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from ms_diffusion import evaluation
+from ms_diffusion.evaluation import DIRECTIONS, compare, energy_distance, maximum_mean_discrepancy, sliced_wasserstein
+
+DISTANCES = [sliced_wasserstein, energy_distance, maximum_mean_discrepancy]
+PAIRWISE = DISTANCES[1:]
+NAMES = ("sliced_wasserstein", "mmd", "energy")
+seeds = st.integers(0, 2**32 - 1)
+numbers = st.floats(-100, 100)
+
+
+def drawn(seed, n, m, d):
+    """Two sets with some points in common, the second wider."""
+    rng = np.random.default_rng(seed)
+    a, b = rng.standard_normal((n, d)), 2 * rng.standard_normal((m, d)) + 0.5
+    b[: min(n, m) // 3] = a[: min(n, m) // 3]
+    return a, b
+
+
+def mmd(a, b, bandwidth=1.5):
+    return maximum_mean_discrepancy(a, b, bandwidth)
+
+
+# Peers. Roots magnify the rounding of what is near 0, so squares are compared where a distance may be
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.data())
+def test_energy_on_a_line_is_scipys(data):
+    stats = pytest.importorskip("scipy.stats")
+    a, b = (data.draw(arrays(float, st.integers(1, 30), elements=numbers)) for _ in range(2))
+    seen, expected = energy_distance(a[:, None], b[:, None]), stats.energy_distance(a, b)
+    assert seen**2 == pytest.approx(expected**2, rel=1e-9, abs=1e-11)
+
+
+@settings(deadline=None, max_examples=50)
+@given(seeds, st.integers(1, 40), st.integers(1, 4), st.integers(1, 5))
+def test_sliced_wasserstein_is_the_mean_of_scipys(seed, n, d, count):
+    stats = pytest.importorskip("scipy.stats")
+    a, b = drawn(seed, n, n, d)
+    directions = np.random.default_rng(seed).standard_normal((d, count))
+    expected = [stats.wasserstein_distance(a @ v, b @ v) for v in directions.T]
+    assert sliced_wasserstein(a, b, directions) == pytest.approx(np.mean(expected), rel=1e-9, abs=1e-12)
+
+
+def test_directions_are_unit_vectors_evenly_over_a_half_turn():
+    angles = np.arctan2(DIRECTIONS[1], DIRECTIONS[0])
+    np.testing.assert_allclose(np.linalg.norm(DIRECTIONS, axis=0), 1, rtol=1e-15)
+    np.testing.assert_allclose(np.diff([*angles, angles[0] + np.pi]), np.pi / 32, rtol=1e-12)
+    a, b = drawn(0, 20, 20, 2)
+    assert sliced_wasserstein(a, b) == sliced_wasserstein(a, b, DIRECTIONS)
+
+
+def mean_of_loops(function, a, b):
+    """Mean of function(distance), a pair at a time."""
+    return sum(function(math.dist(x, y)) for x in a for y in b) / (len(a) * len(b))
+
+
+@settings(deadline=None, max_examples=30)
+@given(seeds, st.integers(1, 12), st.integers(1, 12), st.integers(1, 5), st.floats(0.1, 5))
+def test_pairwise_distances_are_those_of_loops(seed, n, m, d, bandwidth):
+    a, b = drawn(seed, n, m, d)
+
+    def energy(x, y):
+        return mean_of_loops(lambda r: r, x, y)
+
+    def kernel(x, y):
+        return mean_of_loops(lambda r: math.exp(-r * r / (2 * bandwidth**2)), x, y)
+
+    expected = 2 * energy(a, b) - energy(a, a) - energy(b, b)
+    assert energy_distance(a, b) ** 2 == pytest.approx(expected, abs=1e-12)
+    expected = kernel(a, a) + kernel(b, b) - 2 * kernel(a, b)
+    assert mmd(a, b, bandwidth) ** 2 == pytest.approx(expected, abs=1e-13)
+
+
+@settings(deadline=None, max_examples=30)
+@given(seeds, st.integers(1, 12), st.integers(1, 12), st.integers(1, 3))
+def test_bandwidth_is_by_default_the_median_distance_of_all_points(seed, n, m, d):
+    a, b = drawn(seed, n, m, d)
+    points = [*a, *b]
+    median = np.median([math.dist(x, y) for i, x in enumerate(points) for y in points[:i]])
+    if median > 0:
+        assert evaluation.median_distance(a, b) == pytest.approx(median, rel=1e-12)
+        assert maximum_mean_discrepancy(a, b) == pytest.approx(mmd(a, b, median), rel=1e-6, abs=1e-7)
+
+
+@pytest.mark.parametrize("n", [1001, 2500])
+def test_median_of_many_is_of_some_evenly(n):
+    """1000 of each, over all rows: of a line from 0 to 1, so many points' median distance is 1 - sqrt(1/2)."""
+    line = np.linspace(0, 1, n)[:, None]
+    assert evaluation.median_distance(line) == pytest.approx(1 - math.sqrt(0.5), abs=2e-3)
+    few = np.full((1, 1), 100.0)  # outweighed by no more than 1000
+    assert evaluation.median_distance(line, few) == pytest.approx(1 - math.sqrt(0.5), abs=4e-3)
+    far = np.full((3000, 1), 100.0)  # half of all pairs then are (near, far)
+    assert evaluation.median_distance(line, far) == pytest.approx(99.1, abs=0.9)
+
+
+# Closed forms. Over all pairs, n of the n^2 are a point with itself: so many means are exact at finite n too
+
+
+def repeated(distance, draw, repeats=200):
+    """Mean of distance^2 over draws of both sets, and four standard errors of it."""
+    rng = np.random.default_rng(0)
+    squares = [distance(*draw(rng)) ** 2 for _ in range(repeats)]
+    return np.mean(squares), 4 * np.std(squares) / math.sqrt(repeats)
+
+
+@pytest.mark.parametrize(
+    ("shift", "std", "bandwidth"), [((0.0, 0.0), 1.0, 1.0), ((1.5, -0.5), 0.7, 0.8), ((3.0, 0.0), 2.0, 3.0)]
+)
+def test_mmd_of_two_gaussians(shift, std, bandwidth):
+    """X - Y ~ N(shift, 2 std^2 I), so E k(X, Y) = (h^2 / v)^(d/2) exp(-|shift|^2 / (2 v)), v = h^2 + 2 std^2."""
+    n, m, d, v = 60, 100, 2, bandwidth**2 + 2 * std**2
+    own = (bandwidth**2 / v) ** (d / 2)
+    both = own * math.exp(-np.dot(shift, shift) / (2 * v))
+
+    def draw(rng):
+        return std * rng.standard_normal((n, d)), std * rng.standard_normal((m, d)) + shift
+
+    seen, tolerance = repeated(lambda a, b: mmd(a, b, bandwidth), draw)
+    expected = 2 * (own - both) + (1 - own) * (1 / n + 1 / m)
+    assert seen == pytest.approx(expected, abs=tolerance) and tolerance < 0.2 * expected
+
+
+@pytest.mark.parametrize(("stds", "d"), [((1.0, 1.0), 2), ((1.0, 2.0), 1), ((0.5, 2.0), 3), ((1.0, 3.0), 20)])
+def test_energy_of_two_gaussians_about_0(stds, d):
+    """E|N(0, v I)| = sqrt(2 v) gamma((d + 1) / 2) / gamma(d / 2)."""
+    n, m = 60, 100
+    norm = math.sqrt(2) * math.gamma((d + 1) / 2) / math.gamma(d / 2)
+    own = [norm * math.sqrt(2) * s for s in stds]
+
+    def draw(rng):
+        return stds[0] * rng.standard_normal((n, d)), stds[1] * rng.standard_normal((m, d))
+
+    seen, tolerance = repeated(energy_distance, draw)
+    expected = 2 * norm * math.hypot(*stds) - own[0] * (1 - 1 / n) - own[1] * (1 - 1 / m)
+    assert seen == pytest.approx(expected, abs=tolerance) and tolerance < 0.2 * expected
+
+
+@pytest.mark.parametrize(("shift", "std"), [(1.0, 1.0), (1.5, 2.0), (-4.0, 0.5)])
+def test_energy_of_shifted_gaussians_on_a_line(shift, std):
+    """E|N(shift, v)| = sqrt(2 v / pi) exp(-shift^2 / (2 v)) + shift erf(shift / sqrt(2 v)); here v = 2 std^2."""
+    n = 80
+    own = 2 * std / math.sqrt(math.pi)
+    both = own * math.exp(-(shift**2) / (4 * std**2)) + shift * math.erf(shift / (2 * std))
+
+    def draw(rng):
+        return std * rng.standard_normal((n, 1)), std * rng.standard_normal((n, 1)) + shift
+
+    seen, tolerance = repeated(energy_distance, draw)
+    expected = 2 * both - 2 * own * (1 - 1 / n)
+    assert seen == pytest.approx(expected, abs=tolerance) and tolerance < 0.2 * expected
+
+
+def test_of_single_points():
+    """sqrt(2 r), sqrt(2 - 2 exp(-r^2 / (2 h^2))) and r |cos|: for r = 5, h = 5 (the median distance) and cos = 3/5."""
+    a, b = np.zeros((1, 2)), np.array([[3.0, 4.0]])
+    assert energy_distance(a, b) == pytest.approx(math.sqrt(10), rel=1e-15)
+    assert maximum_mean_discrepancy(a, b) == pytest.approx(math.sqrt(2 - 2 * math.exp(-0.5)), rel=1e-14)
+    assert sliced_wasserstein(a, b, np.array([[1.0], [0.0]])) == 3
+
+
+# Properties
+
+
+@settings(deadline=None, max_examples=30)
+@given(seeds, st.integers(1, 30), st.integers(1, 30))
+def test_symmetry_and_order(seed, n, m):
+    rng = np.random.default_rng(seed)
+    a, b = drawn(seed, n, m, 2)
+    for distance in (energy_distance, mmd):
+        assert distance(a, b) ** 2 == pytest.approx(distance(b, rng.permutation(a)) ** 2, abs=1e-12)
+    c = drawn(seed, n, n, 2)[1]
+    assert sliced_wasserstein(a, c) == pytest.approx(sliced_wasserstein(c, rng.permutation(a)), abs=1e-12)
+
+
+@settings(deadline=None, max_examples=50)
+@given(arrays(float, st.tuples(st.integers(2, 20), st.just(2)), elements=numbers), seeds)
+def test_equal_sets_are_at_0(a, seed):
+    shuffled = np.random.default_rng(seed).permutation(a)
+    assert sliced_wasserstein(a, a) == energy_distance(a, a) == mmd(a, a) == 0
+    assert sliced_wasserstein(a, shuffled) < 1e-12 and energy_distance(a, shuffled) < 1e-6 and mmd(a, shuffled) < 1e-7
+    assert energy_distance(a, np.tile(a, (3, 1))) < 1e-6 and mmd(a, np.tile(a, (3, 1))) < 1e-7  # equal as distributions
+
+
+@pytest.mark.parametrize("distance", [sliced_wasserstein, energy_distance, lambda a, b: mmd(a, b, 0.5)])
+def test_other_sets_are_not(distance):
+    """Equal means, then equal means and covariances, which MMD by the median bandwidth would hardly tell apart."""
+    rng = np.random.default_rng(0)
+    a, b = rng.standard_normal((500, 2)), rng.standard_normal((500, 2))
+    sign = rng.choice([-1.0, 1.0], (500, 2))
+    assert distance(a, 2 * b) > 2 * distance(a, b) > 0
+    assert distance(a, sign) > 2 * distance(a, b)
+
+
+@settings(deadline=None, max_examples=30)
+@given(seeds, st.integers(2, 20), st.integers(2, 20), st.integers(1, 4), st.floats(0.01, 100))
+def test_motion_changes_nothing_and_scale_by_its_power(seed, n, m, d, scale):
+    a, b = drawn(seed, n, m, d)
+    rng = np.random.default_rng(seed)
+    turn, shift = np.linalg.qr(rng.standard_normal((d, d)))[0], 10 * rng.standard_normal(d)
+    energy, kernel, by_median = energy_distance(a, b) ** 2, mmd(a, b) ** 2, maximum_mean_discrepancy(a, b) ** 2
+    moved = a @ turn + shift, b @ turn + shift
+    assert energy_distance(*moved) ** 2 == pytest.approx(energy, abs=1e-11)
+    assert mmd(*moved) ** 2 == pytest.approx(kernel, abs=1e-11)
+    assert maximum_mean_discrepancy(*moved) ** 2 == pytest.approx(by_median, abs=1e-10)
+    scaled = scale * a, scale * b
+    assert energy_distance(*scaled) ** 2 == pytest.approx(scale * energy, abs=1e-12 * scale)
+    assert mmd(*scaled, 1.5 * scale) ** 2 == pytest.approx(kernel, abs=1e-12)
+    assert maximum_mean_discrepancy(*scaled) ** 2 == pytest.approx(by_median, abs=1e-12)
+
+
+@pytest.mark.parametrize("distance", PAIRWISE)
+def test_far_from_the_origin_near_points_stay_apart(distance):
+    """Which |x|^2 + |y|^2 - 2 x y would not tell; these numbers are exact in float64."""
+    a, b = np.array([[0.0, 0.0], [1.0, 0.0]]), np.array([[0.0, 0.5], [2.0, 0.0]])
+    assert distance(a + 2**40, b + 2**40) == distance(a, b) > 0
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_float32_and_lists_are_computed_in_float64(distance):
+    a, b = (points.astype(np.float32) for points in drawn(0, 50, 50, 2))
+    assert distance(a, b) == distance(a.astype(float), b.astype(float)) == distance(a.tolist(), b.tolist())
+    assert type(distance(a, b)) is float
+
+
+# Blocks
+
+
+@pytest.mark.parametrize("distance", [*PAIRWISE, mmd])
+@pytest.mark.parametrize("block", [1, 7, 37, 38, 100, 10**6])
+def test_blocks_change_nothing(distance, block, monkeypatch):
+    a, b = drawn(0, 23, 37, 3)
+    expected = distance(a, b)
+    monkeypatch.setattr(evaluation, "BLOCK", block)
+    assert distance(a, b) == pytest.approx(expected, rel=1e-12)
+
+
+def peak_mebibytes(function, *arguments):
+    tracemalloc.start()
+    try:
+        function(*arguments)
+        return tracemalloc.get_traced_memory()[1] / 2**20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(("distance", "mebibytes"), [(energy_distance, 4), (mmd, 4), (maximum_mean_discrepancy, 120)])
+def test_memory(distance, mebibytes):
+    """All 6000 x 6000 pairs would be 275 MiB; the median by default takes those of 2000 points, whatever the sets' size."""
+    a, b = drawn(0, 6000, 6000, 1)
+    assert peak_mebibytes(distance, a, b) < mebibytes
+
+
+def test_memory_of_few_points_and_many():
+    """All 100 x 100,000 pairs would be 76 MiB, a row of them 0.8."""
+    assert peak_mebibytes(evaluation.mean_over_pairs, np.sqrt, *drawn(0, 100, 100_000, 1)) < 4
+
+
+# compare()
+
+
+def rng(seed=0):
+    return np.random.default_rng(seed)
+
+
+def ring(seed, n):
+    """Points about a circle."""
+    angle = rng(seed).uniform(0, 2 * np.pi, n)
+    return np.stack([np.cos(angle), np.sin(angle)], 1) + 0.1 * rng(seed + 1).standard_normal((n, 2))
+
+
+def test_samples_like_the_data_score_the_floor():
+    """On average over samples and data."""
+    runs = [compare(ring(4 * i, 80), ring(4 * i + 2, 160), rng(i), repeats=3) for i in range(300)]
+    for name in NAMES:
+        scores, floors = (np.array([run[name][key] for run in runs]) for key in ("score", "floor"))
+        error = np.std(scores - floors) / math.sqrt(len(runs))
+        assert abs(np.mean(scores - floors)) < 4 * error < 0.1 * np.mean(floors)
+
+
+def squeezed(points):
+    return points * [1.0, 0.7]
+
+
+@pytest.mark.parametrize(
+    "spoil", [lambda x: x + 0.3, lambda x: 1.3 * x, squeezed, lambda x: 0 * x, lambda x: x[:20].repeat(25, 0)]
+)
+def test_samples_unlike_the_data_score_above_the_floor(spoil):
+    """Shifted, wide, flat, collapsed to a point, repeated."""
+    for result in compare(spoil(ring(0, 500)), ring(2, 1000), rng()).values():
+        assert result["score"] > 1.5 * result["floor_most"]
+
+
+def test_samples_that_are_the_data_score_below_the_floor():
+    data = ring(0, 400)
+    for result in compare(data, data, rng()).values():
+        assert result["score"] < 0.9 * result["floor"]
+
+
+def test_what_compare_computes():
+    """By hand: the data's orders are drawn before the samples'. n = 30 for the sliced distance, 25 for the others."""
+    samples, data = ring(0, 35), 1.1 * ring(2, 61)
+    seen, generator = compare(samples, data, rng(5), repeats=3, most=25), rng(5)
+    orders, bandwidth = [generator.permutation(61) for _ in range(3)], evaluation.median_distance(data)
+    functions = (
+        sliced_wasserstein,
+        lambda a, b: mmd(a[:25], b[:25], bandwidth),
+        lambda a, b: energy_distance(a[:25], b[:25]),
+    )
+    pairs = [(generator.choice(samples, 30, replace=False), data[o[:30]], data[o[30:60]]) for o in orders]
+    for name, distance in zip(NAMES, functions, strict=True):
+        floors = [distance(a, b) for _, a, b in pairs]
+        score, most = np.mean([distance(s, a) for s, a, _ in pairs]), max(floors)
+        assert seen[name] == pytest.approx({"score": score, "floor": np.mean(floors), "floor_most": most}, rel=1e-12)
+    assert tuple(seen) == NAMES
+    assert {type(value) for result in seen.values() for value in result.values()} == {float}
+
+
+def test_a_repeat_parts_all_data_in_two():
+    """Four data and two samples: a row in both sets, or one drawn twice, would give other numbers."""
+    data, line = np.array([[0.0, 0.0], [0.0, 1.0], [0.0, 3.0], [0.0, 7.0]]), np.array([[0.0], [1.0]])
+    floors = {compare(data[:2], data, rng(i), 1, directions=line)["sliced_wasserstein"]["floor"] for i in range(20)}
+    assert floors == {4.5, 2.5}  # {0, 1 | 3, 7}, and {0, 3 | 1, 7} or {0, 7 | 1, 3}
+
+
+def test_compare_repeats_by_its_rng():
+    samples, data = ring(0, 60), ring(2, 150)
+    kept = samples.copy(), data.copy()
+    assert compare(samples, data, rng(1), 2) == compare(samples, data, rng(1), 2) != compare(samples, data, rng(2), 2)
+    assert np.array_equal(samples, kept[0]) and np.array_equal(data, kept[1])
+
+
+@pytest.mark.parametrize("samples", [ring(4, 50) + 3, 0 * ring(4, 50), ring(4, 80), ring(4, 5000)])
+def test_the_floor_does_not_depend_on_the_samples(samples):
+    """Nor on their number, where half the data are fewer."""
+    data = ring(2, 100)
+    expected, seen = compare(ring(0, 50), data, rng()), compare(samples, data, rng())
+    for name in NAMES:
+        assert (seen[name]["floor"], seen[name]["floor_most"]) == (expected[name]["floor"], expected[name]["floor_most"])
+        assert seen[name]["score"] != expected[name]["score"]
+
+
+def test_fewer_samples_than_half_the_data():
+    """n = 2: the floor is that of two data from two."""
+    few, many = compare(ring(0, 2), ring(2, 400), rng(), 30), compare(ring(0, 200), ring(2, 400), rng(), 30)
+    for name in NAMES:
+        assert few[name]["floor"] > 3 * many[name]["floor"]
+
+
+@pytest.mark.parametrize("d", [1, 3])
+def test_compare_in_other_dimensions(d):
+    samples, data = rng(0).standard_normal((100, d)), 4 * rng(1).standard_normal((200, d))
+    result = compare(samples, data, rng(), directions=np.eye(d))
+    assert all(r["score"] > r["floor_most"] > 0 for r in result.values())
+    with pytest.raises(ValueError, match=f"^points of {d} numbers need directions of as many, not of 2$"):
+        compare(samples, data, rng())
+
+
+# Errors
+
+
+@pytest.mark.parametrize("distance", [*DISTANCES, lambda a, b: compare(a, b, rng())])
+@pytest.mark.parametrize("shapes", [((5,), (5,)), ((5, 2), (5,)), ((5,), (5, 2)), ((5, 2), (5, 3)), ((5, 2, 1), (5, 2, 1))])
+def test_not_points(distance, shapes):
+    with pytest.raises(ValueError, match=r"^points \(n, d\) and \(m, d\) are needed, not \(5,.*\) and \(5,.*\)$"):
+        distance(*map(np.zeros, shapes))
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+@pytest.mark.parametrize("shapes", [((0, 2), (0, 2)), ((5, 2), (0, 2)), ((0, 2), (5, 2)), ((5, 0), (5, 0))])
+def test_no_points(distance, shapes):
+    with pytest.raises(ValueError, match="^points .* are needed"):
+        distance(*map(np.zeros, shapes))
+
+
+def test_sliced_wasserstein_needs_equal_numbers():
+    with pytest.raises(ValueError, match="^as many points a as b are needed, not 5 and 1$"):
+        sliced_wasserstein(np.zeros((5, 2)), np.zeros((1, 2)))
+
+
+@pytest.mark.parametrize("bandwidth", [0.0, -1.0, math.nan])
+def test_bandwidth_is_above_0(bandwidth):
+    with pytest.raises(ValueError, match="^a bandwidth above 0 is needed, not "):
+        mmd(*drawn(0, 5, 5, 2), bandwidth)
+
+
+def test_points_that_coincide_have_no_bandwidth():
+    with pytest.raises(ValueError, match="^a bandwidth above 0 is needed, not 0: .* do they differ"):
+        maximum_mean_discrepancy(np.ones((5, 2)), np.ones((6, 2)))
+    assert mmd(np.ones((5, 2)), np.ones((6, 2))) == 0
+
+
+@pytest.mark.parametrize("distance", [sliced_wasserstein, energy_distance, mmd])
+def test_nan_is_not_near(distance):
+    a, b = drawn(0, 20, 20, 2)
+    b[3, 1] = math.nan
+    assert math.isnan(distance(a, b)) and math.isnan(distance(b, b))
+
+
+@pytest.mark.parametrize(("n", "m"), [(1, 4), (2, 3)])
+def test_too_few(n, m):
+    with pytest.raises(ValueError, match=f"^at least 2 samples and 4 data are needed, not {n} and {m}$"):
+        compare(ring(0, n), ring(2, m), rng())
+    compare(ring(0, 2), ring(2, 4), rng())
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_is_counted(bad):
+    spoilt = ring(0, 30)
+    spoilt[[3, 7, 7], [0, 0, 1]] = bad
+    with pytest.raises(ValueError, match="^2 of 30 samples are not finite$"):
+        compare(spoilt, ring(2, 60), rng())
+    with pytest.raises(ValueError, match="^2 of 30 data are not finite$"):
+        compare(ring(2, 60), spoilt, rng())
