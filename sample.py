@@ -15,7 +15,7 @@ from ms_diffusion import cli, images, modelarts, plane, runtime
 from ms_diffusion.data.conditions import condition_image
 from ms_diffusion.data.image_folder import read_image
 from ms_diffusion.data.pipeline import load_images
-from ms_diffusion.data.toy import Frame
+from ms_diffusion.data.toy import Frame, read_kept_points
 from ms_diffusion.denoiser import guide, inpaint, make_denoiser, remember, self_conditioned, with_label
 from ms_diffusion.editing import invert_ddim, sample_repaint, slerp
 from ms_diffusion.evaluation import compare
@@ -291,18 +291,17 @@ def sample_points(args: Args, home: Path, folder: Path, device: str, net, diffus
     """Draw points, all pictures of a run of points, and its scores against held-out data; the files written."""
     from mindspore import Tensor
 
-    with np.load(home / "points.npz", allow_pickle=False) as kept:
-        frame, data = Frame.of(kept["train"]), kept["test"]
+    train, data = read_kept_points(home / "points.npz")
+    frame = Frame.of(train)
     x_test = frame.to_unit(data[:2000])
     if args.v_posterior is not None:
         diffusion.v_posterior = args.v_posterior
     denoise, timesteps = make_denoiser(diffusion, net), choose_timesteps(args, diffusion)
 
-    def draw(sampler, n: int) -> tuple[np.ndarray, np.ndarray]:
+    def draw(sampler, timesteps, n: int) -> tuple[np.ndarray, np.ndarray]:
         """Points (n, 2), and the ways of those of the first batch, (steps + 1, B, 2), in the data's units."""
-        size = min(args.batch_size, n)
+        size, calls = min(args.batch_size, n), len(timesteps)
         way = [SeededNoise(args.seed, range(size))((2,))]
-        calls = len(timesteps)
         bar = tqdm(total=-(-n // size) * calls, unit="step", desc=f"{n} points on {device}")
 
         def watch(i, x, x_start):
@@ -314,7 +313,7 @@ def sample_points(args: Args, home: Path, folder: Path, device: str, net, diffus
         bar.close()
         return frame.to_points(x), frame.to_points(np.stack(way))
 
-    samples, way = draw(choose_sampler(args, False), args.num)
+    samples, way = draw(choose_sampler(args, False), timesteps, args.num)
     out, gif = Path(args.out or folder / "sample.png"), Path(args.gif or folder / "denoise.gif")
     title = f"{args.sampler}, {len(timesteps)} steps"
     plane.save_samples(out, samples, data[: args.num], title)
@@ -339,7 +338,8 @@ def sample_points(args: Args, home: Path, folder: Path, device: str, net, diffus
     fields = [(frame.to_points(x), frame.to_points(grid), score) for x, score in zip(noised, scores, strict=True)]
     bounds = tuple(map(tuple, frame.to_points(np.transpose(bounds)).T.tolist()))
     plane.save_score_field(folder / "score.png", fields, [f"t = {t}" for t in ts], bounds=bounds)
-    ways = {name: draw(SAMPLERS[name], 12)[1] for name in ("ddpm", "ddim")}
+    few = sampling_timesteps(diffusion.T, min(50, diffusion.T))  # of more, ddpm's zigzag hides itself
+    ways = {f"{name}, {len(few)} steps": draw(SAMPLERS[name], few, 8)[1] for name in ("ddpm", "ddim")}
     plane.save_trajectories(folder / "trajectories.png", ways, data[:2000])
 
     written = [out, gif, *(folder / f"{name}.png" for name in ("forward", "reverse", "score", "trajectories"))]

@@ -26,7 +26,7 @@ from ms_diffusion import cli, draws, images, modelarts, plane
 from ms_diffusion.checkpoint import Checkpoint
 from ms_diffusion.data.conditions import condition_image
 from ms_diffusion.data.pipeline import load_images, make_dataset
-from ms_diffusion.data.toy import Frame, load_points
+from ms_diffusion.data.toy import Frame, load_points, read_kept_points
 from ms_diffusion.denoiser import make_denoiser, self_conditioned
 from ms_diffusion.models.layers import set_compute_type
 from ms_diffusion.presets import PRESETS, Config
@@ -90,10 +90,8 @@ def check_run(run_dir: Path, config: Config) -> None:
 
 def keep_points(path: Path, train: np.ndarray, test: np.ndarray) -> None:
     """Keep a run's points with it, for `sample.py`; refuse other points than those that it has."""
-    if path.exists():
-        with np.load(path, allow_pickle=False) as old:
-            if not (np.array_equal(old["train"], train) and np.array_equal(old["test"], test)):
-                raise UserError(f"the points are not those of the run in {path.parent}: use another --run-dir for them")
+    if path.exists() and not all(map(np.array_equal, read_kept_points(path), (train, test))):
+        raise UserError(f"the points are not those of the run in {path.parent}: use another --run-dir for them")
     images.write(path, lambda f: np.savez(f, train=train, test=test))
 
 

@@ -112,7 +112,7 @@ class PointsWork:
         from .models.mlp import MLPConfig, ResidualMLPConfig
 
         net = (ResidualMLPConfig if "depth" in model else MLPConfig)(**model).build()
-        process = diffusion.DiffusionConfig(timesteps=100, schedule="sigmoid", loss="l2").build()
+        process = diffusion.DiffusionConfig(model["timesteps"], "sigmoid", loss="l2").build()
         points = np.random.default_rng(0).random((size, 2), np.float32) * 2 - 1
         points = np.concatenate([points, points[: -size % batch_size]])  # the last batch of an epoch is filled up
         self.batches = Batches(points, np.zeros(len(points), np.int32), batch_size, 10**9, 0, 0, False, 0, 1, 1)

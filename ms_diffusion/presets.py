@@ -271,22 +271,30 @@ QUICK = Config(
     ),
 )
 
-# Points in the plane: the S-curve experiment's network, data and training, and a network that does better in less time
-SIGMOID = DiffusionConfig(timesteps=100, schedule="sigmoid", loss="l2")
-POINTS = TrainConfig(
-    total_steps=10_000,
-    batch_size=512,
-    steps_per_call=100,
-    timesteps="antithetic",
-    lr=2e-3,
-    log_every=100,
-    sample_every=5000,
-    save_every=5000,
-    sample_num=2000,
-    sample_steps=100,
+# Points in the plane: a network that is good in seconds, and the S-curve experiment's network and training
+SCURVE = Config(
+    PointsConfig(),
+    DiffusionConfig(schedule="sigmoid", loss="l2"),
+    ResidualMLPConfig(),
+    TrainConfig(
+        total_steps=10_000,
+        batch_size=256,
+        steps_per_call=100,
+        timesteps="antithetic",
+        lr=2e-3,
+        log_every=100,
+        sample_every=5000,
+        save_every=5000,
+        sample_num=2000,
+        sample_steps=100,
+    ),
 )
-SCURVE = Config(PointsConfig(), SIGMOID, ResidualMLPConfig(), POINTS)
-SCURVE_SEED = replace(SCURVE, model=MLPConfig(), train=replace(POINTS, total_steps=316_000, batch_size=128, lr=1e-3))
+SCURVE_SEED = replace(
+    SCURVE,
+    diffusion=replace(SCURVE.diffusion, timesteps=100),
+    model=MLPConfig(),
+    train=replace(SCURVE.train, total_steps=316_000, batch_size=128, lr=1e-3, sample_every=79_000, save_every=79_000),
+)
 
 # The networks and data that the project came from, and the same with more of a condition
 PRESETS = {

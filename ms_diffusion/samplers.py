@@ -238,12 +238,22 @@ SAMPLERS = {
 class SeededNoise:
     """Standard normal noise for the images `indices` of a seed: image i draws the same numbers in any batch."""
 
+    AHEAD = 256  # numbers that each draws at least at a time: of points, two by two would take longer than all else
+
     def __init__(self, seed: int, indices):
         self.generators = [np.random.default_rng((seed, i)) for i in indices]
+        self.left = np.empty((len(self.generators), 0), np.float32)
 
     def __call__(self, shape) -> np.ndarray:
         """One draw of `shape` for each image -> (len(indices), *shape) float32."""
-        return np.stack([g.standard_normal(shape, dtype=np.float32) for g in self.generators])
+        size = math.prod(shape)
+        missing = size - self.left.shape[1]
+        if missing > 0:
+            more = max(missing, self.AHEAD)
+            drawn = np.stack([g.standard_normal(more, dtype=np.float32) for g in self.generators])
+            self.left = np.concatenate([self.left, drawn], 1)
+        taken, self.left = self.left[:, :size], self.left[:, size:]
+        return taken.reshape(-1, *shape)
 
 
 def generate(

@@ -232,7 +232,7 @@ class ResidualBlock(nn.Module):
 
 
 class ResidualMLP(nn.Module):
-    def __init__(self, dim=128, depth=3, frequencies=4, timesteps=100):
+    def __init__(self, dim=128, depth=3, frequencies=4, timesteps=1000):
         super().__init__()
         self.register_buffer("frequencies", math.pi / 2 * 2.0 ** torch.arange(frequencies), persistent=False)
         every_t = SinusoidalPositionEmbeddings(dim)(torch.arange(timesteps, dtype=torch.float32))
@@ -260,7 +260,7 @@ class PointsWork:
         self.net = (ResidualMLP if "depth" in model else MLP)(**model).to(self.device)
         self.ema = copy.deepcopy(self.net)
         self.optimizer = torch.optim.Adam(self.net.parameters(), lr=1e-3)
-        betas = torch.sigmoid(torch.linspace(-6, 6, 100, device=self.device)) * 0.2
+        betas = torch.sigmoid(torch.linspace(-6, 6, model["timesteps"], device=self.device)) * 20 / model["timesteps"]
         self.alphas_cumprod = torch.cumprod(1 - betas, 0)[:, None]
         self.points, self.batch_size = torch.rand(size, 2, device=self.device) * 2 - 1, batch_size
 

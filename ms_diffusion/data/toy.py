@@ -109,6 +109,19 @@ def load_points(name: str, path: str | None, num: int, seed: int) -> tuple[np.nd
     return train, test
 
 
+def read_kept_points(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """The points of `load_points` that a run keeps in its points.npz.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as kept:
+            return kept["train"], kept["test"]
+    except Exception as e:  # a damaged archive raises anything
+        raise UserError(f"{path} cannot be read: delete it, and run the training command again, which writes it") from e
+
+
 def read_points(path: str | Path) -> np.ndarray:
     """Points (N, 2) float64, N >= 2, of a .npy or .csv file, or of the only such file in the folder ``path``.
 

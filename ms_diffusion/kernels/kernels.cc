@@ -53,48 +53,62 @@ class Pool {
   Pool() {
     cpu_set_t set;
     size_ = sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : 1;
-    for (int t = 1; t < size_; ++t) std::thread([this, t] { work(t); }).detach();
+    for (int t = 1; t < size_; ++t) std::thread([this] { work(); }).detach();
   }
   int size() const { return size_; }
 
-  // Calls f(0) .. f(size - 1), each on its thread, one operator at a time.
+  // Calls f(0) .. f(size - 1), one operator at a time. A thread takes the next share when it is free: where another program
+  // has its core, the caller does its share too instead of waiting for it.
   void run(const std::function<void(int)>& f) {
     std::lock_guard<std::mutex> one(caller_);
+    long round;
     {
       std::lock_guard<std::mutex> lock(mutex_);
       task_ = &f;
-      left_ = size_ - 1;
-      ++round_;
+      finished_.store(0);
+      round = ++round_;
+      next_.store(round * MOST);
     }
     wake_.notify_all();
-    f(0);
-    for (int spin = 0; left_.load(std::memory_order_acquire) && spin < 20000; ++spin) pause();
+    take_shares(round);
+    for (int spin = 0; finished_.load(std::memory_order_acquire) < size_ && spin < 20000; ++spin) pause();
     std::unique_lock<std::mutex> lock(mutex_);
-    done_.wait(lock, [this] { return left_.load() == 0; });
+    done_.wait(lock, [this] { return finished_.load() == size_; });
   }
 
  private:
-  void work(int t) {
-    for (long seen = 0;;) {
-      for (int spin = 0; round_.load(std::memory_order_acquire) == seen && spin < 2000; ++spin) pause();
-      std::unique_lock<std::mutex> lock(mutex_);
-      wake_.wait(lock, [&] { return round_ != seen; });
-      seen = round_;
-      auto f = task_;
-      lock.unlock();
-      (*f)(t);
-      if (left_.fetch_sub(1) == 1) {
+  void take_shares(long round) {
+    for (;;) {
+      long share = next_.load(std::memory_order_acquire);
+      if (share < round * MOST || share >= round * MOST + size_) return;  // none is left, or the round is over
+      if (!next_.compare_exchange_weak(share, share + 1)) continue;
+      (*task_)(static_cast<int>(share - round * MOST));
+      if (finished_.fetch_add(1) + 1 == size_) {
         std::lock_guard<std::mutex> last(mutex_);
         done_.notify_one();
       }
     }
   }
+
+  void work() {
+    for (long seen = 0;;) {
+      for (int spin = 0; round_.load(std::memory_order_acquire) == seen && spin < 2000; ++spin) pause();
+      {
+        std::unique_lock<std::mutex> lock(mutex_);
+        wake_.wait(lock, [&] { return round_ != seen; });
+        seen = round_;
+      }
+      take_shares(seen);
+    }
+  }
+
+  static constexpr long MOST = 1 << 16;  // threads
   int size_;
   std::mutex caller_, mutex_;
   std::condition_variable wake_, done_;
   const std::function<void(int)>* task_ = nullptr;
-  std::atomic<long> round_{0};
-  std::atomic<int> left_{0};
+  std::atomic<long> round_{0}, next_{0};  // the next share of a round, counted from MOST times the round
+  std::atomic<int> finished_{0};
 };
 
 Pool& pool() {

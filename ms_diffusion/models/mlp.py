@@ -74,7 +74,7 @@ class ResidualMLPConfig:
     """Residual blocks."""
     frequencies: int = 4
     """Sines and cosines of each coordinate: of periods 4, 2, 1, ... where the data have -1 to 1; 0 is none."""
-    timesteps: int = 100
+    timesteps: int = 1000
     """Timesteps that it has embeddings for; at least the diffusion's."""
 
     num_classes: ClassVar[None] = None
@@ -93,7 +93,7 @@ class ResidualMLP(nn.Cell):
         ValueError: dim is not even and at least 4, depth or frequencies are below 0, timesteps below 1.
     """
 
-    def __init__(self, dim: int = 128, depth: int = 3, frequencies: int = 4, timesteps: int = 100, seed: int = 0):
+    def __init__(self, dim: int = 128, depth: int = 3, frequencies: int = 4, timesteps: int = 1000, seed: int = 0):
         super().__init__()
         if dim < 4 or dim % 2 or depth < 0 or frequencies < 0 or timesteps < 1:
             raise ValueError(
