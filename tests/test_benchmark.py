@@ -1,6 +1,7 @@
 """The benchmark counts, judges and refuses as it says; its figures are for a quiet machine, not for tests."""
 
 import json
+import math
 import subprocess
 import sys
 from dataclasses import asdict
@@ -9,7 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import mindspore
+
 from ms_diffusion import benchmark
+from ms_diffusion.diffusion import DiffusionConfig
+from ms_diffusion.models.mlp import MLPConfig, ResidualMLPConfig
 from ms_diffusion.presets import PRESETS
 
 
@@ -23,7 +28,7 @@ def run(*arguments, cwd):
     )
 
 
-@pytest.mark.parametrize("name", benchmark.PRESET_NAMES)
+@pytest.mark.parametrize("name", [name for name in benchmark.PRESET_NAMES if not PRESETS[name].is_points])
 def test_operations_are_those_that_pytorch_counts(name):
     torch = pytest.importorskip("torch")
     from torch.utils.flop_counter import FlopCounterMode
@@ -69,6 +74,66 @@ def test_a_short_run(peer, tmp_path):
         assert all(s > 0 for seconds in record[name]["seconds"].values() for s in seconds)
         assert (record[name]["ratio"] is None) == (peer == "none")
     assert set(record["memory"]) == sides and min(record["memory"].values()) > 50
+
+
+@pytest.mark.parametrize("peer", ["none", pytest.param("torch", marks=pytest.mark.slow)])
+def test_a_short_run_of_points(peer, tmp_path):
+    if peer == "torch":
+        pytest.importorskip("torch")
+    presets = ["scurve-seed"] if peer == "none" else ["scurve", "scurve-seed"]
+    arguments = ["--presets", *presets, *"--rounds 1 --json out.json --device cpu --peer".split(), peer]
+    result = run(*arguments, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    records = json.loads((tmp_path / "out.json").read_text())["records"]
+    assert [record["preset"] for record in records] == presets
+    for record in records:
+        batch_size, seconds = PRESETS[record["preset"]].train.batch_size, record["epoch"]["seconds"]
+        assert record["batch_size"] == batch_size
+        assert set(seconds) == ({"mindspore"} if peer == "none" else {"mindspore", "torch"})
+        assert all(len(rounds) == 1 and rounds[0] > 0 for rounds in seconds.values())
+        ours = seconds["mindspore"][0]
+        line = f"{record['preset']}: an epoch of 10000 points, batch {batch_size}: {ours * 1e3:.1f} ms, "
+        assert line + f"{ours / math.ceil(10000 / batch_size) * 1e6:.0f} us a step\n" in result.stdout
+        if peer == "none":
+            assert record["epoch"]["ratio"] is None and "PyTorch" not in result.stdout
+        else:
+            assert record["epoch"]["ratio"] == [pytest.approx(seconds["torch"][0] / ours), 0]
+            assert f"{seconds['torch'][0] / ours:.2f}x PyTorch's speed" in result.stdout
+
+
+@pytest.mark.parametrize("model", [MLPConfig(8, 60), ResidualMLPConfig(8, 1, 1, 60)], ids=["MLP", "residual"])
+def test_an_epoch_of_points(model):
+    """Of 300 in batches of 128, the last of them filled up: each point once, and then anew."""
+    work = benchmark.PointsWork(asdict(model), 300, 128)
+    seen = []
+
+    def train_steps(x, t, noise, run=work.train_steps):
+        seen.append(x.asnumpy())
+        assert x.shape == noise.shape == (3, 128, 2) and t.shape == (3, 128) and t.dtype == mindspore.int32
+        assert 0 <= t.asnumpy().min() and t.asnumpy().max() < 60 and abs(x.asnumpy()).max() <= 1
+        return run(x, t, noise)
+
+    work.train_steps = train_steps
+    losses = [work.epoch() for _ in range(4)]
+    assert np.isfinite(losses).all() and len(set(losses)) == 4
+    assert [len(np.unique(x.reshape(-1, 2), axis=0)) for x in seen] == [300] * 4
+    assert (seen[0] != seen[1]).any()
+
+
+@pytest.mark.parametrize("model", [MLPConfig(8, 60), ResidualMLPConfig(8, 1, 1, 60)], ids=["MLP", "residual"])
+def test_peer_learns_points(model):
+    torch = pytest.importorskip("torch")
+    from ms_diffusion import torch_peer
+
+    work = torch_peer.PointsWork(asdict(model), 300, 128)
+    before, rows = [p.detach().clone() for p in work.net.parameters()], []
+    work.net.register_forward_hook(lambda net, inputs, output: rows.append(len(output)))
+    assert np.isfinite([work.epoch(), work.epoch()]).all() and rows == [128, 128, 44] * 2
+    changed = zip(work.net.parameters(), work.ema.parameters(), before, strict=True)
+    assert all((p != q).any() and (e != q).any() and (e != p).any() for p, e, q in changed)
+    process = DiffusionConfig(60, "sigmoid").build()
+    np.testing.assert_allclose(work.alphas_cumprod[:, 0].numpy(), process.alphas_cumprod, atol=0.03)
+    assert torch.equal(work.points.clamp(-1, 1), work.points)
 
 
 @pytest.mark.parametrize(

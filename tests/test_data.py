@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -441,6 +441,11 @@ def numbered(count, size=2, channels=1):
     return images, np.arange(count)
 
 
+def numbered_points(count):
+    """Points that no flip leaves as they are, and their index."""
+    return np.random.default_rng(0).standard_normal((count, 2), np.float32) * 7, np.arange(count)
+
+
 def rows(*args, **options):
     dataset = make_dataset(*args, **options)
     return list(dataset.create_tuple_iterator(num_epochs=1, output_numpy=True))
@@ -518,6 +523,68 @@ def test_ranks_share_the_steps_of_one():
     alone = rows(*data, 8, 7)
     for (_, first), (_, second), (_, joint) in zip(*both, alone, strict=True):
         assert np.concatenate([first, second]).tolist() == joint.tolist()
+
+
+def source(*args, **options):
+    """The dataset's rows, without MindSpore between."""
+    rows = make_dataset(*args, **options).source
+    return [rows[i] for i in range(len(rows))]
+
+
+@given(
+    count=st.integers(1, 40),
+    batch_size=st.integers(1, 8),
+    calls=st.integers(1, 8),
+    steps_per_call=st.integers(2, 6),
+    start_step=st.integers(0, 40),
+    seed=st.integers(0, 2**32),
+    world_size=st.integers(1, 3),
+    of_points=st.booleans(),
+)
+@settings(max_examples=40, deadline=None)
+def test_rows_of_several_steps(count, batch_size, calls, steps_per_call, start_step, seed, world_size, of_points):
+    """Those of single steps, one on the other, from any step and over the end of an epoch."""
+    assume(count >= batch_size * world_size)
+    data = numbered_points(count) if of_points else numbered(count)
+    steps = start_step + calls * steps_per_call
+    options = dict(start_step=start_step, seed=seed, flip=not of_points, rank=world_size - 1, world_size=world_size)
+    single = source(*data, batch_size, steps, **options)
+    found = source(*data, batch_size, steps, steps_per_call=steps_per_call, **options)
+    assert len(found) == calls
+    for i, (x, labels) in enumerate(found):
+        wanted = single[i * steps_per_call : (i + 1) * steps_per_call]
+        np.testing.assert_array_equal(x, [x for x, _ in wanted])
+        np.testing.assert_array_equal(labels, [labels for _, labels in wanted])
+        assert x.shape[:2] == labels.shape == (steps_per_call, batch_size)
+        assert x.dtype == np.float32 and labels.dtype == np.int32
+
+
+def test_rows_of_several_steps_through_mindspore():
+    data = numbered(20)
+    whole = rows(*data, 6, 12, flip=True)  # 3 steps an epoch
+    found = rows(*data, 6, 12, flip=True, start_step=2, steps_per_call=5)
+    assert make_dataset(*data, 6, 12, start_step=2, steps_per_call=5).get_dataset_size() == len(found) == 2
+    assert found[0][0].shape == (5, 6, 1, 2, 2) and found[0][1].shape == (5, 6)
+    assert equal([(x, y) for row in found for x, y in zip(*row, strict=True)], whole[2:])
+
+
+@pytest.mark.parametrize("steps_per_call", [1, 3])
+def test_points_come_as_they_are(steps_per_call):
+    points, numbers = numbered_points(11)
+    found = rows(points, numbers, 4, 6, flip=True, steps_per_call=steps_per_call)
+    assert len(found) == 6 // steps_per_call
+    for x, y in found:
+        assert x.dtype == np.float32 and y.dtype == np.int32 and x.shape == (*y.shape, 2)
+        np.testing.assert_array_equal(x, points[y])
+    seen = np.concatenate([y.reshape(-1, 4) for _, y in found])
+    assert len(set(seen[:2].ravel())) == len(set(seen[2:4].ravel())) == 8  # none twice in an epoch
+    assert source(*numbered_points(11), 11, 1)[0][1].tolist() != list(range(11))
+
+
+def test_too_few_points_for_a_step():
+    with pytest.raises(UserError, match="5 points are fewer.*3 x 2.*--train.batch-size"):
+        make_dataset(*numbered_points(5), 3, 10, world_size=2, steps_per_call=2)
+    assert len(make_dataset(*numbered_points(6), 3, 10, world_size=2, steps_per_call=2).source) == 5
 
 
 def test_flips():

@@ -103,6 +103,14 @@ def silu(x):
     return x / (1 + np.exp(-x))
 
 
+def relu(x):
+    return np.maximum(x, 0)
+
+
+def linear(before=np.array):
+    return lambda x, weight, bias: before(x) @ weight.T + bias
+
+
 def group_norm(groups, before=np.array, after=np.array):
     def formula(x, weight, bias):
         grouped = before(x).reshape(len(x), groups, -1)
@@ -140,6 +148,17 @@ def norm_silu_convolution():
     return NormConvolution(norm, layers.conv2d(6, 4, 4, 2, 1, groups=2, bias=False))
 
 
+class Shortcut(nn.Cell):
+    """x -> linear(x) + x, in one."""
+
+    def __init__(self, width, activation):
+        super().__init__()
+        self.linear = layers.Linear(width, width, activation)
+
+    def construct(self, x):
+        return self.linear(x, x)
+
+
 def convolution_of(norm, conv):
     return lambda x, weight, bias, *rest: conv(norm(x, weight, bias), *rest)
 
@@ -161,6 +180,10 @@ CASES = {  # name -> (layer, formula, shape of x)
     "norm, strides": (norm_silu_convolution, convolution_of(group_norm(2, after=silu), convolution(2, 1, 2)), (2, 6, 5, 6)),
     "GELU": (layers.GELU, gelu, (2, 3, 5, 7)),
     "SiLU": (layers.SiLU, silu, (2, 3, 5, 7)),
+    "linear": (lambda: layers.Linear(3, 17), linear(), (2, 3)),
+    "ReLU, linear": (lambda: layers.Linear(40, 70, "relu"), linear(relu), (3, 40)),
+    "SiLU, linear": (lambda: layers.Linear(9, 2, "silu"), linear(silu), (2, 9)),
+    "linear, shortcut": (lambda: Shortcut(5, "silu"), lambda x, *rest: linear(silu)(x, *rest) + x, (3, 5)),
     "attention, 4 heads": (lambda: kernels.LinearAttention(4), linear_attention(4), (1, 60, 5, 4)),
     "attention, 32 wide": (lambda: kernels.LinearAttention(2), linear_attention(2), (1, 192, 1, 5)),
 }
@@ -172,6 +195,101 @@ def test_answers_are_the_formulas(name, mode):
     build, formula, shape = CASES[name]
     net, x = drawn(build()), draw(*shape)
     assert_close(answers(net, x, mode), formula_answers(formula, net, x))
+
+
+# Linear layers of all widths: blocks of rows, vectors of columns and what is left of both
+
+BEFORE = {  # activation -> it and its slope
+    None: (lambda x: x, np.ones_like),
+    "relu": (relu, lambda x: (x > 0).astype(x.dtype)),
+    "silu": (silu, lambda x: (1 + x / (1 + np.exp(x))) / (1 + np.exp(-x))),
+}
+
+
+def linear_arrays(batch, c_in, c_out, with_more):
+    """x, weight, bias, and more if there is any."""
+    return [draw(*shape) for shape in [(batch, c_in), (c_out, c_in), (c_out,), (batch, c_out)][: 3 + with_more]]
+
+
+def linear_answers(activation, arrays, mode="pynative"):
+    """y and the gradients of sum(y * draw) in all of the arrays."""
+    layer = kernels.Linear(activation)
+
+    def loss(cotangent, x, weight, bias, more=None):
+        y = layer(x, weight, bias, more)
+        return (y * cotangent).sum(), y
+
+    gradient = ms.value_and_grad(loss, tuple(range(1, 1 + len(arrays))), has_aux=True)
+    cotangent = draw(len(arrays[0]), len(arrays[1]), seed=9)
+    (_, y), gradients = (compiled(gradient) if mode == "graph" else gradient)(*map(Tensor, (cotangent, *arrays)))
+    return [value.asnumpy() for value in (y, *gradients)]
+
+
+def linear_formulas(activation, arrays):
+    """The same in float64."""
+    x, weight, bias, *more = (a.astype(np.float64) for a in arrays)
+    before, slope = BEFORE[activation]
+    dy = draw(len(x), len(weight), seed=9).astype(np.float64)
+    y = before(x) @ weight.T + bias + sum(more)
+    return [y, dy @ weight * slope(x), dy.T @ before(x), dy.sum(0), *[dy for _ in more]]
+
+
+BATCHES, WIDTHS = [1, 2, 13, 130], [1, 2, 3, 16, 17, 31, 64, 65, 100, 128, 200]
+LINEAR = dict(activation=st.sampled_from(list(BEFORE)), with_more=st.booleans())
+
+
+@settings(max_examples=70, deadline=None, derandomize=True)
+@given(**LINEAR, batch=st.sampled_from(BATCHES), c_in=st.sampled_from(WIDTHS), c_out=st.sampled_from(WIDTHS))
+def test_linear_is_the_formula(activation, with_more, batch, c_in, c_out):
+    arrays = linear_arrays(batch, c_in, c_out, with_more)
+    assert_close(linear_answers(activation, arrays), linear_formulas(activation, arrays))
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_linear_of_each_width(width):
+    """Once in the graph as the input's, once as the output's."""
+    i = WIDTHS.index(width)
+    for sizes in [(width, WIDTHS[i - 4]), (WIDTHS[i - 5], width)]:
+        arrays = linear_arrays(BATCHES[i % 4], *sizes, with_more=i % 2)
+        activation = list(BEFORE)[i % 3]
+        assert_close(linear_answers(activation, arrays, "graph"), linear_formulas(activation, arrays))
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(**LINEAR, batch=st.integers(1, 50), c_in=st.integers(1, 90), c_out=st.integers(1, 90))
+def test_linear_of_any_shape(activation, with_more, batch, c_in, c_out):
+    arrays = linear_arrays(batch, c_in, c_out, with_more)
+    assert_close(linear_answers(activation, arrays), linear_formulas(activation, arrays))
+
+
+@every_mode
+@pytest.mark.parametrize("activation", BEFORE)
+def test_linear_of_an_empty_batch(activation, mode):
+    arrays = linear_arrays(0, 17, 3, True)
+    for found, wanted in zip(linear_answers(activation, arrays, mode), linear_formulas(activation, arrays), strict=True):
+        np.testing.assert_array_equal(found, wanted)  # no row, and gradients of 0
+
+
+@pytest.mark.parametrize("activation", BEFORE)
+def test_linear_far_from_zero(activation):
+    far = np.array([-1e30, -1e4, -500, -90, -88, -80, -1e-30, -0.0, 0, 1e-30, 80, 88, 90, 500, 1e4, 1e30], np.float32)
+    x, weight, bias = np.tile(far, (17, 1)), draw(20, len(far)), draw(20)
+    x[np.arange(17)[:, None] != np.arange(17)[: len(far)]] = 0  # one to a row, and a row of zeros
+    with np.errstate(over="ignore"):
+        wanted = linear_formulas(activation, [x, weight, bias])
+    for found, value in zip(linear_answers(activation, [x, weight, bias]), wanted, strict=True):
+        np.testing.assert_allclose(found, value, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("activation", BEFORE)
+def test_linear_passes_nan_on(activation):
+    for array in range(4):
+        arrays = linear_arrays(7, 9, 18, True)
+        arrays[array][3:4] = np.nan  # a row of x and of y, or a column of y
+        y = linear_answers(activation, arrays)[0]
+        wanted = np.zeros(y.shape, bool)
+        wanted[(slice(None), 3) if array in (1, 2) else 3] = True
+        np.testing.assert_array_equal(np.isnan(y), wanted)
 
 
 # MindSpore's operators and PyTorch
@@ -221,6 +339,9 @@ def test_transposed_convolution_like_pytorch_and_mindspore(batch, size, c_in, c_
 
 
 def test_larger_layers_like_mindspore():
+    for activation in BEFORE:
+        assert_like_mindspore(lambda f=activation: layers.Linear(33, 65, f), draw(13, 33))
+        assert_like_mindspore(lambda f=activation: Shortcut(33, f), draw(13, 33))
     for groups in (1, 3, 33):
         assert_like_mindspore(lambda groups=groups: layers.GroupNorm(groups, 33), draw(13, 33, 19, 6))
     for heads, width, size in [(1, 5, (5, 7)), (3, 32, (7, 3)), (4, 32, (14, 14)), (2, 5, (1, 1))]:
@@ -250,13 +371,16 @@ def test_activations_far_from_zero(layer, formula):
 
 def test_float16_is_refused_and_left_to_mindspore(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)  # where a failing graph leaves rank_0/
-    core, x = kernels.LinearAttention(1), draw(1, 15, 5, 7)
-    for run in (core, ms.jit(core)):
-        with pytest.raises(TypeError, match="takes float32"):
-            run(Tensor(x, ms.float16)).asnumpy()
+    x = draw(1, 15, 5, 7)
+    for core, arrays in [(kernels.LinearAttention(1), [x]), (kernels.Linear(), linear_arrays(2, 3, 4, True))]:
+        for run in (core, ms.jit(core)):
+            with pytest.raises(TypeError, match="takes float32"):
+                run(*[Tensor(a, ms.float16) for a in arrays]).asnumpy()
 
     def build():
-        return nn.SequentialCell(layers.conv2d(15, 4, 3, padding=1), layers.Upsample(4))
+        return nn.SequentialCell(
+            layers.conv2d(15, 4, 3, padding=1), layers.Upsample(4), nn.Flatten(), layers.Linear(560, 3, "relu")
+        )
 
     ours, theirs = drawn(build()), drawn(native(build))
     layers.set_compute_type(ours, ms.float16)
@@ -273,6 +397,8 @@ MISFITS = {
     "axes": (lambda: layers.conv2d(3, 2, 3), (3, 8, 8), "shape"),
     "norm": (lambda: layers.GroupNorm(1, 4), (1, 5, 3, 8), "4 channels"),
     "norm, axes": (lambda: layers.GroupNorm(1, 4), (1, 4, 8), "shape"),
+    "linear": (lambda: layers.Linear(3, 2), (4, 5), "3 inputs"),
+    "linear, axes": (lambda: layers.Linear(3, 2), (2, 3, 3), "shape"),
     "heads": (lambda: kernels.LinearAttention(4), (1, 30, 4, 4), "4 heads"),
 }
 
@@ -283,6 +409,14 @@ def test_shapes_that_do_not_fit_are_refused(name, monkeypatch, tmp_path):
     build, shape, message = MISFITS[name]
     with pytest.raises(ValueError, match=message):
         build()(Tensor(draw(*shape))).asnumpy()
+
+
+@pytest.mark.parametrize("shape", [(1, 4), (2, 1), (4,), (3, 4)], ids=str)
+def test_linear_refuses_another_shape_of_more(shape, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    layer, x = layers.Linear(3, 4), Tensor(draw(2, 3))
+    with pytest.raises(ValueError, match="shape"):
+        layer(x, Tensor(draw(*shape))).asnumpy()
 
 
 def test_an_empty_batch():

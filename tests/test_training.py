@@ -9,6 +9,9 @@ import pytest
 import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 
+from ms_diffusion import kernels
+from ms_diffusion.diffusion import DiffusionConfig
+from ms_diffusion.models.mlp import ResidualMLP
 from ms_diffusion.runtime import compiled
 from ms_diffusion.training import EMA, WarmupCosine, make_optimizer, make_train_step
 
@@ -131,6 +134,57 @@ def test_a_step_without_average():
     run(make_train_step(squared_error(net), optimizer, clip_norm=CLIP), batches(2))
     for found, value in zip(values(optimizer.parameters), wanted, strict=True):
         np.testing.assert_allclose(found, value, rtol=2e-5, atol=2e-6)
+
+
+# Steps in one call
+
+
+def noised_mlp():
+    """(network, loss function, six batches): a ResidualMLP that learns points, with float and integer arrays in a batch."""
+    net, diffusion = ResidualMLP(8, 1, 1, timesteps=100), DiffusionConfig(100, "sigmoid", loss="l2").build()
+
+    def loss_fn(x_start, t, noise):
+        return diffusion.p_losses(net, x_start, t, noise)
+
+    rng = np.random.default_rng(2)
+    floats = rng.standard_normal((2, STEPS, 13, 2), dtype=np.float32)
+    return net, loss_fn, list(zip(floats[0], rng.integers(0, 100, (STEPS, 13)).astype(np.int32), floats[1], strict=True))
+
+
+def small_linear():
+    net = Linear()
+    return net, squared_error(net), batches()
+
+
+@pytest.mark.parametrize("with_kernels", [True, False], ids=["kernels", "mindspore"])
+@pytest.mark.parametrize("follow", [True, False], ids=["average", "no average"])
+@pytest.mark.parametrize("build", [small_linear, noised_mlp])
+def test_steps_in_one_call_are_those_of_many(build, follow, with_kernels, monkeypatch):
+    """2 calls of 3 steps against 6 of one: bit for bit in all that a step changes."""
+    if not with_kernels:
+        monkeypatch.setattr(kernels, "available", lambda: False)
+    elif not kernels.available():
+        pytest.skip("needs a C++ compiler")
+
+    def trained(steps_per_call):
+        net, loss_fn, data = build()
+        ema, optimizer = EMA(net, DECAY) if follow else None, make_optimizer(net, LR, WARMUP, STEPS + 1)
+        step = make_train_step(loss_fn, optimizer, ema, 0.5, steps_per_call=steps_per_call)
+        outputs, states = [], []
+        for i in range(0, STEPS, steps_per_call):
+            batch = [np.stack(column) for column in zip(*data[i : i + steps_per_call], strict=True)]
+            out = step(*[Tensor(column if steps_per_call > 1 else column[0]) for column in batch])
+            outputs.append([value.asnumpy() for value in out])
+            state = [*optimizer.parameters, *optimizer.moment1, *optimizer.moment2, *(ema.averages if follow else ())]
+            states.append(values([*state, optimizer.global_step, optimizer.beta1_power, optimizer.beta2_power]))
+        return np.array(outputs, np.float64).T, states
+
+    (losses, norms), after_each = trained(1)
+    assert len(set(losses)) == len(set(norms)) == STEPS and max(norms) > 0.5
+    (means, last_norms), states = trained(3)
+    np.testing.assert_allclose(means, losses.reshape(2, 3).mean(1), rtol=1e-6)
+    np.testing.assert_array_equal(last_norms, norms[2::3])
+    np.testing.assert_equal(states, after_each[2::3])
 
 
 def test_learning_rate():

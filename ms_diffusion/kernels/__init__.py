@@ -258,15 +258,18 @@ class Linear(nn.Cell):
         super().__init__()
         self.settings = Tensor([(None, "relu", "silu").index(activation)], ms.int32)
 
-        def shape(x, w, *_):
+        def shape(x, w, bias, *more_and_settings):
             if len(x) != 2 or x[1] != w[1]:
                 raise ValueError(f"a linear layer of {w[1]} inputs cannot take an input of shape {tuple(x)}: (B, {w[1]})")
-            return [x[0], w[0]]
+            y = [x[0], w[0]]
+            if bias != w[:1] or any(more != y for more in more_and_settings[:-1]):
+                raise ValueError(f"a linear layer's bias must be of shape ({w[0]},), and what it adds of shape {tuple(y)}")
+            return y
 
         self.forward = Operator("linear", shape, lambda x, *_: x)
         self.gradient = Operator("linear_gradient", lambda dy, x, w, s: (x, w, w[:1]), lambda dy, x, w, s: (x, w, w))
 
-    def construct(self, x, weight, bias, more=None):
+    def construct(self, x, weight, bias, more):
         if more is None:
             return self.forward(x, weight, bias, self.settings)
         return self.forward(x, weight, bias, more, self.settings)

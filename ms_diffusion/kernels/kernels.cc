@@ -537,40 +537,26 @@ void elementwise(long n, F f) {  // f(i) for all i < n, in vectors
   });
 }
 
-// Linear layers, as products of matrices: a (m, k) with a[i, q] at a[i * row + q * column], b (k, n), packed (k, N * L).
-
-template <int M, int N>
-void product_tile(const float* a, long row, long column, const float* b, long k, float* c) {
-  V acc[M][N] = {};
-  for (long q = 0; q < k; ++q, a += column, b += N * L)
-#pragma GCC unroll 24
-    for (int m = 0; m < M; ++m) {
-      const float x = a[m * row];
-#pragma GCC unroll 4
-      for (int v = 0; v < N; ++v) acc[m][v] += x * load(b + v * L);
-    }
-  for (int m = 0; m < M; ++m)
-    for (int v = 0; v < N; ++v) store(c + (m * N + v) * L, acc[m][v]);
-}
+// Linear layers, as products of matrices: a (m, k) with the columns of b (k, n), N vectors of them at a time, packed.
 
 template <int N, class Use>
-void product_columns(long m, long k, const float* a, long row, long column, const float* b, Use use) {
+void product_columns(long m, long k, const float* a, const float* b, Use use) {
   constexpr int M = REGISTERS / N;
+  int row[M];
+  for (int j = 0; j < M; ++j) row[j] = j * k;
   float c[M * N * L];
-  long i = 0;
-  for (; i + M <= m; i += M) {
-    product_tile<M, N>(a + i * row, row, column, b, k, c);
-    for (int j = 0; j < M; ++j) use(i + j, c + j * N * L);
-  }
-  for (; i < m; ++i) {
-    product_tile<1, N>(a + i * row, row, column, b, k, c);
-    use(i, c);
+  for (long i = 0; i < m;) {
+    const int rows = m - i < M ? 1 : M;
+    std::fill(c, c + rows * N * L, 0.f);
+    const auto tile = rows == M ? weight_tile<M, N> : weight_tile<1, N>;
+    tile(a + i * k, row, b, N * L, 1, 1, k, 0, 0, c, N * L);
+    for (int j = 0; j < rows; ++j, ++i) use(i, c + j * N * L);
   }
 }
 
 // use(i, j, count, values) for row i of a b and its columns j .. j + count - 1; b(q, j) is an element. Threads share columns.
 template <class B, class Use>
-void product(long m, long n, long k, const float* a, long row, long column, B b, Use use) {
+void product(long m, long n, long k, const float* a, B b, Use use) {
   share_out((n + L - 1) / L, [&](long begin, long end) {
     for (long v = begin, wide; v < end; v += wide) {
       wide = std::min(4L, end - v);
@@ -581,13 +567,11 @@ void product(long m, long n, long k, const float* a, long row, long column, B b,
         for (long c = 0; c < count; ++c) packed[q * width + c] = b(q, j + c);
         for (long c = count; c < width; ++c) packed[q * width + c] = 0;
       }
-      const auto columns = [&](auto f) { f(m, k, a, row, column, packed, [&](long i, const float* c) { use(i, j, count, c); }); };
-      switch (wide) {
-        case 1: columns([](auto... x) { product_columns<1>(x...); }); break;
-        case 2: columns([](auto... x) { product_columns<2>(x...); }); break;
-        case 3: columns([](auto... x) { product_columns<3>(x...); }); break;
-        default: columns([](auto... x) { product_columns<4>(x...); });
-      }
+      const auto row = [&](long i, const float* c) { use(i, j, count, c); };
+      if (wide == 1) product_columns<1>(m, k, a, packed, row);
+      if (wide == 2) product_columns<2>(m, k, a, packed, row);
+      if (wide == 3) product_columns<3>(m, k, a, packed, row);
+      if (wide == 4) product_columns<4>(m, k, a, packed, row);
     }
   });
 }
@@ -618,7 +602,7 @@ void linear(long n, long c, long o, const float* x, const float* w, const float*
     elementwise(n * c, [=](long i) { activated[i] = before<F>(x[i]); });
     a = activated;
   }
-  product(n, o, c, a, c, 1, [=](long q, long j) { return w[j * c + q]; }, [=](long i, long j, long count, const float* v) {
+  product(n, o, c, a, [=](long q, long j) { return w[j * c + q]; }, [=](long i, long j, long count, const float* v) {
     for (long l = 0; l < count; ++l) y[i * o + j + l] = v[l] + bias[j + l] + (more ? more[i * o + j + l] : 0.f);
   });
 }
@@ -626,7 +610,7 @@ void linear(long n, long c, long o, const float* x, const float* w, const float*
 template <Before F>
 void linear_gradient(long n, long c, long o, const float* dy, const float* x, const float* w, float* dx, float* dw,
                      float* dbias) {
-  product(n, c, o, dy, o, 1, [=](long q, long j) { return w[q * c + j]; }, [=](long i, long j, long count, const float* v) {
+  product(n, c, o, dy, [=](long q, long j) { return w[q * c + j]; }, [=](long i, long j, long count, const float* v) {
 #pragma omp simd
     for (long l = 0; l < count; ++l) dx[i * c + j + l] = v[l] * before_slope<F>(x[i * c + j + l]);
   });
@@ -638,7 +622,7 @@ void linear_gradient(long n, long c, long o, const float* dy, const float* x, co
       dbias[j] = total;
     }
   });
-  product(o, c, n, transposed, n, 1, [=](long q, long j) { return before<F>(x[q * c + j]); },
+  product(o, c, n, transposed, [=](long q, long j) { return before<F>(x[q * c + j]); },
           [=](long i, long j, long count, const float* v) { std::memcpy(dw + i * c + j, v, count * sizeof(float)); });
 }
 

@@ -1,0 +1,331 @@
+"""Networks for points in the plane against PyTorch and float64 formulas, and what trains and samples with them."""
+
+import math
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+from make_golden import draw_weights
+from test_unet import gradient_function, relative, shapes_of
+
+import mindspore as ms
+from mindspore import Tensor, nn
+
+from ms_diffusion import kernels
+from ms_diffusion.convert import load_into
+from ms_diffusion.denoiser import make_denoiser
+from ms_diffusion.diffusion import OBJECTIVES, DiffusionConfig, predict
+from ms_diffusion.models import layers
+from ms_diffusion.models.mlp import MLP, MLPConfig, ResidualMLP, ResidualMLPConfig
+from ms_diffusion.samplers import SAMPLERS, generate, sampling_timesteps
+from ms_diffusion.schedules import SCHEDULES
+from ms_diffusion.training import make_optimizer, make_train_step
+
+NETS = {  # name -> (network, its config, options)
+    "MLP": (MLP, MLPConfig, dict(dim=19, timesteps=9)),
+    "narrow MLP": (MLP, MLPConfig, dict(dim=1, timesteps=1)),
+    "residual": (ResidualMLP, ResidualMLPConfig, dict(dim=18, depth=2, frequencies=3, timesteps=9)),
+    "no frequencies": (ResidualMLP, ResidualMLPConfig, dict(dim=6, depth=1, frequencies=0, timesteps=5)),
+    "no blocks": (ResidualMLP, ResidualMLPConfig, dict(dim=4, depth=0, frequencies=1, timesteps=1)),
+}
+every_net = pytest.mark.parametrize("name", NETS)
+
+
+def build(name, seed=0):
+    kind, _, options = NETS[name]
+    return kind(**options, seed=seed)
+
+
+def points(batch, T):
+    """x in [-1, 1] and beyond, timesteps from the last one down, the target."""
+    rng = np.random.default_rng(batch)
+    t = (T - 1 - np.arange(batch) % T).astype(np.int32)
+    return rng.uniform(-2, 2, (batch, 2)).astype(np.float32), t, rng.standard_normal((batch, 2), np.float32)
+
+
+@pytest.fixture(params=["kernels", "mindspore"])
+def operators(request, monkeypatch):
+    """Build networks of the CPU's own kernels, then of MindSpore's operators."""
+    if request.param == "mindspore":
+        monkeypatch.setattr(kernels, "available", lambda: False)
+    elif kernels.library() is None:
+        pytest.skip("needs a C++ compiler")
+    return request.param
+
+
+# Against PyTorch
+
+
+@every_net
+@pytest.mark.parametrize("mode", ["graph", "pynative"])
+def test_output_and_gradients_like_pytorch(name, mode, operators):
+    """Of the mean squared loss; PyTorch in float64."""
+    torch = pytest.importorskip("torch")
+    from ms_diffusion import torch_peer
+
+    kind, _, options = NETS[name]
+    net, twin = build(name), getattr(torch_peer, kind.__name__)(**options).double()
+    load_into(net, draw_weights(shapes_of(net)))
+    assert {type(cell.kernel) for _, cell in net.cells_and_names() if isinstance(cell, layers.Linear)} == {
+        kernels.Linear if operators == "kernels" else type(None)
+    }
+    twin.load_state_dict({p.name: torch.from_numpy(p.asnumpy()) for p in net.get_parameters()})
+    gradient = gradient_function(net)
+    for batch in (1, 13):
+        x, t, target = points(batch, options["timesteps"])
+        reference = twin(torch.from_numpy(x).double(), torch.from_numpy(t).long())
+        cotangent = (reference.detach() - torch.from_numpy(target)) / batch
+        twin.zero_grad()
+        torch.nn.functional.mse_loss(reference, torch.from_numpy(target).double()).backward()
+        output, gradients = gradient(mode, x, t, cotangent.numpy().astype(np.float32))
+        assert output.shape == (batch, 2)
+        assert relative(output, reference.detach().numpy()) < 1e-5
+        assert gradients.keys() == dict(twin.named_parameters()).keys()
+        for key, parameter in twin.named_parameters():
+            wanted = np.zeros(parameter.shape) if parameter.grad is None else parameter.grad.numpy()  # None: it is not used
+            assert abs(gradients[key] - wanted).max() <= 1e-5 * max(abs(wanted).max(), 0.01), key
+
+
+@every_net
+def test_names_and_shapes_are_those_of_pytorch(name):
+    pytest.importorskip("torch")
+    from ms_diffusion import torch_peer
+
+    kind, _, options = NETS[name]
+    net, twin = build(name), getattr(torch_peer, kind.__name__)(**options)
+    assert shapes_of(net) == {key: tuple(value.shape) for key, value in twin.state_dict().items()}
+    assert len(net.trainable_params()) == len(shapes_of(net))  # no name twice
+
+
+# Against float64 formulas
+
+
+def silu(x):
+    return x / (1 + np.exp(-x))
+
+
+def weights_of(net):
+    """f(name, x): the linear layer of this name; f(name): an embedding."""
+    arrays = {p.name: p.asnumpy().astype(np.float64) for p in net.get_parameters()}
+
+    def apply(name, x=None):
+        return arrays[f"{name}.weight"] if x is None else x @ arrays[f"{name}.weight"].T + arrays[f"{name}.bias"]
+
+    return apply
+
+
+def sinusoids(T, dim):
+    angles = np.arange(T)[:, None] * 1e4 ** -(np.arange(dim // 2) / (dim // 2 - 1))
+    return np.concatenate([np.sin(angles), np.cos(angles)], 1)
+
+
+def mlp_formula(net, x, t):
+    layer = weights_of(net)
+    for i in range(3):
+        x = np.maximum(layer(f"linears.{i}", x) + layer(f"step_embeddings.{i}")[t], 0)
+    return layer("linears.3", x)
+
+
+def residual_formula(net, x, t, dim, depth, frequencies, timesteps):
+    layer = weights_of(net)
+    emb = layer("time_mlp", sinusoids(timesteps, dim)[t])
+    waves = [f(np.pi / 2 * 2**k * x[:, i]) for f in (np.sin, np.cos) for i in range(2) for k in range(frequencies)]
+    x = layer("first", np.concatenate([x, np.reshape(waves, (-1, len(x))).T], 1))
+    for i in range(depth):
+        h = layer(f"blocks.{i}.linear1", silu(x)) + layer(f"blocks.{i}.time", silu(emb))
+        x = x + layer(f"blocks.{i}.linear2", silu(h))
+    return layer("last", silu(x))
+
+
+@every_net
+def test_outputs_are_the_formulas(name, operators):
+    kind, _, options = NETS[name]
+    net, (x, t, _) = build(name), points(13, options["timesteps"])
+    wanted = mlp_formula(net, x, t) if kind is MLP else residual_formula(net, x.astype(np.float64), t, **options)
+    np.testing.assert_allclose(net(Tensor(x), Tensor(t)).asnumpy(), wanted, atol=3e-6)
+
+
+@pytest.mark.parametrize(("dim", "T", "tolerance"), [(4, 1, 1e-7), (128, 100, 1e-5), (6, 1000, 1e-4)])
+def test_time_embeddings_are_sinusoids(dim, T, tolerance):
+    np.testing.assert_allclose(ResidualMLP(dim, 0, 0, T).time_embeddings.asnumpy(), sinusoids(T, dim), atol=tolerance)
+
+
+def test_periods_are_4_2_1():
+    """And so on: without the coordinates themselves, x may move by 4 in either, but by no less; two sines see less of it."""
+    net = ResidualMLP(12, depth=1, frequencies=2, timesteps=3)
+    load_into(net, draw_weights(shapes_of(net)))
+    weight = net.first.weight.asnumpy().copy()
+    weight[:, :2] = 0
+    net.first.weight.set_data(Tensor(weight))
+    x, t, _ = points(13, 3)
+
+    def moved(*by):
+        return net(Tensor(x + np.float32(by)), Tensor(t)).asnumpy()
+
+    for by in [(4, 0), (0, -4)]:
+        np.testing.assert_allclose(moved(*by), moved(0, 0), atol=1e-5)
+    assert min(abs(moved(*by) - moved(0, 0)).max() for by in [(2, 0), (0, 2), (1, 0), (0, 1)]) > 0.01
+    weight[:, [2, 4, 6, 8]] = 0  # of period 4, for each coordinate, in sines and cosines
+    net.first.weight.set_data(Tensor(weight))
+    for by in [(2, 0), (0, 2)]:
+        np.testing.assert_allclose(moved(*by), moved(0, 0), atol=1e-5)
+    assert min(abs(moved(*by) - moved(0, 0)).max() for by in [(1, 0), (0, 1)]) > 0.01
+
+
+@pytest.mark.parametrize("name", ["MLP", "residual"])
+def test_each_timestep_counts(name):
+    net, T = build(name), NETS[name][2]["timesteps"]
+    x, t = np.tile(np.float32([0.3, -0.7]), (T, 1)), np.arange(T, dtype=np.int32)
+    outputs = net(Tensor(x), Tensor(t)).asnumpy()
+    for i in range(T):
+        assert min((abs(outputs[i] - outputs[j]).max() for j in range(i)), default=1) > 1e-5
+    np.testing.assert_allclose(net(Tensor(x), Tensor(t[::-1].copy())).asnumpy(), outputs[::-1], atol=1e-6)
+
+
+def test_without_blocks_no_timestep_counts():
+    net = ResidualMLP(8, depth=0, frequencies=2, timesteps=5)
+    x, t, _ = points(5, 5)
+    np.testing.assert_array_equal(net(Tensor(x), Tensor(t)).asnumpy(), net(Tensor(x), Tensor(t * 0)).asnumpy())
+
+
+@pytest.mark.parametrize("name", ["MLP", "residual"])
+def test_float16_stays_close(name, operators):
+    net, half = build(name), build(name)
+    layers.set_compute_type(half, ms.float16)
+    x, t, _ = points(13, 9)
+    wanted, found = (predict(each, Tensor(x), Tensor(t)) for each in (net, half))
+    assert found.dtype == ms.float32
+    assert 0 < relative(found.asnumpy(), wanted.asnumpy()) < 1e-2
+
+
+# Initialisation
+
+
+@pytest.mark.parametrize("net", [MLP(120, 90), ResidualMLP(96, 2, 3, 10)], ids=["MLP", "residual"])
+def test_initial_weights_follow_pytorch(net):
+    """Linear layers U(-1, 1) / sqrt(inputs): mean 0, variance 1/3, fourth moment 1/5. Embeddings N(0, 1): 0, 1, 3."""
+    counted = 0
+    for path, cell in net.cells_and_names():
+        moments = {layers.Linear: (1 / 3, 1 / 5), layers.Embedding: (1, 3)}.get(type(cell))
+        for p in cell.get_parameters(expand=False) if moments else ():
+            bound = 1 / math.sqrt(cell.weight.shape[1]) if isinstance(cell, nn.Dense) else 1
+            values, counted = p.asnumpy().ravel() / bound, counted + 1
+            assert abs(values.mean()) < 5 * math.sqrt(moments[0] / values.size), path
+            error = math.sqrt((moments[1] - moments[0] ** 2) / values.size)
+            assert abs((values**2).mean() - moments[0]) < 5 * error, path
+            assert len(np.unique(values)) > 0.99 * values.size
+            if isinstance(cell, nn.Dense):
+                assert abs(values).max() <= 1 + 1e-6
+                assert values.size < 100 or abs(values).max() > 0.9
+            else:
+                assert abs(values).max() > 3
+    assert counted == len(net.trainable_params())
+
+
+@every_net
+def test_seed_decides_the_weights(name):
+    first, again, other = ({p.name: p.asnumpy() for p in build(name, seed).get_parameters()} for seed in (3, 3, 4))
+    for key, values in first.items():
+        np.testing.assert_array_equal(values, again[key])
+        assert (values != other[key]).any(), key
+    flat = [values.ravel()[0] for values in first.values()]
+    assert len(set(flat)) == len(flat)  # nothing is drawn twice
+
+
+@every_net
+def test_config_builds_it(name):
+    _, config, options = NETS[name]
+    config = config(**options)
+    net = config.build(seed=3)
+    assert asdict(config) == options and config.num_classes is None and config.self_condition is False
+    for a, b in zip(net.get_parameters(), build(name, 3).get_parameters(), strict=True):
+        assert a.name == b.name
+        np.testing.assert_array_equal(a.asnumpy(), b.asnumpy())
+
+
+def test_parameter_counts():
+    """Of the networks that the presets have."""
+    square = 128 * 128 + 128
+    for config, count in [
+        (MLPConfig(), 3 * 128 + 2 * square + 2 * 128 + 2 + 3 * 100 * 128),
+        (ResidualMLPConfig(), 19 * 128 + (1 + 3 * 3) * square + 2 * 128 + 2),
+    ]:
+        assert sum(p.size for p in config.build().trainable_params()) == count
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (MLP, {"dim": 0}),
+        (MLP, {"timesteps": 0}),
+        (ResidualMLP, {"dim": 2}),
+        (ResidualMLP, {"dim": 7}),
+        (ResidualMLP, {"depth": -1}),
+        (ResidualMLP, {"frequencies": -1}),
+        (ResidualMLP, {"timesteps": 0}),
+    ],
+)
+def test_bad_sizes_are_refused(kind, options):
+    (name, value), config = *options.items(), {MLP: MLPConfig, ResidualMLP: ResidualMLPConfig}[kind]
+    for make in (kind, lambda **options: config(**options).build()):
+        with pytest.raises(ValueError, match={"dim": f"(width|dim) {value}"}.get(name, str(value))):
+            make(**options)
+
+
+# Diffusion of points
+
+
+def alpha_bars(diffusion, t):
+    return diffusion.alphas_cumprod[t][:, None]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_losses_of_points_are_the_formula(objective, schedule):
+    diffusion = DiffusionConfig(timesteps=60, schedule=schedule, objective=objective, loss="l2").build()
+    net = ResidualMLP(8, 1, 1, timesteps=60)
+    for batch in (1, 13):
+        x, t, noise = points(batch, 60)
+        a, b = np.sqrt(alpha_bars(diffusion, t)), np.sqrt(1 - alpha_bars(diffusion, t))
+        output = net(Tensor((a * x + b * noise).astype(np.float32)), Tensor(t)).asnumpy()
+        target = {"eps": noise, "x0": x, "v": a * noise - b * x}[objective]
+        losses = diffusion.losses(net, *map(Tensor, (x, t, noise))).asnumpy()
+        np.testing.assert_allclose(losses, ((output - target) ** 2).mean(1), rtol=1e-4, atol=1e-6)
+        loss = diffusion.p_losses(net, *map(Tensor, (x, t, noise)))
+        assert loss.shape == () and loss.asnumpy() == pytest.approx(losses.mean(), rel=1e-5)
+
+
+LEARNT = [("MLP", "eps", "sigmoid"), ("residual", "x0", "cosine"), ("MLP", "v", "linear"), ("residual", "eps", "quadratic")]
+
+
+@pytest.mark.parametrize(("name", "objective", "schedule"), LEARNT)
+def test_training_lowers_the_loss_of_points(name, objective, schedule):
+    kind = NETS[name][0]
+    net = kind(dim=32, timesteps=60)
+    diffusion = DiffusionConfig(timesteps=60, schedule=schedule, objective=objective, loss="l2").build()
+
+    def loss_fn(x, t, noise):
+        return diffusion.p_losses(net, x, t, noise)
+
+    step = make_train_step(loss_fn, make_optimizer(net, 1e-2, 0, 1000), steps_per_call=10)
+    batch = [Tensor(np.stack([values] * 10)) for values in points(13, 60)]
+    losses = [float(step(*batch)[0].asnumpy()) for _ in range(4)]  # each the mean of 10
+    assert np.isfinite(losses).all()
+    assert losses == sorted(losses, reverse=True) and losses[-1] < 0.4 * losses[0], losses
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_samplers_draw_points(objective, sampler):
+    diffusion = DiffusionConfig(timesteps=60, schedule="cosine", objective=objective, loss="l2").build()
+    denoise = make_denoiser(diffusion, ResidualMLP(8, 1, 1, timesteps=60))
+    timesteps = sampling_timesteps(60, 5)
+    first, again, more = (
+        generate(sampler, denoise, diffusion, timesteps, (2,), num, batch_size=size)
+        for num, size in ((5, 5), (5, 5), (8, 5))
+    )
+    assert first.shape == (5, 2) and first.dtype == np.float32 and np.isfinite(first).all()
+    np.testing.assert_array_equal(first, again)
+    np.testing.assert_allclose(more[:5], first, atol=1e-5)  # a point is the same in any batch
+    assert more.shape == (8, 2) and np.isfinite(more).all()
+    assert len(np.unique(more.round(5), axis=0)) > 1
