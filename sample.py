@@ -352,6 +352,7 @@ def sample_points(args: Args, home: Path, folder: Path, device: str, net, diffus
         distances = compare(samples, data, np.random.default_rng(args.seed))
     except ValueError as e:
         print(f"no score: {e}")
+        (folder / "scores.json").unlink(missing_ok=True)  # of other points
         return written
     print(f"{title}: distance of {args.num} points from data held out, and of such data from each other")
     for name, d in distances.items():

@@ -153,8 +153,6 @@ def main() -> int:
     if classes is not None and labels.max() >= classes:
         raise UserError(f"the data has labels up to {labels.max()}: set --model.num-classes {labels.max() + 1}")
     check_run(run_dir, config)
-    if config.is_points:
-        keep_points(run_dir / "points.npz", points, test_points)
     state = checkpoint.load_latest()
     start = state["step"] if state else 0
     if start:
@@ -168,6 +166,8 @@ def main() -> int:
         batches = make_dataset(
             data, labels, train.batch_size, train.total_steps, start, train.seed, flip, rank, world_size, per_call
         ).create_tuple_iterator(num_epochs=1, output_numpy=True)
+    if config.is_points:
+        keep_points(run_dir / "points.npz", points, test_points)
     images.write(run_dir / "config.json", lambda f: f.write(config.to_json().encode()))
     steps_per_epoch = len(data) // (train.batch_size * world_size)
     metrics = Metrics(run_dir / "metrics.jsonl", start) if rank == 0 else None
@@ -233,6 +233,7 @@ def main() -> int:
 
     # Train
     step, losses, last_grid, clock = start, [], None, time.perf_counter()
+    rates = optimizer.learning_rate(Tensor(np.arange(train.total_steps, dtype=np.int32))).asnumpy()
     bar = tqdm(total=train.total_steps, initial=start, unit="step", disable=rank > 0, dynamic_ncols=True)
     bar.set_postfix_str("compiling" if batches else "finished")
     for x_start, label in batches:
@@ -256,12 +257,11 @@ def main() -> int:
                 )
             bar.set_postfix_str(f"loss {mean:.4f}, {rate:.0f} {'points' if config.is_points else 'img'}/s")
             if rank == 0:
-                lr = float(optimizer.learning_rate(Tensor(step - 1)).asnumpy())
                 metrics.append(
                     step=step,
                     loss=mean,
                     grad_norm=float(norm.asnumpy()),
-                    lr=lr,
+                    lr=float(rates[step - 1]),
                     img_per_s=rate,
                     epoch=step / steps_per_epoch,
                 )

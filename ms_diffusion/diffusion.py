@@ -136,7 +136,9 @@ class GaussianDiffusion:
         self._posterior_mean_coef2 = device(self.posterior_mean_coef2)
         self._posterior_variance = device(self.posterior_variance)
         self._posterior_log_variance_clipped = device(np.log(np.maximum(self.posterior_variance, 1e-20)))
-        self._simple_weights, self._elbo_weights = device(self.simple_weights), device(self.elbo_weights)
+        # None where they are all 1 and all 0, for each operator in a graph takes time
+        self._simple_weights = None if (self.simple_weights == 1).all() else device(self.simple_weights)
+        self._elbo_weights = device(self.elbo_weights) if original_elbo_weight else None
 
     # The forward process
 
@@ -223,7 +225,9 @@ class GaussianDiffusion:
         if logvar is not None:
             logvar_t = ops.gather(logvar, t, 0)
             simple = error * ops.exp(-logvar_t) + logvar_t
-        return ops.gather(self._simple_weights, t, 0) * simple + ops.gather(self._elbo_weights, t, 0) * error
+        if self._simple_weights is not None:
+            simple = ops.gather(self._simple_weights, t, 0) * simple
+        return simple if self._elbo_weights is None else simple + ops.gather(self._elbo_weights, t, 0) * error
 
     def p_losses(self, net, x_start, t, noise, cond=None, logvar=None, remembers=None):
         """The mean () of `losses`."""

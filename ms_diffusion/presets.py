@@ -209,7 +209,7 @@ def run_folders(run: Path) -> tuple[Path, Path]:
     if not run.is_dir():
         raise UserError(f"{run} is not a folder: give a run's folder, such as runs/quick, or train one with train.py")
     if (run / "state.json").exists():
-        return run, run.parent.parent
+        return run, run.resolve().parent.parent
     found = checkpoints(run)
     if not found:
         raise UserError(f"{run} holds no checkpoint: train it first, with python train.py --run-dir {run}")

@@ -116,8 +116,11 @@ def read_kept_points(path: Path) -> tuple[np.ndarray, np.ndarray]:
         UserError: the file is missing or damaged.
     """
     try:
-        with np.load(path, allow_pickle=False) as kept:
-            return kept["train"], kept["test"]
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as kept:
+            train, test = kept["train"], kept["test"]
+        if train.shape[1:] != (2,) or test.shape[1:] != (2,):
+            raise ValueError("no points")
+        return train, test
     except Exception as e:  # a damaged archive raises anything
         raise UserError(f"{path} cannot be read: delete it, and run the training command again, which writes it") from e
 
