@@ -162,9 +162,17 @@ def main() -> int:
         every = (train.total_steps, train.log_every, train.sample_every, train.save_every)
         per_call = math.gcd(train.steps_per_call, *every, start)
     if start < train.total_steps:
-        flip = not config.is_points and config.data.flip
         batches = make_dataset(
-            data, labels, train.batch_size, train.total_steps, start, train.seed, flip, rank, world_size, per_call
+            data,
+            labels,
+            train.batch_size,
+            train.total_steps,
+            start,
+            train.seed,
+            config.data.flip,
+            rank,
+            world_size,
+            per_call,
         ).create_tuple_iterator(num_epochs=1, output_numpy=True)
     if config.is_points:
         keep_points(run_dir / "points.npz", points, test_points)

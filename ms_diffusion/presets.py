@@ -48,7 +48,8 @@ class PointsConfig:
     num: int = 10_000
     """Points that are drawn to learn from; not of a points-file."""
 
-    condition: ClassVar[str] = "none"
+    condition: ClassVar[str] = "none"  # as an image's, for train.py
+    flip: ClassVar[bool] = False
 
 
 @dataclass(frozen=True)

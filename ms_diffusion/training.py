@@ -145,7 +145,7 @@ def make_train_step(
         return loss if loss_scaler is None else loss_scaler.scale(loss), aux
 
     loss_and_gradients = ms.value_and_grad(scaled_loss, None, parameters, has_aux=True)
-    fused = kernels.adam(optimizer, clip_norm, ema) if kernels.available() else None
+    fused = kernels.adam(optimizer, clip_norm, ema) if kernels.adam_available() else None
 
     def update(loss, gradients):
         if fused is not None:

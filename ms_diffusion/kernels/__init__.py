@@ -92,6 +92,12 @@ def available() -> bool:
     return ms.get_context("device_target") == "CPU" and library() is not None
 
 
+def adam_available() -> bool:
+    """Whether training shall use `adam`: MindSpore 2.7 hands it copies of parameters that other operators of ours read, and
+    nothing would be trained; 2.10 hands it the parameters. Those between were not tried."""
+    return available() and tuple(map(int, ms.__version__.split(".")[:2])) >= (2, 10)
+
+
 class Operator(ops.Custom):
     """An operator of the library; `out_shape` and `out_dtype` (the former's by default) take the inputs'.
 
