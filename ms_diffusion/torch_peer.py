@@ -251,15 +251,31 @@ class ResidualMLP(nn.Module):
         return self.last(F.silu(x))
 
 
-class PointsWork:
+class Trainer:
+    """A network with what trains it."""
+
+    def __init__(self, kind, model: dict, device: str):
+        torch.manual_seed(0)
+        self.device = "cuda" if device == "GPU" else "cpu"
+        self.net = kind(**model).to(self.device)
+        self.ema = copy.deepcopy(self.net)
+        self.optimizer = torch.optim.Adam(self.net.parameters(), lr=1e-3)
+
+    def update(self, loss) -> float:
+        self.optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
+        self.optimizer.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(list(self.ema.parameters()), list(self.net.parameters()), 0.001)
+        return loss.item()
+
+
+class PointsWork(Trainer):
     """What `benchmark.PointsWork` does, by PyTorch in eager mode: an epoch."""
 
     def __init__(self, model: dict, size: int, batch_size: int, device: str = "cpu"):
-        torch.manual_seed(0)
-        self.device = "cuda" if device == "GPU" else "cpu"
-        self.net = (ResidualMLP if "depth" in model else MLP)(**model).to(self.device)
-        self.ema = copy.deepcopy(self.net)
-        self.optimizer = torch.optim.Adam(self.net.parameters(), lr=1e-3)
+        super().__init__(ResidualMLP if "depth" in model else MLP, model, device)
         betas = torch.sigmoid(torch.linspace(-6, 6, model["timesteps"], device=self.device)) * 20 / model["timesteps"]
         self.alphas_cumprod = torch.cumprod(1 - betas, 0)[:, None]
         self.points, self.batch_size = torch.rand(size, 2, device=self.device) * 2 - 1, batch_size
@@ -272,25 +288,15 @@ class PointsWork:
             t = torch.cat([t, len(self.alphas_cumprod) - 1 - t])[: len(x)]
             noise, alpha_bar = torch.randn_like(x), self.alphas_cumprod[t]
             x_t = alpha_bar.sqrt() * x + (1 - alpha_bar).sqrt() * noise
-            self.optimizer.zero_grad()
-            loss = F.mse_loss(self.net(x_t, t), noise)
-            loss.backward()
-            nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
-            self.optimizer.step()
-            with torch.no_grad():
-                torch._foreach_lerp_(list(self.ema.parameters()), list(self.net.parameters()), 0.001)
-        return loss.item()
+            loss = self.update(F.mse_loss(self.net(x_t, t), noise))
+        return loss
 
 
-class Work:
+class Work(Trainer):
     """What `benchmark.Work` does, by PyTorch in eager mode: a training step, a forward pass, DDIM sampling."""
 
     def __init__(self, model: dict, size: int, batch_size: int, device: str = "cpu"):
-        torch.manual_seed(0)
-        self.device = "cuda" if device == "GPU" else "cpu"
-        self.net = Unet(**model).to(self.device)
-        self.ema = copy.deepcopy(self.net)
-        self.optimizer = torch.optim.Adam(self.net.parameters(), lr=1e-3)
+        super().__init__(Unet, model, device)
         betas = torch.linspace(1e-4, 0.02, 1000, device=self.device)
         self.alphas_cumprod = torch.cumprod(1 - betas, 0)
         shape = (batch_size, model["channels"], size, size)
@@ -298,16 +304,9 @@ class Work:
         self.t = torch.randint(0, len(betas), (batch_size,), device=self.device)
 
     def step(self):
-        self.optimizer.zero_grad()
         alpha_bar = self.alphas_cumprod[self.t].view(-1, 1, 1, 1)
         x_t = alpha_bar.sqrt() * self.x + (1 - alpha_bar).sqrt() * self.noise
-        loss = F.smooth_l1_loss(self.net(x_t, self.t.float()), self.noise)
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
-        self.optimizer.step()
-        with torch.no_grad():
-            torch._foreach_lerp_(list(self.ema.parameters()), list(self.net.parameters()), 0.001)
-        return loss.item()
+        return self.update(F.smooth_l1_loss(self.net(x_t, self.t.float()), self.noise))
 
     @torch.no_grad()
     def forward(self):

@@ -1,7 +1,6 @@
 """train.py and sample.py on points in the plane, as a user meets them: presets, the user's own file, many steps in a call,
 resuming, Ctrl-C, scores and pictures, ModelArts, bad input, and how good the samples are."""
 
-import copy
 import gc
 import inspect
 import json
@@ -44,28 +43,14 @@ KINDS = ("sliced_wasserstein", "mmd", "energy")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick():
-    """In this process pictures are empty files, and each run's network is loaded once and keeps its graphs."""
-    load_run, make_denoiser, loaded, denoisers = sample.load_run, sample.make_denoiser, {}, {}
-
-    def load(run, *which):
-        if (run, which) not in loaded:
-            loaded[run, which] = load_run(run, *which)
-        net, diffusion, config, step = loaded[run, which]
-        return net, copy.copy(diffusion), config, step
-
-    def make(diffusion, net, clip=True):
-        if (net, clip) not in denoisers:
-            denoisers[net, clip] = make_denoiser(diffusion, net, clip=clip)
-        return denoisers[net, clip]
+def quick(compiled_once):
+    """In this process pictures are empty files."""
 
     def save(path, *_, **options):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).touch()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sample, "load_run", load)
-        patch.setattr(sample, "make_denoiser", make)
         for name in PICTURES:
             patch.setattr(plane, name, save)
         yield

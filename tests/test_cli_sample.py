@@ -1,6 +1,5 @@
 """sample.py's classes, guidance, conditions and edits, and train.py's more unusual runs, as a user meets them."""
 
-import copy
 import io
 import json
 import shutil
@@ -26,6 +25,8 @@ from ms_diffusion.images import save_loss_curve, to_float, to_uint8
 from ms_diffusion.presets import PRESETS
 from ms_diffusion.samplers import SAMPLERS, SPACINGS
 from ms_diffusion.training import EMA
+
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 T = 20
 CLASSES = [
@@ -78,28 +79,6 @@ def runs(tmp_path_factory):
         condition = ["--data.condition", kind, "--model.cond-channels", channels]
         untrained(folder / kind, train.parse_args([*TINY, *data, *map(str, condition)]).config)
     return folder
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once():
-    """Each run's network is loaded once and keeps its graphs; nothing else of sample.py changes by that."""
-    load_run, make_denoiser, loaded, denoisers = sample.load_run, sample.make_denoiser, {}, {}
-
-    def load(run, *which):
-        if (run, which) not in loaded:
-            loaded[run, which] = load_run(run, *which)
-        net, diffusion, config, step = loaded[run, which]
-        return net, copy.copy(diffusion), config, step
-
-    def make(diffusion, net, clip):
-        if (net, clip) not in denoisers:
-            denoisers[net, clip] = make_denoiser(diffusion, net, clip=clip)
-        return denoisers[net, clip]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sample, "load_run", load)
-        patch.setattr(sample, "make_denoiser", make)
-        yield
 
 
 @pytest.fixture
@@ -215,8 +194,9 @@ def test_the_loss_of_a_step(first_step):
     assert (abs(with_guess - without) > 1e-4 * without).mean() > 0.9
 
     loss_fn, batch = first_step("--train.seed 0")
-    loss, losses = loss_fn(*batch)
-    np.testing.assert_allclose(loss.asnumpy(), losses.asnumpy().mean(), rtol=1e-5)
+    weighted, _ = first_step("--train.seed 0 --train.timesteps importance")
+    _, losses = weighted(*batch, Tensor(np.ones(64, np.float32)))
+    np.testing.assert_allclose(loss_fn(*batch).asnumpy(), losses.asnumpy().mean(), rtol=1e-5)
 
 
 @pytest.mark.parametrize(
