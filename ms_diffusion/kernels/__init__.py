@@ -1,4 +1,4 @@
-"""Own CPU kernels for what MindSpore's run slowly: convolution, GroupNorm, GELU, SiLU, linear attention; float32.
+"""Own CPU kernels for what MindSpore's run slowly: convolution, linear layers, norms, linear attention; float32.
 
 `kernels.cc` is compiled on first use with the machine's C++ compiler ($CXX, c++, g++ or clang++) and kept in
 ~/.cache/ms_diffusion/kernels, one library for each source, CPU and MindSpore version. Without a compiler, or with

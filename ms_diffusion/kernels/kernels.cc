@@ -1,4 +1,4 @@
-// Convolution, normalisation and linear attention for MindSpore on the CPU, in float32 and NCHW as they lie in memory.
+// Convolution, linear layers, normalisation, linear attention for MindSpore on the CPU: float32, NCHW as it lies in memory.
 // Each exported function is an operator of ops.Custom(..., func_type="aot"): (number of tensors, their data, their numbers
 // of dimensions, their shapes, ...), inputs first, outputs last; 0 says that all went well. GNU vectors, C++17, no library.
 //
