@@ -19,10 +19,11 @@ def parse(cls, default=None, argv=None):
         UserError: an unknown flag or a value that does not fit.
     """
     argv = sys.argv[1:] if argv is None else argv
+    cls = tyro.conf.AvoidSubcommands[cls]  # a union is of the kind that the default is
     messages = io.StringIO()
     try:
         with contextlib.redirect_stderr(messages):
-            args, unknown = tyro.cli(tyro.conf.AvoidSubcommands[cls], default=default, args=argv, return_unknown_args=True)
+            args, unknown = tyro.cli(cls, default=default, args=argv, return_unknown_args=True)
     except SystemExit as e:
         if not e.code:
             raise
@@ -45,5 +46,5 @@ def parse(cls, default=None, argv=None):
 def _help(cls, default) -> str:
     text = io.StringIO()
     with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
-        tyro.cli(tyro.conf.AvoidSubcommands[cls], default=default, args=["--help"])
+        tyro.cli(cls, default=default, args=["--help"])
     return text.getvalue()
