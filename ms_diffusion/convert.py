@@ -75,11 +75,15 @@ def read_pickled(path: Path) -> dict[str, np.ndarray]:
     }
 
 
-def load_into(target: nn.Cell | Iterable[Parameter], arrays: Mapping[str, np.ndarray]) -> None:
+def load_into(
+    target: nn.Cell | Iterable[Parameter],
+    arrays: Mapping[str, np.ndarray],
+    mend: str = "build it with the options they were saved with",
+) -> None:
     """Set every parameter of ``target`` from the array of its name, also in graphs that are compiled already.
 
     Raises:
-        UserError: names or shapes differ; then nothing is changed.
+        UserError: names or shapes differ; then nothing is changed. It ends in `mend`, what to do then.
     """
     parameters = {p.name: p for p in (target.get_parameters() if isinstance(target, nn.Cell) else target)}
     complaints = {
@@ -93,7 +97,7 @@ def load_into(target: nn.Cell | Iterable[Parameter], arrays: Mapping[str, np.nda
     }
     if any(complaints.values()):
         found = "; ".join(f"{kind}: {some(names)}" for kind, names in complaints.items() if names)
-        raise UserError(f"the weights are not this network's ({found}): build it with the options they were saved with")
+        raise UserError(f"the weights are not this network's ({found}): {mend}")
     for name, p in parameters.items():
         # Only assign reaches a compiled graph: set_data and load_param_into_net leave the old values there.
         ops.assign(p, Tensor(arrays[name].astype(ms.dtype_to_nptype(p.dtype))))
@@ -104,8 +108,9 @@ def some(names: list[str], most: int = 4) -> str:
     return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
-def save_torch_state_dict(net: nn.Cell, path: str | Path) -> None:
-    """Write the parameters as .safetensors, for ``torch_net.load_state_dict(safetensors.torch.load_file(path))``.
+def save_torch_state_dict(net: nn.Cell, path: str | Path, dtype=np.float32) -> None:
+    """Write the parameters as .safetensors, for ``torch_net.load_state_dict(safetensors.torch.load_file(path))``; in float16
+    they take half the space.
 
     Raises:
         UserError: the path does not end in .safetensors.
@@ -113,4 +118,4 @@ def save_torch_state_dict(net: nn.Cell, path: str | Path) -> None:
     path = Path(path)
     if path.suffix != ".safetensors":
         raise UserError(f"{path}: weights are written as .safetensors: give a path with that ending")
-    path.write_bytes(safetensors.numpy.save({p.name: p.asnumpy() for p in net.get_parameters()}))
+    path.write_bytes(safetensors.numpy.save({p.name: p.asnumpy().astype(dtype) for p in net.get_parameters()}))

@@ -1,0 +1,180 @@
+"""Inception v3 for the Frechet inception distance: TensorFlow's graph of 2015 with the names that pytorch-fid gave it.
+
+Szegedy et al. 2016, "Rethinking the Inception architecture", with the two ways in which that graph leaves the paper: its
+average pools do not count what they pad with, and the last block pools by the maximum. Written small to large.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from mindspore import Parameter, Tensor, nn, ops
+
+from ..convert import load_into, load_torch_state_dict
+from ..runtime import UserError
+
+MEND = "give pytorch-fid's pt_inception-2015-12-05-6726825d.pth"
+HEAD = (1008, 2048)  # of that file; torchvision's ImageNet weights, of the same names, have 1000 classes
+
+
+class BatchNorm(nn.Cell):
+    """``torch.nn.BatchNorm2d(channels, eps=0.001)`` by its running statistics, always: (B, C, H, W) -> the same."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        zeros, ones = np.zeros(channels, np.float32), np.ones(channels, np.float32)
+        self.weight, self.bias = Parameter(Tensor(ones), name="weight"), Parameter(Tensor(zeros), name="bias")
+        self.running_mean = Parameter(Tensor(zeros), name="running_mean")
+        self.running_var = Parameter(Tensor(ones), name="running_var")
+
+    def construct(self, x):
+        return ops.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=0.001)
+
+
+class ConvNorm(nn.Cell):
+    """Convolution, batch normalisation, ReLU: (B, c_in, H, W) -> (B, c_out, H', W').
+
+    `padding` as TensorFlow names it: "same" keeps H and W at stride 1, "valid" is none.
+    """
+
+    def __init__(self, c_in: int, c_out: int, kernel=1, stride: int = 1, padding: str = "same"):
+        super().__init__()
+        self.conv = nn.Conv2d(c_in, c_out, kernel, stride, padding, has_bias=False)
+        self.bn = BatchNorm(c_out)
+
+    def construct(self, x):
+        return ops.relu(self.bn(self.conv(x)))
+
+
+class Block(nn.Cell):
+    """Branches side by side, the last of them `pool`, with a convolution to c_pool channels after it where that is not 0:
+    (B, c_in, H, W) -> (B, the sum of the branches' channels, H', W').
+
+    A branch is a list of what follows c_in in `ConvNorm`; in place of its last may stand two, side by side. They are named
+    branch_1, branch_2, ..., the two branch_3a and branch_3b, and one alone as the branch.
+    """
+
+    def __init__(self, c_in: int, pool: nn.Cell, c_pool: int = 0, **branches):
+        super().__init__()
+        self.branches = []
+        for name, (*body, last) in branches.items():
+            c, path = c_in, []
+            for i, (c_out, *kind) in enumerate(body, 1):
+                path.append(self.add(f"{name}_{i}", c, c_out, *kind))
+                c = c_out
+            last_name = f"{name}_{len(body) + 1}" if body else name
+            ends = {"": last} if isinstance(last, tuple) else dict(zip("ab", last, strict=True))
+            self.branches.append((path, [self.add(last_name + letter, c, *kind) for letter, kind in ends.items()]))
+        self.branches.append(([pool], [self.add("branch_pool", c_in, c_pool)]) if c_pool else ([], [pool]))
+
+    def add(self, name: str, *kind) -> ConvNorm:
+        setattr(self, name, ConvNorm(*kind))
+        return getattr(self, name)
+
+    def construct(self, x):
+        outputs = ()
+        for path, ends in self.branches:
+            y = x
+            for layer in path:
+                y = layer(y)
+            for end in ends:
+                outputs += (end(y),)
+        return ops.concat(outputs, 1)
+
+
+HALVING = (3, 2, "valid")
+ROW, COLUMN = (1, 7), (7, 1)
+
+
+def average() -> nn.Cell:
+    """3 x 3 mean over those of the pixels that lie in the image: what "same" padding means to an average pool."""
+    return nn.AvgPool2d(3, 1, "same")
+
+
+def block_a(c_in: int, c_pool: int) -> Block:
+    """(B, c_in, 35, 35) -> (B, 224 + c_pool, 35, 35)."""
+    return Block(
+        c_in, average(), c_pool, branch1x1=[(64,)], branch5x5=[(48,), (64, 5)], branch3x3dbl=[(64,), (96, 3), (96, 3)]
+    )
+
+
+def block_b(c_in: int) -> Block:
+    """(B, c_in, 35, 35) -> (B, 480 + c_in, 17, 17)."""
+    return Block(c_in, nn.MaxPool2d(3, 2), branch3x3=[(384, *HALVING)], branch3x3dbl=[(64,), (96, 3), (96, *HALVING)])
+
+
+def block_c(c_in: int, c: int) -> Block:
+    """(B, c_in, 17, 17) -> (B, 768, 17, 17), by rows and columns of 7 in c channels."""
+    double = [(c,), (c, COLUMN), (c, ROW), (c, COLUMN), (192, ROW)]
+    single = [(c,), (c, ROW), (192, COLUMN)]
+    return Block(c_in, average(), 192, branch1x1=[(192,)], branch7x7=single, branch7x7dbl=double)
+
+
+def block_d(c_in: int) -> Block:
+    """(B, c_in, 17, 17) -> (B, 512 + c_in, 8, 8)."""
+    rows_columns = [(192,), (192, ROW), (192, COLUMN), (192, *HALVING)]
+    return Block(c_in, nn.MaxPool2d(3, 2), branch3x3=[(192,), (320, *HALVING)], branch7x7x3=rows_columns)
+
+
+def block_e(c_in: int, pool: nn.Cell) -> Block:
+    """(B, c_in, 8, 8) -> (B, 2048, 8, 8)."""
+    cross = [(384, (1, 3)), (384, (3, 1))]
+    double = [(448,), (384, 3), cross]
+    return Block(c_in, pool, 192, branch1x1=[(320,)], branch3x3=[(384,), cross], branch3x3dbl=double)
+
+
+class InceptionV3(nn.Cell):
+    """Images (B, 1 or 3, H, W) float32 in [-1, 1], of any size, gray as three equal channels -> pool3's features (B, 2048).
+
+    The images are first resized to 299 x 299 bilinearly between the pixels' centres, without smoothing, as pytorch-fid does.
+    """
+
+    features = 2048
+
+    def __init__(self):
+        super().__init__()
+        self.Conv2d_1a_3x3 = ConvNorm(3, 32, *HALVING)
+        self.Conv2d_2a_3x3 = ConvNorm(32, 32, 3, 1, "valid")
+        self.Conv2d_2b_3x3 = ConvNorm(32, 64, 3)
+        self.pool = nn.MaxPool2d(3, 2)
+        self.Conv2d_3b_1x1 = ConvNorm(64, 80)
+        self.Conv2d_4a_3x3 = ConvNorm(80, 192, 3, 1, "valid")
+        self.Mixed_5b, self.Mixed_5c, self.Mixed_5d = block_a(192, 32), block_a(256, 64), block_a(288, 64)
+        self.Mixed_6a = block_b(288)
+        self.Mixed_6b, self.Mixed_6c = block_c(768, 128), block_c(768, 160)
+        self.Mixed_6d, self.Mixed_6e = block_c(768, 160), block_c(768, 192)
+        self.Mixed_7a = block_d(768)
+        self.Mixed_7b, self.Mixed_7c = block_e(1280, average()), block_e(2048, nn.MaxPool2d(3, 1, "same"))
+        for name, parameter in self.parameters_and_names():
+            parameter.name, parameter.requires_grad = name, False
+
+    def construct(self, images):
+        x = ops.interpolate(images, size=(299, 299), mode="bilinear", align_corners=False)  # (B, 1 or 3, 299, 299)
+        if x.shape[1] == 1:
+            x = ops.concat((x, x, x), 1)
+        x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))  # (B, 64, 147, 147)
+        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(self.pool(x)))  #          (B, 192, 71, 71)
+        x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(self.pool(x))))  #     (B, 288, 35, 35)
+        x = self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x)))  #                (B, 768, 17, 17)
+        x = self.Mixed_6e(self.Mixed_6d(x))  #                               (B, 768, 17, 17)
+        x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(x)))  #                (B, 2048, 8, 8)
+        return ops.mean(x, (2, 3))
+
+
+def load_inception(path: str | Path) -> InceptionV3:
+    """The network with the weights of pytorch-fid's file, or of a .safetensors file of the same names.
+
+    Raises:
+        UserError: the file cannot be read or holds another network, such as torchvision's.
+    """
+    arrays = load_torch_state_dict(path)
+    head = arrays.get("fc.weight")
+    if head is not None and head.shape != HEAD:
+        raise UserError(f"{path}: fc.weight is {head.shape} instead of {HEAD}, so it is another network: {MEND}")
+    unused = [name for name in arrays if name.startswith(("fc.", "AuxLogits.")) or name.endswith(".num_batches_tracked")]
+    net = InceptionV3()
+    try:
+        load_into(net, {name: array for name, array in arrays.items() if name not in unused}, MEND)
+    except UserError as e:
+        raise UserError(f"{path}: {e}") from e
+    return net
