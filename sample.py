@@ -2,10 +2,10 @@
 
 import json
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import numpy as np
 import tyro
@@ -13,15 +13,17 @@ from tqdm import tqdm
 
 from ms_diffusion import cli, images, modelarts, plane, runtime
 from ms_diffusion.data.conditions import condition_image
+from ms_diffusion.data.fashion_mnist import CLASSES
 from ms_diffusion.data.image_folder import read_image
 from ms_diffusion.data.pipeline import load_images
 from ms_diffusion.data.toy import Frame, read_kept_points
-from ms_diffusion.denoiser import guide, inpaint, make_denoiser, remember, self_conditioned, with_label
+from ms_diffusion.denoiser import inpaint, make_denoiser, remember, self_conditioned
 from ms_diffusion.editing import invert_ddim, sample_repaint, slerp
 from ms_diffusion.evaluation import compare
-from ms_diffusion.presets import load_run, run_folders
-from ms_diffusion.runtime import DEVICES, UserError
-from ms_diffusion.samplers import SAMPLERS, SPACINGS, SeededNoise, generate, sample_ddim, sampling_timesteps
+from ms_diffusion.generation import Sampling
+from ms_diffusion.presets import WEIGHTS, load_run, run_folders, shipped
+from ms_diffusion.runtime import UserError
+from ms_diffusion.samplers import SAMPLERS, SeededNoise, generate, sampling_timesteps
 
 GIF_FRAMES = 40
 
@@ -34,29 +36,12 @@ class Args:
     """
 
     run: Annotated[str | None, tyro.conf.Positional] = None
-    """A run's folder, or one of its checkpoints."""
+    """A run's folder, or one of its checkpoints, or the name of a model that comes with the package: see --list."""
     num: int | None = None
     """How many images or points; if not given 64 images, 8 of an edit, 10,000 points."""
-    seed: int = 0
-    """Image i of a seed is the same whatever the number and the batch size."""
-    sampler: Literal[tuple(SAMPLERS)] = "ddim"
-    """ddpm is the ancestral sampler; the others are deterministic, dpmpp_2m and unipc good in 10 to 15 steps."""
-    steps: int = 50
-    """Steps of the sampler, at most the timesteps of training; each calls the network once (heun: twice)."""
-    spacing: Literal[SPACINGS] | None = None
-    """Where the steps lie; if not given linspace for ddpm and ddim, logsnr for the others."""
-    eta: float = 0.0
-    """Noise of ddim, from 0, none, to 1, that of ddpm."""
-    v_posterior: float | None = None
-    """Share of beta in ddpm's variance, if not the run's."""
+    sampling: Annotated[Sampling, tyro.conf.arg(name="")] = field(default_factory=Sampling)
     class_: Annotated[int | None, tyro.conf.arg(name="class")] = None
     """The class to draw; if not given each in turn, in columns."""
-    guidance: float = 1.0
-    """Classifier-free guidance towards the class: 0 takes no notice of it, 1 is the plain network, more sharpens."""
-    guidance_rescale: float = 0.0
-    """Share of the guided x_0 that is brought back to its contrast without guidance."""
-    guidance_interval: tuple[int, int] | None = None
-    """First and last timestep that are guided."""
     image: tuple[str, ...] = ()
     """IMAGEs to upscale, colour or fill in, for a run with a condition; its own test images if not given."""
     inpaint: tuple[str, str] | None = None
@@ -74,15 +59,9 @@ class Args:
     gif: str | None = None
     """Animated GIF of the denoising."""
     npz: str | None = None
-    """Raw images: array `images`, uint8 (N, H, W, C); or `points`, float32 (N, 2)."""
-    batch_size: int | None = None
-    """Images or points at once; if not given 64, or all points."""
-    weights: Literal["ema", "model"] = "ema"
-    """The moving average, or the weights as trained."""
-    ema_length: float | None = None
-    """Length of another average, chosen after training, for a run with --train.ema-lengths: 0.1 is a tenth of the run."""
-    device: Literal[DEVICES] = "auto"
-    """Where to run; auto is Ascend, then GPU, then CPU."""
+    """Raw images: array `images`, uint8 (N, H, W, C), and `labels`, int32 (N,), of classes; or `points`, float32 (N, 2)."""
+    list_: Annotated[bool, tyro.conf.arg(name="list")] = False
+    """Say what models come with the package, and how good they are."""
     data_url: str | None = None
     """ModelArts: the run's folder, local or obs://."""
     train_url: str | None = None
@@ -97,30 +76,17 @@ def check(args: Args, config, T: int) -> None:
     classes, dropout = config.model.num_classes, config.train.label_dropout
     if config.is_points and (edits or args.image):
         raise UserError(f"this run is of points in the plane, and --{(edits or ['image'])[0]} of images: leave it out")
-    if not 1 <= args.steps <= T:
-        raise UserError(f"--steps {args.steps}: choose from 1 to {T}, the timesteps this run was trained with")
-    if not 0 <= args.eta <= 1 or (args.eta and (args.sampler != "ddim" or args.interpolate)):
-        raise UserError(f"--eta {args.eta}: choose from 0 to 1, with --sampler ddim and not with --interpolate")
-    if args.interpolate and (args.sampler == "ddpm" or args.steps < 2):
-        raise UserError("--interpolate needs a deterministic sampler, which ddpm is not, and --steps of at least 2")
-    if args.v_posterior is not None and not 0 <= args.v_posterior <= 1:
-        raise UserError(f"--v-posterior {args.v_posterior}: choose from 0 to 1")
-    if args.v_posterior is not None and args.sampler != "ddpm":
-        raise UserError(f"--v-posterior is ddpm's variance, which {args.sampler} has not: add --sampler ddpm")
+    args.sampling.check(config, T)
+    if args.interpolate and (args.sampling.sampler == "ddpm" or args.sampling.eta or args.sampling.steps < 2):
+        raise UserError("--interpolate needs a deterministic sampler, not ddpm or --eta above 0, and --steps of at least 2")
     if len(edits) > 1:
         raise UserError(f"choose one of --{' and --'.join(edits)}")
-    if classes is None and (args.class_ is not None or args.guidance != 1):
-        raise UserError("this run knows no classes, which --class and --guidance need: train --preset quick-class")
+    if classes is None and args.class_ is not None:
+        raise UserError("this run knows no classes, which --class needs: train --preset quick-class")
     if classes is not None and args.class_ is not None and not 0 <= args.class_ < classes:
         raise UserError(f"--class {args.class_}: choose from 0 to {classes - 1}")
-    if classes is not None and not dropout and (args.guidance != 1 or (edits and args.class_ is None)):
-        raise UserError("this run was trained with --train.label-dropout 0: give a --class, and no --guidance")
-    if not (0 <= args.guidance < np.inf and 0 <= args.guidance_rescale <= 1):
-        raise UserError("--guidance must be at least 0, --guidance-rescale in [0, 1]")
-    if args.guidance == 1 and (args.guidance_rescale or args.guidance_interval):
-        raise UserError("--guidance-rescale and --guidance-interval change nothing without --guidance: give one, say 3")
-    if args.guidance_interval and not 0 <= args.guidance_interval[0] <= args.guidance_interval[1] < T:
-        raise UserError(f"--guidance-interval: give two timesteps in 0 to {T - 1}, the lower one first")
+    if classes is not None and not dropout and edits and args.class_ is None:
+        raise UserError("this run was trained with --train.label-dropout 0: give a --class")
     if config.data.condition != "none" and edits:
         raise UserError(f"this run's network is shown a condition ({config.data.condition}): use --image, not --{edits[0]}")
     if config.data.condition == "none" and args.image:
@@ -129,8 +95,8 @@ def check(args: Args, config, T: int) -> None:
         raise UserError(f"--strength {args.strength}: choose above 0 and up to 1, with --init or --interpolate")
     if args.resample < 1 or (args.resample > 1 and not args.inpaint):
         raise UserError(f"--resample {args.resample}: choose 1 or more, with --inpaint")
-    if args.resample > 1 and args.sampler != "ddpm":
-        raise UserError(f"--resample goes back and forth by ddpm's steps, not {args.sampler}'s: add --sampler ddpm")
+    if args.resample > 1 and args.sampling.sampler != "ddpm":
+        raise UserError(f"--resample goes back and forth by ddpm's steps, not {args.sampling.sampler}'s: add --sampler ddpm")
 
 
 def read_images(names, config) -> np.ndarray:
@@ -183,60 +149,41 @@ def conditions(args: Args, config, num: int, in_turn: bool):
     if config.data.condition != "none":
         originals = read_images(args.image, config) if args.image else images.to_float(test_set(config)[:num])
         originals = originals[np.arange(num) % len(originals)]
-        rng = np.random.default_rng(args.seed)
+        rng = np.random.default_rng(args.sampling.seed)
         cond.append(condition_image(config.data.condition, originals, config.data.lowres_size, rng))
     return cond, originals
-
-
-def choose_sampler(args: Args, self_condition: bool):
-    if args.resample > 1:
-        sampler = partial(sample_repaint, jump_n_sample=args.resample)
-    elif args.sampler == "ddim":
-        sampler = partial(sample_ddim, eta=args.eta)
-    else:
-        sampler = SAMPLERS[args.sampler]
-    return self_conditioned(sampler) if self_condition else sampler
-
-
-def choose_timesteps(args: Args, diffusion) -> list[int]:
-    spacing = args.spacing or ("linspace" if args.sampler in ("ddpm", "ddim") else "logsnr")
-    timesteps = sampling_timesteps(diffusion.T, args.steps, spacing, diffusion.alphas_cumprod)
-    strength = args.strength or (0.6 if args.init else 1)
-    timesteps = [t for t in timesteps if t < strength * diffusion.T]
-    if not timesteps:
-        raise UserError(f"--strength {strength} leaves none of the {args.steps} steps: raise one of them")
-    return timesteps
 
 
 def sample_images(args: Args, folder: Path, device: str, net, diffusion, config) -> list[Path]:
     """Draw a grid of images, or edit some; the files written."""
     from mindspore import Tensor  # which `runtime` must precede
 
-    classes, shape, num = config.model.num_classes, config.shape, args.num
+    sampling, classes, shape, num = args.sampling, config.model.num_classes, config.shape, args.num
     editing = bool(args.inpaint or args.interpolate or args.init)
 
     # The denoiser, the sampler and its steps
     in_turn = classes is not None and args.class_ is None and not editing
     cond, originals = conditions(args, config, num, in_turn)
-    denoise = make_denoiser(diffusion, net, clip=args.guidance == 1)
-    if args.guidance != 1:
-        uncond = with_label(denoise, classes)
-        denoise = guide(denoise, uncond, args.guidance, args.guidance_rescale, args.guidance_interval)
+    denoise = sampling.make_denoiser(net, diffusion, classes)
     if args.inpaint:
         mask, image = args.inpaint
         given, known = read_images([image], config), read_mask(mask, image, config)
         denoise = inpaint(denoise, Tensor(given), Tensor(known))
-    if args.v_posterior is not None:
-        diffusion.v_posterior = args.v_posterior
-    sampler = choose_sampler(args, config.model.self_condition)
-    timesteps = choose_timesteps(args, diffusion)
+    sampler = sampling.make_sampler(config.model.self_condition)
+    if args.resample > 1:
+        sampler = partial(sample_repaint, jump_n_sample=args.resample)
+        sampler = self_conditioned(sampler) if config.model.self_condition else sampler
+    strength = args.strength or (0.6 if args.init else 1)
+    timesteps = [t for t in sampling.timesteps(diffusion) if t < strength * diffusion.T]
+    if not timesteps:
+        raise UserError(f"--strength {strength} leaves none of the {sampling.steps} steps: raise one of them")
 
     # Where it begins, if not at noise
     start = None
     if args.init:
         given = read_images([args.init], config)
         t = Tensor(np.full(num, timesteps[0], np.int32))
-        noise = SeededNoise(args.seed, range(num))(shape)
+        noise = SeededNoise(sampling.seed, range(num))(shape)
         start = diffusion.q_sample(Tensor(given.repeat(num, 0)), t, Tensor(noise)).asnumpy()
     if args.interpolate:
         given = read_images(args.interpolate, config)
@@ -248,18 +195,18 @@ def sample_images(args: Args, folder: Path, device: str, net, diffusion, config)
     # Sample
     calls = len(timesteps) * args.resample
     frames, every = [], max(calls // GIF_FRAMES, 1)
-    bar = tqdm(total=-(-num // args.batch_size) * calls, unit="step", desc=f"{args.sampler} on {device}")
+    bar = tqdm(total=-(-num // sampling.batch_size) * calls, unit="step", desc=f"{sampling.sampler} on {device}")
 
     def watch(i, x, x_start):
         bar.update()
         if args.gif and bar.n <= calls and (i % every == 0 or i == calls - 1):
             frames.append(images.to_uint8(x.asnumpy()))
 
-    x = generate(sampler, denoise, diffusion, timesteps, shape, num, args.seed, args.batch_size, watch, cond, start)
+    x = generate(sampler, denoise, diffusion, timesteps, shape, num, sampling.seed, sampling.batch_size, watch, cond, start)
     bar.close()
 
     # The picture: what was given beside what came of it
-    columns = classes if in_turn else None
+    columns = classes if in_turn and num % classes == 0 else None
     if originals is not None:
         shown = np.broadcast_to(cond[-1][:, : shape[0]], x.shape)  # one channel where it is gray
         sheet = np.stack([shown, x, originals], 1).reshape(-1, *shape)
@@ -276,32 +223,34 @@ def sample_images(args: Args, folder: Path, device: str, net, diffusion, config)
     out = Path(args.out or folder / "sample.png")
     if editing:
         columns = min(len(sheet), 12)
-    images.save_grid(out, images.to_uint8(sheet), columns, scale=4 if editing else 2)
+    named = in_turn and originals is None and config.data.name.startswith("fashion-mnist") and classes == len(CLASSES)
+    captions = [CLASSES[label] for label in cond[0]] if named else None
+    images.save_grid(out, images.to_uint8(sheet), columns, 4 if editing else 3 if captions else 2, captions)
     written = [out]
     if args.gif:
         images.save_gif(args.gif, frames, columns if in_turn else None)
         written.append(Path(args.gif))
     if args.npz:
-        images.write(args.npz, lambda f: np.savez_compressed(f, images=images.to_uint8(x)))
+        labels = {"labels": cond[0]} if classes is not None and cond[0].max() < classes else {}
+        images.write(args.npz, lambda f: np.savez_compressed(f, images=images.to_uint8(x), **labels))
         written.append(Path(args.npz))
     return written
 
 
-def sample_points(args: Args, home: Path, folder: Path, device: str, net, diffusion, config) -> list[Path]:
+def sample_points(args: Args, home: Path, folder: Path, device: str, net, diffusion) -> list[Path]:
     """Draw points, all pictures of a run of points, and its scores against held-out data; the files written."""
     from mindspore import Tensor
 
+    sampling = args.sampling
     train, data = read_kept_points(home / "points.npz")
     frame = Frame.of(train)
     x_test = frame.to_unit(data[:2000])
-    if args.v_posterior is not None:
-        diffusion.v_posterior = args.v_posterior
-    denoise, timesteps = make_denoiser(diffusion, net), choose_timesteps(args, diffusion)
+    denoise, timesteps = sampling.make_denoiser(net, diffusion, None), sampling.timesteps(diffusion)
 
     def draw(sampler, timesteps, n: int) -> tuple[np.ndarray, np.ndarray]:
         """Points (n, 2), and the ways of those of the first batch, (steps + 1, B, 2), in the data's units."""
-        size, calls = min(args.batch_size, n), len(timesteps)
-        way = [SeededNoise(args.seed, range(size))((2,))]
+        size, calls = min(sampling.batch_size, n), len(timesteps)
+        way = [SeededNoise(sampling.seed, range(size))((2,))]
         bar = tqdm(total=-(-n // size) * calls, unit="step", desc=f"{n} points on {device}")
 
         def watch(i, x, x_start):
@@ -309,18 +258,18 @@ def sample_points(args: Args, home: Path, folder: Path, device: str, net, diffus
             if len(way) <= calls:
                 way.append(x.asnumpy())
 
-        x = generate(sampler, denoise, diffusion, timesteps, (2,), n, args.seed, size, watch)
+        x = generate(sampler, denoise, diffusion, timesteps, (2,), n, sampling.seed, size, watch)
         bar.close()
         return frame.to_points(x), frame.to_points(np.stack(way))
 
-    samples, way = draw(choose_sampler(args, False), timesteps, args.num)
+    samples, way = draw(sampling.make_sampler(), timesteps, args.num)
     out, gif = Path(args.out or folder / "sample.png"), Path(args.gif or folder / "denoise.gif")
-    title = f"{args.sampler}, {len(timesteps)} steps"
+    title = f"{sampling.sampler}, {len(timesteps)} steps"
     plane.save_samples(out, samples, data[: args.num], title)
 
     # There and back, in ten panels each
     ts = np.linspace(0, diffusion.T - 1, 10).round().astype(int)
-    noise = np.random.default_rng(args.seed).standard_normal(x_test.shape, np.float32)
+    noise = np.random.default_rng(sampling.seed).standard_normal(x_test.shape, np.float32)
     alphas_cumprod = diffusion.alphas_cumprod[ts, None, None]
     noised = np.sqrt(alphas_cumprod) * x_test + np.sqrt(1 - alphas_cumprod) * noise  # (10, n, 2)
     plane.save_panels(folder / "forward.png", [frame.to_points(x) for x in noised], [f"t = {t}" for t in ts])
@@ -349,7 +298,7 @@ def sample_points(args: Args, home: Path, folder: Path, device: str, net, diffus
 
     # How far from data, and how far data are from data
     try:
-        distances = compare(samples, data, np.random.default_rng(args.seed))
+        distances = compare(samples, data, np.random.default_rng(sampling.seed))
     except ValueError as e:
         print(f"no score: {e}")
         (folder / "scores.json").unlink(missing_ok=True)  # of other points
@@ -357,36 +306,45 @@ def sample_points(args: Args, home: Path, folder: Path, device: str, net, diffus
     print(f"{title}: distance of {args.num} points from data held out, and of such data from each other")
     for name, d in distances.items():
         print(f"  {name:18} {d['score']:8.4f}   data {d['floor']:8.4f}, at most {d['floor_most']:8.4f}")
-    record = {"sampler": args.sampler, "steps": len(timesteps), "num": args.num, **distances}
+    record = {"sampler": sampling.sampler, "steps": len(timesteps), "num": args.num, **distances}
     images.write(folder / "scores.json", lambda f: f.write(json.dumps(record, indent=1).encode()))
     return [*written, folder / "scores.json"]
 
 
 def main() -> int:
     args = cli.parse(Args)
-    if min(1 if n is None else n for n in (args.num, args.batch_size)) < 1 or args.seed < 0:
-        raise UserError("--num and --batch-size must be at least 1, --seed at least 0")
-    if not (args.run or args.data_url):
-        raise UserError("which run? Give its folder: python sample.py runs/quick")
-    run = Path(args.run) if args.run else modelarts.fetch(args.data_url)
-    device = runtime.set_device(args.device)
-    net, diffusion, config, step = load_run(run, args.weights, args.ema_length)
+    if args.num is not None and args.num < 1:
+        raise UserError(f"--num {args.num}: choose at least 1")
+    if args.list_:
+        print("\n".join(f"{name:24} {describe(name)}" for name in shipped()))
+        return 0
+    run = modelarts.fetch(args.data_url) if args.data_url and not args.run else Path(args.run or shipped()[0])
+    device = runtime.set_device(args.sampling.device)
+    net, diffusion, config, step = load_run(run, args.sampling.weights, args.sampling.ema_length)
     check(args, config, diffusion.T)
     folder = modelarts.output_folder(args.train_url) or (run if run.is_dir() else run.parent)
     clock = time.perf_counter()
     if config.is_points:
         args.num = args.num or 10_000
-        args.batch_size = args.batch_size or args.num
-        written = sample_points(args, run_folders(run)[1], folder, device, net, diffusion, config)
+        args.sampling.batch_size = args.sampling.batch_size or args.num
+        written = sample_points(args, run_folders(run)[1], folder, device, net, diffusion)
     else:
         args.num = args.num or (8 if args.inpaint or args.interpolate or args.init else 64)
-        args.batch_size = args.batch_size or 64
+        args.sampling.batch_size = args.sampling.batch_size or 64
         written = sample_images(args, folder, device, net, diffusion, config)
     kind = "points" if config.is_points else "images"
     print(f"{args.num} {kind} of step {step} in {time.perf_counter() - clock:.1f} s: {', '.join(map(str, written))}")
     for path in written:
         modelarts.publish(path, args.train_url and f"{args.train_url.rstrip('/')}/{path.name}")
     return 0
+
+
+def describe(name: str) -> str:
+    """A line on a model that comes with the package."""
+    scores = json.loads((WEIGHTS / name / "evaluation.json").read_text())
+    size = (WEIGHTS / name / "ema.safetensors").stat().st_size / 2**20
+    fid, floor, accuracy = scores["samples"]["fid"], scores["floor"]["fid"], scores["samples"]["class_accuracy"]
+    return f"{size:.1f} MB, FID {fid:.2f} (of real images {floor:.2f}), class accuracy {accuracy:.1%}"
 
 
 def rms(a, b) -> float:

@@ -4,9 +4,10 @@ import os
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 GAP = 2  # pixels between the images of a grid
+CAPTION = 5  # and below each for its name
 
 
 def to_uint8(x) -> np.ndarray:
@@ -56,9 +57,22 @@ def write(path, save) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def save_grid(path, images: np.ndarray, columns: int | None = None, scale: int = 2) -> None:
-    """Write (N, H, W, C) uint8 images as one PNG, each pixel `scale` wide."""
-    write(path, lambda f: _picture(grid(images, columns), scale).save(f, "PNG"))
+def save_grid(path, images: np.ndarray, columns: int | None = None, scale: int = 2, captions=None) -> None:
+    """Write (N, H, W, C) uint8 images as one PNG, each pixel `scale` wide, and below each its caption, if there are any."""
+    if captions is None:
+        picture = _picture(grid(images, columns), scale)
+    else:
+        picture = _picture(grid(np.pad(images, ((0, 0), (0, CAPTION), (0, 0), (0, 0))), columns), scale)
+        import matplotlib  # for its font
+
+        font = ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", int(CAPTION * scale * 0.8))
+        draw = ImageDraw.Draw(picture)
+        height, width = images.shape[1] + CAPTION + GAP, images.shape[2] + GAP
+        columns = (picture.width // scale - GAP) // width
+        for i, caption in enumerate(captions):
+            middle, top = GAP + (i % columns + 0.5) * width, (i // columns + 1) * height - CAPTION
+            draw.text((scale * middle, scale * top), caption, "white", font, "mt")
+    write(path, lambda f: picture.save(f, "PNG"))
 
 
 def save_gif(path, frames: list[np.ndarray], columns: int | None = None, scale: int = 2, milliseconds: int = 60) -> None:
@@ -69,8 +83,8 @@ def save_gif(path, frames: list[np.ndarray], columns: int | None = None, scale: 
     write(path, lambda f: pictures[0].save(f, "GIF", save_all=True, append_images=pictures[1:], **options))
 
 
-def save_loss_curve(path, steps, losses) -> None:
-    """Plot the loss against the step, raw and smoothed, as PNG."""
+def save_loss_curve(path, steps, losses, scores=()) -> None:
+    """Plot the loss against the step, raw and smoothed, as PNG; `scores` are (step, FID), drawn to a scale at the right."""
     from matplotlib.figure import Figure  # takes a second to import, and only here
 
     figure = Figure(figsize=(6, 4), layout="constrained")
@@ -82,4 +96,8 @@ def save_loss_curve(path, steps, losses) -> None:
         axes.plot(steps[width - 1 :], smooth, label=f"mean of {width}")
     axes.set(xlabel="step", ylabel="loss", yscale="log" if min(losses) > 0 else "linear")  # a learned variance goes below
     axes.legend()
+    if scores:
+        right = axes.twinx()
+        right.plot(*zip(*scores, strict=True), "o-", color="C2")
+        right.set(ylabel="FID", yscale="log")
     write(path, lambda f: figure.savefig(f, format="png", dpi=120))

@@ -13,6 +13,7 @@ from .data.conditions import KINDS, condition_channels
 from .data.toy import POINTS_FILE, TOYS
 from .diffusion import DiffusionConfig
 from .draws import TIMESTEPS
+from .models.classifier import Classifier
 from .models.mlp import MLPConfig, ResidualMLPConfig
 from .models.unet import UnetConfig
 from .runtime import UserError
@@ -63,7 +64,9 @@ class TrainConfig:
     steps_per_call: int = 1
     """Training steps that one call of the compiled function makes; more for small networks."""
     lr: float = 1e-3
-    """Peak learning rate of Adam, reached after the warm-up; then a cosine to 0."""
+    """Peak learning rate of Adam, reached after the warm-up."""
+    lr_decay: bool = True
+    """After the warm-up the learning rate falls in a cosine to 0; otherwise it stays."""
     warmup_steps: int = 200
     """Steps of linear warm-up."""
     clip_norm: float = 1.0
@@ -94,6 +97,10 @@ class TrainConfig:
     """Images in a grid, or points in a picture."""
     sample_steps: int = 50
     """Steps of the ancestral sampler for a grid: its noise mends what a young network gets wrong, where DDIM keeps it."""
+    score_every: int = 0
+    """Steps between two FIDs by the classifier's features, for 28 x 28 gray images; the best checkpoint stays. 0: none."""
+    score_num: int = 1000
+    """Images in such a score, drawn by dpmpp_2m in 15 steps, against as many training images."""
 
 
 @dataclass(frozen=True)
@@ -172,6 +179,11 @@ class Config:
                 raise UserError(f"--train.ema-lengths: {e}") from e
         if not 0 <= train.ema_decay < 1 or train.warmup_steps < 0 or train.seed < 0:
             raise UserError("--train.ema-decay must be in [0, 1), --train.warmup-steps and --train.seed at least 0")
+        if train.score_every < 0 or (train.score_every and (self.is_points or train.score_num <= Classifier.num_features)):
+            raise UserError(
+                f"--train.score-every must be 0 for points and at least 0 for images, --train.score-num above "
+                f"{Classifier.num_features}, the number of features"
+            )
         if not 1 <= train.sample_steps <= self.diffusion.timesteps or train.sample_num < 1:
             raise UserError(f"--train.sample-steps must be in 1..{self.diffusion.timesteps}, --train.sample-num at least 1")
 
@@ -198,19 +210,31 @@ class Config:
             raise UserError(f"{path} is not the config.json of a run: {e}") from e
 
 
+WEIGHTS = Path(__file__).parent / "weights"
+
+
+def shipped() -> list[str]:
+    """The names of the models that come with the package."""
+    return sorted(path.parent.name for path in WEIGHTS.glob("*/config.json"))
+
+
 def run_folders(run: Path) -> tuple[Path, Path]:
     """(checkpoint, run): the newest checkpoint of a run's folder, or the one that is given, or its weights, and its run.
+
+    A model that comes with the package goes by its name in `shipped()`; its folder is run and checkpoint in one.
 
     Raises:
         UserError: there is no such run, or nothing in it.
     """
     run = Path(run)
+    if not run.exists() and str(run) in shipped():
+        run = WEIGHTS / run
     if run.suffix == ".safetensors":
         run = run.parent
     if not run.is_dir():
         raise UserError(f"{run} is not a folder: give a run's folder, such as runs/quick, or train one with train.py")
     if (run / "state.json").exists():
-        return run, run.resolve().parent.parent
+        return run, run if (run / "config.json").exists() else run.resolve().parent.parent
     found = checkpoints(run)
     if not found:
         raise UserError(f"{run} holds no checkpoint: train it first, with python train.py --run-dir {run}")
@@ -297,6 +321,14 @@ SCURVE_SEED = replace(
     train=replace(SCURVE.train, total_steps=316_000, batch_size=128, lr=1e-3, sample_every=79_000, save_every=79_000),
 )
 
+# Told the class, on all images, none of them flipped: shoes face left. docs/quality.md says how this came about
+CLASS = Config(
+    DataConfig(flip=False),
+    DiffusionConfig(schedule="cosine", objective="v", loss="l2", weighting="min-snr"),
+    UnetConfig(dim=48, init_dim=48, dim_mults=(1, 2), use_convnext=False, patch_size=2, num_classes=10),
+    TrainConfig(total_steps=6000, batch_size=64, lr=2e-3, ema_decay=0.998),
+)
+
 # The networks and data that the project came from, and the same with more of a condition
 PRESETS = {
     "quick": QUICK,
@@ -305,11 +337,17 @@ PRESETS = {
         QUICK, data=replace(QUICK.data, condition="lowres"), model=replace(QUICK.model, cond_channels=1)
     ),
     "fashion-mnist": Config(),
+    # What the annotated diffusion model does, to be compared with: its process, its rate and no average
+    "fashion-mnist-seed": Config(
+        diffusion=DiffusionConfig(timesteps=200, schedule="unscaled_linear"),
+        train=TrainConfig(lr_decay=False, warmup_steps=0, ema_decay=0.0, sample_steps=200),
+    ),
     "fashion-mnist-resnet": Config(model=UnetConfig(dim=32, use_convnext=False)),
-    "fashion-mnist-class": Config(
-        diffusion=DiffusionConfig(schedule="cosine", objective="v", loss="l2", weighting="min-snr"),
-        model=UnetConfig(dim=48, init_dim=48, dim_mults=(1, 2), use_convnext=False, patch_size=2, num_classes=10),
-        train=TrainConfig(total_steps=6000, batch_size=64, lr=2e-3, ema_decay=0.998),
+    "fashion-mnist-class": CLASS,
+    "fashion-mnist-large": replace(
+        CLASS,
+        model=replace(CLASS.model, dim=64, init_dim=64),
+        train=replace(CLASS.train, total_steps=16_000, lr=1.5e-3, warmup_steps=500, ema_decay=0.999, timesteps="antithetic"),
     ),
     **{name: replace(SCURVE, data=PointsConfig(name)) for name in TOYS},
     "scurve-seed": SCURVE_SEED,

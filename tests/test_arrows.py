@@ -25,7 +25,9 @@ ALLOWED = {
     "samplers": {"runtime"},  # a denoiser is an argument
     "editing": {"runtime", "samplers"},
     "likelihood": {"runtime", "diffusion", "denoiser", "cli", "presets", "data.pipeline"},
+    "generation": {"runtime", "denoiser", "samplers"},
     "draws": set(),
+    "features": {"runtime", "images", "models.classifier", "models.inception"},
     "evaluation": set(),
     "plane": {"runtime", "images"},
     "data.toy": {"runtime"},
@@ -40,6 +42,8 @@ ALLOWED = {
     "models.attention": {"runtime", "kernels", "models.layers"},
     "models.unet": {"runtime", "models.layers", "models.attention"},
     "models.mlp": {"runtime", "models.layers"},
+    "models.classifier": {"runtime", "convert", "models.layers"},
+    "models.inception": {"runtime", "convert"},
 }
 DIFFUSION = {"schedules", "diffusion", "denoiser", "samplers"}
 MEETING = {"presets", "cli", "train", "sample"}  # the top, where all meet

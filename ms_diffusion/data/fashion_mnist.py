@@ -18,12 +18,13 @@ from urllib.request import Request, urlopen
 import numpy as np
 from tqdm import tqdm
 
-from ..runtime import UserError
+from ..runtime import UserError, cache_folder
 
 FILES = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
     "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
 }
+CLASSES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 # Of the official .gz files alone: others repack the same images, Debian for one.
 MD5 = {
     "train-images-idx3-ubyte.gz": "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
@@ -51,7 +52,7 @@ def load_fashion_mnist(split: str = "train", directory: str | None = None) -> tu
     if directory and not Path(directory).is_dir():
         raise UserError(f"--data.dir {directory}: no such folder; create it, or leave the option out")
 
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ms_diffusion" / "fashion-mnist"
+    cache = cache_folder() / "fashion-mnist"
     named = [Path(folder) for folder in (directory, os.environ.get("MS_DIFFUSION_DATA")) if folder]
     below = [folder / sub for folder in named for sub in ("", "fashion-mnist", "FashionMNIST/raw")]
     searched = [*below, cache, *_debian_folders()]

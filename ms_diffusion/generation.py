@@ -1,0 +1,86 @@
+"""How samples are drawn from a run: the flags that sample.py and the evaluation share, and what they mean."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import numpy as np
+
+from .denoiser import guide, make_denoiser, self_conditioned, with_label
+from .runtime import DEVICES, UserError
+from .samplers import SAMPLERS, SPACINGS, sample_ddim, sampling_timesteps
+
+
+@dataclass
+class Sampling:
+    """How samples are drawn from a run."""
+
+    seed: int = 0
+    """Image i of a seed is the same whatever the number and the batch size."""
+    sampler: Literal[tuple(SAMPLERS)] = "ddim"
+    """ddpm is the ancestral sampler; the others are deterministic, dpmpp_2m and unipc good in 10 to 15 steps."""
+    steps: int = 50
+    """Steps of the sampler, at most the timesteps of training; each calls the network once (heun: twice)."""
+    spacing: Literal[SPACINGS] | None = None
+    """Where the steps lie; if not given linspace for ddpm and ddim, logsnr for the others."""
+    eta: float = 0.0
+    """Noise of ddim, from 0, none, to 1, that of ddpm."""
+    v_posterior: float | None = None
+    """Share of beta in ddpm's variance, if not the run's."""
+    guidance: float = 1.0
+    """Classifier-free guidance towards the class: 0 takes no notice of it, 1 is the plain network, more sharpens."""
+    guidance_rescale: float = 0.0
+    """Share of the guided x_0 that is brought back to its contrast without guidance."""
+    guidance_interval: tuple[int, int] | None = None
+    """First and last timestep that are guided."""
+    batch_size: int | None = None
+    """Images or points at once; if not given 64, or all points."""
+    weights: Literal["ema", "model"] = "ema"
+    """The moving average, or the weights as trained."""
+    ema_length: float | None = None
+    """Length of another average, chosen after training, for a run with --train.ema-lengths: 0.1 is a tenth of the run."""
+    device: Literal[DEVICES] = "auto"
+    """Where to run; auto is Ascend, then GPU, then CPU."""
+
+    def check(self, config, T: int) -> None:
+        """Refuse what does not fit together, or not to the run."""
+        classes, dropout = config.model.num_classes, config.train.label_dropout
+        if self.seed < 0 or (self.batch_size is not None and self.batch_size < 1):
+            raise UserError("--seed must be at least 0, --batch-size at least 1")
+        if not 1 <= self.steps <= T:
+            raise UserError(f"--steps {self.steps}: choose from 1 to {T}, the timesteps this run was trained with")
+        if not 0 <= self.eta <= 1 or (self.eta and self.sampler != "ddim"):
+            raise UserError(f"--eta {self.eta}: choose from 0 to 1, with --sampler ddim")
+        if self.v_posterior is not None and not 0 <= self.v_posterior <= 1:
+            raise UserError(f"--v-posterior {self.v_posterior}: choose from 0 to 1")
+        if self.v_posterior is not None and self.sampler != "ddpm":
+            raise UserError(f"--v-posterior is ddpm's variance, which {self.sampler} has not: add --sampler ddpm")
+        if classes is None and self.guidance != 1:
+            raise UserError("this run knows no classes, which --guidance needs: train --preset quick-class")
+        if classes is not None and not dropout and self.guidance != 1:
+            raise UserError("this run was trained with --train.label-dropout 0, which leaves no room for --guidance")
+        if not (0 <= self.guidance < np.inf and 0 <= self.guidance_rescale <= 1):
+            raise UserError("--guidance must be at least 0, --guidance-rescale in [0, 1]")
+        if self.guidance == 1 and (self.guidance_rescale or self.guidance_interval):
+            raise UserError("--guidance-rescale and --guidance-interval change nothing without --guidance: give one, say 3")
+        if self.guidance_interval and not 0 <= self.guidance_interval[0] <= self.guidance_interval[1] < T:
+            raise UserError(f"--guidance-interval: give two timesteps in 0 to {T - 1}, the lower one first")
+
+    def make_denoiser(self, net, diffusion, classes: int | None):
+        """The network's denoiser, guided where it is asked to be."""
+        if self.v_posterior is not None:
+            diffusion.v_posterior = self.v_posterior
+        denoise = make_denoiser(diffusion, net, clip=self.guidance == 1)
+        if self.guidance == 1:
+            return denoise
+        uncond = with_label(denoise, classes)
+        return guide(denoise, uncond, self.guidance, self.guidance_rescale, self.guidance_interval)
+
+    def make_sampler(self, self_condition: bool = False):
+        """The sampler, a function as all in `samplers`."""
+        sampler = partial(sample_ddim, eta=self.eta) if self.sampler == "ddim" else SAMPLERS[self.sampler]
+        return self_conditioned(sampler) if self_condition else sampler
+
+    def timesteps(self, diffusion) -> list[int]:
+        spacing = self.spacing or ("linspace" if self.sampler in ("ddpm", "ddim") else "logsnr")
+        return sampling_timesteps(diffusion.T, self.steps, spacing, diffusion.alphas_cumprod)

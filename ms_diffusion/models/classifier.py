@@ -1,0 +1,62 @@
+"""A small classifier of 28 x 28 gray images, whose features say how near two sets of images are: no download needed."""
+
+from pathlib import Path
+
+from mindspore import nn, ops
+
+from ..convert import load_into, load_torch_state_dict
+from .layers import GroupNorm, Linear, conv2d, name_and_initialise
+
+SHIPPED = Path(__file__).parents[1] / "weights" / "classifier.safetensors"
+
+
+class ConvNorm(nn.Cell):
+    """Convolution, GroupNorm, SiLU: (B, c_in, H, W) -> (B, c_out, H', W')."""
+
+    def __init__(self, c_in: int, c_out: int, kernel: int = 3, stride: int = 1):
+        super().__init__()
+        self.conv = conv2d(c_in, c_out, kernel, stride, padding=1, bias=False)
+        self.norm = GroupNorm(8, c_out, activation="silu-after")
+
+    def construct(self, x):
+        return self.norm(self.conv(x))
+
+
+class Classifier(nn.Cell):
+    """Images (B, 1, 28, 28) in [-1, 1] -> logits (B, classes).
+
+    Three stages, (B, 32, 28, 28), (B, 64, 14, 14) and (B, 128, 7, 7), the later two with a shortcut over two convolutions.
+    The mean of the last over H and W is the features (B, 128), and a linear layer of these the logits.
+    """
+
+    num_features = 128
+
+    def __init__(self, classes: int = 10, seed: int = 0):
+        super().__init__()
+        self.conv1 = nn.SequentialCell(ConvNorm(1, 32), ConvNorm(32, 32))
+        self.down2, self.conv2 = ConvNorm(32, 64, 4, 2), nn.SequentialCell(ConvNorm(64, 64), ConvNorm(64, 64))
+        self.down3, self.conv3 = ConvNorm(64, 128, 4, 2), nn.SequentialCell(ConvNorm(128, 128), ConvNorm(128, 128))
+        self.head = Linear(128, classes)
+        name_and_initialise(self, seed)
+
+    def stages(self, x):
+        """The activations of all three stages."""
+        x1 = self.conv1(x)
+        x2 = self.down2(x1)
+        x2 = x2 + self.conv2(x2)
+        x3 = self.down3(x2)
+        return x1, x2, x3 + self.conv3(x3)
+
+    def features_and_logits(self, x):
+        features = ops.mean(self.stages(x)[2], (2, 3))
+        return features, self.head(features)
+
+    def construct(self, x):
+        return self.features_and_logits(x)[1]
+
+
+def load_classifier(path: Path = SHIPPED) -> Classifier:
+    """The classifier that comes with the package, or another of `train_classifier`; UserError if `path` holds none."""
+    net = Classifier()
+    load_into(net, load_torch_state_dict(path))
+    return net.set_train(False)
