@@ -23,15 +23,17 @@ import mindspore as ms
 from mindspore import Parameter, Tensor, ops
 
 from ms_diffusion import cli, draws, images, modelarts, plane
-from ms_diffusion.checkpoint import Checkpoint
+from ms_diffusion.checkpoint import Checkpoint, best_checkpoint, read_state
 from ms_diffusion.data.conditions import condition_image
 from ms_diffusion.data.pipeline import load_images, make_dataset
 from ms_diffusion.data.toy import Frame, load_points, read_kept_points
 from ms_diffusion.denoiser import make_denoiser, self_conditioned
+from ms_diffusion.evaluation import frechet_distance, mean_and_covariance
+from ms_diffusion.features import Features
 from ms_diffusion.models.layers import set_compute_type
 from ms_diffusion.presets import PRESETS, Config
 from ms_diffusion.runtime import DEVICES, UserError
-from ms_diffusion.samplers import generate, sample_ddpm, sampling_timesteps
+from ms_diffusion.samplers import generate, sample_ddpm, sample_dpmpp_2m, sampling_timesteps
 from ms_diffusion.training import EMA, make_optimizer, make_train_step
 
 STREAM_NOISE = 2  # of np.random.default_rng((seed, stream, rank, step)); the data pipeline has its own
@@ -116,8 +118,10 @@ class Metrics:
             f.write(json.dumps(row) + "\n")
 
     def draw(self, path: Path) -> None:
-        if self.rows:
-            images.save_loss_curve(path, [row["step"] for row in self.rows], [row["loss"] for row in self.rows])
+        steps, losses = ([row[key] for row in self.rows if "loss" in row] for key in ("step", "loss"))
+        scores = [(row["step"], row["fid"]) for row in self.rows if "fid" in row]
+        if steps:
+            images.save_loss_curve(path, steps, losses, scores)
 
 
 def main() -> int:
@@ -137,7 +141,8 @@ def main() -> int:
             loss_scaler = ms.amp.DynamicLossScaler(scale_value=2.0**16, scale_factor=2, scale_window=2000)
     ema, more_emas = EMA(net, train.ema_decay), [EMA(net, length=length) for length in train.ema_lengths]
     logvar = Parameter(Tensor(np.zeros(diffusion.T, np.float32)), name="logvar") if train.learn_logvar else None
-    optimizer = make_optimizer(net, train.lr, train.warmup_steps, train.total_steps, [logvar] if train.learn_logvar else [])
+    more = [logvar] if train.learn_logvar else []
+    optimizer = make_optimizer(net, train.lr, train.warmup_steps, train.total_steps, more, train.lr_decay)
     importance = draws.ImportanceTimesteps(diffusion.T) if train.timesteps == "importance" else None
     others = importance.parameters if importance else []
     checkpoint = Checkpoint(run_dir, net, optimizer, ema, loss_scaler, train.keep_checkpoints, others, more_emas)
@@ -159,7 +164,7 @@ def main() -> int:
         print(f"resuming at step {start} of {train.total_steps} in {run_dir}")
     batches, per_call = (), 1
     if not (importance or more_emas or loss_scaler):  # these need the host, or a graph of their own, after each step
-        every = (train.total_steps, train.log_every, train.sample_every, train.save_every)
+        every = (train.total_steps, train.log_every, train.sample_every, train.save_every, train.score_every)
         per_call = math.gcd(train.steps_per_call, *every, start)
     if start < train.total_steps:
         batches = make_dataset(
@@ -215,27 +220,51 @@ def main() -> int:
 
     sampler = self_conditioned(sample_ddpm) if config.model.self_condition else sample_ddpm
 
-    def draw_samples(step: int) -> Path:
-        """A grid of samples: of each class in turn, or of the first images' conditions. Points beside the data."""
-        cond, path = [], run_dir / "samples" / f"step-{step:07d}.png"
+    def conditions(num: int) -> list[np.ndarray]:
+        """Each class in turn, and the first images' conditions."""
+        cond = []
         if classes is not None:
-            cond.append(np.arange(train.sample_num, dtype=np.int32) % classes)
+            cond.append(np.arange(num, dtype=np.int32) % classes)
         if config.data.condition != "none":
-            originals = images.to_float(data[np.arange(train.sample_num) % len(data)])
+            originals = images.to_float(data[np.arange(num) % len(data)])
             rng = np.random.default_rng((train.seed, STREAM_NOISE))
             cond.append(condition_image(config.data.condition, originals, config.data.lowres_size, rng))
-        num = train.sample_num
+        return cond
+
+    def draw_samples(step: int) -> Path:
+        """A grid of samples. Points beside the data."""
+        path, num = run_dir / "samples" / f"step-{step:07d}.png", train.sample_num
         batch_size = num if config.is_points else 64
-        x = generate(sampler, denoise, diffusion, timesteps, config.shape, num, train.seed, batch_size, cond=cond)
+        x = generate(sampler, denoise, diffusion, timesteps, config.shape, num, train.seed, batch_size, cond=conditions(num))
         if config.is_points:
             plane.save_samples(path, frame.to_points(x), test_points[:num], f"step {step}")
         else:
             images.save_grid(path, images.to_uint8(x), columns=classes)
         return path
 
-    def save(step: int) -> None:
+    scored = train.score_every and rank == 0
+    if scored:
+        features, chosen = Features(), np.random.default_rng(train.seed).permutation(len(data))[: train.score_num]
+        reference = mean_and_covariance(features(data[chosen])["features"])
+        quick_steps = sampling_timesteps(diffusion.T, min(15, diffusion.T), "logsnr", diffusion.alphas_cumprod)
+        quick_sampler = self_conditioned(sample_dpmpp_2m) if config.model.self_condition else sample_dpmpp_2m
+
+    def score(step: int) -> float:
+        """The FID of a few images of the average."""
+        cond, num = conditions(train.score_num), train.score_num
+        x = generate(quick_sampler, denoise, diffusion, quick_steps, config.shape, num, train.seed, cond=cond)
+        if not np.isfinite(x).all():
+            raise UserError(
+                f"samples are not finite at step {step}: resume with a lower --train.lr from the last checkpoint"
+            )
+        fid = frechet_distance(*mean_and_covariance(features(images.to_uint8(x))["features"]), *reference)
+        metrics.append(step=step, fid=fid)
+        return fid
+
+    def save(step: int, fid: float | None = None) -> None:
         if rank == 0:
-            checkpoint.save(step, epoch=step // steps_per_epoch, seed=train.seed, config=json.loads(config.to_json()))
+            record = json.loads(config.to_json())
+            checkpoint.save(step, epoch=step // steps_per_epoch, seed=train.seed, fid=fid, config=record)
             metrics.draw(run_dir / "loss.png")
             modelarts.publish(run_dir, args.train_url)
 
@@ -280,8 +309,14 @@ def main() -> int:
             bar.set_postfix_str("sampling")
             last_grid = draw_samples(step)
             clock = time.perf_counter()
-        if step % train.save_every == 0 or step == train.total_steps:
-            save(step)
+        fid, is_best = None, False
+        if scored and (step % train.score_every == 0 or step == train.total_steps):
+            bar.set_postfix_str("scoring")
+            fid, best = score(step), best_checkpoint(run_dir)
+            is_best = best is None or fid < read_state(best)["fid"]
+            clock = time.perf_counter()
+        if step % train.save_every == 0 or step == train.total_steps or is_best:
+            save(step, fid)
             clock = time.perf_counter()
     bar.close()
 
@@ -297,6 +332,9 @@ def main() -> int:
             print(f"{run_dir} is finished: raise --train.total-steps to train on, or choose another --run-dir for a new run")
         last_grid = last_grid or draw_samples(step)
         modelarts.publish(run_dir, args.train_url)
+        best = best_checkpoint(run_dir)
+        if best:
+            print(f"best FID    {read_state(best)['fid']:.2f}, in {best}")
         print(f"samples     {last_grid}\nloss curve  {run_dir / 'loss.png'}\nmetrics     {run_dir / 'metrics.jsonl'}")
         print(f"{'pictures, scores' if config.is_points else 'more images'}: python sample.py {run_dir}")
     return 0

@@ -4,8 +4,10 @@ A checkpoint is a folder `checkpoints/step-0001000` of safetensors files and `st
 each. It is written under another name, synced, and renamed when it is whole.
 """
 
+import contextlib
 import hashlib
 import json
+import math
 import os
 import platform
 import shutil
@@ -45,7 +47,8 @@ class Checkpoint:
             self.files["optimizer"] = state
 
     def save(self, step: int, **state) -> Path:
-        """Write the checkpoint of `step` with `state` (JSON values) beside it, then drop the oldest.
+        """Write the checkpoint of `step` with `state` (JSON values) beside it, then drop the oldest, but not that whose
+        state has the lowest "fid".
 
         Raises:
             UserError: the disk is full or not writable; earlier checkpoints are untouched.
@@ -70,8 +73,10 @@ class Checkpoint:
             raise UserError(f"cannot write {target}: {e.strerror}; free some space or choose another --run-dir") from e
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+        best = best_checkpoint(self.folder.parent)
         for old in checkpoints(self.folder.parent)[: -self.keep]:
-            shutil.rmtree(old, ignore_errors=True)
+            if old != best:
+                shutil.rmtree(old, ignore_errors=True)
         return target
 
     def load_latest(self) -> dict | None:
@@ -106,6 +111,16 @@ def checkpoints(run_dir) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
     found = [p.parent for p in Path(run_dir).glob("checkpoints/step-*/state.json")]
     return sorted(found, key=lambda folder: (len(folder.name), folder.name))
+
+
+def best_checkpoint(run_dir) -> Path | None:
+    """The checkpoint of the lowest FID, if any was scored; of equals the first."""
+    scores = {}
+    for folder in checkpoints(run_dir):
+        with contextlib.suppress(UserError):
+            scores[folder] = read_state(folder).get("fid") or math.inf
+    best = min(scores, key=scores.get, default=None)
+    return best if scores.get(best, math.inf) < math.inf else None
 
 
 def read_state(folder: Path) -> dict:

@@ -1,6 +1,7 @@
 """Noise schedules: T -> betas (T,) float64, the variance that each diffusion step adds (Ho et al. 2020, eq. 2).
 
-The schedules with a range of betas are made for T = 1000 and scaled by 1000 / T, so that x_T is noise at any T.
+The schedules with a range of betas are made for T = 1000 and scaled by 1000 / T, so that x_T is noise at any T; all but
+one, which is there to be compared with.
 """
 
 import numpy as np
@@ -13,6 +14,11 @@ def _scaled(values: np.ndarray) -> np.ndarray:
 def linear_beta_schedule(T: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> np.ndarray:
     """Ho et al. 2020, section 4."""
     return _scaled(np.linspace(beta_start, beta_end, T))
+
+
+def unscaled_linear_beta_schedule(T: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> np.ndarray:
+    """Ho et al.'s range at any T, as the annotated diffusion model has it: at T = 200 much of the data is left in x_T."""
+    return np.linspace(beta_start, beta_end, T)
 
 
 def quadratic_beta_schedule(T: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> np.ndarray:
@@ -48,6 +54,7 @@ def rescale_zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
 
 SCHEDULES = {
     "linear": linear_beta_schedule,
+    "unscaled_linear": unscaled_linear_beta_schedule,
     "cosine": cosine_beta_schedule,
     "quadratic": quadratic_beta_schedule,
     "sigmoid": sigmoid_beta_schedule,

@@ -14,15 +14,18 @@ from .runtime import compiled
 
 
 class WarmupCosine(nn.learning_rate_schedule.LearningRateSchedule):
-    """Learning rate: linear from 0 to `lr` in `warmup_steps`, then half a cosine to 0 at `total_steps`, and 0 after."""
+    """Learning rate: linear from 0 to `lr` in `warmup_steps`, then half a cosine to 0 at `total_steps`, and 0 after; or,
+    without `decay`, `lr` from there on."""
 
-    def __init__(self, lr: float, warmup_steps: int, total_steps: int):
+    def __init__(self, lr: float, warmup_steps: int, total_steps: int, decay: bool = True):
         super().__init__()
-        self.lr, self.warmup_steps, self.total_steps = lr, warmup_steps, total_steps
+        self.lr, self.warmup_steps, self.total_steps, self.decay = lr, warmup_steps, total_steps, decay
 
     def construct(self, step):
         step = ops.cast(step, ms.float32)
         warmup = ops.clamp((step + 1) / (self.warmup_steps + 1), 0.0, 1.0)
+        if not self.decay:
+            return self.lr * warmup
         progress = ops.clamp((step - self.warmup_steps) / max(self.total_steps - self.warmup_steps, 1), 0.0, 1.0)
         return self.lr * warmup * 0.5 * (1 + ops.cos(math.pi * progress))
 
@@ -82,12 +85,12 @@ def average_after_training(steps, lengths, step: int, length: float) -> np.ndarr
     return np.linalg.lstsq(matrix, wanted, rcond=None)[0]
 
 
-def make_optimizer(net: nn.Cell, lr: float, warmup_steps: int, total_steps: int, others=()) -> nn.Adam:
-    """Adam (Kingma & Ba 2014) with PyTorch's defaults and a cosine learning rate; it counts its steps in `global_step`.
+def make_optimizer(net: nn.Cell, lr: float, warmup_steps: int, total_steps: int, others=(), decay: bool = True) -> nn.Adam:
+    """Adam (Kingma & Ba 2014) with PyTorch's defaults and `WarmupCosine`; it counts its steps in `global_step`.
 
     `others` are parameters that are trained besides the network's.
     """
-    schedule = WarmupCosine(lr, warmup_steps, total_steps)
+    schedule = WarmupCosine(lr, warmup_steps, total_steps, decay)
     parameters = [*net.trainable_params(), *others]
     return nn.Adam(parameters, learning_rate=schedule, beta1=0.9, beta2=0.999, eps=1e-8)
 
