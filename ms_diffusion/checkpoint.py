@@ -7,7 +7,6 @@ each. It is written under another name, synced, and renamed when it is whole.
 import contextlib
 import hashlib
 import json
-import math
 import os
 import platform
 import shutil
@@ -118,9 +117,8 @@ def best_checkpoint(run_dir) -> Path | None:
     scores = {}
     for folder in checkpoints(run_dir):
         with contextlib.suppress(UserError):
-            scores[folder] = read_state(folder).get("fid") or math.inf
-    best = min(scores, key=scores.get, default=None)
-    return best if scores.get(best, math.inf) < math.inf else None
+            scores[folder] = read_state(folder).get("fid")
+    return min((folder for folder in scores if scores[folder] is not None), key=scores.get, default=None)
 
 
 def read_state(folder: Path) -> dict:

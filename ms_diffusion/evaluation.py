@@ -191,11 +191,13 @@ def kernel_distance(a, b, rng, subsets: int = 100, size: int = 1000) -> tuple[fl
 
 def rows_of_squares(a, b, rows: int = 1000):
     """|x - y|^2 of each pair, `rows` of a at a time: (first row, (rows, m)). By |x|^2 + |y|^2 - 2 x y, fast for many
-    numbers; what it is wrong by, 1e-16 of |x|^2, is nothing to neighbours among features."""
+    numbers; what rounding may leave of 0 is 0."""
     squares = (b * b).sum(1)
     for i in range(0, len(a), rows):
         x = a[i : i + rows]
-        yield i, np.maximum((x * x).sum(1)[:, None] + squares - 2 * (x @ b.T), 0)
+        both = (x * x).sum(1)[:, None] + squares
+        square = both - 2 * (x @ b.T)
+        yield i, np.where(square > 100 * np.finfo(x.dtype).eps * both, square, 0)
 
 
 def precision_recall(samples, data, k: int = 5) -> dict:
@@ -213,7 +215,7 @@ def precision_recall(samples, data, k: int = 5) -> dict:
 
     def radii(points):
         found = [np.partition(square, k, 1)[:, k] for _, square in rows_of_squares(points, points)]  # k: itself is the 0th
-        return np.concatenate(found)
+        return np.concatenate(found) * (1 + 1e-9)  # which rounding leaves in: of equal distances all count
 
     sample_radii, data_radii = radii(samples), radii(data)
     balls, reached, covered = [], [], np.full(len(data), np.inf)

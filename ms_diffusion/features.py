@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -59,9 +58,9 @@ class Features:
         made = hashlib.sha256(self.weights + str(images.shape).encode() + images.tobytes()).hexdigest()
         path = cache_folder(folder) / f"features-{made[:16]}.npz"
         try:
-            with np.load(path) as kept:
+            with open(path, "rb") as file, np.load(file) as kept:
                 return {name: kept[name] for name in self.names}
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile):  # none yet, or a spoilt one
+        except Exception:  # none yet, or a spoilt one, which raises a dozen kinds
             found = self(images)
         with contextlib.suppress(OSError):  # a full or read-only disk costs time alone
             write(path, lambda f: np.savez(f, **found))

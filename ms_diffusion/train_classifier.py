@@ -70,6 +70,7 @@ def main() -> int:
         raise UserError("--epochs and --batch-size must be at least 1, --lr above 0, --seed at least 0")
     if Path(args.out).suffix != ".safetensors":
         raise UserError(f"--out {args.out}: give a path that ends in .safetensors")
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     device = runtime.set_device(args.device)
     pictures, labels = load_images(args.name, args.dir, "train", 28, 1)
     per_epoch = len(pictures) // args.batch_size

@@ -15,7 +15,7 @@ import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 
 from ms_diffusion import checkpoint as module
-from ms_diffusion.checkpoint import Checkpoint, checkpoints, read_weights
+from ms_diffusion.checkpoint import Checkpoint, best_checkpoint, checkpoints, read_state, read_weights
 from ms_diffusion.runtime import UserError, compiled
 from ms_diffusion.training import EMA, make_optimizer, make_train_step
 
@@ -133,6 +133,59 @@ def test_only_the_newest_stay(tmp_path):
         checkpoint.save(step)
     assert [p.name for p in checkpoints(tmp_path)] == ["step-0000100", "step-0020000"]
     assert sorted(os.listdir(tmp_path / "checkpoints")) == ["step-0000100", "step-0020000"]
+
+
+def saved(folder, *scores, keep=2):
+    """The steps that stay, and the best of them, where step i is saved with scores[i - 1], if that is one."""
+    checkpoint = Checkpoint(folder, Net(), keep=keep)
+    for step, score in enumerate(scores, 1):
+        checkpoint.save(step, **({} if score is None else {"fid": score}))
+    best = best_checkpoint(folder)
+    return [read_state(path)["step"] for path in checkpoints(folder)], best and read_state(best)["step"]
+
+
+@pytest.mark.parametrize(
+    ("scores", "stay", "best"),
+    [
+        ((9.0, 5.0, 8.0, 7.0, 6.0), [2, 4, 5], 2),
+        ((9.0, 5.0, 8.0, 4.0, 6.0), [4, 5], 4),  # a better one lets the old best go
+        ((9.0, 5.0, 8.0, 7.0, 3.0), [4, 5], 5),
+        ((5.0, 5.0, 5.0, 5.0), [1, 3, 4], 1),
+        ((None, 70.0, None, None, None), [2, 4, 5], 2),
+        ((None, 7.0, None, 9.0, None, None), [2, 5, 6], 2),
+        ((8.0, -0.1, 8.0, 8.0, 8.0), [2, 4, 5], 2),  # by rounding
+        ((None,) * 5, [4, 5], None),
+        ((3.0,), [1], 1),
+        ((), [], None),
+    ],
+)
+def test_the_best_scored_stays_besides_the_newest(tmp_path, scores, stay, best):
+    """It is that of the lowest FID, of equals the first."""
+    assert saved(tmp_path, *scores) == (stay, best)
+
+
+def test_no_score_is_better_than_0(tmp_path):
+    assert saved(tmp_path, 5.0, 0.0, 4.0, 3.0, 2.0) == ([2, 4, 5], 2)
+
+
+@pytest.mark.parametrize("keep", [1, 3])
+def test_the_best_is_kept_in_addition(tmp_path, keep):
+    stay, best = saved(tmp_path, 9.0, 1.0, *range(10, 20), keep=keep)
+    assert stay == [2, *range(13 - keep, 13)] and best == 2
+
+
+def test_the_newest_is_what_training_goes_on_from(tmp_path):
+    saved(tmp_path, 1.0, 9.0, 9.0, 9.0)
+    assert Checkpoint(tmp_path, Net()).load_latest()["step"] == 4
+
+
+@pytest.mark.parametrize("text", [b"", b"garbage", b"\xff\xfe\x00", b"[1]", b"{}", b'{"step": 2, "fid": 1.0}'])
+def test_a_spoilt_state_has_no_score(tmp_path, text):
+    saved(tmp_path, 9.0, 1.0, 5.0, 7.0)
+    (step_folder(tmp_path, 2) / "state.json").write_bytes(text)
+    assert best_checkpoint(tmp_path) == step_folder(tmp_path, 3)
+    Checkpoint(tmp_path, Net(), keep=1).save(5, fid=6.0)
+    assert checkpoints(tmp_path) == [step_folder(tmp_path, 3), step_folder(tmp_path, 5)]
 
 
 def test_a_step_can_be_saved_again(tmp_path):

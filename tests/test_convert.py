@@ -86,6 +86,23 @@ def test_half_precision_is_read_as_float32(tmp_path):
         assert arrays["steps"] == 7
 
 
+def test_float16_halves_the_file_and_rounds_the_values(tmp_path):
+    net, other = small_unet(0), small_unet(1)
+    full, half = tmp_path / "full.safetensors", tmp_path / "half.safetensors"
+    save_torch_state_dict(net, full)
+    save_torch_state_dict(net, half, np.float16)
+    count = sum(value.size for value in values(net).values())
+    assert full.stat().st_size - half.stat().st_size == pytest.approx(2 * count, abs=2000)  # the headers differ a little
+    assert {a.dtype for a in safetensors.numpy.load_file(half).values()} == {np.dtype(np.float16)}
+    rounded = {name: value.astype(np.float16).astype(np.float32) for name, value in values(net).items()}
+    assert any((rounded[name] != value).any() for name, value in values(net).items())
+    arrays = load_torch_state_dict(half)
+    assert_same(arrays, rounded)
+    assert {a.dtype for a in arrays.values()} == {np.dtype(np.float32)}
+    load_into(other, arrays)
+    assert_same(values(other), rounded)
+
+
 def test_loading_reaches_the_compiled_graph():
     net, other = small_unet(0), small_unet(1)
     x, t, _ = map(Tensor, draw_batch(1, 8))
@@ -136,6 +153,15 @@ def test_names_and_shapes_are_strict():
     assert "unexpected: module.weight;" in message
     assert "init_conv.bias (1, 4) instead of (4,)" in message
     assert_same(values(net), before)  # nothing was half loaded
+
+
+def test_the_complaint_ends_in_how_to_mend_it():
+    net, weights = small_unet(), {"weight": np.zeros(3)}
+    assert complaint(load_into, net, weights).endswith("): build it with the options they were saved with")
+    before = values(net)
+    assert complaint(load_into, net, weights, "give others").endswith("): give others")
+    assert complaint(load_into, net.get_parameters(), weights, "give others").endswith("): give others")
+    assert_same(values(net), before)
 
 
 def test_few_names_are_listed():

@@ -13,7 +13,13 @@ from mindspore import Parameter, Tensor, nn, ops
 from ms_diffusion.diffusion import OBJECTIVES, DiffusionConfig, GaussianDiffusion, predict
 from ms_diffusion.losses import LOSSES
 from ms_diffusion.runtime import compiled
-from ms_diffusion.schedules import SCHEDULES, cosine_beta_schedule, linear_beta_schedule, quadratic_beta_schedule
+from ms_diffusion.schedules import (
+    SCHEDULES,
+    cosine_beta_schedule,
+    linear_beta_schedule,
+    quadratic_beta_schedule,
+    unscaled_linear_beta_schedule,
+)
 
 T = 50
 BETAS = linear_beta_schedule(T)
@@ -89,7 +95,7 @@ def paper_betas(name, T):
     return [(math.sqrt(low) * (1 - p) + math.sqrt(high) * p) ** 2 for p in part]
 
 
-@pytest.mark.parametrize("name", sorted(SCHEDULES.keys() - {"cosine"}))
+@pytest.mark.parametrize("name", sorted(SCHEDULES.keys() - {"cosine", "unscaled_linear"}))
 @examples
 @given(T=st.integers(2, 4000))
 def test_scaled_schedule_is_the_papers(name, T):
@@ -118,13 +124,27 @@ def test_cosine_schedule_is_the_papers(T):
 @examples
 @given(T=st.integers(1, 4000))
 def test_schedule_lies_in_0_1_and_ends_in_noise(name, T):
-    """alpha_bar_T <= 0.01 for every T from 2 to 4000 (T = 1 has one small beta in most schedules)."""
+    """alpha_bar_T <= 0.01 for every T from 2 to 4000 (T = 1 has one small beta in most schedules), unscaled_linear apart."""
     betas = SCHEDULES[name](T)
     assert betas.shape == (T,) and betas.dtype == np.float64
     assert (betas > 0).all() and (betas < 1).all()
     assert (np.diff(betas) >= 0).all()
-    if T > 1:
+    if T > 1 and name != "unscaled_linear":
         assert math.prod(1 - betas) <= 0.01
+
+
+@examples
+@given(T=st.integers(1, 4000))
+def test_unscaled_schedule_has_its_range_at_any_T(T):
+    np.testing.assert_array_equal(SCHEDULES["unscaled_linear"](T), np.linspace(1e-4, 0.02, T))
+
+
+def test_unscaled_schedule_leaves_data_in_x_T():
+    """alpha_bar_T of the annotated model's 200 steps is 0.13; at T = 1000 the schedule is DDPM's."""
+    betas = unscaled_linear_beta_schedule(200)
+    np.testing.assert_allclose(betas, [1e-4 + i / 199 * 0.0199 for i in range(200)], rtol=1e-12)
+    assert math.prod(1 - betas) == pytest.approx(0.132, abs=0.002)
+    np.testing.assert_array_equal(unscaled_linear_beta_schedule(1000), linear_beta_schedule(1000))
 
 
 def test_schedule_gives_published_numbers():

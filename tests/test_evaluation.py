@@ -10,7 +10,19 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from ms_diffusion import evaluation
-from ms_diffusion.evaluation import DIRECTIONS, compare, energy_distance, maximum_mean_discrepancy, sliced_wasserstein
+from ms_diffusion.evaluation import (
+    DIRECTIONS,
+    compare,
+    energy_distance,
+    frechet_distance,
+    kernel_distance,
+    maximum_mean_discrepancy,
+    mean_and_covariance,
+    precision_recall,
+    rows_of_squares,
+    sliced_wasserstein,
+    square_root,
+)
 
 DISTANCES = [sliced_wasserstein, energy_distance, maximum_mean_discrepancy]
 PAIRWISE = DISTANCES[1:]
@@ -423,3 +435,326 @@ def test_what_is_not_finite_is_counted(bad):
         compare(spoilt, ring(2, 60), rng())
     with pytest.raises(ValueError, match="^2 of 30 data are not finite$"):
         compare(ring(2, 60), spoilt, rng())
+
+
+# Frechet distance
+
+
+def turn(seed, d):
+    """A rotation, or one with a mirror."""
+    return np.linalg.qr(rng(seed).standard_normal((d, d)))[0]
+
+
+def gaussian(seed, d, rank=None):
+    """A mean and a covariance, of full rank by default."""
+    generator = rng(seed)
+    factor = generator.standard_normal((d, 2 * d if rank is None else rank))
+    return generator.standard_normal(d), factor @ factor.T / d
+
+
+def close_to(value, scale=1.0):
+    """Roots of what rounding leaves of 0 are 1e-8."""
+    return pytest.approx(value, rel=1e-9, abs=1e-6 * scale)
+
+
+dimensions = st.integers(1, 8)
+
+
+@settings(deadline=None, max_examples=50)
+@given(seeds, dimensions, st.integers(0, 8))
+def test_frechet_of_one_covariance_is_that_of_the_means(seed, d, rank):
+    mean, covariance = gaussian(seed, d, rank)
+    step = rng(seed + 1).standard_normal(d)
+    assert frechet_distance(mean, covariance, mean, covariance) == close_to(0)
+    assert frechet_distance(mean, covariance, mean + step, covariance) == close_to(step @ step)
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.data(), dimensions, seeds)
+def test_frechet_of_commuting_covariances(data, d, seed):
+    """|m_a - m_b|^2 + sum (s_a - s_b)^2, with s the standard deviations along common axes; some may be 0."""
+    stds = st.one_of(st.just(0.0), st.floats(1e-6, 100))
+    a, b = (data.draw(arrays(float, d, elements=stds)) for _ in range(2))
+    means, axes = rng(seed).standard_normal((2, d)), turn(seed, d)
+    expected = np.sum((means[0] - means[1]) ** 2) + np.sum((a - b) ** 2)
+    found = frechet_distance(means[0], (axes * a**2) @ axes.T, means[1], (axes * b**2) @ axes.T)
+    assert found == close_to(expected, scale=max(1, *a, *b) ** 2)
+    assert frechet_distance(means[0], np.diag(a**2), means[1], np.diag(b**2)) == close_to(expected)
+
+
+@pytest.mark.parametrize(("a", "b", "expected"), [((0, 1), (3, 2), 10), ((1, 0), (1, 5), 25), ((-1, 3), (1, 3), 4)])
+def test_frechet_on_a_line(a, b, expected):
+    """(m_a - m_b)^2 + (s_a - s_b)^2."""
+    found = frechet_distance(np.array([a[0]]), np.array([[a[1] ** 2]]), np.array([b[0]]), np.array([[b[1] ** 2]]))
+    assert found == pytest.approx(expected, rel=1e-14) and type(found) is float
+
+
+@settings(deadline=None, max_examples=50)
+@given(seeds, dimensions, st.integers(1, 16), st.floats(0.01, 100))
+def test_frechet_is_symmetric_moves_along_and_scales_by_the_square(seed, d, rank, scale):
+    (mean_a, a), (mean_b, b) = gaussian(seed, d), gaussian(seed + 1, d, rank)
+    expected, axes = frechet_distance(mean_a, a, mean_b, b), turn(seed, d)
+    assert expected > 0
+    assert frechet_distance(mean_b, b, mean_a, a) == close_to(expected)
+    moved = [3 + axes @ mean_a, axes @ a @ axes.T, 3 + axes @ mean_b, axes @ b @ axes.T]
+    assert frechet_distance(*moved) == close_to(expected)
+    scaled = [scale * mean_a, scale**2 * a, scale * mean_b, scale**2 * b]
+    assert frechet_distance(*scaled) == close_to(scale**2 * expected, scale**2)
+
+
+@settings(deadline=None, max_examples=50)
+@given(seeds, dimensions)
+def test_frechet_by_scipys_root(seed, d):
+    linalg = pytest.importorskip("scipy.linalg")
+    (mean_a, a), (mean_b, b) = gaussian(seed, d), gaussian(seed + 1, d)
+    expected = np.sum((mean_a - mean_b) ** 2) + np.trace(a + b - 2 * linalg.sqrtm(a @ b).real)
+    assert frechet_distance(mean_a, a, mean_b, b) == close_to(expected)
+
+
+def test_frechet_stays_real_and_right_where_scipys_root_turns_complex():
+    """Five and ten standard deviations of twenty are not nearly 0."""
+    linalg = pytest.importorskip("scipy.linalg")
+    turned_complex = 0
+    for seed in range(10):
+        stds, axes = rng(seed).uniform(0.5, 1, (2, 20)), turn(seed, 20)
+        stds[0, 5:] = stds[1, :10] = 1e-10
+        a, b = (axes * stds[0] ** 2) @ axes.T, (axes * stds[1] ** 2) @ axes.T
+        turned_complex += np.iscomplexobj(linalg.sqrtm(a @ b))
+        found = frechet_distance(np.zeros(20), a, np.zeros(20), b)
+        assert type(found) is float and found == close_to(np.sum((stds[0] - stds[1]) ** 2))
+    assert turned_complex > 0
+
+
+@settings(deadline=None, max_examples=50)
+@given(seeds, dimensions, st.integers(1, 16))
+def test_square_root_is_symmetric_and_squares_to_the_covariance(seed, d, rank):
+    covariance = gaussian(seed, d, rank)[1]
+    root = square_root(covariance)
+    np.testing.assert_allclose(root, root.T, atol=1e-12)
+    np.testing.assert_allclose(root @ root, covariance, atol=1e-10)
+    assert np.linalg.eigvalsh(root)[0] > -1e-7
+
+
+@pytest.mark.parametrize("bad", [np.diag([1.0, -1e-3]), -np.eye(2), np.array([[1.0, 2.0], [2.0, 1.0]])])
+def test_what_is_no_covariance_is_refused(bad):
+    good, mean = np.eye(2), np.zeros(2)
+    for covariances in ((bad, good), (good, bad)):
+        with pytest.raises(ValueError, match="^a covariance has no eigenvalue below 0, such as -"):
+            frechet_distance(mean, covariances[0], mean, covariances[1])
+    assert frechet_distance(mean, np.zeros((2, 2)), mean, np.diag([1, -1e-12])) == close_to(1)  # by rounding
+
+
+@settings(deadline=None, max_examples=30)
+@given(seeds, dimensions, st.integers(1, 10))
+def test_mean_and_covariance_by_loops(seed, d, more):
+    points = rng(seed).standard_normal((d + more, d)).astype(np.float32)
+    mean, covariance = mean_and_covariance(points)
+    expected = [math.fsum(map(float, column)) / len(points) for column in points.T]
+    np.testing.assert_allclose(mean, expected, rtol=1e-12, atol=1e-13)
+    steps = [[float(value) - m for value, m in zip(point, expected, strict=True)] for point in points]
+    sums = [[math.fsum(step[i] * step[j] for step in steps) for j in range(d)] for i in range(d)]
+    np.testing.assert_allclose(covariance, np.array(sums) / (len(points) - 1), rtol=1e-11, atol=1e-12)
+    assert mean.shape == (d,) and covariance.shape == (d, d) and covariance.dtype == np.float64
+
+
+def test_frechet_of_many_draws_nears_that_of_their_gaussians():
+    (mean_a, a), (mean_b, b) = gaussian(0, 4), gaussian(1, 4)
+    points = [rng(2 + i).multivariate_normal(*g, 100_000) for i, g in enumerate([(mean_a, a), (mean_b, b)])]
+    found = frechet_distance(*mean_and_covariance(points[0]), *mean_and_covariance(points[1]))
+    assert found == pytest.approx(frechet_distance(mean_a, a, mean_b, b), rel=0.03)
+
+
+@pytest.mark.parametrize(("n", "d"), [(1, 1), (2, 2), (5, 9), (128, 128)])
+def test_too_few_images_for_the_features(n, d):
+    message = f"^{n} images are too few for {d} features: they span {n - 1} dimensions .*; take at least {d + 1},"
+    with pytest.raises(ValueError, match=message):
+        mean_and_covariance(rng().standard_normal((n, d)))
+    covariance = mean_and_covariance(rng().standard_normal((d + 1, d)))[1]
+    assert np.linalg.eigvalsh(covariance)[0] > 0
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_features_that_are_not_finite_are_counted(bad):
+    points = rng().standard_normal((30, 4))
+    points[[3, 7, 7], [0, 0, 1]] = bad
+    with pytest.raises(ValueError, match="^the features of 2 of 30 images are not finite$"):
+        mean_and_covariance(points)
+
+
+# Kernel distance
+
+
+def kernel_by_loops(a, b):
+    def mean(x, y, skip):
+        pairs = [(i, j) for i in range(len(x)) for j in range(len(y)) if not (skip and i == j)]
+        return sum((float(x[i] @ y[j]) / a.shape[1] + 1) ** 3 for i, j in pairs) / len(pairs)
+
+    return mean(a, a, True) + mean(b, b, True) - 2 * mean(a, b, False)
+
+
+@settings(deadline=None, max_examples=30)
+@given(seeds, st.integers(2, 12), st.integers(1, 5))
+def test_kernel_distance_by_loops(seed, n, d):
+    """Where a subset is the whole set, all subsets give the same."""
+    a, b = drawn(seed, n, n, d)
+    mean, std = kernel_distance(a, b, rng(), subsets=3)
+    expected = kernel_by_loops(a, b)
+    assert mean == pytest.approx(expected, rel=1e-9, abs=1e-9) and std == pytest.approx(0, abs=1e-9 * (1 + abs(expected)))
+    assert type(mean) is type(std) is float
+
+
+def test_kernel_distance_by_scikit_learn():
+    kernel = pytest.importorskip("sklearn.metrics.pairwise").polynomial_kernel
+    a, b = drawn(0, 60, 60, 16)
+    off = ~np.eye(60, dtype=bool)
+    own, both = [kernel(x, x, degree=3, coef0=1)[off].mean() for x in (a, b)], kernel(a, b, degree=3, coef0=1).mean()
+    assert kernel_distance(a, b, rng(), 1)[0] == pytest.approx(sum(own) - 2 * both, rel=1e-9)
+
+
+@pytest.mark.parametrize(("shift", "std"), [(0.0, 1.0), (0.5, 1.0), (0.0, 1.5), (-1.0, 0.5)])
+def test_kernel_distance_is_unbiased(shift, std):
+    """On a line (x y + 1)^3 compares three moments: MMD^2 = 3 (m_1 - m_1')^2 + 3 (m_2 - m_2')^2 + (m_3 - m_3')^2."""
+    n, repeats, generator = 20, 4000, rng()
+    found = []
+    for _ in range(repeats):
+        a, b = generator.standard_normal((n, 1)), shift + std * generator.standard_normal((n, 1))
+        found.append(kernel_distance(a, b, generator, 1)[0])
+    moments = shift, shift**2 + std**2, shift**3 + 3 * shift * std**2
+    expected = 3 * moments[0] ** 2 + 3 * (moments[1] - 1) ** 2 + moments[2] ** 2
+    error = np.std(found) / math.sqrt(repeats)
+    assert np.mean(found) == pytest.approx(expected, abs=4 * error)
+    assert error < 0.2 * (28 - 4) / n  # a point with itself would add far more: E (x^2 + 1)^3 - E (x y + 1)^3 over n
+    if not shift and std == 1:
+        assert min(found) < 0
+
+
+def test_kernel_distance_of_subsets_spreads():
+    """Less for larger ones, about the value of all points."""
+    a, b = drawn(0, 200, 250, 8)
+    whole, spreads = kernel_by_loops(a, b), []
+    for size in (15, 50, 160):
+        mean, std = kernel_distance(a, b, rng(), 200, size)
+        assert mean == pytest.approx(whole, abs=4 * std / math.sqrt(200) + 0.05 * whole)
+        spreads.append(std)
+    assert spreads[0] > 1.5 * spreads[1] > 1.5**2 * spreads[2] > 0
+    again = kernel_distance(a, b, rng(), 5, 50)
+    assert again == kernel_distance(a, b, rng(), 5, 50) != kernel_distance(a, b, rng(1), 5, 50)
+
+
+def test_kernel_distance_needs_two_points_of_each():
+    for n, m in ((1, 5), (5, 1)):
+        with pytest.raises(ValueError, match=f"^at least 2 points of each are needed, not {n} and {m}$"):
+            kernel_distance(np.ones((n, 2)), np.ones((m, 2)), rng())
+    assert kernel_distance(np.ones((5, 2)), np.ones((9, 2)), rng()) == pytest.approx((0, 0), abs=1e-12)
+
+
+# Precision and recall
+
+
+def square(x, y):
+    return sum((p - q) ** 2 for p, q in zip(x.tolist(), y.tolist(), strict=True))
+
+
+def precision_by_loops(samples, data, k):
+    def radius(i, points):
+        return sorted(square(points[i], other) for j, other in enumerate(points) if j != i)[k - 1]
+
+    sample_radii, data_radii = ([radius(i, points) for i in range(len(points))] for points in (samples, data))
+    balls = [sum(square(x, y) <= r for y, r in zip(data, data_radii, strict=True)) for x in samples]
+    reached = [any(square(x, y) <= r for x, r in zip(samples, sample_radii, strict=True)) for y in data]
+    covered = [any(square(x, y) <= r for x in samples) for y, r in zip(data, data_radii, strict=True)]
+    shares = [sum(b > 0 for b in balls) / len(samples), sum(reached) / len(data), sum(balls) / len(samples) / k]
+    return dict(zip(("precision", "recall", "density", "coverage"), [*shares, sum(covered) / len(data)], strict=True))
+
+
+@settings(deadline=None, max_examples=60)
+@given(seeds, st.integers(6, 25), st.integers(6, 25), st.integers(1, 5), st.integers(1, 5), st.booleans())
+def test_precision_recall_by_loops(seed, n, m, d, k, on_grid):
+    """Also for points that coincide and tie: on the grid nothing is rounded."""
+    generator = rng(seed)
+    if on_grid:
+        samples, data = generator.integers(0, 4, (n, d)), generator.integers(0, 4, (m, d))
+    else:
+        samples, data = 1.3 * generator.standard_normal((n, d)) + 0.5, generator.standard_normal((m, d))
+    found = precision_recall(samples, data, k)
+    assert found == pytest.approx(precision_by_loops(samples.astype(float), data.astype(float), k), rel=1e-12)
+    assert {type(value) for value in found.values()} == {float}
+
+
+@pytest.mark.parametrize("d", [2, 128])
+def test_samples_that_are_the_data_have_precision_and_recall_1(d):
+    """Each of the balls holds k points and its centre."""
+    data = rng().standard_normal((300, d))
+    found = precision_recall(rng(1).permutation(data), data, 5)
+    assert found == {"precision": 1, "recall": 1, "density": pytest.approx(1.2, abs=2e-3), "coverage": 1}
+
+
+def test_far_samples_have_neither():
+    a, b = rng(0).standard_normal((100, 3)), rng(1).standard_normal((120, 3)) + 100
+    assert precision_recall(a, b) == dict.fromkeys(("precision", "recall", "density", "coverage"), 0)
+
+
+def test_samples_like_the_data_have_about_1_of_density_and_coverage():
+    """Coverage is 1 - C(n, k) / C(2 n, k) ~ 1 - 2^-k for fresh data (Naeem et al. 2020, section 3.3)."""
+    found = precision_recall(rng(0).standard_normal((2000, 4)), rng(1).standard_normal((2000, 4)), 5)
+    assert found["density"] == pytest.approx(1, abs=0.05) and found["coverage"] == pytest.approx(1 - 2**-5, abs=0.02)
+    assert min(found.values()) > 0.9
+
+
+def test_samples_of_one_cluster_of_two():
+    data = np.concatenate([rng(0).standard_normal((300, 3)), rng(1).standard_normal((300, 3)) + 50])
+    samples = 0.7 * rng(2).standard_normal((400, 3))
+    found = precision_recall(samples, data)
+    assert found["precision"] > 0.99 and 0.4 < found["recall"] <= 0.5 and found["coverage"] <= 0.5
+    swapped = precision_recall(data, samples)
+    assert (swapped["precision"], swapped["recall"]) == (found["recall"], found["precision"])
+
+
+def test_an_outlier_sways_density_less_than_precision():
+    """One datum far away makes a ball that holds all samples between: all are precise, and the density is 1 / k."""
+    data = np.concatenate([rng(0).standard_normal((50, 2)), [[1000.0, 0.0]]])
+    samples = rng(1).standard_normal((50, 2)) + [500, 0]
+    found = precision_recall(samples, data, 5)
+    assert found["precision"] == 1 and found["density"] == 1 / 5 and found["coverage"] == 1 / 51 and found["recall"] == 0
+
+
+def test_points_that_coincide_reach_only_themselves():
+    """Six of each of three points: every ball has a radius of 0."""
+    data = np.repeat([[0.0, 0.0], [1.0, 0.0], [4.0, 4.0]], 6, 0)
+    samples = np.repeat([[0.0, 0.0], [2.0, 0.0]], 6, 0)
+    assert precision_recall(samples, data, 5) == {"precision": 1 / 2, "recall": 1 / 3, "density": 0.6, "coverage": 1 / 3}
+
+
+def test_points_that_coincide_reach_themselves_after_rounding():
+    for seed in range(60):
+        n, d = 10 + seed % 20, 20 + 3 * seed
+        points = rng(seed).standard_normal((n, d))
+        found = precision_recall(np.repeat(points, 8, 0), np.repeat(points, 7, 0), 5)
+        assert found["precision"] == found["recall"] == found["coverage"] == 1
+
+
+@pytest.mark.parametrize(("n", "m"), [(5, 30), (30, 5), (1, 1)])
+def test_precision_recall_needs_more_than_k_points(n, m):
+    with pytest.raises(ValueError, match=f"^more than 5 samples and data are needed, not {n} and {m}$"):
+        precision_recall(np.zeros((n, 2)), np.zeros((m, 2)))
+    assert precision_recall(np.zeros((6, 2)), np.zeros((6, 2)))["precision"] == 1
+
+
+@pytest.mark.parametrize("rows", [1, 7, 23, 24, 1000])
+def test_rows_of_squares_are_all_squares(rows, monkeypatch):
+    a, b = drawn(0, 23, 37, 3)
+    blocks = list(rows_of_squares(a, b, rows))
+    assert [i for i, _ in blocks] == list(range(0, 23, rows))
+    found = np.concatenate([block for _, block in blocks])
+    np.testing.assert_allclose(found, evaluation.squared_distances(a, b), rtol=1e-12, atol=1e-13)
+    assert found.min() >= 0 and {len(block) for _, block in blocks[:-1]} <= {rows}
+    expected = precision_recall(b + 0.1, a)
+    monkeypatch.setattr(evaluation, "rows_of_squares", lambda x, y: rows_of_squares(x, y, rows))
+    assert precision_recall(b + 0.1, a) == expected
+
+
+@pytest.mark.parametrize("distance", [lambda a, b: kernel_distance(a, b, rng()), precision_recall])
+@pytest.mark.parametrize("shapes", [((9,), (9,)), ((9, 2), (9, 3)), ((0, 2), (9, 2)), ((9, 2, 1), (9, 2, 1))])
+def test_features_are_points_too(distance, shapes):
+    with pytest.raises(ValueError, match=r"^points \(n, d\) and \(m, d\) are needed"):
+        distance(*map(np.zeros, shapes))

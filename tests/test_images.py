@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageSequence
 
+from ms_diffusion.images import CAPTION, GAP, save_gif, save_grid, save_loss_curve, to_uint8, write
 from ms_diffusion.images import grid as make_grid
-from ms_diffusion.images import save_gif, save_grid, save_loss_curve, to_uint8, write
 
 
 def numbered(n, height=2, width=3, channels=1):
@@ -96,6 +96,45 @@ def test_png_reads_back_equal(tmp_path, channels, mode, n, scale):
     assert files(path.parent) == ["grid.png"]
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(("n", "columns", "scale"), [(1, None, 2), (4, None, 3), (10, 4, 2), (3, 5, 4)])
+def test_captions_stand_below_their_images(tmp_path, n, columns, scale, channels):
+    """Each image's pixels are as they were, and nothing is lit but them and something white in each strip below."""
+    images = np.random.default_rng(0).integers(0, 256, (n, 28, 26, channels)).astype(np.uint8)
+    names = ["T-shirt", "bag", "ankle boot", "pullover"]
+    save_grid(tmp_path / "grid.png", images, columns, scale, [names[i % 4] for i in range(n)])
+    with Image.open(tmp_path / "grid.png") as picture:
+        pixels = np.asarray(picture.convert("RGB"))
+    wide = columns or {1: 1, 4: 2}[n]
+    height, width = 28 + CAPTION + GAP, 26 + GAP
+    assert pixels.shape == (scale * (-(-n // wide) * height + GAP), scale * (wide * width + GAP), 3)
+    rest = pixels.copy()
+    for i, image in enumerate(images):
+        top, left = scale * (GAP + i // wide * height), scale * (GAP + i % wide * width)
+        place = slice(top, top + scale * 28), slice(left, left + scale * 26)
+        expected = np.broadcast_to(image, (28, 26, 3)).repeat(scale, 0).repeat(scale, 1)
+        np.testing.assert_array_equal(pixels[place], expected)
+        strip = slice(place[0].stop, place[0].stop + scale * CAPTION), place[1]
+        assert pixels[strip].max() > 200 and 0.02 < (pixels[strip] > 60).mean() < 0.5
+        assert (pixels[strip] == pixels[strip][..., :1]).all()  # gray: white, and what lies between it and black
+        rest[place] = rest[strip] = 0
+    assert not rest.any()
+
+
+def test_captions_differ_and_may_be_empty_or_fewer(tmp_path):
+    images, strips = numbered(3, 28, 28), []
+    for captions in (["bag", "bag", "coat"], ["bag", ""], []):
+        save_grid(tmp_path / "grid.png", images, 3, 2, captions)
+        with Image.open(tmp_path / "grid.png") as picture:
+            pixels = np.asarray(picture)
+        strips.append([pixels[60:70, 4 + 60 * i : 60 + 60 * i] for i in range(3)])
+    bag, bag_again, coat = strips[0]
+    np.testing.assert_array_equal(bag, bag_again)
+    np.testing.assert_array_equal(bag, strips[1][0])
+    assert not np.array_equal(bag, coat)
+    assert not any(strip.any() for strip in (*strips[1][1:], *strips[2]))
+
+
 @pytest.mark.parametrize("frames", [1, 5])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_gif_has_its_frames(tmp_path, frames, channels):
@@ -129,6 +168,17 @@ def test_curve_is_written(tmp_path, n):
     orange = abs(pixels - [255, 127, 14]).sum(-1) < 30  # matplotlib's second colour: the smoothed curve
     assert orange.any() == (n >= 20)
     assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 10
+    assert files(tmp_path) == ["loss.png"]
+
+
+@pytest.mark.parametrize("scores", [[(100, 20.5)], [(50, 90.0), (100, 30.0), (200, 8.0)], ((100, 0.01), (200, 300.0))])
+def test_curve_with_scores_is_written(tmp_path, scores):
+    save_loss_curve(tmp_path / "loss.png", list(range(1, 201)), list(np.exp(-np.linspace(0, 3, 200))), scores)
+    with Image.open(tmp_path / "loss.png") as picture:
+        assert (picture.format, picture.size) == ("PNG", (720, 480))
+        pixels = np.asarray(picture.convert("RGB")).astype(int)
+    green = abs(pixels - [44, 160, 44]).sum(-1) < 30  # matplotlib's third colour, a dot of about 100 pixels for each score
+    assert green.sum() > 30 * len(scores)
     assert files(tmp_path) == ["loss.png"]
 
 

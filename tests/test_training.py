@@ -5,6 +5,8 @@ import threading
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
@@ -54,7 +56,7 @@ def learning_rate(step, lr=LR, warmup=WARMUP, total=STEPS):
     return lr * min((step + 1) / (warmup + 1), 1) * 0.5 * (1 + np.cos(np.pi * progress))
 
 
-def reference(parameters, data, clip=CLIP, decay=DECAY):
+def reference(parameters, data, clip=CLIP, decay=DECAY, rate=learning_rate):
     """Losses, gradient norms, parameters and averages after the steps, in float64."""
     p = [np.asarray(value, np.float64) for value in parameters]
     ema, m, v = [q.copy() for q in p], [0.0, 0.0], [0.0, 0.0]
@@ -67,7 +69,7 @@ def reference(parameters, data, clip=CLIP, decay=DECAY):
         losses.append((error**2).mean())
         norms.append(np.sqrt(sum((a**2).sum() for a in g)))
         g = [a * min(clip / (norms[-1] + 1e-6), 1) for a in g]
-        lr = learning_rate(n - 1) * np.sqrt(1 - 0.999**n) / (1 - 0.9**n)
+        lr = rate(n - 1) * np.sqrt(1 - 0.999**n) / (1 - 0.9**n)
         mix = min(decay, (1 + n) / (10 + n))
         for i in range(2):
             m[i] = 0.9 * m[i] + 0.1 * g[i]
@@ -199,6 +201,34 @@ def test_learning_rate():
 def test_learning_rate_without_warm_up():
     found = [float(WarmupCosine(2.0, 0, 2)(Tensor(s, ms.int32)).asnumpy()) for s in range(4)]
     np.testing.assert_allclose(found, [2, 1, 0, 0], atol=1e-6)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.floats(1e-6, 1), st.integers(0, 500), st.integers(1, 2000))
+def test_learning_rate_is_its_closed_form_with_decay_and_constant_without(lr, warmup, after):
+    """Without, it is lr at every step after the warm-up, also beyond the last."""
+    total = warmup + after
+    steps = np.unique([0, 1, warmup - 1, warmup, warmup + 1, total // 2, total - 1, total, total + 1, 10 * total]).clip(0)
+    decayed, constant = (
+        WarmupCosine(lr, warmup, total, **options)(Tensor(steps.astype(np.int32))).asnumpy() / lr
+        for options in ({}, {"decay": False})
+    )
+    closed = [learning_rate(step, 1, warmup, total) for step in steps]
+    np.testing.assert_allclose(decayed, closed, rtol=1e-5, atol=2e-6)
+    np.testing.assert_allclose(constant, np.minimum((steps + 1) / (warmup + 1), 1), rtol=1e-5)
+    np.testing.assert_allclose(constant[steps >= warmup], 1, rtol=1e-6)
+    np.testing.assert_array_equal(decayed, WarmupCosine(lr, warmup, total, decay=True)(Tensor(steps)).asnumpy() / lr)
+
+
+def test_steps_at_a_constant_rate_equal_the_numpy_reference():
+    net = Linear()
+    optimizer = make_optimizer(net, LR, WARMUP, 1, decay=False)
+    _, _, wanted, _ = reference(
+        values(optimizer.parameters), batches(), rate=lambda step: LR * min((step + 1) / (WARMUP + 1), 1)
+    )
+    run(make_train_step(squared_error(net), optimizer, clip_norm=CLIP), batches())
+    for found, value in zip(values(optimizer.parameters), wanted, strict=True):
+        np.testing.assert_allclose(found, value, rtol=2e-5, atol=2e-6)
 
 
 # The average
