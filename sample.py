@@ -342,7 +342,7 @@ def main() -> int:
 def describe(name: str) -> str:
     """A line on a model that comes with the package."""
     scores = json.loads((WEIGHTS / name / "evaluation.json").read_text())
-    size = (WEIGHTS / name / "ema.safetensors").stat().st_size / 2**20
+    size = (WEIGHTS / name / "ema.safetensors").stat().st_size / 1e6
     fid, floor, accuracy = scores["samples"]["fid"], scores["floor"]["fid"], scores["samples"]["class_accuracy"]
     return f"{size:.1f} MB, FID {fid:.2f} (of real images {floor:.2f}), class accuracy {accuracy:.1%}"
 

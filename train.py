@@ -30,6 +30,7 @@ from ms_diffusion.data.toy import Frame, load_points, read_kept_points
 from ms_diffusion.denoiser import make_denoiser, self_conditioned
 from ms_diffusion.evaluation import frechet_distance, mean_and_covariance
 from ms_diffusion.features import Features
+from ms_diffusion.models.classifier import Classifier
 from ms_diffusion.models.layers import set_compute_type
 from ms_diffusion.presets import PRESETS, Config
 from ms_diffusion.runtime import DEVICES, UserError
@@ -157,6 +158,8 @@ def main() -> int:
         data, labels = load_images(config.data.name, config.data.dir, "train", config.data.size, config.model.channels)
     if classes is not None and labels.max() >= classes:
         raise UserError(f"the data has labels up to {labels.max()}: set --model.num-classes {labels.max() + 1}")
+    if train.score_every and len(data) <= Classifier.num_features:
+        raise UserError(f"{len(data)} images are too few for --train.score-every: leave it out")
     check_run(run_dir, config)
     state = checkpoint.load_latest()
     start = state["step"] if state else 0
@@ -242,7 +245,7 @@ def main() -> int:
             images.save_grid(path, images.to_uint8(x), columns=classes)
         return path
 
-    scored = train.score_every and rank == 0
+    scored = train.score_every and rank == 0 and start < train.total_steps
     if scored:
         features, chosen = Features(), np.random.default_rng(train.seed).permutation(len(data))[: train.score_num]
         reference = mean_and_covariance(features(data[chosen])["features"])

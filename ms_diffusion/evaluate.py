@@ -5,7 +5,6 @@ Every score stands beside its floor: what as many real images, of the other spli
 
 import json
 import time
-import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -80,12 +79,13 @@ class Samples:
 def read_npz(path: Path, num: int) -> Samples:
     """The first `num` images of an .npz file, and their labels, if it has any."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            if "images" not in file:
-                raise UserError(f"{path} holds {', '.join(file) or 'nothing'}, not the array `images`: see sample.py --npz")
-            found, labels = file["images"], file["labels"] if "labels" in file else None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as e:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
+            arrays = {name: arrays[name] for name in arrays if name in ("images", "labels")}
+    except Exception as e:  # a damaged file raises a dozen kinds
         raise UserError(f"{path} cannot be read as an .npz file: {e}") from e
+    if "images" not in arrays:
+        raise UserError(f"{path} does not hold the array `images`: see sample.py --npz")
+    found, labels = arrays["images"], arrays.get("labels")
     if found.ndim != 4 or found.shape[-1] not in (1, 3) or 0 in found.shape:
         raise UserError(f"{path}: images are (N, H, W, C) with C = 1 or 3, these are {found.shape}")
     if found.dtype != np.uint8:
@@ -100,9 +100,6 @@ def read_npz(path: Path, num: int) -> Samples:
 
 def draw_samples(sampling: Sampling, num: int, device: str, name: str, net, diffusion, config, step: int) -> Samples:
     """Draw `num` images from a run, each class in turn."""
-    if config.data.condition != "none":
-        raise UserError(f"this run is shown images ({config.data.condition}): draw with sample.py --npz and score that file")
-    sampling.check(config, diffusion.T)
     classes, timesteps = config.model.num_classes, sampling.timesteps(diffusion)
     labels = None if classes is None else np.arange(num, dtype=np.int32) % classes
     batch_size = min(sampling.batch_size or 100, num)
@@ -143,7 +140,7 @@ def choose(pictures, labels, num: int):
 def score(found: dict, reference: dict, labels=None) -> dict:
     """All scores of images by their features and logits, against those of the reference."""
     a, b = found["features"], reference["features"]
-    kid, spread = kernel_distance(a, b, np.random.default_rng(0))
+    kid, spread = kernel_distance(a, b, np.random.default_rng(0), size=min(1000, len(a) // 2, len(b) // 2))
     scores = {"fid": frechet_distance(*mean_and_covariance(a), *mean_and_covariance(b)), "kid": kid, "kid_spread": spread}
     scores |= precision_recall(a, b)
     if "logits" in found:
@@ -195,6 +192,8 @@ ROWS = {  # name -> what it is, and how it is printed
 def main() -> int:
     args, clock = cli.parse(Args), time.perf_counter()
     source, against = args.source or shipped()[0], args.against
+    if args.num < 1:
+        raise UserError(f"--num {args.num}: choose at least 1")
     if source == against:
         raise UserError(f"{source} against {source} are the same images: add --against {OTHER[against]}")
     device = runtime.set_device(args.sampling.device)
@@ -214,9 +213,13 @@ def main() -> int:
         config, path = run[2], Path(source)
         if config.is_points:
             raise UserError(f"{source} is of points in the plane: python sample.py {source} scores them")
+        if config.data.condition != "none":
+            raise UserError(f"{source} is shown images ({config.data.condition}): score what sample.py --npz draws from it")
+        args.sampling.check(config, run[1].T)
         beside = (path if path.is_dir() else path.parent) / "evaluation"
         name, folder = args.data or config.data.name, args.data_dir or config.data.dir
         size, channels = config.data.size, config.model.channels
+    features.check((size, size, channels))
     real = real_images(name, folder, size, channels)
     for what, n in {source if samples else "--num": num, **{f"{name}, {s}": len(real[s][0]) for s in real}}.items():
         try:

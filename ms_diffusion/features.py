@@ -24,7 +24,7 @@ class Features:
     With `bar` a progress bar is shown.
 
     Raises:
-        UserError: the weights cannot be read; when called, the images are not of the classifier's size.
+        UserError: the weights cannot be read; when called, the images are not such.
     """
 
     def __init__(self, inception: str | None = None, bar: bool = False):
@@ -36,14 +36,16 @@ class Features:
         self.bar = bar
         self.names, self.graph = names, compiled(self.net if inception else self.net.features_and_logits)
 
+    def check(self, shape) -> None:
+        """Refuse images of another shape (H, W, C) than the network takes."""
+        if "logits" in self.names and tuple(shape) != (28, 28, 1):
+            raise UserError(
+                "the classifier takes gray images of 28 x 28, not {} x {} x {}: give --inception WEIGHTS".format(*shape)
+            )
+
     def __call__(self, images: np.ndarray) -> dict[str, np.ndarray]:
         """Of images (N, H, W, C) uint8."""
-        if "logits" in self.names and images.shape[1:] != (28, 28, 1):
-            raise UserError(
-                "the classifier knows gray images of 28 x 28, not {} x {} with {} channels: give --inception WEIGHTS".format(
-                    *images.shape[1:]
-                )
-            )
+        self.check(images.shape[1:])
         size, found = min(BATCH, len(images)), []
         for first in tqdm(range(0, len(images), size), unit="batch", desc=self.name, disable=not self.bar):
             rows = np.minimum(np.arange(first, first + size), len(images) - 1)  # the last batch is filled up

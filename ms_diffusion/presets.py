@@ -179,11 +179,13 @@ class Config:
                 raise UserError(f"--train.ema-lengths: {e}") from e
         if not 0 <= train.ema_decay < 1 or train.warmup_steps < 0 or train.seed < 0:
             raise UserError("--train.ema-decay must be in [0, 1), --train.warmup-steps and --train.seed at least 0")
-        if train.score_every < 0 or (train.score_every and (self.is_points or train.score_num <= Classifier.num_features)):
+        if train.score_every < 0 or train.score_num <= Classifier.num_features:
+            features = Classifier.num_features
             raise UserError(
-                f"--train.score-every must be 0 for points and at least 0 for images, --train.score-num above "
-                f"{Classifier.num_features}, the number of features"
+                f"--train.score-every must be at least 0, --train.score-num above {features}, the features' number"
             )
+        if train.score_every and self.shape != (1, 28, 28):
+            raise UserError("--train.score-every is for gray images of 28 x 28: leave it out")
         if not 1 <= train.sample_steps <= self.diffusion.timesteps or train.sample_num < 1:
             raise UserError(f"--train.sample-steps must be in 1..{self.diffusion.timesteps}, --train.sample-num at least 1")
 
@@ -232,7 +234,10 @@ def run_folders(run: Path) -> tuple[Path, Path]:
     if run.suffix == ".safetensors":
         run = run.parent
     if not run.is_dir():
-        raise UserError(f"{run} is not a folder: give a run's folder, such as runs/quick, or train one with train.py")
+        known = ", ".join(shipped())
+        raise UserError(
+            f"{run} is not a folder: give a run's, such as runs/quick, train one, or take what is there: {known}"
+        )
     if (run / "state.json").exists():
         return run, run if (run / "config.json").exists() else run.resolve().parent.parent
     found = checkpoints(run)
@@ -266,6 +271,8 @@ def _average(run: Path, config: Config, step: int, length: float) -> dict:
         raise UserError("this run keeps no averages to choose from: train it with --train.ema-lengths 0.05 0.1")
     kept = [(read_state(folder)["step"], each, folder) for folder in checkpoints(run) for each in config.train.ema_lengths]
     kept = [row for row in kept if row[0] <= step]
+    if not kept:
+        raise UserError("this run's averages were not kept: leave out --ema-length")
     steps, lengths, folders = zip(*kept, strict=True)
     try:
         coefficients = average_after_training(steps, lengths, step, length)

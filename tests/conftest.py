@@ -29,6 +29,7 @@ def pytest_collection_modifyitems(config, items):
 def compiled_once():
     """sample.py loads each run's network once and keeps its graphs; nothing else of it changes by that."""
     import sample
+    from ms_diffusion import generation
 
     load_run, make_denoiser, loaded, denoisers = sample.load_run, sample.make_denoiser, {}, {}
 
@@ -46,4 +47,5 @@ def compiled_once():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sample, "load_run", load)
         patch.setattr(sample, "make_denoiser", make)
+        patch.setattr(generation, "make_denoiser", make)
         yield

@@ -330,7 +330,7 @@ def test_every_batch_is_of_one_size(counted, monkeypatch):
 
 @pytest.mark.parametrize("shape", [(28, 28, 3), (32, 32, 1), (32, 32, 3), (28, 20, 1)])
 def test_other_images_need_inception(network, shape):
-    size = "{} x {} with {} channels".format(*shape)
+    size = "{} x {} x {}".format(*shape)
     with pytest.raises(UserError, match=f"not {size}: give --inception WEIGHTS$"):
         network(np.zeros((2, *shape), np.uint8))
 

@@ -214,6 +214,54 @@ def test_sigterm_does_the_same_to_a_resumed_run(interrupted):
     assert metrics(run)[: len(rows)] == rows
 
 
+# Scores while it trains
+
+SCORED = [*TINY, *"--train.total-steps 6 --train.save-every 2 --train.sample-every 6".split()]
+SCORED += "--train.score-every 2 --train.score-num 130 --diffusion.timesteps 20".split()
+
+
+def kept(run_dir):
+    """step -> the FID of each checkpoint's state."""
+    folders = sorted((run_dir / "checkpoints").iterdir())
+    states = [json.loads((folder / "state.json").read_text()) for folder in folders]
+    return {state["step"]: state["fid"] for state in states}
+
+
+def test_a_run_with_scores_and_its_resumption(call, tmp_path):
+    whole = tmp_path / "whole"
+    code, out, err = call(train, "--run-dir", whole, *SCORED)
+    assert code == 0 and "Traceback" not in err, err
+    rows = metrics(whole)
+    assert [row["step"] for row in rows] == [1, 2, 2, 3, 4, 4, 5, 6, 6]
+    scores = {row["step"]: row["fid"] for row in rows if "fid" in row}
+    assert all(set(row) == {"step", "fid"} for row in rows if "fid" in row)
+    assert list(scores) == [2, 4, 6] and np.isfinite(list(scores.values())).all() and min(scores.values()) > 1
+    assert kept(whole) == scores
+    best = min(scores, key=scores.get)
+    assert f"best FID    {scores[best]:.2f}, in {checkpoint(whole, best)}" in out
+    pixels = picture(whole / "loss.png")[1][..., :3].reshape(-1, 3)
+    assert (pixels == (44, 160, 44)).all(1).sum() > 50  # their curve
+
+    run = shutil.copytree(whole, tmp_path / "run")
+    shutil.rmtree(checkpoint(run, 6))
+    code, out, err = call(train, "--run-dir", run, *SCORED)
+    assert code == 0 and f"resuming at step 4 of 6 in {run}" in out, err
+    for a, b in zip(metrics(whole), metrics(run), strict=True):  # no score comes twice
+        assert a | {"img_per_s": 0} == b | {"img_per_s": 0}
+    assert kept(run) == scores
+    for name in ("model", "ema", "optimizer"):
+        a, b = (safetensors.numpy.load_file(checkpoint(r, 6) / f"{name}.safetensors") for r in (whole, run))
+        for key in a:
+            np.testing.assert_array_equal(a[key], b[key], err_msg=key)
+
+    plain = tmp_path / "plain"  # a score changes nothing of the training
+    assert call(train, "--run-dir", plain, *SCORED, "--train.score-every", 0)[0] == 0
+    assert (checkpoint(plain, 6) / "model.safetensors").read_bytes() == (
+        checkpoint(whole, 6) / "model.safetensors"
+    ).read_bytes()
+    assert set(kept(plain).values()) == {None}
+
+
 # sample.py
 
 
@@ -448,6 +496,9 @@ def nothing(run):
         ("--train.sample-steps 5000", "--train.sample-steps"),
         ("--train.batch-size 5000", "--train.batch-size"),
         ("--train.ema-decay 1", "--train.ema-decay"),
+        ("--train.score-every -1", "--train.score-every"),
+        ("--train.score-every 2 --train.score-num 128", "--train.score-num above 128"),
+        ("--preset scurve --train.score-every 2", "--train.score-every is for gray images of 28 x 28"),
         ("--diffusion.schedule nonsense", "nonsense"),
         ("--diffusion.objective nonsense", "nonsense"),
         ("--diffusion.loss nonsense", "nonsense"),
@@ -523,8 +574,7 @@ def test_bad_input_to_sample(run, call, tmp_path, monkeypatch, spoil, args, word
     assert tree(tmp_path) == before
 
 
-def test_sample_without_a_run(call, tmp_path):
-    assert_refused(call(sample), "which run?")
+def test_sample_of_a_run_that_is_not_there(call, tmp_path):  # without one see test_cli_sample.py
     assert_refused(call(sample, tmp_path / "nowhere"), "nowhere")
 
 
@@ -566,6 +616,90 @@ def step_that_returns(monkeypatch):
         monkeypatch.setattr(train, "make_train_step", lambda *_, **options: lambda *_: out)
 
     return returns
+
+
+@pytest.fixture
+def scores_of(monkeypatch, step_that_returns):
+    """scores_of(a, b, ...): the FIDs of the scores to come, of images that are not drawn. `scores_of.left` are to come."""
+
+    def scores_of(*fids):
+        scores_of.left = list(fids)
+        monkeypatch.setattr(train, "frechet_distance", lambda *_: scores_of.left.pop(0))
+        monkeypatch.setattr(train, "generate", lambda *args, **_: np.zeros((args[5], *args[4]), np.float32))
+
+    step_that_returns(1)
+    return scores_of
+
+
+@pytest.mark.parametrize("fids, best, left", [((5, 3, 4), 4, {4, 6}), ((3, 4, 5), 2, {2, 6}), ((5, 4, 3), 6, {6})])
+def test_the_best_checkpoint_stays(call, tmp_path, scores_of, fids, best, left):
+    """Of one that is kept; also where no checkpoint was due."""
+    run, args = tmp_path / "run", [*SCORED, "--train.keep-checkpoints", 1, "--train.save-every", 100]
+    scores_of(*fids)
+    code, out, err = call(train, "--run-dir", run, *args)
+    assert code == 0, err
+    assert [row["fid"] for row in metrics(run) if "fid" in row] == list(fids) and not scores_of.left
+    assert kept(run) == {step: fids[step // 2 - 1] for step in left}
+    assert f"best FID    {min(fids):.2f}, in {checkpoint(run, best)}" in out
+
+    scores_of()
+    code, out, err = call(train, "--run-dir", run, *args)
+    assert code == 0 and f"best FID    {min(fids):.2f}, in {checkpoint(run, best)}" in out, err
+    scores_of(2.5, 6)  # it goes on, and knows what was best
+    code, out, err = call(train, "--run-dir", run, *args, "--train.total-steps", 10)
+    assert code == 0 and f"best FID    2.50, in {checkpoint(run, 8)}" in out, err
+    assert kept(run) == {8: 2.5, 10: 6}
+
+
+def test_samples_that_are_not_finite_end_the_run(call, tmp_path, scores_of, monkeypatch):
+    scores_of()
+    monkeypatch.setattr(train, "generate", lambda *args, **_: np.full((args[5], *args[4]), np.nan, np.float32))
+    code, _, err = call(train, "--run-dir", tmp_path / "run", *SCORED)
+    assert code == 2 and "samples are not finite at step 2" in last_line(err) and "Traceback" not in err
+    assert [row["step"] for row in metrics(tmp_path / "run")] == [1, 2]
+
+
+def test_scores_of_images_that_the_classifier_does_not_know(call, tmp_path):
+    code, out, err = call(train, "--run-dir", tmp_path / "run", *SCORED, "--data.size", 32)
+    assert_refused((code, out, err), "28")
+    assert "--inception" not in err and list(tmp_path.iterdir()) == []
+
+
+def test_scores_of_too_few_images(call, tmp_path):
+    (tmp_path / "images").mkdir()
+    for i in range(100):
+        Image.fromarray(np.full((28, 28), i, np.uint8)).save(tmp_path / f"images/{i}.png")
+    data = ["--data.name", "image-folder", "--data.dir", tmp_path / "images"]
+    assert_refused(call(train, "--run-dir", tmp_path / "run", *SCORED, *data), "100")
+
+
+@pytest.mark.parametrize("args, falls", [([], True), (["--train.no-lr-decay"], False)])
+def test_the_learning_rate(call, tmp_path, step_that_returns, args, falls):
+    step_that_returns(1)
+    warm = ["--train.warmup-steps", 2, "--train.lr", 0.3, "--train.sample-steps", 1, *args]
+    assert call(train, "--run-dir", tmp_path / "run", *SHORT, *warm)[0] == 0
+    rates = [row["lr"] for row in metrics(tmp_path / "run")]
+    cosine = 0.5 * (1 + np.cos(np.pi * np.arange(4) / 4)) if falls else np.ones(4)
+    np.testing.assert_allclose(rates, [0.1, 0.2, *(0.3 * cosine)], rtol=1e-5)
+
+
+def test_the_process_to_compare_with(call, tmp_path):
+    """fashion-mnist-seed: 200 timesteps, its betas unscaled, one rate, and no average. A warning says what that leaves."""
+    preset = PRESETS["fashion-mnist-seed"]
+    with pytest.warns(UserWarning, match="alpha_bar_T is 0.132"):
+        _, diffusion = preset.build()
+    assert diffusion.T == 200
+    np.testing.assert_allclose(diffusion.betas, np.linspace(1e-4, 0.02, 200), rtol=1e-6)
+    assert 0.1 < diffusion.alphas_cumprod[-1] < 0.2  # much of the data is left
+    run, mini = tmp_path / "run", ["--data.name", "fashion-mnist-mini", "--train.total-steps", 2]
+    with pytest.warns(UserWarning, match="alpha_bar_T is 0.132"):
+        code, _, err = call(train, "--preset", "fashion-mnist-seed", "--run-dir", run, *TINY, *mini)
+    assert code == 0, err
+    model, ema = (safetensors.numpy.load_file(checkpoint(run, 2) / f"{name}.safetensors") for name in ("model", "ema"))
+    assert model.keys() == ema.keys() and model
+    for name in model:
+        np.testing.assert_array_equal(model[name], ema[name], err_msg=name)
+    assert [row["lr"] for row in metrics(run)] == pytest.approx([preset.train.lr] * 2)
 
 
 def last_line(err):

@@ -7,6 +7,7 @@ import sys
 import threading
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,10 +19,10 @@ from mindspore import Tensor
 
 import sample
 import train
-from ms_diffusion import runtime
+from ms_diffusion import presets, runtime
 from ms_diffusion.checkpoint import Checkpoint
 from ms_diffusion.data.fashion_mnist import load_fashion_mnist_mini
-from ms_diffusion.images import save_loss_curve, to_float, to_uint8
+from ms_diffusion.images import CAPTION, save_loss_curve, to_float, to_uint8
 from ms_diffusion.presets import PRESETS
 from ms_diffusion.samplers import SAMPLERS, SPACINGS
 from ms_diffusion.training import EMA
@@ -75,6 +76,7 @@ def runs(tmp_path_factory):
     for i in range(3):
         Image.fromarray(np.random.default_rng(i).integers(0, 256, (40, 30, 3), np.uint8)).save(photos / f"{i}.png")
     data = f"--data.name image-folder --data.dir {photos} --data.size 8 --model.channels 3".split()
+    untrained(folder / "folder-classes", train.parse_args([*TINY, *data, "--model.num-classes", "3"]).config)
     for kind, channels in (("gray", 1), ("mask", 4)):
         condition = ["--data.condition", kind, "--model.cond-channels", channels]
         untrained(folder / kind, train.parse_args([*TINY, *data, *map(str, condition)]).config)
@@ -84,24 +86,37 @@ def runs(tmp_path_factory):
 @pytest.fixture
 def draw(runs, tmp_path):
     """draw(run, *args): the uint8 images (N, H, W, C) that sample.py draws, 4 in 3 steps if nothing else is said, in
-    batches of one size, which compile once; the picture is out.png, what was printed `draw.out`."""
+    batches of one size, which compile once; the picture is out.png, what was printed `draw.out`, and the npz file's
+    labels, or None, are `draw.labels`."""
 
     def draw(run, *args):
         where = ["--out", tmp_path / "out.png", "--npz", tmp_path / "x.npz"]
         code, draw.out, err = call(sample, runs / run, "--num", 4, "--batch-size", 4, "--steps", 3, *where, *args)
         assert code == 0 and "Traceback" not in err, err
-        return np.load(tmp_path / "x.npz")["images"]
+        with np.load(tmp_path / "x.npz") as file:
+            draw.labels = file["labels"] if "labels" in file else None
+            return file["images"]
 
     return draw
 
 
-def cells(path, columns, size=28, scale=4):
-    """The images (N, H, W, ...) of a sheet, row by row."""
-    sheet = picture(path)[1][::scale, ::scale]
-    rows = (len(sheet) - 2) // (size + 2)
-    assert sheet.shape[:2] == (rows * (size + 2) + 2, columns * (size + 2) + 2)
-    tops, lefts = (range(2, 2 + n * (size + 2), size + 2) for n in (rows, columns))
+def cells(path, columns, size=28, scale=4, below=0):
+    """The images (N, H, W, ...) of a sheet, row by row, which has `below` pixels more under each."""
+    sheet, height, width = picture(path)[1][::scale, ::scale], size + below + 2, size + 2
+    rows = (len(sheet) - 2) // height
+    assert sheet.shape[:2] == (rows * height + 2, columns * width + 2)
+    tops, lefts = range(2, 2 + rows * height, height), range(2, 2 + columns * width, width)
     return np.stack([sheet[top : top + size, left : left + size] for top in tops for left in lefts])
+
+
+def captions(path, rows, columns, scale=3):
+    """What is written under each image (N, H, W) of a sheet, in its own pixels, row by row."""
+    sheet, height, width = picture(path)[1], 28 + CAPTION + 2, 30
+    found = []
+    for i in range(rows * columns):
+        top, left = 2 + i // columns * height + 28, 1 + i % columns * width
+        found.append(sheet[scale * top : scale * (top + CAPTION + 1), scale * left : scale * (left + width)])
+    return np.stack(found)
 
 
 def rms(a, b):
@@ -333,22 +348,132 @@ def test_sample_refuses_what_does_not_fit(runs, files, run, args, words):
     assert (tree(files), tree(runs / run)) == before
 
 
+# Models that come with the package
+
+
+@pytest.fixture
+def package(runs, tmp_path, monkeypatch):
+    """Its folder of weights, with two models to stand in for those that it has; one works in another folder."""
+    weights = tmp_path / "weights"
+    for name, run in (("a-first", "class"), ("b-second", "plain")):
+        (weights / name).mkdir(parents=True)
+        newest = max((runs / run / "checkpoints").iterdir())
+        for file in (runs / run / "config.json", newest / "state.json", newest / "ema.safetensors"):
+            shutil.copy(file, weights / name)
+        scores = {"samples": {"fid": 12.345, "class_accuracy": 0.914}, "floor": {"fid": 0.678, "class_accuracy": 0.95}}
+        (weights / name / "evaluation.json").write_text(json.dumps(scores))
+    monkeypatch.setattr(presets, "WEIGHTS", weights)
+    monkeypatch.setattr(sample, "WEIGHTS", weights)
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    return weights
+
+
+def test_the_list_of_models(package, tmp_path):
+    before = tree(tmp_path)
+    code, out, err = call(sample, "--list")
+    size = (package / "a-first/ema.safetensors").stat().st_size / 2**20
+    line = f"{size:.1f} MB, FID 12.35 (of real images 0.68), class accuracy 91.4%"
+    assert code == 0 and [row.split(maxsplit=1) for row in out.splitlines()][0] == ["a-first", line], err
+    assert [row.split()[0] for row in out.splitlines()] == ["a-first", "b-second"]
+    assert tree(tmp_path) == before
+
+
+def test_no_run_is_the_first_model_of_the_package(package, runs, draw, tmp_path):
+    """As its run draws; the picture goes to where one works, and the package stays as it is."""
+    before = tree(package), tree(Path(presets.__file__).parent)
+    args = ["--num", 4, "--batch-size", 4, "--steps", 3]
+    code, out, err = call(sample, *args, "--npz", "x.npz")
+    assert code == 0 and "Traceback" not in err and out.endswith("sample.png, x.npz\n"), err
+    assert sorted(path.name for path in Path().iterdir()) == ["sample.png", "x.npz"]
+    images = np.load("x.npz")["images"]
+    assert abs(images.astype(int) - draw("class")).max() <= 1
+    code, out, err = call(sample, "b-second", *args, "--npz", "y.npz")
+    assert code == 0, err
+    assert abs(np.load("y.npz")["images"].astype(int) - draw("plain")).max() <= 1
+    assert (tree(package), tree(Path(presets.__file__).parent)) == before
+
+
+def test_a_folder_goes_before_a_model_of_its_name(package, runs):
+    shutil.copytree(runs / "class", "b-second")
+    assert presets.run_folders("b-second") == (Path("b-second/checkpoints/step-0000006"), Path("b-second"))
+    folder = package / "a-first"
+    assert presets.run_folders("a-first") == (folder, folder)
+    assert presets.run_folders(folder / "ema.safetensors") == (folder, folder)
+
+
+def test_what_a_model_of_the_package_has_not(package):
+    before = tree(package)
+    for args, words in (("--weights model", "model.safetensors"), ("--ema-length 0.1", "--train.ema-lengths")):
+        assert_refused(call(sample, *args.split()), words)
+    assert tree(package) == before and list(Path().iterdir()) == []
+
+
+@pytest.mark.skipif(not presets.shipped(), reason="none is there")
+@pytest.mark.parametrize("name", presets.shipped())
+def test_the_models_that_are_there(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = call(sample, "--list")
+    assert code == 0 and any(line.startswith(f"{name} ") and "FID" in line for line in out.splitlines()), err
+    before = tree(presets.WEIGHTS)
+    code, out, err = call(sample, name, "--num", 10, "--steps", 2, "--npz", "x.npz")
+    assert code == 0 and np.load("x.npz")["images"].std() > 20, err
+    assert tree(presets.WEIGHTS) == before and sorted(path.name for path in tmp_path.iterdir()) == ["sample.png", "x.npz"]
+
+
 # Classes and guidance
 
 
 def test_labels_in_turn_by_columns(draw, tmp_path):
-    """Image i is of class i mod 10, in column i mod 10, the same as of that class alone."""
-    in_turn = draw("class", "--num", 12)
-    assert in_turn.shape == (12, 28, 28, 1)
-    found = cells(tmp_path / "out.png", 10, scale=2)
-    assert len(found) == 20
-    np.testing.assert_array_equal(found, np.concatenate([in_turn[..., 0], np.zeros((8, 28, 28))]))
+    """Image i is of class i mod 10, the same as of that class alone; in column i mod 10, where they fill the rows."""
+    in_turn = draw("class", "--num", 20)
+    assert in_turn.shape == (20, 28, 28, 1)
+    np.testing.assert_array_equal(draw.labels, np.arange(20) % 10)
+    assert draw.labels.dtype == np.int32
+    np.testing.assert_array_equal(cells(tmp_path / "out.png", 10, scale=3, below=CAPTION), in_turn[..., 0])
     for label in (0, 1, 9):
         alone = draw("class", "--num", 12, "--class", label).astype(int)
+        np.testing.assert_array_equal(draw.labels, [label] * 12)
         assert abs(alone[label] - in_turn[label]).max() <= 1
         others = [i for i in range(12) if i % 10 != label]
         assert all(abs(alone[i] - in_turn[i]).max() > 1 for i in others)
     assert len(cells(tmp_path / "out.png", 4, scale=2)) == 12  # of one class: as square as may be
+
+    twelve = draw("class", "--num", 12)
+    assert abs(twelve.astype(int) - in_turn[:12]).max() <= 1
+    np.testing.assert_array_equal(draw.labels, np.arange(12) % 10)
+    np.testing.assert_array_equal(cells(tmp_path / "out.png", 4, scale=3, below=CAPTION), twelve[..., 0])
+
+
+def test_the_name_of_each_class_is_below_its_image(draw, tmp_path):
+    draw("class", "--num", 20)
+    first, second = captions(tmp_path / "out.png", 2, 10).reshape(2, 10, -1)
+    np.testing.assert_array_equal(first, second)
+    assert (first.max(1) > 200).all() and len({name.tobytes() for name in first}) == 10
+    draw("class", "--num", 13)  # 4 columns: the names go with the images
+    rest = captions(tmp_path / "out.png", 4, 4)
+    np.testing.assert_array_equal(rest[:13].reshape(13, -1), first[np.arange(13) % 10])
+    assert (rest[13:] == 0).all()
+    edges = rest[..., [0, -1]]  # no name runs into the next
+    assert (edges == 0).all()
+
+
+def test_where_no_name_is_known(draw, tmp_path):
+    """Of one class, of none, of a folder's classes, of another number of them."""
+    draw("class", "--class", 3)
+    assert len(cells(tmp_path / "out.png", 2, scale=2)) == 4
+    draw("plain")
+    assert draw.labels is None and len(cells(tmp_path / "out.png", 2, scale=2)) == 4
+    draw("folder-classes", "--num", 6)
+    assert len(cells(tmp_path / "out.png", 3, 8, scale=2)) == 6
+    np.testing.assert_array_equal(draw.labels, [0, 1, 2] * 2)
+
+
+def test_an_edit_without_a_class_has_no_labels(draw):
+    draw("class", "--init", "test:0")
+    assert draw.labels is None
+    draw("class", "--init", "test:0", "--class", 7)
+    np.testing.assert_array_equal(draw.labels, [7] * 4)
 
 
 def test_guidance_of_one_is_the_plain_network_and_of_none_knows_no_class(draw):

@@ -281,6 +281,7 @@ def alpha_bars(diffusion, t):
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.filterwarnings("ignore:alpha_bar_T")
 def test_losses_of_points_are_the_formula(objective, schedule):
     diffusion = DiffusionConfig(timesteps=60, schedule=schedule, objective=objective, loss="l2").build()
     net = ResidualMLP(8, 1, 1, timesteps=60)
