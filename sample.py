@@ -21,7 +21,7 @@ from ms_diffusion.denoiser import inpaint, make_denoiser, remember, self_conditi
 from ms_diffusion.editing import invert_ddim, sample_repaint, slerp
 from ms_diffusion.evaluation import compare
 from ms_diffusion.generation import Sampling
-from ms_diffusion.presets import WEIGHTS, load_run, run_folders, shipped
+from ms_diffusion.presets import WEIGHTS, default_run, load_run, run_folders, shipped
 from ms_diffusion.runtime import UserError
 from ms_diffusion.samplers import SAMPLERS, SeededNoise, generate, sampling_timesteps
 
@@ -318,7 +318,7 @@ def main() -> int:
     if args.list_:
         print("\n".join(f"{name:24} {describe(name)}" for name in shipped()))
         return 0
-    run = modelarts.fetch(args.data_url) if args.data_url and not args.run else Path(args.run or shipped()[0])
+    run = modelarts.fetch(args.data_url) if args.data_url and not args.run else Path(args.run or default_run())
     device = runtime.set_device(args.sampling.device)
     net, diffusion, config, step = load_run(run, args.sampling.weights, args.sampling.ema_length)
     check(args, config, diffusion.T)

@@ -25,7 +25,7 @@ from .evaluation import (
 )
 from .features import Features
 from .generation import Sampling
-from .presets import load_run, shipped
+from .presets import default_run, load_run
 from .runtime import UserError
 from .samplers import generate
 
@@ -191,7 +191,7 @@ ROWS = {  # name -> what it is, and how it is printed
 
 def main() -> int:
     args, clock = cli.parse(Args), time.perf_counter()
-    source, against = args.source or shipped()[0], args.against
+    source, against = args.source or default_run(), args.against
     if args.num < 1:
         raise UserError(f"--num {args.num}: choose at least 1")
     if source == against:

@@ -220,6 +220,17 @@ def shipped() -> list[str]:
     return sorted(path.parent.name for path in WEIGHTS.glob("*/config.json"))
 
 
+def default_run() -> str:
+    """The first of `shipped()`.
+
+    Raises:
+        UserError: there is none.
+    """
+    if not shipped():
+        raise UserError("which run? No model came with this package: give a run's folder, such as runs/quick")
+    return shipped()[0]
+
+
 def run_folders(run: Path) -> tuple[Path, Path]:
     """(checkpoint, run): the newest checkpoint of a run's folder, or the one that is given, or its weights, and its run.
 

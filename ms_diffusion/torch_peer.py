@@ -84,23 +84,27 @@ class Block(nn.Module):
         self.proj = nn.Conv2d(dim, dim_out, 3, padding=1)
         self.norm = nn.GroupNorm(groups, dim_out)
 
-    def forward(self, x):
-        return F.silu(self.norm(self.proj(x)))
+    def forward(self, x, scale=0, shift=0):
+        return F.silu(self.norm(self.proj(x)) * (1 + scale) + shift)
 
 
 class ResnetBlock(nn.Module):
-    def __init__(self, dim, dim_out, time_emb_dim=None, groups=8):
+    def __init__(self, dim, dim_out, time_emb_dim=None, groups=8, scale_shift=False):
         super().__init__()
+        self.scale_shift = scale_shift
         if time_emb_dim:
-            self.mlp = nn.Sequential(nn.SiLU(), nn.Linear(time_emb_dim, dim_out))
+            self.mlp = nn.Sequential(nn.SiLU(), nn.Linear(time_emb_dim, dim_out * (1 + scale_shift)))
         self.block1 = Block(dim, dim_out, groups)
         self.block2 = Block(dim_out, dim_out, groups)
         self.res_conv = nn.Identity() if dim == dim_out else nn.Conv2d(dim, dim_out, 1)
 
     def forward(self, x, emb=None):
-        h = self.block1(x)
-        if emb is not None:
-            h = h + self.mlp(emb)[:, :, None, None]
+        if emb is None:
+            h = self.block1(x)
+        elif self.scale_shift:
+            h = self.block1(x, *self.mlp(emb)[:, :, None, None].chunk(2, dim=1))
+        else:
+            h = self.block1(x) + self.mlp(emb)[:, :, None, None]
         return self.block2(h) + self.res_conv(x)
 
 
@@ -140,6 +144,8 @@ class Unet(nn.Module):
         resnet_block_groups=8,
         use_convnext=True,
         convnext_mult=2,
+        scale_shift=False,
+        final_skip=False,
         patch_size=1,
         num_classes=None,
         cond_channels=0,
@@ -151,7 +157,7 @@ class Unet(nn.Module):
         def block(dim_in, dim_out, time_emb_dim=dim * 4 if with_time_emb else None):
             if use_convnext:
                 return ConvNextBlock(dim_in, dim_out, time_emb_dim, convnext_mult)
-            return ResnetBlock(dim_in, dim_out, time_emb_dim, resnet_block_groups)
+            return ResnetBlock(dim_in, dim_out, time_emb_dim, resnet_block_groups, scale_shift)
 
         def linear_attention(width):
             return Residual(PreNorm(width, LinearAttention(width)))
@@ -182,7 +188,9 @@ class Unet(nn.Module):
             double = nn.ConvTranspose2d(width, width, 4, 2, 1)
             self.ups.append(nn.ModuleList([block(above * 2, width), block(width, width), linear_attention(width), double]))
 
-        self.final_conv = nn.Sequential(block(dim, dim, None), nn.Conv2d(dim, (out_dim or channels) * patch_size**2, 1))
+        self.final_skip = final_skip
+        last = dim + first * final_skip
+        self.final_conv = nn.Sequential(block(last, dim, None), nn.Conv2d(dim, (out_dim or channels) * patch_size**2, 1))
 
     def forward(self, x, t, *cond):
         emb = None if self.time_mlp is None else self.time_mlp(t)
@@ -194,7 +202,7 @@ class Unet(nn.Module):
         if self.patch_size > 1:
             x = F.pixel_unshuffle(x, self.patch_size)
         x = self.init_conv(x)
-        skips = []
+        skips, shown = [], x
         for block1, block2, attention, half in self.downs:
             x = attention(block2(block1(x, emb), emb))
             skips.append(x)
@@ -203,7 +211,7 @@ class Unet(nn.Module):
         for block1, block2, attention, double in self.ups:
             x = torch.cat([x, skips.pop()], dim=1)
             x = double(attention(block2(block1(x, emb), emb)))
-        x = self.final_conv(x)
+        x = self.final_conv(torch.cat([x, shown], dim=1) if self.final_skip else x)
         return F.pixel_shuffle(x, self.patch_size) if self.patch_size > 1 else x
 
 

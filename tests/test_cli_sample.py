@@ -421,6 +421,13 @@ def test_the_models_that_are_there(name, tmp_path, monkeypatch):
     assert tree(presets.WEIGHTS) == before and sorted(path.name for path in tmp_path.iterdir()) == ["sample.png", "x.npz"]
 
 
+def test_no_run_where_no_model_came_with_the_package(package, monkeypatch, tmp_path):
+    monkeypatch.setattr(presets, "WEIGHTS", tmp_path / "nothing")
+    code, out, _ = call(sample, "--list")
+    assert code == 0 and out.strip() == ""
+    assert_refused(call(sample), "which run?")
+
+
 # Classes and guidance
 
 

@@ -130,6 +130,27 @@ def linear_attention(heads):
     return formula
 
 
+class ScaledNorm(nn.Cell):
+    """x -> norm(x), scaled and shifted by the means of x: each image by its own."""
+
+    def __init__(self, *args, **options):
+        super().__init__()
+        self.norm = layers.GroupNorm(*args, **options)
+
+    def construct(self, x):
+        means = ops.mean(x, (2, 3))
+        return self.norm(x, means, 2 * means)
+
+
+def scaled(norm):
+    def formula(x, weight, bias):
+        means = x.mean((2, 3))
+        rows = [norm(x[i : i + 1], weight * (1 + m), bias * (1 + m) + 2 * m) for i, m in enumerate(means)]
+        return np.concatenate(rows)
+
+    return formula
+
+
 class NormConvolution(nn.Cell):
     def __init__(self, norm, conv):
         super().__init__()
@@ -172,6 +193,12 @@ CASES = {  # name -> (layer, formula, shape of x)
     "GroupNorm": (lambda: layers.GroupNorm(2, 6), group_norm(2), (2, 6, 5, 3)),
     "GELU, norm": (lambda: layers.GroupNorm(1, 3, activation="gelu-before"), group_norm(1, before=gelu), (2, 3, 5, 7)),
     "norm, SiLU": (lambda: layers.GroupNorm(3, 6, activation="silu-after"), group_norm(3, after=silu), (2, 6, 5, 3)),
+    "norm, scaled": (lambda: ScaledNorm(2, 6), scaled(group_norm(2)), (3, 6, 5, 3)),
+    "norm, scaled, SiLU": (
+        lambda: ScaledNorm(3, 6, activation="silu-after"),
+        scaled(group_norm(3, after=silu)),
+        (6, 6, 5, 3),
+    ),
     "norm, convolution": (
         norm_gelu_convolution,
         convolution_of(group_norm(1, before=gelu), convolution(1, 1, 1)),

@@ -147,6 +147,15 @@ OPTIONS = {
     "no time": {"with_time_emb": False},
     "init_dim": {"init_dim": 5},
     "convnext_mult": {"convnext_mult": 3},
+    "final_skip": {"final_skip": True},
+    "scale_shift": {"scale_shift": True, "use_convnext": False, "resnet_block_groups": 2},
+    "all of a ResnetBlock": {
+        "scale_shift": True,
+        "use_convnext": False,
+        "resnet_block_groups": 2,
+        "final_skip": True,
+        "init_dim": 5,
+    },
 }
 
 
@@ -282,6 +291,11 @@ def test_embeddings_are_normal():
     np.testing.assert_array_equal(net(Tensor(rows)).asnumpy(), values[rows])
 
 
+def test_scale_shift_needs_resnet_blocks():
+    with pytest.raises(ValueError, match="set use_convnext to False"):
+        Unet(8, dim_mults=(1, 2), channels=1, scale_shift=True)
+
+
 def test_seed_decides_the_weights():
     first, again, other = (Unet(8, dim_mults=(1, 2), num_classes=3, seed=seed) for seed in (3, 3, 4))
     for a, b, c in zip(first.get_parameters(), again.get_parameters(), other.get_parameters(), strict=True):
@@ -301,6 +315,11 @@ BLOCKS = {
     "timed ConvNextBlock": (4, lambda: unet.ConvNextBlock(4, 6, 6), lambda twins, _: twins.ConvNextBlock(4, 6, 6)),
     "ConvNextBlock": (4, lambda: unet.ConvNextBlock(4, 4, mult=3), lambda twins, _: twins.ConvNextBlock(4, 4, mult=3)),
     "timed ResnetBlock": (4, lambda: unet.ResnetBlock(4, 6, 6, 3), lambda twins, _: twins.ResnetBlock(4, 6, 6, 3)),
+    "timed ResnetBlock, scaled": (
+        4,
+        lambda: unet.ResnetBlock(4, 6, 6, 3, scale_shift=True),
+        lambda twins, _: twins.ResnetBlock(4, 6, 6, 3, scale_shift=True),
+    ),
     "ResnetBlock": (8, lambda: unet.ResnetBlock(8, 8, groups=2), lambda twins, _: twins.ResnetBlock(8, 8, groups=2)),
     "Attention": (4, lambda: attention.Attention(4), lambda twins, _: twins.Attention(4)),
     "LinearAttention": (4, lambda: attention.LinearAttention(4, 2, 3), lambda twins, _: twins.LinearAttention(4, 2, 3)),

@@ -140,8 +140,8 @@ def norm_shape(x, weight, *_):
     Raises:
         ValueError: the channels do not fit.
     """
-    if len(x) != 4 or x[1] != weight[0]:
-        raise ValueError(f"a GroupNorm of {weight[0]} channels cannot take an input of shape {tuple(x)}: (B, C, H, W)")
+    if len(x) != 4 or list(weight) not in ([x[1]], list(x[:2])):
+        raise ValueError(f"a GroupNorm of {weight[-1]} channels cannot take an input of shape {tuple(x)}: (B, C, H, W)")
     return x
 
 

@@ -633,6 +633,7 @@ enum Activation { NONE, GELU_BEFORE, SILU_AFTER };
 
 struct Norm {
   long n, c, groups, pixels;
+  long own;  // c where each image has a weight and bias of its own, (n, c), else 0
   float eps;
   Activation activation;
   long channels() const { return c / groups; }
@@ -665,7 +666,7 @@ void group_norm(const Norm& z, const float* x, const float* weight, const float*
       float mean, scale;
       const float* from = normalise(z, x + i * z.block(), &mean, &scale);
       for (long j = 0; j < z.channels(); ++j, from += z.pixels) {
-        const long c = i % z.groups * z.channels() + j;
+        const long c = i / z.groups * z.own + i % z.groups * z.channels() + j;
         const float a = scale * weight[c], b = bias[c] - mean * a;
         float* to = y + i * z.block() + j * z.pixels;
         if (z.activation == SILU_AFTER)
@@ -686,11 +687,11 @@ void group_norm_gradient(const Norm& z, const float* dy, const float* x, const f
     for (long i = begin; i < end; ++i) {
       float mean, scale, mean_g = 0, mean_gx = 0;  // g = dy * weight
       const float *in = normalise(z, x + i * z.block(), &mean, &scale), *slope = dy + i * z.block();
-      const long first = i % z.groups * z.channels();
+      const long first = i % z.groups * z.channels(), at = i / z.groups * z.own + first;
       if (z.activation == SILU_AFTER) {
         float* to = scratch(1, z.block());
         for (long j = 0; j < z.channels(); ++j) {
-          const float a = scale * weight[first + j], b = bias[first + j] - mean * a;
+          const float a = scale * weight[at + j], b = bias[at + j] - mean * a;
 #pragma omp simd
           for (long q = j * z.pixels; q < (j + 1) * z.pixels; ++q) to[q] = slope[q] * silu_slope(in[q] * a + b);
         }
@@ -706,12 +707,12 @@ void group_norm_gradient(const Norm& z, const float* dy, const float* x, const f
         sx *= scale;
         const long to = i / z.groups * z.c + first + j;
         sums[2 * to] = s, sums[2 * to + 1] = sx;
-        mean_g += s * weight[first + j] / z.block(), mean_gx += sx * weight[first + j] / z.block();
+        mean_g += s * weight[at + j] / z.block(), mean_gx += sx * weight[at + j] / z.block();
       }
       // dx = scale (g - mean(g) - normalised x mean(g normalised x)) (Wu & He 2018, differentiated)
       float* to = dx + i * z.block();
       for (long j = 0; j < z.channels(); ++j) {
-        const float a = scale * weight[first + j], b = -scale * scale * mean_gx, c = -scale * mean_g - b * mean;
+        const float a = scale * weight[at + j], b = -scale * scale * mean_gx, c = -scale * mean_g - b * mean;
 #pragma omp simd
         for (long q = j * z.pixels; q < (j + 1) * z.pixels; ++q) to[q] = slope[q] * a + in[q] * b + c;
       }
@@ -720,10 +721,10 @@ void group_norm_gradient(const Norm& z, const float* dy, const float* x, const f
         for (long q = 0; q < z.block(); ++q) to[q] *= gelu_slope(x[i * z.block() + q]);
     }
   });
-  std::fill(dweight, dweight + z.c, 0.f);
-  std::fill(dbias, dbias + z.c, 0.f);
-  for (long i = 0; i < z.n; ++i)
-    for (long c = 0; c < z.c; ++c) dbias[c] += sums[2 * (i * z.c + c)], dweight[c] += sums[2 * (i * z.c + c) + 1];
+  const long weights = z.own ? z.n * z.c : z.c;
+  std::fill(dweight, dweight + weights, 0.f);
+  std::fill(dbias, dbias + weights, 0.f);
+  for (long i = 0; i < z.n * z.c; ++i) dbias[i % weights] += sums[2 * i], dweight[i % weights] += sums[2 * i + 1];
 }
 
 // Linear attention (Shen et al. 2018, eq. 4) of one image and head: out (d, n) = context^T softmax_d(q) / sqrt(d) with
@@ -855,6 +856,7 @@ void linear_attention_gradient(const Head& z, const float* dout, const float* q,
 struct Arguments {
   void** data;
   int64_t** shapes;
+  const int* ndims = nullptr;
   const float* in(int i) const { return static_cast<float*>(data[i]); }
   float* out(int i) const { return static_cast<float*>(data[i]); }
   int64_t size(int i, int axis) const { return shapes[i][axis]; }
@@ -865,8 +867,10 @@ struct Arguments {
             settings[1], size(x, 1) * h * w, size(y, 1) * oh * ow};
   }
   const int32_t* settings(int i) const { return static_cast<int32_t*>(data[i]); }
-  Norm norm(int x, const float* settings) const {
-    return {size(x, 0), size(x, 1), static_cast<long>(settings[0]), size(x, 2) * size(x, 3), settings[1],
+  // of tensors x (n, c, h, w), weight (c) or (n, c), and the settings {groups, eps, activation}
+  Norm norm(int x, int weight, const float* settings) const {
+    const long n = size(x, 0), c = size(x, 1), own = ndims && ndims[weight] == 2 ? c : 0;
+    return {n, c, static_cast<long>(settings[0]), size(x, 2) * size(x, 3), own, settings[1],
             static_cast<Activation>(settings[2])};
   }
 };
@@ -937,18 +941,18 @@ OPERATOR(conv_gradient) {
 // Convolution of the normalised x, which is computed again for the gradient instead of kept:
 // x, norm weight (c), norm bias (c), norm settings, weight, bias, settings -> y
 OPERATOR(norm_conv) {
-  const Arguments a{data, shapes};
+  const Arguments a{data, shapes, ndims};
   const Shape z = a.shape(0, 4, 7, a.settings(6));
   float* normal = scratch(6, z.n * z.x_image);
-  group_norm(a.norm(0, a.in(3)), a.in(0), a.in(1), a.in(2), normal);
+  group_norm(a.norm(0, 1, a.in(3)), a.in(0), a.in(1), a.in(2), normal);
   conv(z, a.settings(6)[2], normal, a.in(4), a.in(5), a.out(7));
 }
 
 // dy, x, norm weight, norm bias, norm settings, weight, settings -> dx, dnorm weight, dnorm bias, dweight, dbias
 OPERATOR(norm_conv_gradient) {
-  const Arguments a{data, shapes};
+  const Arguments a{data, shapes, ndims};
   const Shape z = a.shape(1, 5, 0, a.settings(6));
-  const Norm norm = a.norm(1, a.in(4));
+  const Norm norm = a.norm(1, 2, a.in(4));
   float *normal = scratch(6, z.n * z.x_image), *slope = scratch(7, z.n * z.x_image);
   group_norm(norm, a.in(1), a.in(2), a.in(3), normal);
   conv_gradient(z, a.settings(6)[2], a.in(0), normal, a.in(5), slope, a.out(10), a.out(11));
@@ -988,16 +992,16 @@ OPERATOR(linear_gradient) {
   });
 }
 
-// x, weight (c), bias (c), {groups, eps, activation} -> y
+// x, weight and bias (c) or (n, c), {groups, eps, activation} -> y
 OPERATOR(group_norm) {
-  const Arguments a{data, shapes};
-  group_norm(a.norm(0, a.in(3)), a.in(0), a.in(1), a.in(2), a.out(4));
+  const Arguments a{data, shapes, ndims};
+  group_norm(a.norm(0, 1, a.in(3)), a.in(0), a.in(1), a.in(2), a.out(4));
 }
 
 // dy, x, weight, bias, {groups, eps, activation} -> dx, dweight, dbias
 OPERATOR(group_norm_gradient) {
-  const Arguments a{data, shapes};
-  group_norm_gradient(a.norm(1, a.in(4)), a.in(0), a.in(1), a.in(2), a.in(3), a.out(5), a.out(6), a.out(7));
+  const Arguments a{data, shapes, ndims};
+  group_norm_gradient(a.norm(1, 2, a.in(4)), a.in(0), a.in(1), a.in(2), a.in(3), a.out(5), a.out(6), a.out(7));
 }
 
 #define ELEMENTWISE(name, inputs, expression)               \

@@ -73,13 +73,18 @@ class GroupNorm(nn.Cell):
         self.bias = Parameter(Tensor(np.zeros(channels, np.float32)), name="bias")
         self.kernel = kernels.GroupNorm(groups, eps, activation) if kernels.available() else None
 
-    def construct(self, x):
+    def construct(self, x, scale=None, shift=None):
+        """`scale` and `shift` (B, C), if given: the normalised x times (1 + scale), plus shift, and then the activation."""
         x = ops.cast(x, ms.float32)
         if self.kernel is not None:
-            return self.kernel(x, self.weight, self.bias)
+            if scale is None:
+                return self.kernel(x, self.weight, self.bias)
+            return self.kernel(x, self.weight * (1 + scale), self.bias * (1 + scale) + shift)
         if self.activation == "gelu-before":
             x = ops.gelu(x, approximate="none")
         x = ops.group_norm(x, self.groups, self.weight, self.bias, self.eps)
+        if scale is not None:
+            x = x * (1 + scale).expand_dims(-1).expand_dims(-1) + shift.expand_dims(-1).expand_dims(-1)
         return ops.silu(x) if self.activation == "silu-after" else x
 
 

@@ -29,31 +29,39 @@ from .layers import (
 
 
 class Block(nn.Cell):
-    """3x3 convolution, GroupNorm, SiLU: (B, dim, H, W) -> (B, dim_out, H, W)."""
+    """3x3 convolution, GroupNorm, scaled and shifted by (B, dim_out) if given, SiLU: (B, dim, H, W) -> (B, dim_out, H,
+    W)."""
 
     def __init__(self, dim: int, dim_out: int, groups: int = 8):
         super().__init__()
         self.proj = conv2d(dim, dim_out, 3, padding=1)
         self.norm = GroupNorm(groups, dim_out, activation="silu-after")
 
-    def construct(self, x):
-        return self.norm(self.proj(x))
+    def construct(self, x, scale=None, shift=None):
+        return self.norm(self.proj(x), scale, shift)
 
 
 class ResnetBlock(nn.Cell):
-    """Two Blocks with the time embedding added between them, and a shortcut (He et al. 2015)."""
+    """Two Blocks and a shortcut (He et al. 2015); the time embedding is added between them or, with `scale_shift`, scales
+    and shifts the first one's norm (Dhariwal & Nichol 2021, section 4.3)."""
 
-    def __init__(self, dim: int, dim_out: int, time_emb_dim: int | None = None, groups: int = 8):
+    def __init__(self, dim: int, dim_out: int, time_emb_dim: int | None = None, groups: int = 8, scale_shift: bool = False):
         super().__init__()
-        self.mlp = nn.SequentialCell(SiLU(), Linear(time_emb_dim, dim_out)) if time_emb_dim else None
+        self.scale_shift = scale_shift
+        emb_dim = dim_out * 2 if scale_shift else dim_out
+        self.mlp = nn.SequentialCell(SiLU(), Linear(time_emb_dim, emb_dim)) if time_emb_dim else None
         self.block1 = Block(dim, dim_out, groups)
         self.block2 = Block(dim_out, dim_out, groups)
         self.res_conv = conv2d(dim, dim_out, 1) if dim != dim_out else Identity()
 
     def construct(self, x, time_emb=None):
-        h = self.block1(x)
-        if self.mlp is not None and time_emb is not None:
-            h = h + self.mlp(time_emb).expand_dims(-1).expand_dims(-1)
+        if self.mlp is None or time_emb is None:
+            h = self.block1(x)
+        elif self.scale_shift:
+            scale, shift = ops.chunk(self.mlp(time_emb), 2, 1)
+            h = self.block1(x, scale, shift)
+        else:
+            h = self.block1(x) + self.mlp(time_emb).expand_dims(-1).expand_dims(-1)
         return self.block2(h) + self.res_conv(x)
 
 
@@ -103,6 +111,10 @@ class UnetConfig:
     """ConvNextBlock; otherwise ResnetBlock."""
     convnext_mult: int = 2
     """Widening inside a ConvNextBlock."""
+    scale_shift: bool = False
+    """Let the embedding scale and shift a ResnetBlock's first norm, instead of adding it."""
+    final_skip: bool = False
+    """Show the last block what the first convolution gave, too: an image's detail needs no way through all levels."""
     patch_size: int = 1
     """Work on patches of this many pixels a side as channels (Luhman & Luhman 2022): 2 costs a quarter."""
     num_classes: int | None = None
@@ -129,7 +141,7 @@ class Unet(nn.Cell):
     W); the last x_0 (B, channels, H, W), or zeros.
 
     Raises:
-        ValueError: a width is not divisible by the groups, or labels without time embedding.
+        ValueError: a width is not divisible by the groups, labels without time embedding, scale_shift with ConvNextBlocks.
     """
 
     def __init__(
@@ -143,6 +155,8 @@ class Unet(nn.Cell):
         resnet_block_groups: int = 8,
         use_convnext: bool = True,
         convnext_mult: int = 2,
+        scale_shift: bool = False,
+        final_skip: bool = False,
         patch_size: int = 1,
         num_classes: int | None = None,
         cond_channels: int = 0,
@@ -157,8 +171,12 @@ class Unet(nn.Cell):
         dims = [init_dim, *[dim * m for m in dim_mults]]
         levels = list(zip(dims[:-1], dims[1:], strict=True))
         time_dim = dim * 4 if with_time_emb else None
+        if use_convnext and scale_shift:
+            raise ValueError("scale_shift is for ResnetBlocks: set use_convnext to False")
         kind = (
-            partial(ConvNextBlock, mult=convnext_mult) if use_convnext else partial(ResnetBlock, groups=resnet_block_groups)
+            partial(ConvNextBlock, mult=convnext_mult)
+            if use_convnext
+            else partial(ResnetBlock, groups=resnet_block_groups, scale_shift=scale_shift)
         )
         block = partial(kind, time_emb_dim=time_dim)
 
@@ -190,7 +208,9 @@ class Unet(nn.Cell):
             attention = Residual(PreNorm(c_in, LinearAttention(c_in)))
             self.ups.append(nn.CellList([block(c_out * 2, c_in), block(c_in, c_in), attention, Upsample(c_in)]))
 
-        self.final_conv = nn.SequentialCell(kind(dims[1], dim), conv2d(dim, (out_dim or channels) * patch_size**2, 1))
+        self.final_skip = final_skip
+        last_in = dims[1] + (init_dim if final_skip else 0)
+        self.final_conv = nn.SequentialCell(kind(last_in, dim), conv2d(dim, (out_dim or channels) * patch_size**2, 1))
         name_and_initialise(self, seed)
 
     def construct(self, x, t, *cond):
@@ -206,6 +226,7 @@ class Unet(nn.Cell):
         if self.patch_size > 1:
             x = ops.pixel_unshuffle(x, self.patch_size)
         x = self.init_conv(x)
+        first = x
         skips = ()  # newest first
         for block1, block2, attention, down in self.downs:
             x = attention(block2(block1(x, emb), emb))
@@ -220,5 +241,7 @@ class Unet(nn.Cell):
             x = ops.concat((x, skips[i]), 1)
             x = up(attention(block2(block1(x, emb), emb)))
 
+        if self.final_skip:
+            x = ops.concat((x, first), 1)
         x = ops.cast(self.final_conv(x), ms.float32)
         return ops.pixel_shuffle(x, self.patch_size) if self.patch_size > 1 else x
