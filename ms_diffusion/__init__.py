@@ -27,7 +27,11 @@ _HOMES = {
     "data.conditions": "condition_image",
     "data.pipeline": "load_images make_dataset",
     "data.toy": "TOYS load_points",
-    "evaluation": "compare energy_distance maximum_mean_discrepancy sliced_wasserstein",
+    "models.classifier": "Classifier load_classifier",
+    "models.inception": "InceptionV3 load_inception",
+    "features": "Features",
+    "evaluation": "compare energy_distance frechet_distance kernel_distance maximum_mean_discrepancy mean_and_covariance "
+    "precision_recall sliced_wasserstein",
     "convert": "load_into load_torch_state_dict",
     "images": "save_gif save_grid save_loss_curve to_float to_uint8",
     "runtime": "UserError compiled set_device",
