@@ -342,8 +342,17 @@ SCURVE_SEED = replace(
 # Told the class, on all images, none of them flipped: shoes face left. docs/quality.md says how this came about
 CLASS = Config(
     DataConfig(flip=False),
-    DiffusionConfig(schedule="cosine", objective="v", loss="l2", weighting="min-snr"),
-    UnetConfig(dim=48, init_dim=48, dim_mults=(1, 2), use_convnext=False, patch_size=2, num_classes=10),
+    DiffusionConfig(schedule="cosine", objective="x0", loss="l2", weighting="min-snr"),
+    UnetConfig(
+        dim=48,
+        init_dim=48,
+        dim_mults=(1, 2),
+        use_convnext=False,
+        scale_shift=True,
+        final_skip=True,
+        patch_size=2,
+        num_classes=10,
+    ),
     TrainConfig(total_steps=6000, batch_size=64, lr=2e-3, ema_decay=0.998),
 )
 
