@@ -27,14 +27,15 @@ from ms_diffusion.checkpoint import Checkpoint, best_checkpoint, read_state
 from ms_diffusion.data.conditions import condition_image
 from ms_diffusion.data.pipeline import load_images, make_dataset
 from ms_diffusion.data.toy import Frame, load_points, read_kept_points
-from ms_diffusion.denoiser import make_denoiser, self_conditioned
+from ms_diffusion.denoiser import make_denoiser
 from ms_diffusion.evaluation import frechet_distance, mean_and_covariance
 from ms_diffusion.features import Features
+from ms_diffusion.generation import Sampling
 from ms_diffusion.models.classifier import Classifier
 from ms_diffusion.models.layers import set_compute_type
 from ms_diffusion.presets import PRESETS, Config
 from ms_diffusion.runtime import DEVICES, UserError
-from ms_diffusion.samplers import generate, sample_ddpm, sample_dpmpp_2m, sampling_timesteps
+from ms_diffusion.samplers import generate
 from ms_diffusion.training import EMA, make_optimizer, make_train_step
 
 STREAM_NOISE = 2  # of np.random.default_rng((seed, stream, rank, step)); the data pipeline has its own
@@ -219,9 +220,6 @@ def main() -> int:
         loss_fn, optimizer, ema, train.clip_norm, loss_scaler, world_size, importance is not None, more_emas, per_call
     )
     denoise = make_denoiser(diffusion, ema.net)
-    timesteps = sampling_timesteps(diffusion.T, train.sample_steps)
-
-    sampler = self_conditioned(sample_ddpm) if config.model.self_condition else sample_ddpm
 
     def conditions(num: int) -> list[np.ndarray]:
         """Each class in turn, and the first images' conditions."""
@@ -234,11 +232,16 @@ def main() -> int:
             cond.append(condition_image(config.data.condition, originals, config.data.lowres_size, rng))
         return cond
 
+    def draw(sampling: Sampling, num: int, batch_size: int = 64) -> np.ndarray:
+        """`num` samples (num, ...) of the average."""
+        sampler, timesteps = sampling.make_sampler(config.model.self_condition), sampling.timesteps(diffusion)
+        cond = conditions(num)
+        return generate(sampler, denoise, diffusion, timesteps, config.shape, num, train.seed, batch_size, cond=cond)
+
     def draw_samples(step: int) -> Path:
         """A grid of samples. Points beside the data."""
         path, num = run_dir / "samples" / f"step-{step:07d}.png", train.sample_num
-        batch_size = num if config.is_points else 64
-        x = generate(sampler, denoise, diffusion, timesteps, config.shape, num, train.seed, batch_size, cond=conditions(num))
+        x = draw(Sampling(sampler="ddpm", steps=train.sample_steps), num, num if config.is_points else 64)
         if config.is_points:
             plane.save_samples(path, frame.to_points(x), test_points[:num], f"step {step}")
         else:
@@ -249,13 +252,10 @@ def main() -> int:
     if scored:
         features, chosen = Features(), np.random.default_rng(train.seed).permutation(len(data))[: train.score_num]
         reference = mean_and_covariance(features(data[chosen])["features"])
-        quick_steps = sampling_timesteps(diffusion.T, min(15, diffusion.T), "logsnr", diffusion.alphas_cumprod)
-        quick_sampler = self_conditioned(sample_dpmpp_2m) if config.model.self_condition else sample_dpmpp_2m
 
     def score(step: int) -> float:
         """The FID of a few images of the average."""
-        cond, num = conditions(train.score_num), train.score_num
-        x = generate(quick_sampler, denoise, diffusion, quick_steps, config.shape, num, train.seed, cond=cond)
+        x = draw(Sampling(sampler="dpmpp_2m", steps=min(15, diffusion.T)), train.score_num)
         if not np.isfinite(x).all():
             raise UserError(
                 f"samples are not finite at step {step}: resume with a lower --train.lr from the last checkpoint"

@@ -226,16 +226,17 @@ def main() -> int:
             check_number(n, features.num)
         except ValueError as e:
             raise UserError(f"{what}: {e}") from e
+    chosen = {split: choose(*pair, num) for split, pair in real.items()}
     if source in OTHER:
-        samples = Samples(*choose(*real[source], num), f"real {source} images")
+        samples = Samples(*chosen[source], f"real {source} images")
     if samples is None:
         samples = draw_samples(args.sampling, num, device, source, *run)
 
     # Scores, and what real images score
-    chosen = {split: choose(*pair, num) for split, pair in real.items()}
     found = {split: features.cached(pictures, folder) for split, (pictures, _) in chosen.items()}
     other = OTHER[against]
-    scores = score(features(samples.images), found[against], samples.labels)
+    seen = found[source] if source in OTHER else features(samples.images)
+    scores = score(seen, found[against], samples.labels)
     floor = score(found[other], found[against], chosen[other][1])
     train = real["train"][0]
     index, far = nearest(samples.images[:NEIGHBOURS], train)

@@ -869,7 +869,7 @@ struct Arguments {
   const int32_t* settings(int i) const { return static_cast<int32_t*>(data[i]); }
   // of tensors x (n, c, h, w), weight (c) or (n, c), and the settings {groups, eps, activation}
   Norm norm(int x, int weight, const float* settings) const {
-    const long n = size(x, 0), c = size(x, 1), own = ndims && ndims[weight] == 2 ? c : 0;
+    const long n = size(x, 0), c = size(x, 1), own = ndims[weight] == 2 ? c : 0;
     return {n, c, static_cast<long>(settings[0]), size(x, 2) * size(x, 3), own, settings[1],
             static_cast<Activation>(settings[2])};
   }

@@ -29,8 +29,7 @@ from .layers import (
 
 
 class Block(nn.Cell):
-    """3x3 convolution, GroupNorm, scaled and shifted by (B, dim_out) if given, SiLU: (B, dim, H, W) -> (B, dim_out, H,
-    W)."""
+    """3x3 convolution, GroupNorm, SiLU: (B, dim, H, W) -> (B, dim_out, H, W); `scale`, `shift`: (B, dim_out) or None."""
 
     def __init__(self, dim: int, dim_out: int, groups: int = 8):
         super().__init__()
