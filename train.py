@@ -27,7 +27,6 @@ from ms_diffusion.checkpoint import Checkpoint, best_checkpoint, read_state
 from ms_diffusion.data.conditions import condition_image
 from ms_diffusion.data.pipeline import load_images, make_dataset
 from ms_diffusion.data.toy import Frame, load_points, read_kept_points
-from ms_diffusion.denoiser import make_denoiser
 from ms_diffusion.evaluation import frechet_distance, mean_and_covariance
 from ms_diffusion.features import Features
 from ms_diffusion.generation import Sampling
@@ -134,6 +133,8 @@ def main() -> int:
 
     # Network, optimizer, and what a checkpoint restores
     net, diffusion = config.build()
+    sampling = Sampling(sampler="ddpm", steps=train.sample_steps)
+    sampling.settle(config, diffusion.T)
     loss_scaler = None
     if config.precision != "fp32":
         if config.precision == "bf16" and device == "CPU":
@@ -219,7 +220,7 @@ def main() -> int:
     train_step = make_train_step(
         loss_fn, optimizer, ema, train.clip_norm, loss_scaler, world_size, importance is not None, more_emas, per_call
     )
-    denoise = make_denoiser(diffusion, ema.net)
+    denoise = sampling.make_denoiser(ema.net, diffusion, classes)
 
     def conditions(num: int) -> list[np.ndarray]:
         """Each class in turn, and the first images' conditions."""
@@ -241,7 +242,7 @@ def main() -> int:
     def draw_samples(step: int) -> Path:
         """A grid of samples. Points beside the data."""
         path, num = run_dir / "samples" / f"step-{step:07d}.png", train.sample_num
-        x = draw(Sampling(sampler="ddpm", steps=train.sample_steps), num, num if config.is_points else 64)
+        x = draw(sampling, num, num if config.is_points else 64)
         if config.is_points:
             plane.save_samples(path, frame.to_points(x), test_points[:num], f"step {step}")
         else:
@@ -255,7 +256,7 @@ def main() -> int:
 
     def score(step: int) -> float:
         """The FID of a few images of the average."""
-        x = draw(Sampling(sampler="dpmpp_2m", steps=min(15, diffusion.T)), train.score_num)
+        x = draw(replace(sampling, sampler="dpmpp_2m", steps=min(15, diffusion.T)), train.score_num)
         if not np.isfinite(x).all():
             raise UserError(
                 f"samples are not finite at step {step}: resume with a lower --train.lr from the last checkpoint"

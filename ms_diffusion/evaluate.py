@@ -118,7 +118,10 @@ def draw_samples(sampling: Sampling, num: int, device: str, name: str, net, diff
         )
     if bad := num - np.isfinite(x).all((1, 2, 3)).sum():
         raise UserError(f"{bad} of {num} samples are not finite: this training went astray; take an earlier checkpoint")
-    made = f"{sampling.sampler}, {len(timesteps)} steps, guidance {sampling.guidance:g}, seed {sampling.seed}"
+    made = f"{sampling.sampler}, {len(timesteps)} steps, guidance {sampling.guidance:g}"
+    if sampling.guidance_interval:
+        made += " from t = {} to {}".format(*sampling.guidance_interval)
+    made += f", seed {sampling.seed}"
     return Samples(images.to_uint8(x), labels, f"{name} at step {step}, {sampling.weights} weights; {made}")
 
 
@@ -215,7 +218,7 @@ def main() -> int:
             raise UserError(f"{source} is of points in the plane: python sample.py {source} scores them")
         if config.data.condition != "none":
             raise UserError(f"{source} is shown images ({config.data.condition}): score what sample.py --npz draws from it")
-        args.sampling.check(config, run[1].T)
+        args.sampling.settle(config, run[1].T)
         beside = (path if path.is_dir() else path.parent) / "evaluation"
         name, folder = args.data or config.data.name, args.data_dir or config.data.dir
         size, channels = config.data.size, config.model.channels

@@ -27,12 +27,13 @@ class Sampling:
     """Noise of ddim, from 0, none, to 1, that of ddpm."""
     v_posterior: float | None = None
     """Share of beta in ddpm's variance, if not the run's."""
-    guidance: float = 1.0
-    """Classifier-free guidance towards the class: 0 takes no notice of it, 1 is the plain network, more sharpens."""
+    guidance: float | None = None
+    """Classifier-free guidance towards the class: 0 takes no notice of it, 1 is the plain network, more sharpens; if not
+    given the run's --train.sample-guidance."""
     guidance_rescale: float = 0.0
     """Share of the guided x_0 that is brought back to its contrast without guidance."""
     guidance_interval: tuple[int, int] | None = None
-    """First and last timestep that are guided."""
+    """First and last timestep that are guided; if not given all, or the run's where --guidance is the run's."""
     batch_size: int | None = None
     """Images or points at once; if not given 64, or all points."""
     weights: Literal["ema", "model"] = "ema"
@@ -42,9 +43,12 @@ class Sampling:
     device: Literal[DEVICES] = "auto"
     """Where to run; auto is Ascend, then GPU, then CPU."""
 
-    def check(self, config, T: int) -> None:
-        """Refuse what does not fit together, or not to the run."""
+    def settle(self, config, T: int) -> None:
+        """Take from the run what is not given, and refuse what does not fit together, or not to the run."""
         classes, dropout = config.model.num_classes, config.train.label_dropout
+        if self.guidance is None:
+            self.guidance = config.train.sample_guidance
+            self.guidance_interval = self.guidance_interval or config.train.sample_guidance_interval
         if self.seed < 0 or (self.batch_size is not None and self.batch_size < 1):
             raise UserError("--seed must be at least 0, --batch-size at least 1")
         if not 1 <= self.steps <= T:

@@ -97,6 +97,10 @@ class TrainConfig:
     """Images in a grid, or points in a picture."""
     sample_steps: int = 50
     """Steps of the ancestral sampler for a grid: its noise mends what a young network gets wrong, where DDIM keeps it."""
+    sample_guidance: float = 1.0
+    """Guidance towards the class of grids and scores, and of sample.py where it is not told: 1 is the plain network."""
+    sample_guidance_interval: tuple[int, int] | None = None
+    """First and last timestep that are guided so; if not given all."""
     score_every: int = 0
     """Steps between two FIDs by the classifier's features, for 28 x 28 gray images; the best checkpoint stays. 0: none."""
     score_num: int = 1000

@@ -227,6 +227,11 @@ def test_the_loss_of_a_step(first_step):
         ("--preset quick-class --train.label-dropout 1.5", "--train.label-dropout"),
         ("--train.offset-noise -1", "--train.offset-noise"),
         ("--train.timesteps nonsense", "nonsense"),
+        ("--train.sample-guidance 3", "knows no classes"),
+        ("--preset quick-class --train.sample-guidance nan", "--guidance"),
+        ("--preset quick-class --train.sample-guidance 3 --train.label-dropout 0", "--train.label-dropout 0"),
+        ("--preset quick-class --train.sample-guidance-interval 0 9", "without --guidance"),
+        ("--preset quick-class --train.sample-guidance 3 --train.sample-guidance-interval 0 1000", "0 to 999"),
         ("--preset quick-class --model.no-with-time-emb", "num_classes is 10"),
         ("--preset quick-class --model.num-classes 0", "num_classes is 0"),
     ],
@@ -525,6 +530,24 @@ def test_guidance_by_hand(draw, runs):
     assert abs(images.astype(int) - to_uint8(uncond + 9 * (cond - uncond))).max() <= 1
     clipped = cond.clip(-1, 1), uncond.clip(-1, 1)
     assert abs(images.astype(int) - to_uint8(clipped[1] + 9 * (clipped[0] - clipped[1]))).max() > 1
+
+
+def test_a_runs_own_guidance(draw, runs, tmp_path):
+    """Its grids have it, and what sample.py draws if not told; an edit without a class has nothing to be guided to."""
+    own = ["--train.sample-guidance", 5, "--train.sample-guidance-interval", 10, 19]
+    run = shutil.copytree(runs / "class", tmp_path / "run")
+    code, _, err = call(train, "--run-dir", run, *CLASSES, "--train.total-steps", 7, "--train.sample-num", 10, *own)
+    assert code == 0, err
+    args = "--sampler ddpm --steps 2 --num 10 --batch-size 10".split()
+    images, told = draw(run, *args), draw(run, *args, "--guidance", 5, "--guidance-interval", 10, 19)
+    np.testing.assert_array_equal(images, told)
+    assert abs(cells(run / "samples/step-0000007.png", 10, scale=2).astype(int) - images[..., 0]).max() <= 1
+    everywhere = draw(run, *args, "--guidance", 5)
+    for other in (everywhere, draw(run, *args, "--guidance-interval", 0, 5), draw(run, *args, "--guidance", 1)):
+        assert abs(other.astype(int) - images).max() > 1
+    edit = ["--init", "test:0", "--strength", 1]
+    np.testing.assert_array_equal(draw(run, *edit), draw(run, *edit, "--guidance", 1))
+    assert (draw(run, *edit, "--class", 3) != draw(run, *edit, "--class", 3, "--guidance", 1)).any()
 
 
 def test_classes_without_dropout_can_be_drawn(draw):

@@ -114,11 +114,12 @@ def assert_report(out, record, without=()):
 
 
 def test_a_run(run, folder):
-    out, record = report_of(run, *FEW, "--guidance", 2, "--seed", 5)
+    told = [*FEW, "--guidance", 2, "--guidance-interval", 1, 9]
+    out, record = report_of(run, *told, "--seed", 5)
     assert_report(out, record)
     for words in (
         "classifier, 128 features",
-        f"{run} at step 3, ema weights; dpmpp_2m, 3 steps, guidance 2, seed 5",
+        f"{run} at step 3, ema weights; dpmpp_2m, 3 steps, guidance 2 from t = 1 to 9, seed 5",
         "N = 160 against 160 test images of fashion-mnist-mini",
         "floor: 160 real train images",
     ):
@@ -126,11 +127,11 @@ def test_a_run(run, folder):
     assert record["samples"]["fid"] > 3 * record["floor"]["fid"]  # it has learnt next to nothing
     assert record["floor"]["class_accuracy"] > 0.85 and record["floor"]["nearest_train"] > 5
 
-    again = report_of(run, *FEW, "--guidance", 2, "--seed", 5)[1]
+    again = report_of(run, *told, "--seed", 5)[1]
     assert (again["samples"], again["floor"], again["protocol"]) == tuple(
         record[key] for key in ("samples", "floor", "protocol")
     )
-    assert report_of(run, *FEW, "--guidance", 2, "--seed", 6)[1]["samples"]["fid"] != record["samples"]["fid"]
+    assert report_of(run, *told, "--seed", 6)[1]["samples"]["fid"] != record["samples"]["fid"]
 
 
 def test_the_scores_of_a_run_are_those_of_what_sample_draws(run, folder):
