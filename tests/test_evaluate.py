@@ -410,6 +410,18 @@ def test_a_folder_of_images_is_halved(folder):
         np.testing.assert_array_equal(again[split][0], found[split][0])
 
 
+def test_the_classifier_knows_no_other_classes(folder):
+    """Of images that are not Fashion-MNIST there is no word on classes."""
+    for i, image in enumerate(IMAGES[:300]):
+        path = folder / "pictures" / "ab"[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image[..., 0]).save(path)
+    save(IMAGES[300:450], LABELS[300:450])
+    _, record = report_of("x.npz", "--data", "image-folder", "--data-dir", folder / "pictures")
+    for scores in (record["samples"], record["floor"]):
+        assert set(scores) == SCORES - {"class_accuracy", "class_balance"}
+
+
 def test_splits_that_are_there_stay_as_they_are():
     found = real_images("fashion-mnist-mini", None, 28, 1)
     np.testing.assert_array_equal(found["train"][0], IMAGES)
