@@ -45,7 +45,9 @@ class Args:
     num: int = 10_000
     """How many images; of a file all, if there are fewer."""
     against: Literal[tuple(OTHER)] = "test"
-    """The real images that are compared with: as many, or all where there are fewer."""
+    """The real images that are compared with."""
+    against_num: int | None = None
+    """How many of them; if not given as many as are scored, or all where there are fewer."""
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = field(
         default_factory=lambda: Sampling(sampler="dpmpp_2m", steps=20)
     )
@@ -197,6 +199,8 @@ def main() -> int:
     source, against = args.source or default_run(), args.against
     if args.num < 1:
         raise UserError(f"--num {args.num}: choose at least 1")
+    if args.against_num is not None and args.against_num < 1:
+        raise UserError(f"--against-num {args.against_num}: choose at least 1")
     if source == against:
         raise UserError(f"{source} against {source} are the same images: add --against {OTHER[against]}")
     device = runtime.set_device(args.sampling.device)
@@ -224,12 +228,14 @@ def main() -> int:
         size, channels = config.data.size, config.model.channels
     features.check((size, size, channels))
     real = real_images(name, folder, size, channels)
-    for what, n in {source if samples else "--num": num, **{f"{name}, {s}": len(real[s][0]) for s in real}}.items():
+    against_num = args.against_num or num
+    numbers = {source if samples else "--num": num, "--against-num": against_num}
+    for what, n in (numbers | {f"{name}, {split}": len(real[split][0]) for split in real}).items():
         try:
             check_number(n, features.num)
         except ValueError as e:
             raise UserError(f"{what}: {e}") from e
-    chosen = {split: choose(*pair, num) for split, pair in real.items()}
+    chosen = {split: choose(*pair, against_num if split == against else num) for split, pair in real.items()}
     if source in OTHER:
         samples = Samples(*chosen[source], f"real {source} images")
     if samples is None:

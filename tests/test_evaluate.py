@@ -20,13 +20,14 @@ import train
 from ms_diffusion import evaluate, generation, presets
 from ms_diffusion.convert import save_torch_state_dict
 from ms_diffusion.data.fashion_mnist import load_fashion_mnist_mini
-from ms_diffusion.evaluate import nearest, real_images
+from ms_diffusion.evaluate import choose, nearest, real_images
+from ms_diffusion.evaluation import frechet_distance, mean_and_covariance
 from ms_diffusion.features import Features
 from ms_diffusion.models.classifier import SHIPPED
 from ms_diffusion.models.inception import InceptionV3
 
 IMAGES, LABELS = load_fashion_mnist_mini("train")  # (2000, 28, 28, 1) uint8, (2000,)
-TEST_IMAGES = load_fashion_mnist_mini("test")[0]
+TEST_IMAGES, TEST_LABELS = load_fashion_mnist_mini("test")
 MINI = ["--data", "fashion-mnist-mini"]
 FEW = "--num 160 --steps 3 --batch-size 80".split()
 TITLES = {key: title.strip() for key, (title, _) in evaluate.ROWS.items()}
@@ -154,6 +155,17 @@ def test_the_scores_of_a_run_are_those_of_what_sample_draws(run, folder):
     assert read["samples"] == pytest.approx(drawn["samples"], rel=1e-3) and read["floor"] == drawn["floor"]
 
 
+def test_against_how_many(folder):
+    """Samples and floor stay as they are; of the real images that they are compared with there are more."""
+    record = report_of("train", *MINI, "--num", 150, "--against-num", 400)[1]
+    assert "N = 150 against 400 test images" in record["protocol"] and "floor: 150 real train" in record["protocol"]
+    seen, real = (
+        Features()(choose(x, y, n)[0])["features"] for x, y, n in ((IMAGES, LABELS, 150), (TEST_IMAGES, TEST_LABELS, 400))
+    )
+    fid = frechet_distance(*mean_and_covariance(seen), *mean_and_covariance(real))
+    assert record["samples"]["fid"] == record["floor"]["fid"] == pytest.approx(fid, rel=1e-4)
+
+
 def test_a_model_that_comes_with_the_package(run, folder, tmp_path, monkeypatch):
     """By its name, or by none; the files go to where one works, and the package stays as it is."""
     weights = tmp_path / "weights"
@@ -178,6 +190,8 @@ def test_too_few_are_refused_before_anything_is_drawn(run, folder, undrawn):
     before = tree(run), tree(folder)
     for num in (0, -5):
         assert_refused(call(evaluate, run, "--num", num), "choose at least 1")
+    assert_refused(call(evaluate, run, *FEW, "--against-num", 0), "--against-num 0: choose at least 1")
+    assert_refused(call(evaluate, run, *FEW, "--against-num", 128), "--against-num: 128 images are too few")
     for num in (128, 1):
         end = call(evaluate, run, "--num", num)
         assert_refused(end, f"--num: {num} images are too few for 128 features")
