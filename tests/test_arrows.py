@@ -44,6 +44,8 @@ ALLOWED = {
     "models.mlp": {"runtime", "models.layers"},
     "models.classifier": {"runtime", "convert", "models.layers"},
     "models.inception": {"runtime", "convert"},
+    "models.lpips": {"runtime", "convert", "models.layers", "models.classifier"},
+    "models.discriminator": {"models.layers"},
 }
 DIFFUSION = {"schedules", "diffusion", "denoiser", "samplers"}
 MEETING = {"presets", "cli", "train", "sample"}  # the top, where all meet

@@ -1,0 +1,129 @@
+"""How unlike two images look: distances between a trained network's activations (Zhang et al. 2018, eq. 1)."""
+
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+
+import mindspore as ms
+from mindspore import Tensor, nn, ops
+
+from ..convert import load_into, load_torch_state_dict
+from ..runtime import UserError
+from .layers import Identity, conv2d, name_and_initialise
+
+STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))  # channels of VGG16's convolutions
+
+
+def unit(x):
+    """x (B, C, H, W) with the channels of each position scaled to length 1.
+
+    The lpips package adds 1e-10 to the length, whose gradient at 0 is not finite; its square under the root is as small.
+    """
+    x = ops.cast(x, ms.float32)
+    return x / ops.sqrt(ops.square(x).sum(1, keepdims=True) + 1e-20)
+
+
+def differences(stages, x, y):
+    """Squared differences (B, C, H, W) of the unit-length activations of x and y, for each that stages(x) returns."""
+    pairs = zip(stages(x), stages(y))  # noqa: B905, since a graph's zip takes no strict
+    return [ops.square(unit(a) - unit(b)) for a, b in pairs]
+
+
+def classifier_distance(classifier):
+    """distance(x, y) between gray images (B, 1, 28, 28) or (B, 1, 32, 32) in [-1, 1] -> (B,) in [0, 4]: as `LPIPS`, by the
+    three stages of a `Classifier`, where no VGG16 is at hand. Channels count alike; the mean over positions and stages."""
+
+    def distance(x, y):
+        d1, d2, d3 = [ops.mean(d.sum(1), (1, 2)) for d in differences(classifier.stages, x, y)]
+        return (d1 + d2 + d3) / 3
+
+    return distance
+
+
+class VGG16(nn.Cell):
+    """The convolutions of VGG16 (Simonyan & Zisserman 2015, table 1, D): (B, 3, H, W) -> the activations before each pool.
+
+    A layer's number is torchvision's, its slice taming's.
+    """
+
+    def __init__(self):
+        super().__init__()
+        layers, c_in = [], 3
+        for i, channels in enumerate(STAGES, 1):
+            first = len(layers)
+            layers += [nn.MaxPool2d(2, 2)] if i > 1 else []
+            for c in channels:
+                layers += [conv2d(c_in, c, 3, padding=1), nn.ReLU()]
+                c_in = c
+            numbered = OrderedDict((str(n), layers[n]) for n in range(first, len(layers)))
+            setattr(self, f"slice{i}", nn.SequentialCell(numbered))
+
+    def construct(self, x):
+        x1 = self.slice1(x)  #  (B, 64, H, W)
+        x2 = self.slice2(x1)  # (B, 128, H/2, W/2)
+        x3 = self.slice3(x2)  # (B, 256, H/4, W/4)
+        x4 = self.slice4(x3)  # (B, 512, H/8, W/8)
+        x5 = self.slice5(x4)  # (B, 512, H/16, W/16)
+        return x1, x2, x3, x4, x5
+
+
+def channel_weights(channels: int) -> nn.Cell:
+    """The channels' sum with learned weights: (B, channels, H, W) -> (B, 1, H, W). In PyTorch its layer 0 is a dropout."""
+    return nn.SequentialCell(OrderedDict(model=nn.SequentialCell(Identity(), conv2d(channels, 1, 1, bias=False))))
+
+
+class LPIPS(nn.Cell):
+    """Images x and y, both (B, 3, H, W) or (B, 1, H, W), H and W at least 16, in [-1, 1] -> distances (B,).
+
+    Squared differences of VGG16's activations, channels at unit length, weighed by learned weights that are not negative,
+    their means over H and W summed over the five stages. All is frozen. The weights come from `load_lpips`; before it,
+    VGG16's are random and the channels' are 1.
+
+    Raises:
+        ValueError: the images are smaller than 16 pixels.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.shift = Tensor(np.array([-0.030, -0.088, -0.188], np.float32).reshape(1, 3, 1, 1))  # ImageNet's mean and
+        self.scale = Tensor(np.array([0.458, 0.448, 0.450], np.float32).reshape(1, 3, 1, 1))  #    deviation in [-1, 1]
+        self.net = VGG16()
+        self.lin0, self.lin1, self.lin2, self.lin3, self.lin4 = [channel_weights(channels[-1]) for channels in STAGES]
+        name_and_initialise(self, seed=0)
+        for p in self.get_parameters():
+            p.requires_grad = False
+            if p.name.startswith("lin"):
+                p.set_data(Tensor(np.ones(p.shape, np.float32)))
+
+    def stages(self, x):
+        if min(x.shape[2:]) < 16:
+            raise ValueError("LPIPS needs images of at least 16 x 16 pixels: use larger ones, or classifier_distance")
+        return self.net((x - self.shift) / self.scale)  # which makes three channels of one
+
+    def construct(self, x, y):
+        d0, d1, d2, d3, d4 = differences(self.stages, x, y)
+        weighed = self.lin0(d0), self.lin1(d1), self.lin2(d2), self.lin3(d3), self.lin4(d4)
+        return sum([ops.mean(d, (1, 2, 3)) for d in weighed])
+
+
+def load_lpips(vgg_path: str | Path, lpips_path: str | Path) -> LPIPS:
+    """The network with torchvision's VGG16 (``features.0.weight``, ...) and the linear layers of the lpips package, version
+    0.1, for it (``lin0.model.1.weight``, ...); .pth files need PyTorch, .safetensors files of the same names do not.
+
+    Raises:
+        UserError: a file cannot be read or holds another network.
+    """
+    net = LPIPS()
+    numbers = {f"features.{p.name.split('.', 2)[2]}": p.name for p in net.net.get_parameters()}
+    vgg = {numbers.get(name, name): a for name, a in load_torch_state_dict(vgg_path).items() if "classifier" not in name}
+    linear = [p for p in net.get_parameters() if p.name.startswith("lin")]
+    for path, parameters, arrays, mend in (
+        (vgg_path, net.net, vgg, "give torchvision's vgg16-397923af.pth"),
+        (lpips_path, linear, load_torch_state_dict(lpips_path), "give the lpips package's weights/v0.1/vgg.pth"),
+    ):
+        try:
+            load_into(parameters, arrays, mend)
+        except UserError as e:
+            raise UserError(f"{path}: {e}") from e
+    return net
