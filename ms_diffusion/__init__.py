@@ -28,6 +28,11 @@ _HOMES = {
     "data.pipeline": "load_images make_dataset",
     "data.toy": "TOYS load_points",
     "models.classifier": "Classifier load_classifier",
+    "models.autoencoder": "AutoencoderConfig AutoencoderKL gaussian_kl gaussian_mode gaussian_nll gaussian_sample normal_kl",
+    "models.unet_ldm": "SpatialTransformer UNetModel UNetModelConfig",
+    "models.lpips": "LPIPS classifier_distance load_lpips",
+    "models.discriminator": "NLayerDiscriminator",
+    "losses": "adaptive_weight autoencoder_loss discriminator_loss generator_loss",
     "models.inception": "InceptionV3 load_inception",
     "features": "Features",
     "evaluation": "compare energy_distance frechet_distance kernel_distance maximum_mean_discrepancy mean_and_covariance "

@@ -46,6 +46,8 @@ ALLOWED = {
     "models.inception": {"runtime", "convert"},
     "models.lpips": {"runtime", "convert", "models.layers", "models.classifier"},
     "models.discriminator": {"models.layers"},
+    "models.autoencoder": {"models.layers", "models.attention"},
+    "models.unet_ldm": {"models.layers", "models.attention"},
 }
 DIFFUSION = {"schedules", "diffusion", "denoiser", "samplers"}
 MEETING = {"presets", "cli", "train", "sample"}  # the top, where all meet

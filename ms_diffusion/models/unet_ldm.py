@@ -1,0 +1,468 @@
+"""The conditional U-Net of guided diffusion (Dhariwal & Nichol 2021, section 3) and latent diffusion (Rombach et al. 2022,
+section 3.3): attention at chosen resolutions, told of timestep, class and a context such as the words of a text.
+
+Written small to large: layers, transformer, then the network. Parameter paths are those of CompVis latent-diffusion, whose
+``TimestepEmbedSequential`` is a list here: every layer of a block takes (x, emb, context) and uses what it needs.
+B, N, L: batch, positions of the image (H W), entries of the context.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
+
+import numpy as np
+
+import mindspore as ms
+from mindspore import Parameter, Tensor, nn, ops
+
+from .attention import split_heads
+from .layers import GELU, Embedding, GroupNorm, Identity, Linear, conv2d, name_and_initialise, norm_conv
+
+
+class TimestepEmbedding(nn.Cell):
+    """Timesteps (B,) float32 -> (B, dim): cosines then sines of dim/2 frequencies 10000^(-2i/dim) (Vaswani 2017, 3.5)."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        half = dim // 2
+        self.frequencies = Tensor(np.exp(-math.log(10000) * np.arange(half) / half).astype(np.float32))
+
+    def construct(self, t):
+        angles = t.reshape(-1, 1) * self.frequencies.reshape(1, -1)  # (B, dim/2)
+        return ops.concat((ops.cos(angles), ops.sin(angles)), -1)  #   (B, dim)
+
+
+class Downsample(nn.Cell):
+    """Halve H and W by a strided convolution, or by the mean of 2 x 2: (B, C, H, W) -> (B, C, H/2, W/2)."""
+
+    def __init__(self, channels: int, with_conv: bool):
+        super().__init__()
+        self.op = conv2d(channels, channels, 3, stride=2, padding=1) if with_conv else nn.AvgPool2d(2, 2)
+
+    def construct(self, x, emb=None, context=None):
+        return self.op(x)
+
+
+class Upsample(nn.Cell):
+    """Repeat each pixel 2 x 2, then convolve or not: (B, C, H, W) -> (B, C, 2H, 2W)."""
+
+    def __init__(self, channels: int, with_conv: bool):
+        super().__init__()
+        self.conv = conv2d(channels, channels, 3, padding=1) if with_conv else Identity()
+
+    def construct(self, x, emb=None, context=None):
+        return self.conv(ops.interpolate(x, size=(2 * x.shape[2], 2 * x.shape[3]), mode="nearest"))
+
+
+class ResBlock(nn.Cell):
+    """Two 3x3 convolutions and a shortcut, told of the embedding emb (B, emb_channels) between them.
+
+    The embedding is added or, with `scale_shift`, scales and shifts the second norm (Dhariwal & Nichol 2021, section 3.1);
+    `resample`, a Downsample or Upsample without convolution, works on both ways before the first convolution.
+    (B, channels, H, W) -> (B, out_channels, H', W').
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        out_channels: int,
+        emb_channels: int,
+        groups: int = 32,
+        dropout: float = 0.0,
+        scale_shift: bool = False,
+        resample: nn.Cell | None = None,
+    ):
+        super().__init__()
+        self.scale_shift, self.resample = scale_shift, resample
+        # SiLU is in the norms and in Linear; an Identity keeps its number
+        self.in_layers = nn.SequentialCell(
+            GroupNorm(groups, channels, activation="silu-after"),
+            Identity(),
+            conv2d(channels, out_channels, 3, padding=1),
+        )
+        emb_out = out_channels * 2 if scale_shift else out_channels
+        self.emb_layers = nn.SequentialCell(Identity(), Linear(emb_channels, emb_out, "silu"))
+        self.out_layers = nn.SequentialCell(
+            GroupNorm(groups, out_channels, activation="silu-after"),
+            Identity(),
+            nn.Dropout(p=dropout),
+            conv2d(out_channels, out_channels, 3, padding=1),
+        )
+        self.skip_connection = conv2d(channels, out_channels, 1) if channels != out_channels else Identity()
+
+    def construct(self, x, emb, context=None):
+        if self.resample is None:
+            h = norm_conv(self.in_layers[0], self.in_layers[2], x)
+        else:
+            h = self.in_layers[2](self.resample(self.in_layers[0](x)))
+            x = self.resample(x)
+        emb = self.emb_layers(emb)
+        if self.scale_shift:
+            scale, shift = ops.chunk(emb, 2, 1)
+            h = self.out_layers[0](h, scale, shift)
+        else:
+            h = self.out_layers[0](h + emb.expand_dims(-1).expand_dims(-1))
+        return self.skip_connection(x) + self.out_layers[3](self.out_layers[2](h))
+
+
+class Conv1d(nn.Conv2d):
+    """``torch.nn.Conv1d`` of kernel 1 over all positions: (B, c_in, H, W) -> (B, c_out, H, W); weight (c_out, c_in, 1)."""
+
+    def __init__(self, c_in: int, c_out: int):
+        super().__init__(c_in, c_out, 1, has_bias=True)
+        self.weight = Parameter(Tensor(np.zeros((c_out, c_in, 1), np.float32)), name="weight")
+
+    def construct(self, x):
+        return ops.conv2d(x, self.weight.expand_dims(-1), self.bias)
+
+
+class AttentionBlock(nn.Cell):
+    """Multi-head self-attention over all positions, and a shortcut: (B, C, H, W) -> the same.
+
+    The channels of qkv are heads of (q, k, v); in the `new_order`, they are q, k, v of heads.
+    """
+
+    def __init__(self, channels: int, heads: int, groups: int = 32, new_order: bool = False):
+        super().__init__()
+        self.heads, self.new_order, self.scale = heads, new_order, (channels // heads) ** -0.5
+        self.norm = GroupNorm(groups, channels)
+        self.qkv = Conv1d(channels, 3 * channels)
+        self.proj_out = Conv1d(channels, channels)
+        self.matmul, self.matmul_t = ops.BatchMatMul(), ops.BatchMatMul(transpose_b=True)
+
+    def construct(self, x, emb=None, context=None):
+        b, c, height, width = x.shape
+        qkv = self.qkv(self.norm(x))
+        if self.new_order:
+            q, k, v = split_heads(qkv, self.heads)  #                    (B, h, d, N)
+        else:
+            qkv = ops.cast(qkv, ms.float32).reshape(b, self.heads, -1, height * width)
+            q, k, v = ops.split(qkv, c // self.heads, 2)  #              (B, h, d, N)
+        scores = self.matmul(q.transpose(0, 1, 3, 2) * self.scale, k)  # (B, h, N, N)
+        out = self.matmul_t(v, ops.softmax(scores, -1))  #               (B, h, d, N)
+        return x + self.proj_out(out.reshape(x.shape))
+
+
+class LayerNorm(nn.Cell):
+    """``torch.nn.LayerNorm`` over the last axis, in float32: (B, N, dim) -> the same."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.weight = Parameter(Tensor(np.ones(dim, np.float32)), name="weight")
+        self.bias = Parameter(Tensor(np.zeros(dim, np.float32)), name="bias")
+        self.norm = ops.LayerNorm(begin_norm_axis=-1, begin_params_axis=-1, epsilon=1e-5)
+
+    def construct(self, x):
+        return self.norm(ops.cast(x, ms.float32), self.weight, self.bias)[0]
+
+
+class CrossAttention(nn.Cell):
+    """Multi-head attention of x to the context, or to x itself where there is none (Rombach et al. 2022, section 3.3).
+
+    x (B, N, query_dim), context (B, L, context_dim) -> (B, N, query_dim).
+    """
+
+    def __init__(self, query_dim: int, context_dim: int, heads: int, dim_head: int):
+        super().__init__()
+        self.heads, self.scale = heads, dim_head**-0.5
+        self.to_q = nn.Dense(query_dim, heads * dim_head, has_bias=False)
+        self.to_k = nn.Dense(context_dim, heads * dim_head, has_bias=False)
+        self.to_v = nn.Dense(context_dim, heads * dim_head, has_bias=False)
+        self.to_out = nn.SequentialCell(nn.Dense(heads * dim_head, query_dim))
+        self.matmul, self.matmul_t = ops.BatchMatMul(), ops.BatchMatMul(transpose_b=True)
+
+    def heads_first(self, x):
+        """(B, n, h d) -> (B, h, n, d), in float32."""
+        b, n, _ = x.shape
+        return ops.cast(x, ms.float32).reshape(b, n, self.heads, -1).transpose(0, 2, 1, 3)
+
+    def construct(self, x, context=None):
+        if context is None:
+            context = x
+        q = self.heads_first(self.to_q(x))  #                       (B, h, N, d)
+        k = self.heads_first(self.to_k(context))  #                 (B, h, L, d)
+        v = self.heads_first(self.to_v(context))  #                 (B, h, L, d)
+        scores = self.matmul_t(q * self.scale, k)  #                (B, h, N, L)
+        out = self.matmul(ops.softmax(scores, -1), v)  #            (B, h, N, d)
+        b, n, _ = x.shape
+        return self.to_out(out.transpose(0, 2, 1, 3).reshape(b, n, -1))
+
+
+class GEGLU(nn.Cell):
+    """A linear layer times the GELU of another (Shazeer 2020, eq. 6): (B, N, dim) -> (B, N, dim_out)."""
+
+    def __init__(self, dim: int, dim_out: int):
+        super().__init__()
+        self.proj, self.gelu = nn.Dense(dim, 2 * dim_out), GELU()
+
+    def construct(self, x):
+        x, gate = ops.chunk(self.proj(x), 2, -1)
+        return x * self.gelu(gate)
+
+
+class FeedForward(nn.Cell):
+    """GEGLU to four times the width, and a linear layer back: (B, N, dim) -> the same."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.net = nn.SequentialCell(GEGLU(dim, 4 * dim), Identity(), nn.Dense(4 * dim, dim))  # Identity: CompVis's dropout
+
+    def construct(self, x):
+        return self.net(x)
+
+
+class BasicTransformerBlock(nn.Cell):
+    """Attention to x itself, attention to the context, feed-forward, each normalised before and with a shortcut.
+
+    x (B, N, dim), context (B, L, context_dim) or None, which is x itself -> (B, N, dim).
+    """
+
+    def __init__(self, dim: int, heads: int, dim_head: int, context_dim: int | None = None):
+        super().__init__()
+        self.attn1 = CrossAttention(dim, dim, heads, dim_head)
+        self.ff = FeedForward(dim)
+        self.attn2 = CrossAttention(dim, context_dim or dim, heads, dim_head)
+        self.norm1, self.norm2, self.norm3 = LayerNorm(dim), LayerNorm(dim), LayerNorm(dim)
+
+    def construct(self, x, context=None):
+        x = x + self.attn1(self.norm1(x))
+        x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class SpatialTransformer(nn.Cell):
+    """Transformer blocks over the positions of an image, and a shortcut (Rombach et al. 2022, appendix E.2.1).
+
+    x (B, C, H, W), context (B, L, context_dim) or None, which is x itself -> (B, C, H, W).
+    """
+
+    def __init__(self, channels: int, heads: int, depth: int = 1, context_dim: int | None = None, groups: int = 32):
+        super().__init__()
+        self.norm = GroupNorm(groups, channels, eps=1e-6)
+        self.proj_in = conv2d(channels, channels, 1)
+        blocks = [BasicTransformerBlock(channels, heads, channels // heads, context_dim) for _ in range(depth)]
+        self.transformer_blocks = nn.CellList(blocks)
+        self.proj_out = conv2d(channels, channels, 1)
+
+    def construct(self, x, emb=None, context=None):
+        b, c, height, width = x.shape
+        h = norm_conv(self.norm, self.proj_in, x)
+        h = h.reshape(b, c, height * width).transpose(0, 2, 1)  #             (B, N, C)
+        for block in self.transformer_blocks:
+            h = block(h, context)
+        return x + self.proj_out(h.transpose(0, 2, 1).reshape(x.shape))  # (B, C, H, W)
+
+
+@dataclass(frozen=True)
+class UNetModelConfig:
+    """What a UNetModel is built from."""
+
+    in_channels: int
+    """Channels of x."""
+    model_channels: int
+    """Base width; the embedding has four times as many numbers."""
+    out_channels: int
+    """Channels of the output."""
+    num_res_blocks: int
+    """ResBlocks of each level on the way down; on the way up there is one more."""
+    attention_resolutions: tuple[int, ...]
+    """Where attention follows each ResBlock, by how far H and W are reduced there: (4, 2) is on a fourth and a half."""
+    dropout: float = 0.0
+    """Share of the activations that a ResBlock drops in training."""
+    channel_mult: tuple[int, ...] = (1, 2, 4, 8)
+    """Width of each level as a multiple of model_channels; H and W halve between levels."""
+    conv_resample: bool = True
+    """Convolve where H and W are halved or doubled."""
+    num_classes: int | None = None
+    """Classes that the network is told of, by an embedding added to the timestep's; None is none."""
+    recompute: bool = False
+    """Compute ResBlocks and attention again for the gradient, rather than keep what lies inside: less memory, more time."""
+    num_heads: int | None = None
+    """Attention heads, where num_head_channels is None."""
+    num_head_channels: int | None = None
+    """Channels of an attention head, which then number as many as fill the width."""
+    use_scale_shift_norm: bool = False
+    """Let the embedding scale and shift a ResBlock's second norm, instead of adding it."""
+    resblock_updown: bool = False
+    """Halve and double H and W inside a ResBlock."""
+    use_new_attention_order: bool = False
+    """Order of an AttentionBlock's channels: q, k, v of heads, instead of heads of q, k, v."""
+    use_spatial_transformer: bool = False
+    """SpatialTransformer, which sees the context, instead of AttentionBlock."""
+    transformer_depth: int = 1
+    """Transformer blocks of a SpatialTransformer."""
+    context_dim: int | None = None
+    """Numbers of each entry of the context; None is no context."""
+    n_embed: int | None = None
+    """Return logits over a codebook of this many entries, instead of out_channels."""
+    groups: int = 32
+    """Groups of GroupNorm."""
+
+    self_condition: ClassVar[bool] = False  # as a Unet's, for the programs
+    cond_channels: ClassVar[int] = 0
+
+    @property
+    def channels(self) -> int:
+        return self.in_channels
+
+    @property
+    def size_multiple(self) -> int:
+        """H and W of the images must be divisible by this."""
+        return 2 ** (len(self.channel_mult) - 1)
+
+    def heads(self, channels: int) -> int:
+        """Attention heads of a layer with this many channels; ValueError if they cannot share them."""
+        size = self.num_head_channels
+        if channels % (self.num_heads if size is None else size):
+            what = f"num_heads {self.num_heads}" if size is None else f"num_head_channels {size}"
+            raise ValueError(f"{channels} channels cannot be shared among heads by {what}: choose one that divides them")
+        return self.num_heads if size is None else channels // size
+
+    def build(self, seed: int = 0) -> "UNetModel":
+        return UNetModel(self, seed)
+
+
+class UNetModel(nn.Cell):
+    """Predict from a noisy x (B, in_channels, H, W) float32 at timestep t (B,) int32: -> (B, out_channels, H, W) float32,
+    or with n_embed -> (B, n_embed, H, W).
+
+    What the network is built for must be given: context (B, L, context_dim) float32, y (B,) int32 in [0, num_classes).
+    `seed` draws the initial weights; the last convolution of each block and of the network is zero, so that a fresh block
+    is its shortcut and a fresh network returns 0.
+
+    Raises:
+        ValueError: when built, context_dim without use_spatial_transformer or the reverse, neither num_heads nor
+            num_head_channels, channels not divisible into heads or groups, an odd model_channels, recompute with dropout;
+            when called, context or y are missing or too many, or H or W are not divisible by size_multiple.
+    """
+
+    def __init__(self, config: UNetModelConfig, seed: int = 0):
+        super().__init__()
+        if config.use_spatial_transformer != (config.context_dim is not None):
+            raise ValueError(
+                f"use_spatial_transformer is {config.use_spatial_transformer} and context_dim {config.context_dim}: "
+                "set both or neither"
+            )
+        if config.num_heads is None and config.num_head_channels is None:
+            raise ValueError("attention needs a number of heads: set num_heads or num_head_channels")
+        if config.model_channels % 2:
+            raise ValueError(f"model_channels is {config.model_channels}: it must be even, for as many cosines as sines")
+        if config.recompute and config.dropout:
+            raise ValueError("recompute would draw dropout's masks anew for the gradient: set dropout to 0 or leave it out")
+        self.size_multiple = config.size_multiple
+        self.size_message = f"H and W must be divisible by {self.size_multiple}: choose another image size"
+        self.takes_context, self.takes_label = config.context_dim is not None, config.num_classes is not None
+        width, emb_channels = config.model_channels, 4 * config.model_channels
+        groups, levels = config.groups, len(config.channel_mult)
+        block = partial(
+            ResBlock,
+            emb_channels=emb_channels,
+            groups=groups,
+            dropout=config.dropout,
+            scale_shift=config.use_scale_shift_norm,
+        )
+
+        def attention(channels):
+            heads = config.heads(channels)
+            if config.use_spatial_transformer:
+                return SpatialTransformer(channels, heads, config.transformer_depth, config.context_dim, groups)
+            return AttentionBlock(channels, heads, groups, config.use_new_attention_order)
+
+        def resample(kind, channels):
+            if config.resblock_updown:
+                return block(channels, channels, resample=kind(channels, with_conv=False))
+            return kind(channels, config.conv_resample)
+
+        # Timestep and class: -> (B, 4 model_channels)
+        self.timestep_embedding = TimestepEmbedding(width)
+        self.time_embed = nn.SequentialCell(
+            Linear(width, emb_channels), Identity(), Linear(emb_channels, emb_channels, "silu")
+        )
+        self.label_emb = Embedding(config.num_classes, emb_channels) if self.takes_label else None
+
+        # Down
+        channels, ds = width, 1
+        self.input_blocks = nn.CellList([nn.CellList([conv2d(config.in_channels, channels, 3, padding=1)])])
+        skips = [channels]
+        for level, mult in enumerate(config.channel_mult):
+            for _ in range(config.num_res_blocks):
+                layers = [block(channels, mult * width)]
+                channels = mult * width
+                if ds in config.attention_resolutions:
+                    layers.append(attention(channels))
+                self.input_blocks.append(nn.CellList(layers))
+                skips.append(channels)
+            if level < levels - 1:
+                self.input_blocks.append(nn.CellList([resample(Downsample, channels)]))
+                skips.append(channels)
+                ds *= 2
+
+        # Middle
+        self.middle_block = nn.CellList([block(channels, channels), attention(channels), block(channels, channels)])
+
+        # Up: each block sees the output of the one that it mirrors
+        self.output_blocks = nn.CellList()
+        for level in reversed(range(levels)):
+            for i in range(config.num_res_blocks + 1):
+                layers = [block(channels + skips.pop(), config.channel_mult[level] * width)]
+                channels = config.channel_mult[level] * width
+                if ds in config.attention_resolutions:
+                    layers.append(attention(channels))
+                if level > 0 and i == config.num_res_blocks:
+                    layers.append(resample(Upsample, channels))
+                    ds //= 2
+                self.output_blocks.append(nn.CellList(layers))
+
+        # CompVis keeps `out` beside the codebook's predictor, unused, and so its weights hold both
+        norm = GroupNorm(groups, channels, activation="silu-after")
+        self.out = nn.SequentialCell(norm, Identity(), conv2d(channels, config.out_channels, 3, padding=1))
+        self.id_predictor = (
+            nn.SequentialCell(GroupNorm(groups, channels), conv2d(channels, config.n_embed, 1)) if config.n_embed else None
+        )
+        self._initialise(seed)
+        if config.recompute:
+            for _, cell in list(self.cells_and_names()):
+                if isinstance(cell, ResBlock | AttentionBlock | BasicTransformerBlock):
+                    cell.recompute()
+
+    def _initialise(self, seed: int) -> None:
+        """PyTorch's default values, and zeros where a block or the network ends, as said above."""
+        name_and_initialise(self, seed)
+        for p in self.get_parameters():
+            if p.name.rpartition(".")[0].endswith(("out_layers.3", "proj_out")) or p.name.startswith("out.2."):
+                p.set_data(Tensor(np.zeros(p.shape, np.float32)))
+
+    def construct(self, x, t, context=None, y=None):
+        if self.takes_context != (context is not None):
+            raise ValueError("context must be given to a network with context_dim, and to no other")
+        if self.takes_label != (y is not None):
+            raise ValueError("y must be given to a network with num_classes, and to no other")
+        if x.shape[2] % self.size_multiple != 0 or x.shape[3] % self.size_multiple != 0:
+            raise ValueError(self.size_message)
+
+        emb = self.time_embed(self.timestep_embedding(ops.cast(t, ms.float32)))
+        if self.takes_label:
+            emb = emb + self.label_emb(y)
+
+        # Down
+        x = self.input_blocks[0][0](x)
+        skips = (x,)  # newest first
+        for i in range(1, len(self.input_blocks)):
+            for layer in self.input_blocks[i]:
+                x = layer(x, emb, context)
+            skips = (x,) + skips
+
+        # Middle
+        for layer in self.middle_block:
+            x = layer(x, emb, context)
+
+        # Up
+        for i, block in enumerate(self.output_blocks):
+            x = ops.concat((x, skips[i]), 1)
+            for layer in block:
+                x = layer(x, emb, context)
+
+        if self.id_predictor is not None:
+            return ops.cast(norm_conv(self.id_predictor[0], self.id_predictor[1], x), ms.float32)
+        return ops.cast(norm_conv(self.out[0], self.out[2], x), ms.float32)
