@@ -133,7 +133,11 @@ class Downsample(nn.Cell):
     def construct(self, x):
         if self.conv is None:
             return ops.avg_pool2d(x, 2, 2)
-        return self.conv(ops.pad(x, (0, 1, 0, 1)))  # one column on the right, one row at the bottom
+        # A row at the bottom, a column on the right; the 18th gradient of ops.pad never ends (MindSpore 2.10)
+        b, c, height, width = x.shape
+        x = ops.concat((x, ops.zeros((b, c, 1, width), x.dtype)), 2)
+        x = ops.concat((x, ops.zeros((b, c, height + 1, 1), x.dtype)), 3)
+        return self.conv(x)
 
 
 class Upsample(nn.Cell):
