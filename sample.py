@@ -76,8 +76,8 @@ def check(args: Args, config, T: int) -> None:
     classes, dropout = config.model.num_classes, config.train.label_dropout
     if config.is_points and (edits or args.image):
         raise UserError(f"this run is of points in the plane, and --{(edits or ['image'])[0]} of images: leave it out")
-    if edits and args.class_ is None and args.sampling.guidance is None:
-        args.sampling.guidance = 1.0  # there is nothing to be guided to
+    if args.sampling.guidance is None and (args.interpolate or (edits and args.class_ is None)):
+        args.sampling.guidance = 1.0  # a guided inversion does not lead back, and without a class there is no direction
     args.sampling.settle(config, T)
     if args.interpolate and (args.sampling.sampler == "ddpm" or args.sampling.eta or args.sampling.steps < 2):
         raise UserError("--interpolate needs a deterministic sampler, not ddpm or --eta above 0, and --steps of at least 2")

@@ -548,6 +548,8 @@ def test_a_runs_own_guidance(draw, runs, tmp_path):
     edit = ["--init", "test:0", "--strength", 1]
     np.testing.assert_array_equal(draw(run, *edit), draw(run, *edit, "--guidance", 1))
     assert (draw(run, *edit, "--class", 3) != draw(run, *edit, "--class", 3, "--guidance", 1)).any()
+    between = ["--interpolate", "test:0", "test:1", "--class", 3]
+    np.testing.assert_array_equal(draw(run, *between), draw(run, *between, "--guidance", 1))
 
 
 def test_classes_without_dropout_can_be_drawn(draw):
