@@ -357,7 +357,14 @@ CLASS = Config(
         patch_size=2,
         num_classes=10,
     ),
-    TrainConfig(total_steps=6000, batch_size=64, lr=2e-3, ema_decay=0.998),
+    TrainConfig(
+        total_steps=6000,
+        batch_size=64,
+        lr=2e-3,
+        ema_decay=0.998,
+        sample_guidance=2.0,
+        sample_guidance_interval=(150, 750),
+    ),
 )
 
 # The networks and data that the project came from, and the same with more of a condition
@@ -378,7 +385,7 @@ PRESETS = {
     "fashion-mnist-large": replace(
         CLASS,
         model=replace(CLASS.model, dim=64, init_dim=64),
-        train=replace(CLASS.train, total_steps=16_000, lr=1.5e-3, warmup_steps=500, ema_decay=0.999, timesteps="antithetic"),
+        train=replace(CLASS.train, total_steps=22_000, lr=1.5e-3, warmup_steps=500, ema_decay=0.999, timesteps="antithetic"),
     ),
     **{name: replace(SCURVE, data=PointsConfig(name)) for name in TOYS},
     "scurve-seed": SCURVE_SEED,
