@@ -68,7 +68,10 @@ class Sampling:
         if self.guidance == 1 and (self.guidance_rescale or self.guidance_interval):
             raise UserError("--guidance-rescale and --guidance-interval change nothing without --guidance: give one, say 3")
         if self.guidance_interval and not 0 <= self.guidance_interval[0] <= self.guidance_interval[1] < T:
-            raise UserError(f"--guidance-interval: give two timesteps in 0 to {T - 1}, the lower one first")
+            raise UserError(
+                "--guidance-interval {} {}, or --train.sample-guidance-interval: ".format(*self.guidance_interval)
+                + f"give two timesteps in 0 to {T - 1}, the lower one first"
+            )
 
     def make_denoiser(self, net, diffusion, classes: int | None):
         """The network's denoiser, guided where it is asked to be."""
