@@ -365,6 +365,17 @@ def test_transposed_convolution_like_pytorch_and_mindspore(batch, size, c_in, c_
     assert_close(answers(net, x), answers(drawn(twin), x))
 
 
+@pytest.mark.parametrize("groups", [1, 2, 4])  # 4 is depthwise
+def test_a_frozen_convolution_spares_its_weights_gradient(groups):
+    x, net = draw(13, 4, 5, 6), drawn(layers.conv2d(4, 4, 3, 1, 1, groups))
+    y, dx, *_ = answers(net, x)
+    weight = net.weight
+    layers.freeze(net)
+    assert_close(answers(net, x), [y, dx])
+    gradient = ms.grad(lambda x: net(x).sum(), None, weight)(Tensor(x))
+    np.testing.assert_array_equal(gradient.asnumpy(), np.zeros(weight.shape))
+
+
 def test_larger_layers_like_mindspore():
     for activation in BEFORE:
         assert_like_mindspore(lambda f=activation: layers.Linear(33, 65, f), draw(13, 33))

@@ -20,6 +20,7 @@ import numpy as np
 
 import mindspore as ms
 from mindspore import Tensor, nn, ops
+from mindspore.ops.signature import make_sig, sig_rw
 
 SOURCE = Path(__file__).with_name("kernels.cc")
 FLAGS = [
@@ -150,7 +151,7 @@ class Convolution(nn.Cell):
 
     def __init__(self, stride: int, padding: int, groups: int, transposed: bool = False):
         super().__init__()
-        self.settings = Tensor([stride, padding, groups], ms.int32)
+        self.settings = Tensor([stride, padding, groups, False], ms.int32)
         name = "conv_transpose" if transposed else "conv"
 
         def shape(x, w, b, settings):
@@ -194,6 +195,13 @@ class NormConvolution(nn.Cell):
     def bprop(self, x, norm_weight, norm_bias, norm_settings, weight, bias, out, dout):
         dx, dg, dh, dw, db = self.gradient(dout, x, norm_weight, norm_bias, norm_settings, weight, self.settings)
         return dx, dg, dh, ops.zeros_like(norm_settings), dw, db
+
+
+def freeze(net: nn.Cell) -> None:
+    """Spare the gradients of the weights of `net`'s convolutions, before it is compiled: they become 0."""
+    for _, cell in net.cells_and_names():
+        if isinstance(cell, Convolution):
+            cell.settings = Tensor([*cell.settings.asnumpy()[:3], True], ms.int32)
 
 
 class Conv2d(nn.Conv2d):
@@ -309,14 +317,18 @@ class LinearAttention(nn.Cell):
 def adam(optimizer: nn.Adam, clip_norm: float, ema=None):
     """update(gradients) -> their norm (): clip it at `clip_norm`, then `nn.Adam`'s step, then the `EMA`'s.
 
-    One operator for what takes MindSpore ten for each parameter. It changes its inputs in place, which the graph need not
-    know: whatever reads the old parameters feeds the gradients.
+    One operator for what takes MindSpore ten for each parameter. It changes its inputs in place and says so: beside another
+    operator that does, such as a batch norm in training, it would otherwise be given copies.
     """
     averages = ema.averages if ema is not None else ()
     constants = [len(optimizer.parameters), optimizer.beta1, optimizer.beta2, optimizer.eps, clip_norm]
     constants = Tensor(np.array([float(c) for c in constants], np.float32))
     operator = Operator("adam", lambda *inputs: (), lambda *inputs: inputs[0])
     parameters, moments = optimizer.parameters, optimizer.moment1 + optimizer.moment2
+    n = len(parameters)
+    written = [False] * 3 + [True] * (3 + 3 * n) + [False] * n + [True] * len(averages)
+    operator.set_signatures([make_sig(f"x{i}", sig_rw.RW_WRITE if w else sig_rw.RW_READ) for i, w in enumerate(written)])
+    operator.add_prim_attr("side_effect_mem", True)
     step, schedule = optimizer.global_step, optimizer.learning_rate
     powers = (optimizer.beta1_power, optimizer.beta2_power)
 

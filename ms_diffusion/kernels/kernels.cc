@@ -860,7 +860,7 @@ struct Arguments {
   const float* in(int i) const { return static_cast<float*>(data[i]); }
   float* out(int i) const { return static_cast<float*>(data[i]); }
   int64_t size(int i, int axis) const { return shapes[i][axis]; }
-  // of tensors x (n, c, h, w), weight, y and the settings {stride, padding, groups}: the shape of one group
+  // of tensors x (n, c, h, w), weight, y and the settings {stride, padding, groups, frozen}: the shape of one group
   Shape shape(int x, int weight, int y, const int32_t* settings) const {
     const long groups = settings[2], h = size(x, 2), w = size(x, 3), oh = size(y, 2), ow = size(y, 3);
     return {size(x, 0), size(x, 1) / groups, h,        w, size(y, 1) / groups,     oh, ow, size(weight, 2), settings[0],
@@ -899,16 +899,18 @@ void conv(const Shape& z, long groups, const float* x, const float* weight, cons
     convolve(z, x + g * z.c * z.h * z.w, weight + g * z.o * z.c * z.k * z.k, bias + g * z.o, y + g * z.o * z.oh * z.ow);
 }
 
-void conv_gradient(const Shape& z, long groups, const float* dy, const float* x, const float* weight, float* dx,
+// A frozen weight has gradient 0, which saves a third of the time.
+void conv_gradient(const Shape& z, long groups, bool frozen, const float* dy, const float* x, const float* weight, float* dx,
                    float* dweight, float* dbias) {
   bias_gradient(dy, z.n, groups * z.o, z.oh * z.ow, dbias);
+  if (frozen) std::fill_n(dweight, groups * z.o * z.c * z.k * z.k, 0.f);
   if (is_depthwise(z)) {
-    depthwise_weight_gradient(z, groups, x, dy, dweight);
+    if (!frozen) depthwise_weight_gradient(z, groups, x, dy, dweight);
     return depthwise(z, groups, dy, weight, nullptr, dx, true);
   }
   for (long g = 0; g < groups; ++g) {
     const long in = g * z.c * z.h * z.w, w = g * z.o * z.c * z.k * z.k, out = g * z.o * z.oh * z.ow;
-    weight_gradient(z, x + in, dy + out, dweight + w);
+    if (!frozen) weight_gradient(z, x + in, dy + out, dweight + w);
     convolve_transposed(z, dy + out, weight + w, nullptr, dx + in);
   }
 }
@@ -935,7 +937,9 @@ OPERATOR(conv) {
 // dy, x, weight, settings -> dx, dweight, dbias
 OPERATOR(conv_gradient) {
   const Arguments a{data, shapes};
-  conv_gradient(a.shape(1, 2, 0, a.settings(3)), a.settings(3)[2], a.in(0), a.in(1), a.in(2), a.out(4), a.out(5), a.out(6));
+  const int32_t* settings = a.settings(3);
+  conv_gradient(a.shape(1, 2, 0, settings), settings[2], settings[3], a.in(0), a.in(1), a.in(2), a.out(4), a.out(5),
+                a.out(6));
 }
 
 // Convolution of the normalised x, which is computed again for the gradient instead of kept:
@@ -955,7 +959,7 @@ OPERATOR(norm_conv_gradient) {
   const Norm norm = a.norm(1, 2, a.in(4));
   float *normal = scratch(6, z.n * z.x_image), *slope = scratch(7, z.n * z.x_image);
   group_norm(norm, a.in(1), a.in(2), a.in(3), normal);
-  conv_gradient(z, a.settings(6)[2], a.in(0), normal, a.in(5), slope, a.out(10), a.out(11));
+  conv_gradient(z, a.settings(6)[2], false, a.in(0), normal, a.in(5), slope, a.out(10), a.out(11));
   group_norm_gradient(norm, slope, a.in(1), a.in(2), a.in(3), a.out(7), a.out(8), a.out(9));
 }
 
