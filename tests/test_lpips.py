@@ -251,6 +251,7 @@ def test_classifier_distance_like_pytorch(mode, batch, size):
             yield h
 
     def distance(x, y):
+        x, y = [each[:, :, 2:30, 2:30] if size == 32 else each for each in (x, y)]
         pairs = [[h / h.norm(dim=1, keepdim=True) for h in pair] for pair in zip(stages(x), stages(y), strict=True)]
         return sum(((a - b) ** 2).sum(1).mean((1, 2)) for a, b in pairs) / 3
 

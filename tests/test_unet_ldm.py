@@ -2,6 +2,9 @@
 
 import functools
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ from make_golden import draw_weights
 import mindspore as ms
 from mindspore import Tensor, nn
 
+from ms_diffusion import runtime
 from ms_diffusion.convert import load_into
 from ms_diffusion.models import layers, unet_ldm
 from ms_diffusion.models.unet_ldm import UNetModel, UNetModelConfig
@@ -541,8 +545,47 @@ def test_recompute_is_asked_of_each_block(monkeypatch, network, kinds):
     monkeypatch.setattr(nn.Cell, "recompute", lambda cell: asked.append(type(cell).__name__))
     config_of(network).build()
     assert not asked
-    config_of(network, recompute=True).build()
+    net = config_of(network, recompute=True).build()
     assert {name: asked.count(name) for name in asked} == kinds
+    assert all(cell.lean for _, cell in net.cells_and_names() if hasattr(cell, "lean"))
+
+
+def taken_memory(recompute: bool, path: str) -> None:
+    """In a process of its own: print what compiling and running a gradient takes, in MB, and save all that it returns."""
+
+    def megabytes(entry):  # ru_maxrss would count the process that this one was forked from
+        return int(Path("/proc/self/status").read_text().split(f"{entry}:")[1].split()[0]) / 1024
+
+    runtime.set_device("cpu")
+    attended = {**LDM, "transformer_depth": 1, "attention_resolutions": (1,), "channel_mult": (1,)}
+    net = drawn(UNetModelConfig(**{**SMALL, **attended, "model_channels": 32, "groups": 8, "recompute": recompute}))
+    rng = np.random.default_rng(0)
+    x, cotangent = (rng.standard_normal((4, c, 32, 32), np.float32) for c in (3, 2))
+    context = rng.standard_normal((4, 5, 6), np.float32)
+    (Tensor(x) + 1).asnumpy()  # starts MindSpore's runtime
+    before = megabytes("VmRSS")
+    output, of_inputs, of_parameters = our_answer(net, "graph", [x, np.arange(4, dtype=np.int32), context, None], cotangent)
+    print(megabytes("VmHWM") - before)
+    np.savez(path, output, *of_inputs, **of_parameters)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads memory where Linux accounts for it")
+def test_recompute_takes_less_memory(tmp_path):
+    """Of four transformers on 1024 positions."""
+    taken, answers = [], []
+    for recompute in (False, True):
+        path = str(tmp_path / f"{recompute}.npz")
+        folders = [str(folder) for folder in Path(__file__).parents[:2]]  # the tests' and the package's
+        code = f"import sys; sys.path[:0] = {folders}; import test_unet_ldm as t; t.taken_memory({recompute}, {path!r})"
+        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        taken.append(float(done.stdout.split()[-1]))
+        answers.append(np.load(path))
+    without, recomputed = answers
+    assert without.files == recomputed.files and len(without.files) > 50
+    for name in without.files:
+        assert_close(recomputed[name], without[name], name)
+    assert taken[1] < 0.75 * taken[0], taken
 
 
 @pytest.mark.parametrize("name", ["ADM", "LDM"])

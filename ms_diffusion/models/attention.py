@@ -15,6 +15,25 @@ def split_heads(qkv, heads: int):
     return q, k, v
 
 
+matmul, matmul_t = ops.BatchMatMul(), ops.BatchMatMul(transpose_b=True)
+
+
+def softmax(scores, lean: bool = False):
+    """Over the last axis; `lean` is the form for layers that are recomputed.
+
+    The gradient of ``ops.softmax`` subtracts a column from a matrix, and MindSpore's CPU kernel for operands of different
+    shapes holds 16 bytes for each entry of the result as long as the graph lives (2.7 and 2.10). The lean form needs no such
+    kernel but keeps two matrices for the gradient, where ``ops.softmax`` keeps one: recomputation spares both.
+    """
+    return ops.exp(ops.log_softmax(scores, -1)) if lean else ops.softmax(scores, -1)
+
+
+def attend(q, k, v, scale: float, lean: bool = False):
+    """v weighted by softmax(scale q^T k) over the N (Vaswani et al. 2017, eq. 1): each (B, h, d, N) -> (B, h, d, N)."""
+    scores = matmul(q.transpose(0, 1, 3, 2) * scale, k)  # (B, h, N, N)
+    return matmul_t(v, softmax(scores, lean))
+
+
 class Attention(nn.Cell):
     """Multi-head self-attention (Vaswani et al. 2017, eq. 1): (B, dim, H, W) -> the same."""
 
@@ -23,13 +42,11 @@ class Attention(nn.Cell):
         self.heads, self.scale = heads, dim_head**-0.5
         self.to_qkv = conv2d(dim, 3 * heads * dim_head, 1, bias=False)
         self.to_out = conv2d(heads * dim_head, dim, 1)
-        self.matmul, self.matmul_t = ops.BatchMatMul(), ops.BatchMatMul(transpose_b=True)
 
     def construct(self, x):
         b, _, height, width = x.shape
-        q, k, v = split_heads(self.to_qkv(x), self.heads)  #             (B, h, d, N), N = H W
-        scores = self.matmul(q.transpose(0, 1, 3, 2) * self.scale, k)  # (B, h, N, N)
-        out = self.matmul_t(v, ops.softmax(scores, -1))  #               (B, h, d, N)
+        q, k, v = split_heads(self.to_qkv(x), self.heads)  # (B, h, d, N), N = H W
+        out = attend(q, k, v, self.scale)  #                 (B, h, d, N)
         return self.to_out(out.reshape(b, -1, height, width))
 
 
@@ -41,7 +58,6 @@ class LinearAttention(nn.Cell):
         self.heads, self.scale = heads, dim_head**-0.5
         self.to_qkv = conv2d(dim, 3 * heads * dim_head, 1, bias=False)
         self.to_out = nn.SequentialCell(conv2d(heads * dim_head, dim, 1), GroupNorm(1, dim))
-        self.matmul_t = ops.BatchMatMul(transpose_b=True)
         self.kernel = kernels.LinearAttention(heads) if kernels.available() else None
 
     def construct(self, x):
@@ -51,5 +67,5 @@ class LinearAttention(nn.Cell):
         q, k, v = split_heads(self.to_qkv(x), self.heads)  #         (B, h, d, N), N = H W
         q = ops.softmax(q.transpose(0, 1, 3, 2), -1) * self.scale  # (B, h, N, d), over the channels
         k = ops.softmax(k, -1)  #                                    (B, h, d, N), over the positions
-        out = self.matmul_t(self.matmul_t(v, k), q)  #               (B, h, d, d) times q^T
+        out = matmul_t(matmul_t(v, k), q)  #                         (B, h, d, d) times q^T
         return self.to_out(out.reshape(b, -1, height, width))

@@ -5,13 +5,13 @@ Written small to large: the Gaussian, blocks, then the networks. Parameter paths
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import mindspore as ms
 from mindspore import Parameter, nn, ops
 
-from .attention import split_heads
-from .layers import GroupNorm, Identity, conv2d, name_and_initialise, norm_conv
+from .attention import attend, matmul, matmul_t, split_heads
+from .layers import GroupNorm, Identity, UpsampleNearest, conv2d, name_and_initialise, norm_conv
 
 EPS = 1e-6  # of every GroupNorm; PyTorch's default is 1e-5
 
@@ -82,14 +82,12 @@ class AttnBlock(nn.Cell):
         self.norm = GroupNorm(groups, channels, EPS)
         self.q, self.k, self.v = [conv2d(channels, channels, 1) for _ in range(3)]
         self.proj_out = conv2d(channels, channels, 1)
-        self.matmul, self.matmul_t = ops.BatchMatMul(), ops.BatchMatMul(transpose_b=True)
 
     def construct(self, x):
         _, channels, height, width = x.shape
         h = self.norm(x)
         q, k, v = split_heads(ops.concat((self.q(h), self.k(h), self.v(h)), 1), 1)  # (B, 1, C, N), N = H W
-        scores = self.matmul(q.transpose(0, 1, 3, 2) * channels**-0.5, k)  #           (B, 1, N, N)
-        out = self.matmul_t(v, ops.softmax(scores, -1))  #                             (B, 1, C, N)
+        out = attend(q, k, v, channels**-0.5)  #                                       (B, 1, C, N)
         return x + self.proj_out(out.reshape(-1, channels, height, width))
 
 
@@ -103,12 +101,11 @@ class LinAttnBlock(nn.Cell):
         super().__init__()
         self.to_qkv = conv2d(channels, 3 * channels, 1, bias=False)
         self.to_out = conv2d(channels, channels, 1)
-        self.matmul, self.matmul_t = ops.BatchMatMul(), ops.BatchMatMul(transpose_b=True)
 
     def construct(self, x):
-        q, k, v = split_heads(self.to_qkv(x), 1)  #         (B, 1, C, N), N = H W
-        context = self.matmul_t(v, ops.softmax(k, -1))  #   (B, 1, C, C), over the positions
-        out = self.matmul(context, q)  #                    (B, 1, C, N)
+        q, k, v = split_heads(self.to_qkv(x), 1)  #    (B, 1, C, N), N = H W
+        context = matmul_t(v, ops.softmax(k, -1))  #   (B, 1, C, C), over the positions
+        out = matmul(context, q)  #                    (B, 1, C, N)
         return self.to_out(out.reshape(x.shape))
 
 
@@ -138,18 +135,6 @@ class Downsample(nn.Cell):
         x = ops.concat((x, ops.zeros((b, c, 1, width), x.dtype)), 2)
         x = ops.concat((x, ops.zeros((b, c, height + 1, 1), x.dtype)), 3)
         return self.conv(x)
-
-
-class Upsample(nn.Cell):
-    """Repeat each pixel 2x2, then a 3x3 convolution if `with_conv`: (B, C, H, W) -> (B, C, 2H, 2W)."""
-
-    def __init__(self, channels: int, with_conv: bool = True):
-        super().__init__()
-        self.conv = conv2d(channels, channels, 3, padding=1) if with_conv else Identity()
-
-    def construct(self, x):
-        height, width = x.shape[2:]
-        return self.conv(ops.interpolate(x, size=(2 * height, 2 * width), mode="nearest"))
 
 
 @dataclass(frozen=True)
@@ -187,6 +172,11 @@ class AutoencoderConfig:
     """End the decoder with tanh."""
     groups: int = 32
     """Groups of GroupNorm; they divide every level's channels."""
+
+    num_classes: ClassVar[None] = None  # as a Unet's, for the programs
+    null_label: ClassVar[None] = None
+    cond_channels: ClassVar[int] = 0
+    self_condition: ClassVar[bool] = False
 
     def __post_init__(self):
         if self.resolution % self.size_multiple:
@@ -288,20 +278,27 @@ class Decoder(nn.Cell):
         self.mid = Middle(config, widths[-1])
         self.up = nn.CellList()  # in the encoder's order, from the largest images to the smallest
         for i, (c_in, c_out) in enumerate(zip([*widths[1:], widths[-1]], widths, strict=True)):
-            up = None if i == 0 else Upsample(c_out, config.resamp_with_conv)
+            up = None if i == 0 else UpsampleNearest(c_out, config.resamp_with_conv)
             size = config.resolution // 2**i
             self.up.append(Level(config, c_in, c_out, config.num_res_blocks + 1, size, upsample=up))
         self.norm_out = GroupNorm(config.groups, widths[0], EPS, "silu-after")
         self.conv_out = conv2d(widths[0], config.channels, 3, padding=1)
 
-    def construct(self, z):
+    def features(self, z):
+        """What the last norm and convolution take."""
         x = self.mid(self.conv_in(z))
         for i in range(len(self.up) - 1, -1, -1):
             x = self.up[i](x)
-        if self.give_pre_end:
-            return x
+        return x
+
+    def last(self, x):
+        """From these to images."""
         x = norm_conv(self.norm_out, self.conv_out, x)
         return ops.tanh(x) if self.tanh_out else x
+
+    def construct(self, z):
+        x = self.features(z)
+        return x if self.give_pre_end else self.last(x)
 
 
 class AutoencoderKL(nn.Cell):

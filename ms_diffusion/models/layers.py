@@ -55,6 +55,20 @@ def Upsample(dim: int):
     return nn.Conv2dTranspose(dim, dim, 4, 2, pad_mode="pad", padding=1, has_bias=True)
 
 
+class UpsampleNearest(nn.Cell):
+    """Repeat each pixel 2 x 2, then a 3 x 3 convolution if `with_conv`: (B, C, H, W) -> (B, C, 2H, 2W).
+
+    `emb` and `context` are what every layer of a UNetModel is given; this one needs neither.
+    """
+
+    def __init__(self, channels: int, with_conv: bool = True):
+        super().__init__()
+        self.conv = conv2d(channels, channels, 3, padding=1) if with_conv else Identity()
+
+    def construct(self, x, emb=None, context=None):
+        return self.conv(ops.interpolate(x, size=(2 * x.shape[2], 2 * x.shape[3]), mode="nearest"))
+
+
 class GroupNorm(nn.Cell):
     """Group normalisation in float32 whatever the input's precision (Wu & He 2018, eq. 1): (B, C, H, W) -> the same.
 
@@ -86,6 +100,14 @@ class GroupNorm(nn.Cell):
         if scale is not None:
             x = x * (1 + scale).expand_dims(-1).expand_dims(-1) + shift.expand_dims(-1).expand_dims(-1)
         return ops.silu(x) if self.activation == "silu-after" else x
+
+
+def freeze(net: nn.Cell) -> nn.Cell:
+    """`net`, with parameters that are not trained."""
+    for p in net.get_parameters():
+        p.requires_grad = False
+    kernels.freeze(net)
+    return net
 
 
 def norm_conv(norm: GroupNorm, conv: nn.Conv2d, x):

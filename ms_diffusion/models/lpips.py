@@ -10,7 +10,7 @@ from mindspore import Tensor, nn, ops
 
 from ..convert import load_into, load_torch_state_dict
 from ..runtime import UserError
-from .layers import Identity, conv2d, name_and_initialise
+from .layers import Identity, conv2d, freeze, name_and_initialise
 
 STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))  # channels of VGG16's convolutions
 
@@ -32,9 +32,13 @@ def differences(stages, x, y):
 
 def classifier_distance(classifier):
     """distance(x, y) between gray images (B, 1, 28, 28) or (B, 1, 32, 32) in [-1, 1] -> (B,) in [0, 4]: as `LPIPS`, by the
-    three stages of a `Classifier`, where no VGG16 is at hand. Channels count alike; the mean over positions and stages."""
+    three stages of a `Classifier`, where no VGG16 is at hand. Channels count alike; the mean over positions and stages.
+    Of larger images the middle counts, the 28 x 28 pixels that the classifier knows; the classifier is frozen."""
+    freeze(classifier)
 
     def distance(x, y):
+        top, left = (x.shape[2] - 28) // 2, (x.shape[3] - 28) // 2
+        x, y = [each[:, :, top : top + 28, left : left + 28] for each in (x, y)]
         d1, d2, d3 = [ops.mean(d.sum(1), (1, 2)) for d in differences(classifier.stages, x, y)]
         return (d1 + d2 + d3) / 3
 
@@ -91,8 +95,7 @@ class LPIPS(nn.Cell):
         self.net = VGG16()
         self.lin0, self.lin1, self.lin2, self.lin3, self.lin4 = [channel_weights(channels[-1]) for channels in STAGES]
         name_and_initialise(self, seed=0)
-        for p in self.get_parameters():
-            p.requires_grad = False
+        for p in freeze(self).get_parameters():
             if p.name.startswith("lin"):
                 p.set_data(Tensor(np.ones(p.shape, np.float32)))
 

@@ -16,8 +16,8 @@ import numpy as np
 import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 
-from .attention import split_heads
-from .layers import GELU, Embedding, GroupNorm, Identity, Linear, conv2d, name_and_initialise, norm_conv
+from .attention import attend, matmul, matmul_t, softmax, split_heads
+from .layers import GELU, Embedding, GroupNorm, Identity, Linear, UpsampleNearest, conv2d, name_and_initialise, norm_conv
 
 
 class TimestepEmbedding(nn.Cell):
@@ -44,22 +44,11 @@ class Downsample(nn.Cell):
         return self.op(x)
 
 
-class Upsample(nn.Cell):
-    """Repeat each pixel 2 x 2, then convolve or not: (B, C, H, W) -> (B, C, 2H, 2W)."""
-
-    def __init__(self, channels: int, with_conv: bool):
-        super().__init__()
-        self.conv = conv2d(channels, channels, 3, padding=1) if with_conv else Identity()
-
-    def construct(self, x, emb=None, context=None):
-        return self.conv(ops.interpolate(x, size=(2 * x.shape[2], 2 * x.shape[3]), mode="nearest"))
-
-
 class ResBlock(nn.Cell):
     """Two 3x3 convolutions and a shortcut, told of the embedding emb (B, emb_channels) between them.
 
     The embedding is added or, with `scale_shift`, scales and shifts the second norm (Dhariwal & Nichol 2021, section 3.1);
-    `resample`, a Downsample or Upsample without convolution, works on both ways before the first convolution.
+    `resample`, a Downsample or UpsampleNearest without convolution, works on both ways before the first convolution.
     (B, channels, H, W) -> (B, out_channels, H', W').
     """
 
@@ -125,22 +114,20 @@ class AttentionBlock(nn.Cell):
 
     def __init__(self, channels: int, heads: int, groups: int = 32, new_order: bool = False):
         super().__init__()
-        self.heads, self.new_order, self.scale = heads, new_order, (channels // heads) ** -0.5
+        self.heads, self.new_order, self.scale, self.lean = heads, new_order, (channels // heads) ** -0.5, False
         self.norm = GroupNorm(groups, channels)
         self.qkv = Conv1d(channels, 3 * channels)
         self.proj_out = Conv1d(channels, channels)
-        self.matmul, self.matmul_t = ops.BatchMatMul(), ops.BatchMatMul(transpose_b=True)
 
     def construct(self, x, emb=None, context=None):
         b, c, height, width = x.shape
         qkv = self.qkv(self.norm(x))
         if self.new_order:
-            q, k, v = split_heads(qkv, self.heads)  #                    (B, h, d, N)
+            q, k, v = split_heads(qkv, self.heads)  #       (B, h, d, N)
         else:
             qkv = ops.cast(qkv, ms.float32).reshape(b, self.heads, -1, height * width)
-            q, k, v = ops.split(qkv, c // self.heads, 2)  #              (B, h, d, N)
-        scores = self.matmul(q.transpose(0, 1, 3, 2) * self.scale, k)  # (B, h, N, N)
-        out = self.matmul_t(v, ops.softmax(scores, -1))  #               (B, h, d, N)
+            q, k, v = ops.split(qkv, c // self.heads, 2)  # (B, h, d, N)
+        out = attend(q, k, v, self.scale, self.lean)  #     (B, h, d, N)
         return x + self.proj_out(out.reshape(x.shape))
 
 
@@ -165,12 +152,11 @@ class CrossAttention(nn.Cell):
 
     def __init__(self, query_dim: int, context_dim: int, heads: int, dim_head: int):
         super().__init__()
-        self.heads, self.scale = heads, dim_head**-0.5
+        self.heads, self.scale, self.lean = heads, dim_head**-0.5, False
         self.to_q = nn.Dense(query_dim, heads * dim_head, has_bias=False)
         self.to_k = nn.Dense(context_dim, heads * dim_head, has_bias=False)
         self.to_v = nn.Dense(context_dim, heads * dim_head, has_bias=False)
         self.to_out = nn.SequentialCell(nn.Dense(heads * dim_head, query_dim))
-        self.matmul, self.matmul_t = ops.BatchMatMul(), ops.BatchMatMul(transpose_b=True)
 
     def heads_first(self, x):
         """(B, n, h d) -> (B, h, n, d), in float32."""
@@ -180,11 +166,11 @@ class CrossAttention(nn.Cell):
     def construct(self, x, context=None):
         if context is None:
             context = x
-        q = self.heads_first(self.to_q(x))  #                       (B, h, N, d)
-        k = self.heads_first(self.to_k(context))  #                 (B, h, L, d)
-        v = self.heads_first(self.to_v(context))  #                 (B, h, L, d)
-        scores = self.matmul_t(q * self.scale, k)  #                (B, h, N, L)
-        out = self.matmul(ops.softmax(scores, -1), v)  #            (B, h, N, d)
+        q = self.heads_first(self.to_q(x))  #              (B, h, N, d)
+        k = self.heads_first(self.to_k(context))  #        (B, h, L, d)
+        v = self.heads_first(self.to_v(context))  #        (B, h, L, d)
+        scores = matmul_t(q * self.scale, k)  #            (B, h, N, L)
+        out = matmul(softmax(scores, self.lean), v)  #     (B, h, N, d)
         b, n, _ = x.shape
         return self.to_out(out.transpose(0, 2, 1, 3).reshape(b, n, -1))
 
@@ -277,7 +263,8 @@ class UNetModelConfig:
     num_classes: int | None = None
     """Classes that the network is told of, by an embedding added to the timestep's; None is none."""
     recompute: bool = False
-    """Compute ResBlocks and attention again for the gradient, rather than keep what lies inside: less memory, more time."""
+    """Compute ResBlocks and attention again for the gradient, rather than keep what lies inside: less memory, more time.
+    With the CPU's own kernels only attention is: MindSpore does not know their gradients for such."""
     num_heads: int | None = None
     """Attention heads, where num_head_channels is None."""
     num_head_channels: int | None = None
@@ -410,7 +397,7 @@ class UNetModel(nn.Cell):
                 if ds in config.attention_resolutions:
                     layers.append(attention(channels))
                 if level > 0 and i == config.num_res_blocks:
-                    layers.append(resample(Upsample, channels))
+                    layers.append(resample(UpsampleNearest, channels))
                     ds //= 2
                 self.output_blocks.append(nn.CellList(layers))
 
@@ -425,6 +412,8 @@ class UNetModel(nn.Cell):
             for _, cell in list(self.cells_and_names()):
                 if isinstance(cell, ResBlock | AttentionBlock | BasicTransformerBlock):
                     cell.recompute()
+                if isinstance(cell, AttentionBlock | CrossAttention):
+                    cell.lean = True
 
     def _initialise(self, seed: int) -> None:
         """PyTorch's default values, and zeros where a block or the network ends, as said above."""
