@@ -1,6 +1,12 @@
-"""Weights from and to PyTorch. Our parameter names and layouts are PyTorch's own, so no table stands between them."""
+"""Weights from and to PyTorch. Our parameter names and layouts are PyTorch's own, so no table stands between them.
 
+Of the networks of latent diffusion the names are CompVis's. A LatentDiffusion holds several under one roof, and diffusers
+spells them otherwise: ``load_pretrained`` finds its way through both.
+"""
+
+import itertools
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -62,7 +68,8 @@ def read_pickled(path: Path) -> dict[str, np.ndarray]:
         state = torch.load(path, map_location="cpu", weights_only=True)  # weights_only: a pickle could run any code
     except Exception as e:  # a damaged file raises a dozen kinds
         raise UserError(
-            f"{path}: not a whole PyTorch state dict: copy it again, or save model.state_dict() alone, or as .safetensors"
+            f"{path}: not a whole PyTorch state dict: copy it again, or save model.state_dict() alone, or as .safetensors "
+            "(if you trust a file with other objects in it, torch.load(path, weights_only=False) reads it)"
         ) from e
     for key in ("state_dict", "model"):
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
@@ -86,7 +93,16 @@ def load_into(
         UserError: names or shapes differ; then nothing is changed. It ends in `mend`, what to do then.
     """
     parameters = {p.name: p for p in (target.get_parameters() if isinstance(target, nn.Cell) else target)}
-    complaints = {
+    found = differences(parameters, arrays)
+    if any(found.values()):
+        raise UserError(f"the weights are not this network's ({listed(found)}): {mend}")
+    for name, p in parameters.items():
+        # Only assign reaches a compiled graph: set_data and load_param_into_net leave the old values there.
+        ops.assign(p, Tensor(arrays[name].astype(ms.dtype_to_nptype(p.dtype))))
+
+
+def differences(parameters: Mapping[str, Parameter], arrays: Mapping[str, np.ndarray]) -> dict[str, list[str]]:
+    return {
         "missing": [name for name in parameters if name not in arrays],
         "unexpected": [name for name in arrays if name not in parameters],
         "other shape": [
@@ -95,17 +111,215 @@ def load_into(
             if name in arrays and arrays[name].shape != p.shape
         ],
     }
-    if any(complaints.values()):
-        found = "; ".join(f"{kind}: {some(names)}" for kind, names in complaints.items() if names)
-        raise UserError(f"the weights are not this network's ({found}): {mend}")
-    for name, p in parameters.items():
-        # Only assign reaches a compiled graph: set_data and load_param_into_net leave the old values there.
-        ops.assign(p, Tensor(arrays[name].astype(ms.dtype_to_nptype(p.dtype))))
+
+
+def listed(names_of_kinds: Mapping[str, list[str]]) -> str:
+    return "; ".join(f"{kind}: {some(names)}" for kind, names in names_of_kinds.items() if names)
 
 
 def some(names: list[str], most: int = 4) -> str:
     rest = len(names) - most
     return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
+
+
+# The names of latent diffusion
+
+FIRST_STAGE = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")  # how the names of an AutoencoderKL begin
+
+# Pieces of CompVis's names, and what diffusers has there
+UNET_PIECES = {
+    "time_embed.0": "time_embedding.linear_1",
+    "time_embed.2": "time_embedding.linear_2",
+    "label_emb": "class_embedding",
+    "input_blocks.0.0": "conv_in",
+    "middle_block.0": "mid_block.resnets.0",
+    "middle_block.1": "mid_block.attentions.0",
+    "middle_block.2": "mid_block.resnets.1",
+    "out.0": "conv_norm_out",
+    "out.2": "conv_out",
+    "in_layers.0": "norm1",
+    "in_layers.2": "conv1",
+    "emb_layers.1": "time_emb_proj",
+    "out_layers.0": "norm2",
+    "out_layers.3": "conv2",
+    "skip_connection": "conv_shortcut",
+}
+AUTOENCODER_PIECES = {
+    "mid.block_1": "mid_block.resnets.0",
+    "mid.attn_1": "mid_block.attentions.0",
+    "mid.block_2": "mid_block.resnets.1",
+    "down": "down_blocks",
+    "block": "resnets",
+    "attn": "attentions",
+    "downsample": "downsamplers.0",
+    "upsample": "upsamplers.0",
+    "nin_shortcut": "conv_shortcut",
+    "norm_out": "conv_norm_out",
+    "norm": "group_norm",
+    "q": "to_q",
+    "k": "to_k",
+    "v": "to_v",
+    "proj_out": "to_out.0",
+}
+OLDER_PIECES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}  # in old files
+
+
+def with_pieces(name: str, pieces: Mapping[str, str]) -> str:
+    dotted = f".{name}"
+    for piece, other in pieces.items():
+        dotted = dotted.replace(f".{piece}.", f".{other}.")
+    return dotted[1:]
+
+
+def diffusers_name(name: str, per_level: int, levels: int) -> str:
+    """What diffusers calls a parameter of a UNetModel with `per_level` blocks a level, or of an AutoencoderKL with so many
+    levels."""
+    match name.split("."):
+        case ["input_blocks", block, "0", "op", end]:
+            name = f"down_blocks.{(int(block) - 1) // per_level}.downsamplers.0.conv.{end}"
+        case ["output_blocks", block, _, "conv", end]:
+            name = f"up_blocks.{int(block) // per_level}.upsamplers.0.conv.{end}"
+        case ["input_blocks", block, layer, *rest] if block != "0":
+            level, i = divmod(int(block) - 1, per_level)
+            name = ".".join((f"down_blocks.{level}.{'resnets' if layer == '0' else 'attentions'}.{i}", *rest))
+        case ["output_blocks", block, layer, *rest]:
+            level, i = divmod(int(block), per_level)
+            name = ".".join((f"up_blocks.{level}.{'resnets' if layer == '0' else 'attentions'}.{i}", *rest))
+        case ["decoder", "up", level, *rest]:  # from the largest images to the smallest; the other way in diffusers
+            name = ".".join((f"decoder.up_blocks.{levels - 1 - int(level)}", *rest))
+    return with_pieces(name, AUTOENCODER_PIECES if name.startswith(FIRST_STAGE) else UNET_PIECES)
+
+
+def home(name: str) -> tuple[str, str]:
+    """Where CompVis's LatentDiffusion has a parameter of ours, and its name there."""
+    if name.startswith("cond_stage."):
+        return "cond_stage_model.", name.removeprefix("cond_stage.")
+    if name.startswith(FIRST_STAGE):
+        return "first_stage_model.", name
+    return "model.diffusion_model.", name.removeprefix("unet.")
+
+
+def names_in_files(names: Iterable[str], start: str) -> dict[str, str]:
+    """Ours by each name that a file may have for it after `start`."""
+    homes = {name: home(name) for name in names}
+    alone = {name for _, name in homes.values()}
+    per_level = next(i for i in itertools.count(1) if f"input_blocks.{i}.0.in_layers.0.weight" not in alone)
+    levels = len({name.split(".")[2] for name in alone if name.startswith("decoder.up.")})
+    known = {}
+    for ours, (place, name) in homes.items():
+        theirs = diffusers_name(name, per_level, levels)
+        spellings = (ours, name, place + name, theirs, with_pieces(theirs, OLDER_PIECES))
+        known |= {start + spelling: ours for spelling in spellings}
+    return known
+
+
+def with_dots(averages: Mapping[str, np.ndarray], names: Iterable[str]) -> dict[str, np.ndarray]:
+    """CompVis's moving averages by the `names` of what they average, which they bear without "model." and without dots."""
+    dotted = {f"model_ema.{name.removeprefix('model.').replace('.', '')}": name for name in names}
+    counters = ("model_ema.decay", "model_ema.num_updates")
+    return {dotted.get(name, name): average for name, average in averages.items() if name not in counters}
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What became of the weights of a file; ``str()`` says it in a paragraph."""
+
+    loaded: list[str]
+    """Parameters that were set."""
+    reshaped: list[str]
+    """Those of them whose shape differed by axes of length 1 alone."""
+    missing: list[str]
+    """Parameters that the file lacks: left as they were."""
+    unexpected: list[str]
+    """Weights that the network lacks, by the file's names."""
+    misfit: list[str]
+    """Parameters of another shape, and which: left as they were."""
+    scale_factor: float | None
+    """By what the latents are multiplied, where the file says so."""
+
+    def __str__(self):
+        kinds = {
+            "reshaped": self.reshaped,
+            "not in the file and left as they were": self.missing,
+            "of another shape and left as they were": self.misfit,
+            "in the file alone": self.unexpected,
+            "scale_factor": [] if self.scale_factor is None else [f"{self.scale_factor:g}"],
+        }
+        return f"{len(self.loaded)} parameters loaded" + "".join(f"; {listed({k: v})}" for k, v in kinds.items() if v)
+
+
+def load_pretrained(
+    net: nn.Cell,
+    path: str | Path,
+    part: str | None = None,
+    ignore_keys: str | tuple[str, ...] = (),
+    partial: bool = False,
+    ema: bool = False,
+) -> LoadReport:
+    """Set an AutoencoderKL, a UNetModel or a LatentUnet from weights of CompVis latent-diffusion, of diffusers, or of ours.
+
+    The file, which ``load_torch_state_dict`` reads, holds one network, or it is a LatentDiffusion, of which each takes its
+    part: first_stage_model, model.diffusion_model, and cond_stage_model for a LatentUnet. Of diffusers it may be an
+    AutoencoderKL or a UNet2DConditionModel as in Stable Diffusion 1. Losses, schedules and counters are left out. A weight
+    that differs by axes of length 1 alone, as a linear layer from a 1x1 convolution, is reshaped.
+
+    Args:
+        part: Take what begins with this in the file, and a dot, instead of the network's part.
+        ignore_keys: Leave out what begins with one of these in the file.
+        partial: Load what fits, instead of all or nothing.
+        ema: Take CompVis's moving average (model_ema) of each weight that has one.
+
+    Raises:
+        UserError: the file cannot be read, has no moving averages of this network, or does not fit: some names or shapes
+            differ, or with `partial` all. Then nothing is changed.
+    """
+    parameters = {p.name: p for p in net.get_parameters()}
+    start = "" if part is None else f"{part}."
+    known = names_in_files(parameters, start)
+    arrays = {name: a for name, a in load_torch_state_dict(path).items() if not name.startswith(ignore_keys)}
+    scale_factor = arrays.get("scale_factor")
+
+    averages = {name: arrays.pop(name) for name in list(arrays) if name.startswith("model_ema.")}
+    if ema:
+        averages = with_dots(averages, [*known, *arrays])
+        if known.keys().isdisjoint(averages):
+            raise UserError(f"{path}: holds no moving averages of this network: load its weights without ema")
+        arrays |= averages
+
+    begin = (start,)
+    if part is None and any(name.startswith(("model.diffusion_model.", "first_stage_model.")) for name in arrays):
+        begin = tuple({home(name)[0] for name in parameters})
+    weights = {
+        known.get(name, name): a
+        for name, a in arrays.items()
+        if name.startswith((*begin, "model_ema."))
+        and not name.startswith(("loss.", "first_stage_model.loss."))
+        and not name.endswith(".num_batches_tracked")
+    }
+
+    reshaped = [name for name, p in parameters.items() if name in weights and ones_differ(weights[name].shape, p.shape)]
+    weights |= {name: weights[name].reshape(parameters[name].shape) for name in reshaped}
+    found = differences(parameters, weights)
+    if partial:
+        weights = {name: a for name, a in weights.items() if name in parameters and a.shape == parameters[name].shape}
+        parameters = {name: parameters[name] for name in weights}
+        if not weights:
+            raise UserError(f"{path}: nothing in it fits this network ({listed(found)}): give another file or part")
+    mend = f"build it with the options of {path}, leave out names of the file by ignore_keys, or load what fits by partial"
+    load_into(parameters.values(), weights, mend)
+    return LoadReport(
+        loaded=list(weights),
+        reshaped=reshaped,
+        missing=found["missing"],
+        unexpected=found["unexpected"],
+        misfit=found["other shape"],
+        scale_factor=None if scale_factor is None else scale_factor.item(),
+    )
+
+
+def ones_differ(shape: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    """Whether the shapes, of two axes at least, differ by axes of length 1 at the end."""
+    return shape != other and shape[:2] == other[:2] and set(shape[2:] + other[2:]) == {1}
 
 
 def save_torch_state_dict(net: nn.Cell, path: str | Path, dtype=np.float32) -> None:
