@@ -12,6 +12,7 @@ import tyro
 from tqdm import tqdm
 
 from ms_diffusion import cli, images, modelarts, plane, runtime
+from ms_diffusion.data.captions import NAMES, plain_captions, tokens
 from ms_diffusion.data.conditions import condition_image
 from ms_diffusion.data.fashion_mnist import CLASSES
 from ms_diffusion.data.image_folder import read_image
@@ -21,7 +22,7 @@ from ms_diffusion.denoiser import inpaint, make_denoiser, remember, self_conditi
 from ms_diffusion.editing import invert_ddim, sample_repaint, slerp
 from ms_diffusion.evaluation import compare
 from ms_diffusion.generation import Sampling
-from ms_diffusion.presets import WEIGHTS, default_run, load_run, run_folders, shipped
+from ms_diffusion.presets import WEIGHTS, default_run, first_stage_of, load_run, run_folders, shipped
 from ms_diffusion.runtime import UserError
 from ms_diffusion.samplers import SAMPLERS, SeededNoise, generate, sampling_timesteps
 
@@ -42,6 +43,8 @@ class Args:
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = field(default_factory=Sampling)
     class_: Annotated[int | None, tyro.conf.arg(name="class")] = None
     """The class to draw; if not given each in turn, in columns."""
+    prompt: str | None = None
+    """The caption to draw, for a run that was told captions: "an ankle boot"; if not given one of each class in turn."""
     image: tuple[str, ...] = ()
     """IMAGEs to upscale, colour or fill in, for a run with a condition; its own test images if not given."""
     inpaint: tuple[str, str] | None = None
@@ -58,6 +61,8 @@ class Args:
     """PNG grid; sample.png in the run's folder if not given."""
     gif: str | None = None
     """Animated GIF of the denoising."""
+    denoise_row: str | None = None
+    """PNG with a row for each of the first 8 images: what the network takes it for, x_0, at ten of the steps."""
     npz: str | None = None
     """Raw images: array `images`, uint8 (N, H, W, C), and `labels`, int32 (N,), of classes; or `points`, float32 (N, 2)."""
     list_: Annotated[bool, tyro.conf.arg(name="list")] = False
@@ -74,8 +79,17 @@ def check(args: Args, config, T: int) -> None:
     """Refuse what does not fit together, or not to the run."""
     edits = [name for name in ("inpaint", "interpolate", "init") if getattr(args, name)]
     classes, dropout = config.model.num_classes, config.train.label_dropout
-    if config.is_points and (edits or args.image):
-        raise UserError(f"this run is of points in the plane, and --{(edits or ['image'])[0]} of images: leave it out")
+    if config.is_autoencoder:
+        raise UserError("this run is an autoencoder's: python -m ms_diffusion.evaluate scores it, --preset latent uses it")
+    if config.is_latent and (edits or args.image):
+        raise UserError(f"this run is of latents, and --{(edits or ['image'])[0]} works on pixels: leave it out")
+    if args.prompt is not None and not config.is_text:
+        raise UserError("this run was told no captions, which --prompt needs: train --preset latent-text")
+    if args.prompt is not None and args.class_ is not None:
+        raise UserError("choose one of --prompt and --class")
+    if config.is_points and (edits or args.image or args.denoise_row):
+        flag = (edits or (["image"] if args.image else ["denoise-row"]))[0]
+        raise UserError(f"this run is of points in the plane, and --{flag} of images: leave it out")
     if args.sampling.guidance is None and (args.interpolate or (edits and args.class_ is None)):
         args.sampling.guidance = 1.0  # a guided inversion does not lead back, and without a class there is no direction
     args.sampling.settle(config, T)
@@ -145,6 +159,8 @@ def read_mask(name: str, image: str, config) -> np.ndarray:
 def conditions(args: Args, config, num: int, in_turn: bool):
     """What the network is told, arrays (num, ...): labels, an image; and the originals of the images, or None."""
     cond, originals, classes = [], None, config.model.num_classes
+    if config.is_text:
+        cond.append(plain_captions(np.arange(num)) if args.prompt is None else tokens([args.prompt] * num))
     if classes is not None:
         label = classes if args.class_ is None else args.class_  # `classes` is the label for none
         cond.append(np.arange(num, dtype=np.int32) % classes if in_turn else np.full(num, label, np.int32))
@@ -161,12 +177,14 @@ def sample_images(args: Args, folder: Path, device: str, net, diffusion, config)
     from mindspore import Tensor  # which `runtime` must precede
 
     sampling, classes, shape, num = args.sampling, config.model.num_classes, config.shape, args.num
+    decode = first_stage_of(Path(args.run)).decode if config.is_latent else np.asarray
+    turn = len(NAMES) if config.is_text else classes
     editing = bool(args.inpaint or args.interpolate or args.init)
 
     # The denoiser, the sampler and its steps
-    in_turn = classes is not None and args.class_ is None and not editing
+    in_turn = turn is not None and args.class_ is None and args.prompt is None and not editing
     cond, originals = conditions(args, config, num, in_turn)
-    denoise = sampling.make_denoiser(net, diffusion, classes)
+    denoise = sampling.make_denoiser(net, diffusion, config.model.null_label, clip=not config.is_latent)
     if args.inpaint:
         mask, image = args.inpaint
         given, known = read_images([image], config), read_mask(mask, image, config)
@@ -197,18 +215,23 @@ def sample_images(args: Args, folder: Path, device: str, net, diffusion, config)
     # Sample
     calls = len(timesteps) * args.resample
     frames, every = [], max(calls // GIF_FRAMES, 1)
+    rows, picked = [], set(np.linspace(0, calls - 1, 10, dtype=int))
     bar = tqdm(total=-(-num // sampling.batch_size) * calls, unit="step", desc=f"{sampling.sampler} on {device}")
 
     def watch(i, x, x_start):
         bar.update()
         if args.gif and bar.n <= calls and (i % every == 0 or i == calls - 1):
-            frames.append(images.to_uint8(x.asnumpy()))
+            frames.append(images.to_uint8(decode(x.asnumpy())))
+        if args.denoise_row and bar.n <= calls and i in picked:
+            rows.append(images.to_uint8(decode(x_start.asnumpy()[:8])))
 
     x = generate(sampler, denoise, diffusion, timesteps, shape, num, sampling.seed, sampling.batch_size, watch, cond, start)
+    x = decode(x)
     bar.close()
 
     # The picture: what was given beside what came of it
-    columns = classes if in_turn and num % classes == 0 else None
+    columns = turn if in_turn and num % turn == 0 else None
+    labels = np.arange(num, dtype=np.int32) % turn if in_turn else cond[0] if classes is not None else None
     if originals is not None:
         shown = np.broadcast_to(cond[-1][:, : shape[0]], x.shape)  # one channel where it is gray
         sheet = np.stack([shown, x, originals], 1).reshape(-1, *shape)
@@ -225,16 +248,19 @@ def sample_images(args: Args, folder: Path, device: str, net, diffusion, config)
     out = Path(args.out or folder / "sample.png")
     if editing:
         columns = min(len(sheet), 12)
-    named = in_turn and originals is None and config.data.name.startswith("fashion-mnist") and classes == len(CLASSES)
-    captions = [CLASSES[label] for label in cond[0]] if named else None
+    named = in_turn and originals is None and config.data.name.startswith("fashion-mnist") and turn == len(CLASSES)
+    captions = [NAMES[label][0] if config.is_text else CLASSES[label] for label in labels] if named else None
     images.save_grid(out, images.to_uint8(sheet), columns, 4 if editing else 3 if captions else 2, captions)
     written = [out]
     if args.gif:
         images.save_gif(args.gif, frames, columns if in_turn else None)
         written.append(Path(args.gif))
+    if args.denoise_row:
+        images.save_grid(args.denoise_row, np.stack(rows, 1).reshape(-1, *rows[0].shape[1:]), len(rows))
+        written.append(Path(args.denoise_row))
     if args.npz:
-        labels = {"labels": cond[0]} if classes is not None and cond[0].max() < classes else {}
-        images.write(args.npz, lambda f: np.savez_compressed(f, images=images.to_uint8(x), **labels))
+        kept = {"labels": labels} if labels is not None and labels.max() < turn else {}
+        images.write(args.npz, lambda f: np.savez_compressed(f, images=images.to_uint8(x), **kept))
         written.append(Path(args.npz))
     return written
 
@@ -321,7 +347,7 @@ def main() -> int:
         print("\n".join(f"{name:24} {describe(name)}" for name in shipped()))
         return 0
     run = modelarts.fetch(args.data_url) if args.data_url and not args.run else Path(args.run or default_run())
-    device = runtime.set_device(args.sampling.device)
+    args.run, device = str(run), runtime.set_device(args.sampling.device)
     net, diffusion, config, step = load_run(run, args.sampling.weights, args.sampling.ema_length)
     check(args, config, diffusion.T)
     folder = modelarts.output_folder(args.train_url) or (run if run.is_dir() else run.parent)

@@ -40,7 +40,10 @@ class Checkpoint:
         for average in [*([ema] if ema is not None else []), *more_emas]:
             self.files[average.name] = {s.name: a for s, a in zip(average.sources, average.averages, strict=True)}
         if optimizer is not None:
-            state = {p.name: p for p in [*optimizer.get_parameters(), *others] if p.name not in self.files["model"]}
+            parameters = [p for p in [*optimizer.get_parameters(), *others] if p.name not in self.files["model"]]
+            state = {p.name: p for p in parameters}
+            if len(state) < len(parameters):
+                raise ValueError("two of the optimizer's parameters and the others have one name: rename them")
             if loss_scaler is not None:
                 state |= {"loss_scale.value": loss_scaler.scale_value, "loss_scale.counter": loss_scaler.counter}
             self.files["optimizer"] = state

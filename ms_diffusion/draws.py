@@ -68,5 +68,6 @@ def offset_noise(rng: np.random.Generator, shape, strength: float) -> np.ndarray
 
 
 def drop_labels(rng: np.random.Generator, labels: np.ndarray, probability: float, null: int) -> np.ndarray:
-    """Labels (B,) int32, each replaced by `null` with this probability (classifier-free guidance, Ho & Salimans 2021)."""
-    return np.where(rng.random(len(labels)) < probability, null, labels).astype(np.int32)
+    """Labels (B, ...) int32, each of them `null` instead with this probability (for guidance, Ho & Salimans 2021)."""
+    chosen = rng.random(len(labels)).reshape(-1, *[1] * (labels.ndim - 1)) < probability
+    return np.where(chosen, null, labels).astype(np.int32)

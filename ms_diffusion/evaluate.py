@@ -14,6 +14,8 @@ import tyro
 from tqdm import tqdm
 
 from . import cli, images, runtime
+from .data.captions import CAPTIONS, plain_captions
+from .data.fashion_mnist import middle
 from .data.pipeline import LOADERS, load_images
 from .evaluation import (
     check_number,
@@ -21,11 +23,14 @@ from .evaluation import (
     kernel_distance,
     mean_and_covariance,
     precision_recall,
+    psnr,
     rows_of_squares,
+    ssim,
 )
 from .features import Features
 from .generation import Sampling
-from .presets import default_run, load_run
+from .latent import FirstStage
+from .presets import default_run, first_stage_of, load_run
 from .runtime import UserError
 from .samplers import generate
 
@@ -102,13 +107,15 @@ def read_npz(path: Path, num: int) -> Samples:
 
 def draw_samples(sampling: Sampling, num: int, device: str, name: str, net, diffusion, config, step: int) -> Samples:
     """Draw `num` images from a run, each class in turn."""
-    classes, timesteps = config.model.num_classes, sampling.timesteps(diffusion)
+    model, timesteps = config.model, sampling.timesteps(diffusion)
+    classes = len(CAPTIONS) if config.is_text else model.num_classes
     labels = None if classes is None else np.arange(num, dtype=np.int32) % classes
+    told = plain_captions(labels) if config.is_text else labels
     batch_size = min(sampling.batch_size or 100, num)
     with tqdm(total=-(-num // batch_size) * len(timesteps), unit="step", desc=f"{sampling.sampler} on {device}") as bar:
         x = generate(
             sampling.make_sampler(config.model.self_condition),
-            sampling.make_denoiser(net, diffusion, classes),
+            sampling.make_denoiser(net, diffusion, model.null_label, clip=not config.is_latent),
             diffusion,
             timesteps,
             config.shape,
@@ -116,8 +123,10 @@ def draw_samples(sampling: Sampling, num: int, device: str, name: str, net, diff
             sampling.seed,
             batch_size,
             lambda *_: bar.update(),
-            () if labels is None else (labels,),
+            () if told is None else (told,),
         )
+    if config.is_latent:
+        x = first_stage_of(Path(name)).decode(x)
     if bad := num - np.isfinite(x).all((1, 2, 3)).sum():
         raise UserError(f"{bad} of {num} samples are not finite: this training went astray; take an earlier checkpoint")
     made = f"{sampling.sampler}, {len(timesteps)} steps, guidance {sampling.guidance:g}"
@@ -190,6 +199,8 @@ ROWS = {  # name -> what it is, and how it is printed
     "coverage": ("coverage", "{:.3f}"),
     "class_accuracy": ("class accuracy", "{:.2%}"),
     "class_balance": ("class balance", "{:.3f}"),
+    "psnr": ("PSNR of reconstructions (dB)", "{:.2f}"),
+    "ssim": ("SSIM of reconstructions", "{:.4f}"),
     "nearest_train": ("nearest training image (RMS of 0..255)", "{:.1f}"),
 }
 
@@ -208,7 +219,7 @@ def main() -> int:
 
     # Where the images come from, and what real ones they are like
     name, folder, size, channels = args.data or "fashion-mnist", args.data_dir, 28, 1
-    samples, beside, num = None, Path("evaluation"), args.num
+    samples, first_stage, beside, num = None, None, Path("evaluation"), args.num
     if source.endswith(".npz"):
         samples = read_npz(Path(source), num)
         size, channels = samples.images.shape[2:]
@@ -222,11 +233,14 @@ def main() -> int:
             raise UserError(f"{source} is of points in the plane: python sample.py {source} scores them")
         if config.data.condition != "none":
             raise UserError(f"{source} is shown images ({config.data.condition}): score what sample.py --npz draws from it")
+        if config.is_autoencoder:
+            first_stage = FirstStage(run[0])
         args.sampling.settle(config, run[1].T)
         beside = (path if path.is_dir() else path.parent) / "evaluation"
         name, folder = args.data or config.data.name, args.data_dir or config.data.dir
         size, channels = config.data.size, config.model.channels
-    features.check((size, size, channels))
+    inner = middle if name.startswith("fashion-mnist") else np.asarray
+    features.check(inner(np.zeros((1, size, size, channels))).shape[1:])
     real = real_images(name, folder, size, channels)
     against_num = args.against_num or num
     numbers = {source if samples else "--num": num, "--against-num": against_num}
@@ -238,17 +252,23 @@ def main() -> int:
     chosen = {split: choose(*pair, against_num if split == against else num) for split, pair in real.items()}
     if source in OTHER:
         samples = Samples(*chosen[source], f"real {source} images")
+    if first_stage:
+        originals, labels = choose(*real["test"], num)
+        made = f"reconstructions of test images by {source} at step {run[3]}"
+        samples = Samples(images.to_uint8(first_stage.reconstruct(originals)), labels, made)
     if samples is None:
         samples = draw_samples(args.sampling, num, device, source, *run)
 
     # Scores, and what real images score
-    found = {split: features.cached(pictures, folder) for split, (pictures, _) in chosen.items()}
+    found = {split: features.cached(inner(pictures), folder) for split, (pictures, _) in chosen.items()}
     other = OTHER[against]
-    seen = found[source] if source in OTHER else features(samples.images)
+    seen = found[source] if source in OTHER else features(inner(samples.images))
     if not name.startswith("fashion-mnist"):  # whose classes alone the classifier knows
         for answers in (*found.values(), seen):
             answers.pop("logits", None)
     scores = score(seen, found[against], samples.labels)
+    if first_stage:
+        scores |= {"psnr": psnr(samples.images, originals).mean(), "ssim": ssim(samples.images, originals).mean()}
     floor = score(found[other], found[against], chosen[other][1])
     train = real["train"][0]
     index, far = nearest(samples.images[:NEIGHBOURS], train)
@@ -262,8 +282,9 @@ def main() -> int:
     )
     print(f"{'':40} {'samples':>10} {'floor':>10}")
     for key, (title, form) in ROWS.items():
-        if key in floor:
-            print(f"{title:40} {form.format(scores[key]) if key in scores else '-':>10} {form.format(floor[key]):>10}")
+        if key in floor or key in scores:
+            columns = [form.format(each[key]) if key in each else "-" for each in (scores, floor)]
+            print("{:40} {:>10} {:>10}".format(title, *columns))
     seconds = time.perf_counter() - clock
     print(f"{protocol}; {seconds:.0f} s on {device}")
     record = {"protocol": protocol, "samples": scores, "floor": floor, "seconds": round(seconds, 1)}

@@ -45,7 +45,7 @@ class Sampling:
 
     def settle(self, config, T: int) -> None:
         """Take from the run what is not given, and refuse what does not fit together, or not to the run."""
-        classes, dropout = config.model.num_classes, config.train.label_dropout
+        told, dropout = config.model.null_label is not None, config.train.label_dropout
         if self.guidance is None:
             self.guidance = config.train.sample_guidance
             self.guidance_interval = self.guidance_interval or config.train.sample_guidance_interval
@@ -59,9 +59,9 @@ class Sampling:
             raise UserError(f"--v-posterior {self.v_posterior}: choose from 0 to 1")
         if self.v_posterior is not None and self.sampler != "ddpm":
             raise UserError(f"--v-posterior is ddpm's variance, which {self.sampler} has not: add --sampler ddpm")
-        if classes is None and self.guidance != 1:
+        if not told and self.guidance != 1:
             raise UserError("this run knows no classes, which --guidance needs: train --preset quick-class")
-        if classes is not None and not dropout and self.guidance != 1:
+        if told and not dropout and self.guidance != 1:
             raise UserError("this run was trained with --train.label-dropout 0, which leaves no room for --guidance")
         if not (0 <= self.guidance < np.inf and 0 <= self.guidance_rescale <= 1):
             raise UserError("--guidance must be at least 0, --guidance-rescale in [0, 1]")
@@ -73,15 +73,16 @@ class Sampling:
                 + f"give two timesteps in 0 to {T - 1}, the lower one first"
             )
 
-    def make_denoiser(self, net, diffusion, classes: int | None):
-        """The network's denoiser, guided where it is asked to be."""
+    def make_denoiser(self, net, diffusion, null: int | None, clip: bool = True):
+        """The network's denoiser, guided where it is asked to be; `null` is the label that stands for none, `clip` keeps x_0
+        in [-1, 1]."""
         if self.v_posterior is not None:
             diffusion.v_posterior = self.v_posterior
-        denoise = make_denoiser(diffusion, net, clip=self.guidance == 1)
+        denoise = make_denoiser(diffusion, net, clip=clip and self.guidance == 1)
         if self.guidance == 1:
             return denoise
-        uncond = with_label(denoise, classes)
-        return guide(denoise, uncond, self.guidance, self.guidance_rescale, self.guidance_interval)
+        uncond = with_label(denoise, null)
+        return guide(denoise, uncond, self.guidance, self.guidance_rescale, self.guidance_interval, clip)
 
     def make_sampler(self, self_condition: bool = False):
         """The sampler, a function as all in `samplers`."""

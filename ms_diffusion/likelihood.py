@@ -222,6 +222,8 @@ def main() -> int:
     data, model, ode = config.data, config.model, args.method == "ode"
     if config.is_points:
         raise UserError(f"{args.run} is of points in the plane: bits per dimension are for images")
+    if config.is_latent or config.is_autoencoder:
+        raise UserError(f"{args.run} works through latents, whose likelihood is not the images'")
     if model.cond_channels or model.self_condition:
         raise UserError(f"{args.run} is conditioned on images, which the likelihood is not made for")
     if ode and not 2 <= args.steps <= diffusion.T:

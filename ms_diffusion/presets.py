@@ -1,5 +1,6 @@
 """What a run is made of, and the table of named runs."""
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -9,11 +10,18 @@ import numpy as np
 
 from .checkpoint import checkpoints, read_state, read_weights
 from .convert import load_into
+from .data.captions import LENGTH, WORDS
 from .data.conditions import KINDS, condition_channels
 from .data.toy import POINTS_FILE, TOYS
 from .diffusion import DiffusionConfig
 from .draws import TIMESTEPS
+from .images import write
+from .latent import FirstStage
+from .losses import D_LOSSES
+from .models.autoencoder import AutoencoderConfig
 from .models.classifier import Classifier
+from .models.context import LatentUnetConfig
+from .models.discriminator import NORMS
 from .models.mlp import MLPConfig, ResidualMLPConfig
 from .models.unet import UnetConfig
 from .runtime import UserError
@@ -108,13 +116,55 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class AutoencoderTrainConfig(TrainConfig):
+    """How an autoencoder is trained, and the discriminator that it has to deceive (Rombach et al. 2022, appendix G)."""
+
+    kl_weight: float = 1e-6
+    """Weight of the KL divergence of the latents from N(0, 1)."""
+    perceptual_weight: float = 1.0
+    """Weight of LPIPS, beside the mean absolute error; 0: none."""
+    vgg: str | None = None
+    """torchvision's VGG16 weights for LPIPS; if not given, for gray images of 28 or 32 pixels the classifier's stages."""
+    lpips: str | None = None
+    """The linear layers of LPIPS, of the lpips package."""
+    disc_start: int = 5000
+    """The step from which the discriminator is trained and counts."""
+    disc_lr: float = 1e-3
+    """Its learning rate at first; it falls to 0 as the autoencoder's does."""
+    disc_weight: float = 0.5
+    """Its weight, of gradients as large as the likelihood's; 0: no discriminator."""
+    disc_factor: float = 1.0
+    """Factor of its losses."""
+    disc_loss: Literal[tuple(D_LOSSES)] = "hinge"
+    """The discriminator's loss."""
+    disc_channels: int = 32
+    """Channels after its first convolution."""
+    disc_layers: int = 2
+    """Its convolutions with a norm."""
+    disc_norm: Literal[tuple(NORMS)] = "batch"
+    """Its norms."""
+
+
+@dataclass(frozen=True)
 class Config:
     """A run: data + diffusion + model + train."""
 
     data: DataConfig | PointsConfig = field(default_factory=DataConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
-    model: UnetConfig | MLPConfig | ResidualMLPConfig = field(default_factory=UnetConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
+    model: UnetConfig | MLPConfig | ResidualMLPConfig | AutoencoderConfig | LatentUnetConfig = field(
+        default_factory=UnetConfig
+    )
+    train: TrainConfig | AutoencoderTrainConfig = field(default_factory=TrainConfig)
+    first_stage: str | None = None
+    """The autoencoder's run whose latents are learnt, for a latent preset; the run keeps a copy."""
+    first_stage_patch: int | None = None
+    """Side in pixels of overlapping patches that the first stage works on one by one; if not given, on whole images."""
+    init_from: str | None = None
+    """Weights that a new run begins with, of ours, CompVis or diffusers: .safetensors, or .ckpt where PyTorch is."""
+    init_ignore: tuple[str, ...] = ()
+    """Beginnings of names in that file to leave out."""
+    init_partial: bool = False
+    """Take what fits of that file, instead of all or nothing."""
     precision: Literal["fp32", "fp16", "bf16"] = "fp32"
     """Type of convolutions and linear layers; weights, norms and softmax stay float32. fp16 scales the loss."""
 
@@ -124,9 +174,28 @@ class Config:
         return isinstance(self.data, PointsConfig)
 
     @property
+    def is_latent(self) -> bool:
+        """Of latents of a first stage."""
+        return isinstance(self.model, LatentUnetConfig)
+
+    @property
+    def is_text(self) -> bool:
+        """Told of by captions."""
+        return self.is_latent and self.model.condition == "text"
+
+    @property
+    def is_autoencoder(self) -> bool:
+        """A first stage."""
+        return isinstance(self.model, AutoencoderConfig)
+
+    @property
     def shape(self) -> tuple[int, ...]:
-        """Of one x: (2,), or (C, H, W)."""
-        return (2,) if self.is_points else (self.model.channels, self.data.size, self.data.size)
+        """Of one x that is diffused: (2,), or (C, H, W)."""
+        if self.is_points:
+            return (2,)
+        if self.is_latent:
+            return (self.model.in_channels, self.model.latent_size, self.model.latent_size)
+        return (self.model.channels, self.data.size, self.data.size)
 
     def build(self):
         """The (network, diffusion) of this run.
@@ -153,11 +222,17 @@ class Config:
 
     def _check_images(self) -> None:
         multiple = self.model.size_multiple
-        if self.data.size < multiple or self.data.size % multiple:
-            fit = max(round(self.data.size / multiple), 1) * multiple
-            raise UserError(
-                f"image size {self.data.size} is not divisible by {multiple}, as the network needs: try --data.size {fit}"
-            )
+        size, flag = (self.model.latent_size, "model.latent-size") if self.is_latent else (self.data.size, "data.size")
+        if size < multiple or size % multiple:
+            fit = max(round(size / multiple), 1) * multiple
+            raise UserError(f"image size {size} is not divisible by {multiple}, as the network needs: try --{flag} {fit}")
+        patch = self.first_stage_patch
+        if patch is not None and not 1 <= patch <= self.data.size:
+            raise UserError(f"--first-stage-patch is {patch}: choose up to the images' size, {self.data.size}")
+        if (self.is_latent or self.is_autoencoder) and self.data.condition != "none":
+            raise UserError(f"--data.condition {self.data.condition} is for networks in pixel space: leave it out")
+        if self.is_latent and self.data.flip:
+            raise UserError("latents are made once, of images as they are: add --data.no-flip")
         needed = condition_channels(self.data.condition, self.model.channels)
         if self.model.cond_channels != needed:
             raise UserError(
@@ -172,7 +247,7 @@ class Config:
         train = self.train
         above_0 = "total_steps batch_size steps_per_call lr clip_norm log_every sample_every save_every keep_checkpoints"
         for name in above_0.split():
-            if not getattr(train, name) > 0:
+            if not getattr(train, name) > 0 and not (name == "total_steps" and self.init_from and train.total_steps == 0):
                 raise UserError(f"--train.{name.replace('_', '-')} is {getattr(train, name)}: it must be above 0")
         if not (0 <= train.label_dropout <= 1 and train.offset_noise >= 0):
             raise UserError("--train.label-dropout must be in [0, 1], --train.offset-noise at least 0")
@@ -188,8 +263,9 @@ class Config:
             raise UserError(
                 f"--train.score-every must be at least 0, --train.score-num above {features}, the features' number"
             )
-        if train.score_every and self.shape != (1, 28, 28):
-            raise UserError("--train.score-every is for gray images of 28 x 28: leave it out")
+        scored = self.data.name.startswith("fashion-mnist") or self.shape == (1, 28, 28)
+        if train.score_every and (self.is_points or self.is_autoencoder or not scored):
+            raise UserError("--train.score-every is for diffusion of gray images of 28 x 28: leave it out")
         if not 1 <= train.sample_steps <= self.diffusion.timesteps or train.sample_num < 1:
             raise UserError(f"--train.sample-steps must be in 1..{self.diffusion.timesteps}, --train.sample-num at least 1")
 
@@ -203,8 +279,9 @@ class Config:
         Raises:
             UserError: the file is missing or not such a record.
         """
-        kinds = {"data": (DataConfig, PointsConfig), "diffusion": (DiffusionConfig,), "train": (TrainConfig,)}
-        kinds["model"] = (UnetConfig, MLPConfig, ResidualMLPConfig)
+        kinds = {"data": (DataConfig, PointsConfig), "diffusion": (DiffusionConfig,)}
+        kinds |= {"train": (TrainConfig, AutoencoderTrainConfig)}
+        kinds["model"] = (UnetConfig, MLPConfig, ResidualMLPConfig, AutoencoderConfig, LatentUnetConfig)
         try:
             record = json.loads(Path(path).read_text())
             for name, choices in kinds.items():
@@ -279,6 +356,71 @@ def load_run(run: Path, weights: str = "ema", ema_length: float | None = None):
     net, diffusion = config.build()
     load_into(net, arrays)
     return net, diffusion, config, step
+
+
+def load_first_stage(run: Path, patch: int | None = None) -> FirstStage:
+    """The autoencoder of a run, of whose latents a diffusion model is made, for patches of this size or whole images.
+
+    Raises:
+        UserError: there is no such run, or it is not an autoencoder's, or the patches do not fit it.
+    """
+    net, _, config, _ = load_run(run)
+    if not config.is_autoencoder:
+        raise UserError(f"{run} is not an autoencoder's run: train one, with python train.py --preset autoencoder")
+    f = config.model.size_multiple
+    if patch is not None and patch % f:
+        raise UserError(f"--first-stage-patch {patch} is not divisible by {f}, as the first stage {run} needs")
+    return FirstStage(net, 1.0, f, patch)
+
+
+def first_stage_of(run: Path) -> FirstStage:
+    """The first stage that a run of latents has kept, and the scale of its latents.
+
+    Raises:
+        UserError: either is missing.
+    """
+    folder, home = run_folders(run)
+    scale = read_state(folder).get("latent_scale")
+    if scale is None or not (home / "first_stage").exists():
+        missing = "latent_scale in its state.json" if scale is None else "first_stage beside its config.json"
+        raise UserError(f"{folder} is of latents, but has no {missing}: copy the whole run")
+    first_stage = load_first_stage(home / "first_stage", Config.from_json(home / "config.json").first_stage_patch)
+    first_stage.scale = scale
+    return first_stage
+
+
+def keep_first_stage(config: Config, run: Path) -> FirstStage:
+    """The first stage that a run of latents is given, of which it keeps a copy, or has kept.
+
+    Raises:
+        UserError: it has none, or another one, or one whose latents are not those that the network takes.
+    """
+    kept, given = run / "first_stage", config.first_stage
+    if not given and not kept.exists():
+        raise UserError("latents of which autoencoder? Give its run: --first-stage runs/autoencoder")
+    if given:
+        folder, home = run_folders(Path(given))
+        hashes = [read_state(f)["sha256"]["ema.safetensors"] for f in (folder, kept) if f.exists()]
+        if len(set(hashes)) > 1:
+            raise UserError(f"{given} is not the first stage of the run in {run}, which has kept its own: leave it out")
+    source = kept if kept.exists() else Path(given)
+    model, autoencoder = config.model, Config.from_json(run_folders(source)[1] / "config.json").model
+    first_stage = load_first_stage(source, config.first_stage_patch)
+    size = config.data.size // autoencoder.size_multiple
+    makes, takes = (autoencoder.embed_dim, size, size), config.shape
+    if makes != takes or autoencoder.channels != model.channels:
+        raise UserError(
+            f"the first stage {source} makes latents {makes} of images with {autoencoder.channels} channels, the network "
+            f"takes {takes} and {model.channels}: set --model.in-channels, --model.out-channels, --model.latent-size"
+        )
+    if not kept.exists():
+        state = {"step": read_state(folder)["step"], "sha256": {}}
+        for name in ("config.json", "ema.safetensors"):
+            data = ((home if name == "config.json" else folder) / name).read_bytes()
+            state["sha256"][name] = hashlib.sha256(data).hexdigest()
+            write(kept / name, lambda f, data=data: f.write(data))
+        write(kept / "state.json", lambda f: f.write(json.dumps(state, indent=1).encode()))
+    return first_stage
 
 
 def _average(run: Path, config: Config, step: int, length: float) -> dict:
@@ -367,6 +509,37 @@ CLASS = Config(
     ),
 )
 
+# Images of 32 x 32 to latents of 8 x 8, an eighth as many numbers, and the diffusion of these
+AUTOENCODER = Config(
+    DataConfig(size=32, flip=False),
+    model=AutoencoderConfig(
+        ch=16, ch_mult=(1, 2, 4), num_res_blocks=1, channels=1, resolution=32, z_channels=2, embed_dim=2, groups=8
+    ),
+    train=AutoencoderTrainConfig(
+        total_steps=12_000,
+        batch_size=16,
+        lr=4e-3,
+        clip_norm=1e4,  # of losses that are sums over an image
+        ema_decay=0.998,
+        kl_weight=1e-2,
+        disc_start=9500,
+    ),
+)
+LATENT = Config(
+    DataConfig(size=32, flip=False),
+    DiffusionConfig(schedule="cosine", objective="v", loss="l2", weighting="min-snr"),
+    LatentUnetConfig(groups=8),
+    TrainConfig(
+        total_steps=16_000,
+        batch_size=64,
+        lr=2e-3,
+        warmup_steps=500,
+        timesteps="antithetic",
+        sample_guidance=2.0,
+        sample_guidance_interval=(150, 750),
+    ),
+)
+
 # The networks and data that the project came from, and the same with more of a condition
 PRESETS = {
     "quick": QUICK,
@@ -389,4 +562,18 @@ PRESETS = {
     ),
     **{name: replace(SCURVE, data=PointsConfig(name)) for name in TOYS},
     "scurve-seed": SCURVE_SEED,
+    "autoencoder": AUTOENCODER,
+    "autoencoder-kl-f8": Config(
+        DataConfig("image-folder", size=256),
+        model=AutoencoderConfig(),
+        train=AutoencoderTrainConfig(
+            total_steps=500_000, batch_size=4, lr=1.8e-5, disc_start=50_001, disc_lr=1.8e-5, disc_channels=64, disc_layers=3
+        ),
+    ),
+    "latent": LATENT,
+    "latent-text": replace(
+        LATENT,
+        model=replace(LATENT.model, condition="text", num_classes=None, words=len(WORDS), length=LENGTH),
+        train=replace(LATENT.train, total_steps=8000),
+    ),
 }

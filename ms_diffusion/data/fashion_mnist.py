@@ -175,3 +175,9 @@ def _download(name, folder):
         part.unlink()
         raise UserError(f"{URL + name}: what arrived has the wrong MD5 and was removed; run the same command again")
     os.replace(part, folder / name)
+
+
+def middle(images: np.ndarray) -> np.ndarray:
+    """Images (N, H, W, C) of this set without the black border of those that are larger than 28 x 28."""
+    top, left = (images.shape[1] - 28) // 2, (images.shape[2] - 28) // 2
+    return images[:, top : top + 28, left : left + 28]

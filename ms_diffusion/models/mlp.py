@@ -23,6 +23,7 @@ class MLPConfig:
     """Timesteps that it has embeddings for; at least the diffusion's."""
 
     num_classes: ClassVar[None] = None  # as a Unet's, for the programs
+    null_label: ClassVar[None] = None
     self_condition: ClassVar[bool] = False
 
     def build(self, seed: int = 0) -> "MLP":
@@ -78,6 +79,7 @@ class ResidualMLPConfig:
     """Timesteps that it has embeddings for; at least the diffusion's."""
 
     num_classes: ClassVar[None] = None
+    null_label: ClassVar[None] = None
     self_condition: ClassVar[bool] = False
 
     def build(self, seed: int = 0) -> "ResidualMLP":

@@ -124,6 +124,11 @@ class UnetConfig:
     """Show the network its last x_0 beside x (Chen et al. 2022)."""
 
     @property
+    def null_label(self) -> int | None:
+        """The label that stands for no class, or None where the network is told of none."""
+        return self.num_classes
+
+    @property
     def size_multiple(self) -> int:
         """H and W of the images must be divisible by this: MindSpore would silently return another size."""
         return self.patch_size * 2 ** (len(self.dim_mults) - 1)

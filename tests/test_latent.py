@@ -1,0 +1,110 @@
+"""The first stage between images and latents, and images in overlapping patches."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mindspore import Tensor
+
+from ms_diffusion import latent
+from ms_diffusion.images import to_float
+from ms_diffusion.latent import FirstStage, in_patches
+from ms_diffusion.models.autoencoder import AutoencoderConfig
+
+CONFIG = AutoencoderConfig(
+    ch=8, ch_mult=(1, 2), num_res_blocks=1, channels=1, resolution=8, z_channels=3, embed_dim=2, groups=4
+)
+IMAGES = np.random.default_rng(0).integers(0, 256, (13, 8, 8, 1)).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def stage():
+    return FirstStage(CONFIG.build(0), scale=2.5)
+
+
+def test_moments_are_the_encoders_whatever_the_batch(stage, monkeypatch):
+    expected = stage.net.encode(Tensor(to_float(IMAGES))).asnumpy()
+    for size in (100, 5):
+        monkeypatch.setattr(latent, "BATCH", size)
+        np.testing.assert_allclose(stage.moments(IMAGES), expected, atol=1e-5)
+    assert expected.shape == (13, 4, 4, 4)
+
+
+def test_decode_takes_scaled_latents(stage):
+    z = np.random.default_rng(1).standard_normal((3, 2, 4, 4)).astype(np.float32)
+    expected = stage.net.decode(Tensor(z)).asnumpy()
+    np.testing.assert_allclose(stage.decode(2.5 * z), expected, atol=1e-5)
+    assert expected.shape == (3, 1, 8, 8)
+
+
+def test_reconstructions_go_by_the_mean(stage):
+    mean = stage.moments(IMAGES)[:, :2]
+    np.testing.assert_allclose(stage.reconstruct(IMAGES), stage.net.decode(Tensor(mean)).asnumpy(), atol=1e-5)
+
+
+def test_kept_moments(stage, tmp_path, monkeypatch):
+    """Of these images and weights alone; a spoilt file is made again."""
+    found = stage.cached_moments(IMAGES, tmp_path)
+    (file,) = tmp_path.iterdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(FirstStage, "moments", lambda *_: pytest.fail("computed again"))
+        np.testing.assert_array_equal(stage.cached_moments(IMAGES, tmp_path), found)
+    file.write_bytes(file.read_bytes()[:50])
+    np.testing.assert_array_equal(stage.cached_moments(IMAGES, tmp_path), found)
+    assert np.load(file).shape == found.shape
+    stage.cached_moments(IMAGES[:12], tmp_path)
+    FirstStage(CONFIG.build(1)).cached_moments(IMAGES, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+# Patches
+
+
+def larger(x):
+    return x.repeat(2, 2).repeat(2, 3)
+
+
+def smaller(x):
+    return x.reshape(*x.shape[:2], x.shape[2] // 2, 2, x.shape[3] // 2, 2).mean((3, 5))
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.integers(1, 4),
+    st.integers(1, 4),
+    st.integers(0, 5),
+    st.integers(0, 5),
+    st.sampled_from([1, 2, 0.5]),
+    st.integers(1, 3),
+)
+def test_what_works_on_places_is_the_same_in_patches(half, apart, more_h, more_w, factor, channels):
+    size, stride = 2 * half, 2 * min(apart, half)
+    shape = (2, channels, size + 2 * more_h, size + 2 * more_w)
+    x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    fn = {1: np.negative, 2: larger, 0.5: smaller}[factor]
+    seen = []
+
+    def watched(patch):
+        seen.append(patch.shape)
+        return fn(patch)
+
+    np.testing.assert_allclose(in_patches(watched, x, size, stride, factor), fn(x), rtol=1e-5, atol=1e-5)
+    assert set(seen) == {(2, channels, size, size)}
+
+
+def test_a_patch_counts_less_towards_its_border():
+    """Two patches that answer 0 and 1: where they meet, a straight way from one to the other."""
+    answers = iter((0, 1))
+    line = in_patches(lambda x: np.full_like(x, next(answers)), np.zeros((1, 1, 8, 12), np.float32), 8, 4, 1)[0, 0]
+    assert (line[:, :4] == 0).all() and (line[:, 8:] == 1).all()
+    np.testing.assert_allclose(line[3, 4:8], [1 / 5, 2 / 5, 3 / 5, 4 / 5], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "size, stride, factor, words",
+    [(9, 2, 1, "do not fit 8 x 8"), (4, 0, 1, "do not fit"), (4, 5, 1, "do not fit"), (4, 1, 0.5, "are not whole")],
+)
+def test_patches_that_do_not_fit(size, stride, factor, words):
+    with pytest.raises(ValueError, match=words):
+        in_patches(lambda x: x, np.zeros((1, 1, 8, 8), np.float32), size, stride, factor)
