@@ -11,8 +11,8 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from ms_diffusion import cli, images, modelarts, plane, runtime
-from ms_diffusion.data.captions import NAMES, plain_captions, tokens
+from ms_diffusion import cli, generation, images, modelarts, plane, runtime
+from ms_diffusion.data.captions import NAMES, tokens
 from ms_diffusion.data.conditions import condition_image
 from ms_diffusion.data.fashion_mnist import CLASSES
 from ms_diffusion.data.image_folder import read_image
@@ -158,12 +158,13 @@ def read_mask(name: str, image: str, config) -> np.ndarray:
 
 def conditions(args: Args, config, num: int, in_turn: bool):
     """What the network is told, arrays (num, ...): labels, an image; and the originals of the images, or None."""
-    cond, originals, classes = [], None, config.model.num_classes
-    if config.is_text:
-        cond.append(plain_captions(np.arange(num)) if args.prompt is None else tokens([args.prompt] * num))
-    if classes is not None:
-        label = classes if args.class_ is None else args.class_  # `classes` is the label for none
-        cond.append(np.arange(num, dtype=np.int32) % classes if in_turn else np.full(num, label, np.int32))
+    cond, originals, null = [], None, config.model.null_label
+    if in_turn:
+        cond += generation.in_turn(config, num)[1]
+    elif config.is_text:
+        cond.append(tokens([args.prompt] * num))
+    elif null is not None:
+        cond.append(np.full(num, null if args.class_ is None else args.class_, np.int32))
     if config.data.condition != "none":
         originals = read_images(args.image, config) if args.image else images.to_float(test_set(config)[:num])
         originals = originals[np.arange(num) % len(originals)]
@@ -231,7 +232,7 @@ def sample_images(args: Args, folder: Path, device: str, net, diffusion, config)
 
     # The picture: what was given beside what came of it
     columns = turn if in_turn and num % turn == 0 else None
-    labels = np.arange(num, dtype=np.int32) % turn if in_turn else cond[0] if classes is not None else None
+    labels = generation.in_turn(config, num)[0] if in_turn else cond[0] if classes is not None else None
     if originals is not None:
         shown = np.broadcast_to(cond[-1][:, : shape[0]], x.shape)  # one channel where it is gray
         sheet = np.stack([shown, x, originals], 1).reshape(-1, *shape)

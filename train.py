@@ -211,7 +211,11 @@ def main() -> int:
         if best:
             print(f"best FID    {read_state(best)['fid']:.2f}, in {best}")
         print(f"samples     {last_grid}\nloss curve  {run_dir / 'loss.png'}\nmetrics     {run_dir / 'metrics.jsonl'}")
-        print(f"{'pictures, scores' if config.is_points else 'more images'}: python sample.py {run_dir}")
+        if config.is_autoencoder:
+            print(f"scores      python -m ms_diffusion.evaluate {run_dir}")
+            print(f"diffusion   python train.py --preset latent --first-stage {run_dir}")
+        else:
+            print(f"{'pictures, scores' if config.is_points else 'more images'}: python sample.py {run_dir}")
     return 0
 
 

@@ -25,6 +25,7 @@ from .runtime import DEVICES, UserError
 
 # Not read from PRESETS, which would load MindSpore into PyTorch's process too
 PRESET_NAMES = ("quick", "fashion-mnist", "fashion-mnist-resnet", "scurve", "scurve-seed")
+SAMPLER_NAMES = ("ddpm", "ddim", "heun", "plms", "dpmpp_2m", "unipc")
 WIDEST_SPREAD = 0.2  # of a ratio's rounds: between their quartiles, over their median
 
 
@@ -43,6 +44,10 @@ class Args:
     """DDIM steps for 64 images; none leaves sampling out."""
     peer: Literal["none", "torch"] = "none"
     """torch runs PyTorch beside, and prints ratios; it must be installed."""
+    runs: tuple[str, ...] = ()
+    """Time how trained runs draw 64 images instead, beside each other: in --sampling-steps, by --sampler."""
+    sampler: Literal[SAMPLER_NAMES] = "dpmpp_2m"
+    """Of --runs."""
     cost: str | None = None
     """Measure how the cost grows with batch, size and width instead, and draw it in this PNG."""
     samplers: bool = False
@@ -369,6 +374,36 @@ def measure_points(args: Args, device, preset, model, config) -> dict:
 SWEEPS = {"batch_size": (1, 4, 16, 64, 256), "size": (16, 32, 48, 64), "dim": (16, 32, 48, 64)}
 
 
+def measure_runs(args: Args, device: str) -> list[dict]:
+    """How long each run takes for 64 images, with the guidance that it has where none is given, in turns."""
+    from .generation import Sampling, make_draw
+    from .presets import first_stage_of, load_run
+
+    draws, num = {}, 64
+    for name in args.runs:
+        net, diffusion, config, _ = load_run(Path(name))
+        if config.is_points or config.is_autoencoder or config.data.condition != "none":
+            raise UserError(f"{name} draws no images of its own: give runs of images or latents")
+        first_stage = first_stage_of(Path(name)) if config.is_latent else None
+        for steps in args.sampling_steps:
+            sampling = Sampling(sampler=args.sampler, steps=steps)
+            sampling.settle(config, diffusion.T)
+            draws[name, steps] = make_draw(sampling, net, diffusion, config, first_stage)
+    seconds = {key: [] for key in draws}
+    for turn in range(args.rounds + 1):  # the first compiles
+        for key, draw in draws.items():
+            start = time.perf_counter()
+            draw(num, num)
+            seconds[key] += [time.perf_counter() - start] if turn else []
+    first, records = None, []
+    for (name, steps), found in seconds.items():
+        each = float(np.median(found)) / num
+        first = first or each
+        print(f"{name}, {args.sampler}, {steps} steps: {1000 * each:.2f} ms an image, {first / each:.2f}x the first's speed")
+        records.append({"run": name, "sampler": args.sampler, "steps": steps, "ms_per_image": 1000 * each, "rounds": found})
+    return records
+
+
 def measure_cost(args: Args, device: str) -> list[dict]:
     """Seconds and memory of the annotated U-Net's step and forward pass over batch, size and width, as a table."""
     from .presets import PRESETS
@@ -427,8 +462,8 @@ def main() -> None:
             import torch  # noqa: F401
         except ImportError:
             raise UserError("--peer torch needs PyTorch: pip install torch==2.13.0, or leave --peer out") from None
-    if args.samplers and args.cost:
-        raise UserError("--samplers and --cost are two measurements: choose one")
+    if bool(args.samplers) + bool(args.cost) + bool(args.runs) > 1:
+        raise UserError("--samplers, --cost and --runs are different measurements: choose one")
     if args.picture and not args.samplers:
         raise UserError("--picture draws the errors of --samplers: add --samplers")
     for path in filter(None, (args.json, args.cost, args.picture)):
@@ -442,7 +477,7 @@ def main() -> None:
     machine = {"date": str(date.today()), "cpu": cpu_name(), "cores": len(os.sched_getaffinity(0)), "device": device}
     machine |= {"mindspore": ms.__version__, "python": platform.python_version()}
     print(", ".join(f"{key} {value}" for key, value in machine.items()))
-    records = measure_cost(args, device) if args.cost else measure(args, device)
+    records = (measure_cost if args.cost else measure_runs if args.runs else measure)(args, device)
     if args.cost:
         draw_cost(records, Path(args.cost))
     if args.json:

@@ -14,7 +14,6 @@ import tyro
 from tqdm import tqdm
 
 from . import cli, images, runtime
-from .data.captions import CAPTIONS, plain_captions
 from .data.fashion_mnist import middle
 from .data.pipeline import LOADERS, load_images
 from .evaluation import (
@@ -28,11 +27,10 @@ from .evaluation import (
     ssim,
 )
 from .features import Features
-from .generation import Sampling
+from .generation import Sampling, make_draw
 from .latent import FirstStage
 from .presets import default_run, first_stage_of, load_run
 from .runtime import UserError
-from .samplers import generate
 
 OTHER = {"train": "test", "test": "train"}  # the splits of real images
 SHOWN = 30  # images of each kind in the picture
@@ -107,29 +105,13 @@ def read_npz(path: Path, num: int) -> Samples:
 
 def draw_samples(sampling: Sampling, num: int, device: str, name: str, net, diffusion, config, step: int) -> Samples:
     """Draw `num` images from a run, each class in turn."""
-    model, timesteps = config.model, sampling.timesteps(diffusion)
-    classes = len(CAPTIONS) if config.is_text else model.num_classes
-    labels = None if classes is None else np.arange(num, dtype=np.int32) % classes
-    told = plain_captions(labels) if config.is_text else labels
-    batch_size = min(sampling.batch_size or 100, num)
-    with tqdm(total=-(-num // batch_size) * len(timesteps), unit="step", desc=f"{sampling.sampler} on {device}") as bar:
-        x = generate(
-            sampling.make_sampler(config.model.self_condition),
-            sampling.make_denoiser(net, diffusion, model.null_label, clip=not config.is_latent),
-            diffusion,
-            timesteps,
-            config.shape,
-            num,
-            sampling.seed,
-            batch_size,
-            lambda *_: bar.update(),
-            () if told is None else (told,),
-        )
-    if config.is_latent:
-        x = first_stage_of(Path(name)).decode(x)
+    steps, batch_size = len(sampling.timesteps(diffusion)), min(sampling.batch_size or 100, num)
+    draw = make_draw(sampling, net, diffusion, config, first_stage_of(Path(name)) if config.is_latent else None)
+    with tqdm(total=-(-num // batch_size) * steps, unit="step", desc=f"{sampling.sampler} on {device}") as bar:
+        x, labels = draw(num, batch_size, lambda *_: bar.update())
     if bad := num - np.isfinite(x).all((1, 2, 3)).sum():
         raise UserError(f"{bad} of {num} samples are not finite: this training went astray; take an earlier checkpoint")
-    made = f"{sampling.sampler}, {len(timesteps)} steps, guidance {sampling.guidance:g}"
+    made = f"{sampling.sampler}, {steps} steps, guidance {sampling.guidance:g}"
     if sampling.guidance_interval:
         made += " from t = {} to {}".format(*sampling.guidance_interval)
     made += f", seed {sampling.seed}"

@@ -6,9 +6,10 @@ from typing import Literal
 
 import numpy as np
 
+from .data.captions import CAPTIONS, plain_captions
 from .denoiser import guide, make_denoiser, self_conditioned, with_label
 from .runtime import DEVICES, UserError
-from .samplers import SAMPLERS, SPACINGS, sample_ddim, sampling_timesteps
+from .samplers import SAMPLERS, SPACINGS, generate, sample_ddim, sampling_timesteps
 
 
 @dataclass
@@ -92,3 +93,26 @@ class Sampling:
     def timesteps(self, diffusion) -> list[int]:
         spacing = self.spacing or ("linspace" if self.sampler in ("ddpm", "ddim") else "logsnr")
         return sampling_timesteps(diffusion.T, self.steps, spacing, diffusion.alphas_cumprod)
+
+
+def in_turn(config, num: int):
+    """(labels, told): each class in turn, (num,) int32, and what the network is told of them, a tuple of these or of captions;
+    (None, ()) where it is told of none."""
+    if config.model.null_label is None:
+        return None, ()
+    labels = np.arange(num, dtype=np.int32) % (len(CAPTIONS) if config.is_text else config.model.num_classes)
+    return labels, (plain_captions(labels) if config.is_text else labels,)
+
+
+def make_draw(sampling: Sampling, net, diffusion, config, first_stage=None):
+    """draw(num, batch_size, callback=None) -> (images (num, C, H, W), labels): each class in turn. Of latents, `first_stage`
+    decodes them."""
+    denoise = sampling.make_denoiser(net, diffusion, config.model.null_label, clip=not config.is_latent)
+    sampler, timesteps = sampling.make_sampler(config.model.self_condition), sampling.timesteps(diffusion)
+
+    def draw(num: int, batch_size: int, callback=None):
+        labels, told = in_turn(config, num)
+        x = generate(sampler, denoise, diffusion, timesteps, config.shape, num, sampling.seed, batch_size, callback, told)
+        return first_stage.decode(x) if first_stage else x, labels
+
+    return draw

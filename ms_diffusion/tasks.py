@@ -16,14 +16,14 @@ from mindspore import Parameter, Tensor, nn, ops
 from . import draws, images, plane
 from .checkpoint import Checkpoint, checkpoints
 from .convert import LoadReport, load_pretrained
-from .data.captions import draw_captions, plain_captions
+from .data.captions import draw_captions
 from .data.conditions import condition_image
 from .data.fashion_mnist import middle
 from .data.pipeline import load_images
 from .data.toy import Frame, load_points, read_kept_points
 from .evaluation import frechet_distance, mean_and_covariance
 from .features import Features
-from .generation import Sampling
+from .generation import Sampling, in_turn
 from .latent import FirstStage
 from .losses import D_LOSSES, adaptive_weight, autoencoder_loss, discriminator_loss, generator_loss
 from .models.autoencoder import gaussian_kl, gaussian_sample
@@ -167,10 +167,7 @@ def diffusion_task(config: Config, run_dir: Path, device: str, rank: int, world_
 
     def conditions(num: int) -> list[np.ndarray]:
         """Each class in turn, and the first images' conditions."""
-        cond = []
-        if null is not None:
-            turn = np.arange(num, dtype=np.int32)
-            cond.append(plain_captions(turn) if config.is_text else turn % classes)
+        cond = [*in_turn(config, num)[1]]
         if config.data.condition != "none":
             shown = images.to_float(originals[np.arange(num) % len(originals)])
             rng = np.random.default_rng((train.seed, STREAM_NOISE))
@@ -191,7 +188,7 @@ def diffusion_task(config: Config, run_dir: Path, device: str, rank: int, world_
         if config.is_points:
             plane.save_samples(path, frame.to_points(x), test_points[:num], f"step {step}")
         else:
-            images.save_grid(path, images.to_uint8(x), columns=classes)
+            images.save_grid(path, images.to_uint8(x), columns=None if null is None else 10 if config.is_text else classes)
         return path
 
     def score(step: int) -> float:

@@ -25,12 +25,14 @@ ALLOWED = {
     "samplers": {"runtime"},  # a denoiser is an argument
     "editing": {"runtime", "samplers"},
     "likelihood": {"runtime", "diffusion", "denoiser", "cli", "presets", "data.pipeline"},
-    "generation": {"runtime", "denoiser", "samplers"},
+    "generation": {"runtime", "denoiser", "samplers", "data.captions"},
+    "latent": {"runtime", "images", "models.autoencoder"},
     "draws": set(),
     "features": {"runtime", "images", "models.classifier", "models.inception"},
     "evaluation": set(),
     "plane": {"runtime", "images"},
     "data.toy": {"runtime"},
+    "data.captions": {"runtime"},
     "kernels": set(),
     "training": {"runtime", "kernels"},
     "convert": {"runtime"},
@@ -48,6 +50,7 @@ ALLOWED = {
     "models.discriminator": {"models.layers"},
     "models.autoencoder": {"models.layers", "models.attention"},
     "models.unet_ldm": {"models.layers", "models.attention"},
+    "models.context": {"models.layers", "models.unet_ldm"},
 }
 DIFFUSION = {"schedules", "diffusion", "denoiser", "samplers"}
 MEETING = {"presets", "cli", "train", "sample"}  # the top, where all meet

@@ -22,7 +22,7 @@ from mindspore import Tensor
 
 import sample
 import train
-from ms_diffusion import cli, modelarts, runtime
+from ms_diffusion import cli, modelarts, runtime, tasks
 from ms_diffusion.presets import PRESETS, Config
 from ms_diffusion.runtime import UserError
 
@@ -613,7 +613,7 @@ def test_debug_shows_the_traceback(monkeypatch):
 def step_that_returns(monkeypatch):
     def returns(loss):
         out = (Tensor(np.float32(loss)), Tensor(np.float32(1)), None)
-        monkeypatch.setattr(train, "make_train_step", lambda *_, **options: lambda *_: out)
+        monkeypatch.setattr(tasks, "make_train_step", lambda *_, **options: lambda *_: out)
 
     return returns
 
@@ -624,8 +624,8 @@ def scores_of(monkeypatch, step_that_returns):
 
     def scores_of(*fids):
         scores_of.left = list(fids)
-        monkeypatch.setattr(train, "frechet_distance", lambda *_: scores_of.left.pop(0))
-        monkeypatch.setattr(train, "generate", lambda *args, **_: np.zeros((args[5], *args[4]), np.float32))
+        monkeypatch.setattr(tasks, "frechet_distance", lambda *_: scores_of.left.pop(0))
+        monkeypatch.setattr(tasks, "generate", lambda *args, **_: np.zeros((args[5], *args[4]), np.float32))
 
     step_that_returns(1)
     return scores_of
@@ -653,7 +653,7 @@ def test_the_best_checkpoint_stays(call, tmp_path, scores_of, fids, best, left):
 
 def test_samples_that_are_not_finite_end_the_run(call, tmp_path, scores_of, monkeypatch):
     scores_of()
-    monkeypatch.setattr(train, "generate", lambda *args, **_: np.full((args[5], *args[4]), np.nan, np.float32))
+    monkeypatch.setattr(tasks, "generate", lambda *args, **_: np.full((args[5], *args[4]), np.nan, np.float32))
     code, _, err = call(train, "--run-dir", tmp_path / "run", *SCORED)
     assert code == 2 and "samples are not finite at step 2" in last_line(err) and "Traceback" not in err
     assert [row["step"] for row in metrics(tmp_path / "run")] == [1, 2]

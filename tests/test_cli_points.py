@@ -19,7 +19,7 @@ from test_cli_sample import call
 
 import sample
 import train
-from ms_diffusion import likelihood, plane
+from ms_diffusion import likelihood, plane, tasks
 from ms_diffusion.data.toy import TOYS, Frame, load_points
 from ms_diffusion.evaluation import compare
 from ms_diffusion.models.mlp import MLPConfig, ResidualMLPConfig
@@ -297,13 +297,13 @@ def test_the_presets_are_what_they_are_called():
 @pytest.fixture
 def steps_per_call(monkeypatch):
     """What train.py gives as `steps_per_call`, run by run."""
-    given, make = [], train.make_train_step
+    given, make = [], tasks.make_train_step
 
     def spy(*args, **options):
         given.append(inspect.signature(make).bind(*args, **options).arguments.get("steps_per_call", 1))
         return make(*args, **options)
 
-    monkeypatch.setattr(train, "make_train_step", spy)
+    monkeypatch.setattr(tasks, "make_train_step", spy)
     return given
 
 

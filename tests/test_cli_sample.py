@@ -19,7 +19,7 @@ from mindspore import Tensor
 
 import sample
 import train
-from ms_diffusion import presets, runtime
+from ms_diffusion import presets, runtime, tasks
 from ms_diffusion.checkpoint import Checkpoint
 from ms_diffusion.data.fashion_mnist import load_fashion_mnist_mini
 from ms_diffusion.images import CAPTION, save_loss_curve, to_float, to_uint8
@@ -162,7 +162,7 @@ def first_step(tmp_path, monkeypatch):
 
             return step
 
-        monkeypatch.setattr(train, "make_train_step", make_train_step)
+        monkeypatch.setattr(tasks, "make_train_step", make_train_step)
         run = tmp_path / str(len(list(tmp_path.iterdir())))
         assert call(train, "--run-dir", run, *TINY, "--train.batch-size", 64, *" ".join(args).split())[0] == 130
         return found

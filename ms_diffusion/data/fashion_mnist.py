@@ -179,5 +179,5 @@ def _download(name, folder):
 
 def middle(images: np.ndarray) -> np.ndarray:
     """Images (N, H, W, C) of this set without the black border of those that are larger than 28 x 28."""
-    top, left = (images.shape[1] - 28) // 2, (images.shape[2] - 28) // 2
+    top, left = (max(side - 28, 0) // 2 for side in images.shape[1:3])
     return images[:, top : top + 28, left : left + 28]
