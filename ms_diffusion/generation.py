@@ -96,7 +96,7 @@ class Sampling:
 
 
 def in_turn(config, num: int):
-    """(labels, told): each class in turn, (num,) int32, and what the network is told of them, a tuple of these or of captions;
+    """(labels, told): each class in turn, (num,) int32, and in a tuple what the network is told of them, these or captions;
     (None, ()) where it is told of none."""
     if config.model.null_label is None:
         return None, ()

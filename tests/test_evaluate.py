@@ -30,8 +30,9 @@ IMAGES, LABELS = load_fashion_mnist_mini("train")  # (2000, 28, 28, 1) uint8, (2
 TEST_IMAGES, TEST_LABELS = load_fashion_mnist_mini("test")
 MINI = ["--data", "fashion-mnist-mini"]
 FEW = "--num 160 --steps 3 --batch-size 80".split()
-TITLES = {key: title.strip() for key, (title, _) in evaluate.ROWS.items()}
-SCORES = set(TITLES) - {"psnr", "ssim"}  # which are of reconstructions
+OF_RECONSTRUCTIONS = ("psnr", "ssim")
+TITLES = {key: title.strip() for key, (title, _) in evaluate.ROWS.items() if key not in OF_RECONSTRUCTIONS}
+SCORES = set(TITLES)
 # In a report all scores but these are between 0 and 1
 UNBOUNDED = {"fid", "kid", "kid_spread", "density", "nearest_train"}
 
@@ -245,8 +246,8 @@ def test_a_run_with_a_condition_is_drawn_by_sample(folder):
 
 
 def test_a_run_of_other_images_is_refused_before_anything_is_drawn(folder, undrawn):
-    args = "--data.name image-folder --data.size 32 --model.dim 8 --model.init-dim 8 --model.dim-mults 1 --model.resnet-block-groups 4"
-    untrained(folder / "large", train.parse_args(args.split()).config)
+    model = "--model.dim 8 --model.init-dim 8 --model.dim-mults 1 --model.resnet-block-groups 4".split()
+    untrained(folder / "large", train.parse_args(["--data.name", "image-folder", "--data.size", "32", *model]).config)
     assert_refused(call(evaluate, "large", "--num", 160), "give --inception")
 
 
