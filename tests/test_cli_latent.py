@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import safetensors.numpy
+from PIL import Image
 from test_cli import assert_refused, checkpoint, metrics, picture, tree
 from test_cli_sample import call
 
@@ -18,6 +19,7 @@ from ms_diffusion.data.fashion_mnist import load_fashion_mnist_mini
 from ms_diffusion.images import GAP, to_float
 from ms_diffusion.latent import in_patches
 from ms_diffusion.models.autoencoder import gaussian_sample
+from ms_diffusion.models.lpips import LPIPS
 from ms_diffusion.presets import PRESETS, first_stage_of, load_first_stage
 
 STEPS = "--data.name fashion-mnist-mini --train.total-steps 4 --train.save-every 2 --train.log-every 1".split()
@@ -115,6 +117,34 @@ def test_a_run_begins_with_weights_from_elsewhere(runs, tmp_path):
     assert not (tmp_path / "other").exists()
     code, out, err = call(train, *other, "--init-ignore", "decoder.", "--init-partial", "--train.total-steps", 0)
     assert code == 0 and "left as they were: decoder." in out, err
+
+
+@pytest.mark.slow
+def test_the_references_sizes(tmp_path):
+    """A step of autoencoder-kl-f8 with its discriminator and LPIPS, whose weights are random here: 83,653,863 parameters as
+    Stable Diffusion's first stage has."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "images").mkdir()
+    for i in range(2):
+        Image.fromarray(rng.integers(0, 256, (256, 256, 3), np.uint8)).save(tmp_path / f"images/{i}.png")
+    lpips = LPIPS()
+    vgg = {f"features.{p.name.split('.', 2)[2]}": p.asnumpy() for p in lpips.net.get_parameters()}
+    safetensors.numpy.save_file(vgg, tmp_path / "vgg.safetensors")
+    layers = {p.name: p.asnumpy() for p in lpips.get_parameters() if p.name.startswith("lin")}
+    safetensors.numpy.save_file(layers, tmp_path / "lpips.safetensors")
+    args = f"--preset autoencoder-kl-f8 --data.dir {tmp_path / 'images'} --run-dir {tmp_path / 'run'} --train.batch-size 1"
+    args += f" --train.vgg {tmp_path / 'vgg.safetensors'} --train.lpips {tmp_path / 'lpips.safetensors'}"
+    args += " --train.total-steps 1 --train.disc-start 0 --train.sample-num 1"
+    code, _, err = call(train, *args.split())
+    assert code == 0, err
+    before, after = PRESETS["autoencoder-kl-f8"].model.build(0), arrays(tmp_path / "run", 1, "model")
+    assert sum(values.size for values in after.values()) == 83_653_863
+    still = {p.name for p in before.get_parameters() if (p.asnumpy() == after[p.name]).all()}
+    assert still <= {f"{part}.mid.attn_1.k.bias" for part in ("encoder", "decoder")}  # which no softmax sees
+    assert all(np.isfinite(values).all() for values in after.values())
+    discriminator = [key for key in arrays(tmp_path / "run", 1, "optimizer") if key.startswith("discriminator.main.")]
+    assert len(discriminator) > 10
+    assert picture(tmp_path / "run/samples/step-0000001.png")[1].shape[:2] == (2 * (256 + 2 * GAP), 2 * (512 + 3 * GAP))
 
 
 # The diffusion of latents
