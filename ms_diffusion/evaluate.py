@@ -250,7 +250,8 @@ def main() -> int:
             answers.pop("logits", None)
     scores = score(seen, found[against], samples.labels)
     if first_stage:
-        scores |= {"psnr": psnr(samples.images, originals).mean(), "ssim": ssim(samples.images, originals).mean()}
+        pair = inner(samples.images), inner(originals)
+        scores |= {"psnr": psnr(*pair).mean(), "ssim": ssim(*pair).mean()}
     floor = score(found[other], found[against], chosen[other][1])
     train = real["train"][0]
     index, far = nearest(samples.images[:NEIGHBOURS], train)

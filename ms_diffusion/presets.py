@@ -530,7 +530,7 @@ LATENT = Config(
     DiffusionConfig(schedule="cosine", objective="v", loss="l2", weighting="min-snr"),
     LatentUnetConfig(groups=8),
     TrainConfig(
-        total_steps=16_000,
+        total_steps=10_000,
         batch_size=64,
         lr=2e-3,
         warmup_steps=500,
@@ -574,6 +574,6 @@ PRESETS = {
     "latent-text": replace(
         LATENT,
         model=replace(LATENT.model, condition="text", num_classes=None, words=len(WORDS), length=LENGTH),
-        train=replace(LATENT.train, total_steps=8000),
+        train=replace(LATENT.train, total_steps=6000),
     ),
 }

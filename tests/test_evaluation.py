@@ -19,9 +19,11 @@ from ms_diffusion.evaluation import (
     maximum_mean_discrepancy,
     mean_and_covariance,
     precision_recall,
+    psnr,
     rows_of_squares,
     sliced_wasserstein,
     square_root,
+    ssim,
 )
 
 DISTANCES = [sliced_wasserstein, energy_distance, maximum_mean_discrepancy]
@@ -758,3 +760,44 @@ def test_rows_of_squares_are_all_squares(rows, monkeypatch):
 def test_features_are_points_too(distance, shapes):
     with pytest.raises(ValueError, match=r"^points \(n, d\) and \(m, d\) are needed"):
         distance(*map(np.zeros, shapes))
+
+
+# Pairs of images
+
+
+def pairs(n, side, channels=1, seed=0):
+    """Images (n, side, side, channels) uint8, and others that are more and more unlike them."""
+    rng = np.random.default_rng(seed)
+    a = rng.integers(0, 256, (n, side, side, channels))
+    noise = rng.normal(0, np.linspace(0, 80, n), (side, side, channels, n)).transpose(3, 0, 1, 2)
+    return a.astype(np.uint8), np.clip(a + noise, 0, 255).astype(np.uint8)
+
+
+def test_psnr_is_its_formula():
+    a, b = pairs(7, 5, 3)
+    expected = [
+        20 * math.log10(255 / math.sqrt(np.mean((x.astype(float) - y) ** 2))) for x, y in zip(a[1:], b[1:], strict=True)
+    ]
+    np.testing.assert_allclose(psnr(a, b), [math.inf, *expected])
+    grays = np.full((1, 4, 4, 1), 7, np.uint8)
+    np.testing.assert_allclose(psnr(grays, grays + 1), 48.1308, rtol=1e-5)
+
+
+def test_ssim_is_its_formula():
+    """Window by window: weighed means, variances and covariance of two images."""
+    a, b = pairs(5, 13, 2)
+    window = np.array([[math.exp(-(i * i + j * j) / 4.5) for j in range(-5, 6)] for i in range(-5, 6)])
+    window /= window.sum()
+    for x, y, found in zip(a.astype(float), b.astype(float), ssim(a, b), strict=True):
+        values = []
+        for top in range(3):
+            for left in range(3):
+                for c in range(2):
+                    p, q = (each[top : top + 11, left : left + 11, c] for each in (x, y))
+                    mp, mq = (window * p).sum(), (window * q).sum()
+                    vp, vq = (window * (p - mp) ** 2).sum(), (window * (q - mq) ** 2).sum()
+                    cov = (window * (p - mp) * (q - mq)).sum()
+                    value = (2 * mp * mq + 2.55**2) * (2 * cov + 7.65**2)
+                    values.append(value / (mp**2 + mq**2 + 2.55**2) / (vp + vq + 7.65**2))
+        assert found == pytest.approx(np.mean(values), rel=1e-9)
+    assert ssim(a, b)[0] == pytest.approx(1) and (np.diff(ssim(a, b)) < 0).all()
