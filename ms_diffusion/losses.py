@@ -2,23 +2,11 @@
 
 Errors are element by element: (pred, target) of any shape -> the same shape.
 
-An autoencoder is trained (Rombach et al. 2022, appendix G) by two steps that take turns. The first is the autoencoder's and
-logvar's. Its adversarial part is weighed by gradients at the decoder's last layer (Esser et al. 2021, eq. 7), so the chain
-rule is cut there, and one pass through the rest of the autoencoder does for both parts: `body` gives what the last layer
-takes, h, and the KL; each value_and_grad is by h or h and KL, and by the parameters of the last layer and logvar.
-
-    h, kl = body(x, noise)
-    loss, ((h_grad, kl_grad), grads) = value_and_grad of autoencoder_loss(x, last(h), kl, logvar, ...)
-    g_loss, (g_h_grad, g_grads) = value_and_grad of generator_loss(discriminator(last(h)))
-    weight = adopt_weight(disc_factor, step, disc_start) * adaptive_weight(grads[0], g_grads[0], disc_weight)
-    body_grads = grad of (h * (h_grad + weight * g_h_grad)).sum() + (kl * kl_grad).sum(), with h, kl = body(x, noise)
-    the optimizer of the autoencoder takes body_grads and grads + weight * g_grads
-
-In a compiled graph the two calls of body become one; with dropout in it they would be two, of different masks. The second
-step is the discriminator's, of reconstructions that are constants to it, such as those of the first step; a conditional one
-is given ``ops.concat((images, cond), 1)`` throughout.
-
-    discriminator_loss(discriminator(x), discriminator(reconstruction), adopt_weight(disc_factor, step, disc_start))
+An autoencoder and its discriminator have an optimizer each, whose steps take turns (Rombach et al. 2022, appendix G). The
+first is the autoencoder's and logvar's, of `autoencoder_loss` and a weight times `generator_loss`; the second the
+discriminator's, of `discriminator_loss`, to which the first one's reconstructions are constants. The weight is
+`adaptive_weight`, which is a constant to the first: gradients at the decoder's last layer give it, before that step.
+`tasks.autoencoder_losses` puts networks to it.
 """
 
 from mindspore import ops
@@ -55,7 +43,7 @@ def autoencoder_loss(x, reconstruction, kl, logvar, kl_weight, perceptual=0.0):
 
     Args:
         x, reconstruction: (B, C, H, W).
-        kl: (B,), the divergence of each image's latent from N(0, 1).
+        kl: (B,), the divergence of each image's latent from N(0, 1), or 0.
         logvar: (), a parameter of the training, from 0 on.
         perceptual: (B,), `LPIPS` of the two times its weight, or 0.
     """
@@ -81,11 +69,6 @@ def norm(x):
     return ops.sqrt(ops.square(x).sum())
 
 
-def adopt_weight(weight, step, threshold, value=0.0):
-    """`weight` from step `threshold` on, `value` before: (). `step` is an int Tensor ()."""
-    return ops.where(step < threshold, value, weight)
-
-
 # The discriminator's
 
 
@@ -103,5 +86,5 @@ D_LOSSES = {"hinge": hinge_d_loss, "vanilla": vanilla_d_loss}
 
 
 def discriminator_loss(logits_real, logits_fake, disc_factor, d_loss=hinge_d_loss):
-    """disc_factor, which is 0 before the discriminator's start (`adopt_weight`), times one of `D_LOSSES`: ()."""
+    """disc_factor times one of `D_LOSSES`: ()."""
     return disc_factor * d_loss(logits_real, logits_fake)

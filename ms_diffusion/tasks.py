@@ -234,37 +234,7 @@ def autoencoder_task(config: Config, run_dir: Path, device: str, rank: int, worl
     distance = perceptual_distance(train, config.model)
 
     # The steps, compiled when first called: until disc_start without the discriminator
-    def likelihood(x, noise):
-        reconstruction, moments = net(x, noise)
-        perceptual = train.perceptual_weight * distance(x, reconstruction) if distance else 0.0
-        loss = autoencoder_loss(x, reconstruction, gaussian_kl(moments), logvar, train.kl_weight, perceptual)
-        return loss, reconstruction
-
-    def adversarial(x, noise, weight):
-        loss, reconstruction = likelihood(x, noise)
-        return loss + weight * generator_loss(discriminator(reconstruction)), reconstruction
-
-    def d_loss(x, reconstruction):
-        real, fake = discriminator(x), discriminator(reconstruction)
-        return discriminator_loss(real, fake, train.disc_factor, D_LOSSES[train.disc_loss])
-
-    last_layer = ms.ParameterTuple([net.last_layer])
-
-    def nll_at(h, x):
-        reconstruction = net.decoder.last(h)
-        perceptual = train.perceptual_weight * distance(x, reconstruction) if distance else 0.0
-        return autoencoder_loss(x, reconstruction, ops.zeros_like(perceptual), logvar, 0.0, perceptual)
-
-    def g_loss_at(h):
-        return generator_loss(discriminator(net.decoder.last(h)))
-
-    nll_gradient, g_gradient = ms.grad(nll_at, None, last_layer), ms.grad(g_loss_at, None, last_layer)
-
-    def weigh(x, noise):
-        """disc_factor times the adaptive weight, from the gradients at the decoder's last layer alone."""
-        h = net.decoder.features(net.post_quant_conv(gaussian_sample(net.encode(x), noise)))
-        return train.disc_factor * adaptive_weight(nll_gradient(h, x)[0], g_gradient(h)[0], train.disc_weight)
-
+    likelihood, adversarial, weigh, d_loss = autoencoder_losses(net, discriminator, logvar, distance, train)
     ae_step = make_train_step(likelihood, optimizer, ema, train.clip_norm, None, world_size, True)
     if discriminator:
         weigh = compiled(weigh)
@@ -290,6 +260,60 @@ def autoencoder_task(config: Config, run_dir: Path, device: str, rank: int, worl
         return save_reconstructions(run_dir / "samples" / f"step-{step:07d}.png", first_stage, shown)
 
     return Task(checkpoint, state, data, labels, 1, optimizer, advance, draw_samples)
+
+
+def autoencoder_losses(net, discriminator, logvar, distance, train):
+    """What the steps of an autoencoder `net` and its discriminator minimise, and the weight between (losses.py).
+
+    Of images x and their reconstructions (B, C, H, W), and noise like the latents:
+
+        likelihood(x, noise) -> (loss (), reconstruction)
+        adversarial(x, noise, weight) -> the same, with the discriminator to deceive
+        weigh(x, noise) -> that weight (), which is a constant to the loss
+        d_loss(x, reconstruction) -> the discriminator's loss ()
+
+    All but the first take a conditional discriminator's condition (B, C', H, W) last.
+
+    Args:
+        discriminator: of C + C' channels; None where only the likelihood is used.
+        logvar: parameter ().
+        distance: distance(x, y) -> (B,), such as `LPIPS`, or None.
+        train: `presets.AutoencoderTrainConfig`.
+    """
+    last_layer = ms.ParameterTuple([net.last_layer])
+
+    def nll(x, reconstruction, kl=0.0):
+        perceptual = train.perceptual_weight * distance(x, reconstruction) if distance else 0.0
+        return autoencoder_loss(x, reconstruction, kl, logvar, train.kl_weight, perceptual)
+
+    def judge(images, cond):
+        return discriminator(images if cond is None else ops.concat((images, cond), 1))
+
+    def likelihood(x, noise):
+        reconstruction, moments = net(x, noise)
+        return nll(x, reconstruction, gaussian_kl(moments)), reconstruction
+
+    def adversarial(x, noise, weight, cond=None):
+        loss, reconstruction = likelihood(x, noise)
+        return loss + weight * generator_loss(judge(reconstruction, cond)), reconstruction
+
+    def nll_at(h, x):
+        return nll(x, net.decoder.last(h))
+
+    def g_loss_at(h, cond):
+        return generator_loss(judge(net.decoder.last(h), cond))
+
+    nll_gradient, g_gradient = ms.grad(nll_at, None, last_layer), ms.grad(g_loss_at, None, last_layer)
+
+    def weigh(x, noise, cond=None):  # by the gradients at the decoder's last layer alone
+        h = net.decoder.features(net.post_quant_conv(gaussian_sample(net.encode(x), noise)))
+        return train.disc_factor * adaptive_weight(nll_gradient(h, x)[0], g_gradient(h, cond)[0], train.disc_weight)
+
+    def d_loss(x, reconstruction, cond=None):
+        real, fake = judge(x, cond), judge(reconstruction, cond)
+        return discriminator_loss(real, fake, train.disc_factor, D_LOSSES[train.disc_loss])
+
+    return likelihood, adversarial, weigh, d_loss
 
 
 def begin_with(config: Config, run_dir: Path, net: nn.Cell) -> LoadReport | None:

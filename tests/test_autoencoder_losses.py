@@ -1,26 +1,31 @@
-"""The losses of an autoencoder and its discriminator, held to float64 formulas, and both training steps to PyTorch's."""
+"""The losses of an autoencoder and its discriminator, held to float64 formulas, and to PyTorch as a training has them."""
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from make_golden import draw_weights
+from test_autoencoder import peers
+from test_discriminator import peer as discriminator_peer
 
 import mindspore as ms
-from mindspore import Parameter, Tensor, nn, ops
+from mindspore import Parameter, Tensor, ops
 
+from ms_diffusion.convert import load_into
 from ms_diffusion.losses import (
     D_LOSSES,
     adaptive_weight,
-    adopt_weight,
     autoencoder_loss,
     discriminator_loss,
     generator_loss,
     hinge_d_loss,
     vanilla_d_loss,
 )
+from ms_diffusion.models.autoencoder import AutoencoderConfig
 from ms_diffusion.models.discriminator import NLayerDiscriminator
-from ms_diffusion.models.layers import conv2d, name_and_initialise
+from ms_diffusion.presets import AutoencoderTrainConfig
 from ms_diffusion.runtime import compiled
+from ms_diffusion.tasks import autoencoder_losses
 
 TOLERANCE = 1e-4
 seeds, batches, scales = st.integers(0, 2**32 - 1), st.sampled_from([1, 2, 13]), st.sampled_from([0.1, 1, 30])
@@ -97,33 +102,12 @@ def test_adaptive_weight_of_no_gradient():
     assert number(adaptive_weight(something, something)) == pytest.approx(2 / 2.0001)
 
 
-@pytest.mark.parametrize("mode", ["graph", "pynative"])
-def test_adopt_weight(mode):
-    def adopted(step):
-        return adopt_weight(0.5, step, 3), adopt_weight(0.5, step, 3, value=0.25)
+# As a training has them, with both networks
 
-    call = ms.jit(adopted) if mode == "graph" else adopted
-    found = [[number(w) for w in call(Tensor(step, ms.int32))] for step in (0, 2, 3, 100)]
-    assert found == [[0, 0.25], [0, 0.25], [0.5, 0.5], [0.5, 0.5]]
-
-
-# Both steps of a training, on an autoencoder of two convolutions
-
-KL_WEIGHT, PERCEPTUAL_WEIGHT, DISC_WEIGHT, DISC_FACTOR, DISC_START, LR = 1e-2, 0.7, 0.6, 0.8, 2, 1e-3
-
-
-class Encoder(nn.Cell):
-    """x, noise (B, 1, 8, 8), (B, 2, 8, 8) -> latents like noise, KL (B,)."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv = conv2d(1, 4, 3, padding=1)
-        name_and_initialise(self, 0)
-
-    def construct(self, x, noise):
-        mean, logvar = ops.chunk(self.conv(x), 2, 1)
-        kl = 0.5 * (mean * mean + ops.exp(logvar) - 1 - logvar).sum((1, 2, 3))
-        return mean + ops.exp(0.5 * logvar) * noise, kl
+CONFIG = AutoencoderConfig(
+    ch=4, ch_mult=(1,), num_res_blocks=1, channels=1, resolution=8, z_channels=3, embed_dim=2, attention="none", groups=2
+)
+LR = 1e-3  # of plain descent, in either framework
 
 
 def perceptual(x, y):
@@ -131,182 +115,116 @@ def perceptual(x, y):
     return (((x[..., 1:] - x[..., :-1]) - (y[..., 1:] - y[..., :-1])) ** 2).mean((1, 2, 3))
 
 
-def make_networks(conditional):
-    encoder, decoder = Encoder(), nn.SequentialCell(conv2d(2, 1, 3, padding=1))
-    name_and_initialise(decoder, 1)
-    discriminator = NLayerDiscriminator(1 + conditional, 4, 1)
-    for p in discriminator.trainable_params():
-        p.set_data(Tensor(10 * p.asnumpy() if p.ndim == 4 else p.asnumpy()))  # so that the weight is not cut at 1e4
-    for kind, net in (("encoder", encoder), ("decoder", decoder), ("discriminator", discriminator)):
-        for p in net.get_parameters():
-            p.name = f"{kind}.{p.name}"
-    return encoder, decoder, discriminator, Parameter(Tensor(np.float32(0.2)), name="logvar")
-
-
-def make_steps(encoder, last, discriminator, logvar, d_loss):
-    """autoencoder_step(x, noise, cond, step) and discriminator_step(x, reconstruction, cond, step), as losses.py tells."""
-    body_parameters = ms.ParameterTuple(encoder.trainable_params())
-    last_parameters = ms.ParameterTuple([*last.trainable_params(), logvar])
-    optimizer = nn.SGD([*body_parameters, *last_parameters], LR)
-    d_optimizer = nn.SGD(discriminator.trainable_params(), LR)
-
-    def judge(images, cond):
-        return discriminator(images if cond is None else ops.concat((images, cond), 1))
-
-    def likelihood(h, kl, x):
-        reconstruction = last(h)
-        distance = PERCEPTUAL_WEIGHT * perceptual(x, reconstruction)
-        return autoencoder_loss(x, reconstruction, kl, logvar, KL_WEIGHT, distance), reconstruction
-
-    def adversarial(h, cond):
-        return generator_loss(judge(last(h), cond))
-
-    def body(x, noise, h_gradient, kl_gradient):
-        h, kl = encoder(x, noise)
-        return (h * h_gradient).sum() + (kl * kl_gradient).sum()
-
-    likelihood_gradients = ms.value_and_grad(likelihood, (0, 1), last_parameters, has_aux=True)
-    adversarial_gradients = ms.value_and_grad(adversarial, 0, last_parameters)
-    body_gradients = ms.grad(body, None, body_parameters)
-
-    def autoencoder_step(x, noise, cond, step):
-        h, kl = encoder(x, noise)
-        (loss, reconstruction), ((h_gradient, kl_gradient), gradients) = likelihood_gradients(h, kl, x)
-        g_loss, (g_h_gradient, g_gradients) = adversarial_gradients(h, cond)
-        weight = adaptive_weight(gradients[0], g_gradients[0], DISC_WEIGHT) * adopt_weight(DISC_FACTOR, step, DISC_START)
-        all_gradients = body_gradients(x, noise, h_gradient + weight * g_h_gradient, kl_gradient)
-        for a, b in zip(gradients, g_gradients):  # noqa: B905, since a graph's zip takes no strict
-            all_gradients += (a + weight * b,)
-        loss = ops.depend(loss + weight * g_loss, optimizer(all_gradients))
-        return loss, weight, reconstruction, all_gradients
-
-    def of_discriminator(x, reconstruction, cond, step):
-        factor = adopt_weight(DISC_FACTOR, step, DISC_START)
-        return discriminator_loss(judge(x, cond), judge(reconstruction, cond), factor, d_loss)
-
-    d_gradients = ms.value_and_grad(of_discriminator, None, d_optimizer.parameters)
-
-    def discriminator_step(x, reconstruction, cond, step):
-        loss, gradients = d_gradients(x, reconstruction, cond, step)
-        return ops.depend(loss, d_optimizer(gradients)), gradients
-
-    return autoencoder_step, discriminator_step
-
-
 class Peer:
-    """The same training in PyTorch: one loss, and the weight by autograd.grad within it."""
+    """The same training in PyTorch, as published: one loss, and the weight by autograd within, which is 0 at first."""
 
-    def __init__(self, arrays, d_loss):
+    def __init__(self, parameters, channels, train, distance):
         import torch
-        import torch.nn.functional as F
 
-        self.torch, self.F, self.d_loss = torch, F, d_loss
-        self.w = {name: torch.from_numpy(a.copy()).requires_grad_("running" not in name) for name, a in arrays.items()}
+        self.torch, self.train, self.distance = torch, train, distance
+        self.net, self.discriminator = peers()[2](CONFIG), discriminator_peer(channels, 4, 1, "batch").double()
+        self.logvar = torch.nn.Parameter(torch.tensor(0.0).double())
+        self.w = {**dict(self.net.named_parameters()), "logvar": self.logvar}
+        self.d_w = dict(self.discriminator.named_parameters())
+        with torch.no_grad():
+            for p in parameters:
+                (self.w | self.d_w)[p.name].copy_(torch.tensor(p.asnumpy()))
 
     def judge(self, images, cond):
-        images = images if cond is None else self.torch.cat([images, cond], 1)
-        w = {name.removeprefix("discriminator.main."): a for name, a in self.w.items()}
-        h = self.F.leaky_relu(self.F.conv2d(images, w["0.weight"], w["0.bias"], 2, 1), 0.2)
-        h = self.F.conv2d(h, w["2.weight"], None, 1, 1)
-        h = self.F.batch_norm(h, w["3.running_mean"], w["3.running_var"], w["3.weight"], w["3.bias"], True)
-        return self.F.conv2d(self.F.leaky_relu(h, 0.2), w["5.weight"], w["5.bias"], 1, 1)
+        return self.discriminator(self.torch.cat([images, *cond], 1))
 
-    def descend(self, loss, names):
-        gradients = self.torch.autograd.grad(loss, [self.w[name] for name in names])
+    def descend(self, loss, w):
+        gradients = dict(zip(w, self.torch.autograd.grad(loss, list(w.values())), strict=True))
         with self.torch.no_grad():
-            for name, gradient in zip(names, gradients, strict=True):
-                self.w[name] -= LR * gradient
-        return [g.numpy() for g in gradients]
+            for name in w:
+                w[name] -= LR * gradients[name]
+        return {name: gradient.numpy() for name, gradient in gradients.items()}
 
-    def autoencoder_step(self, x, noise, cond, step, names):
-        w, F, grad = self.w, self.F, self.torch.autograd.grad
-        mean, logvar = F.conv2d(x, w["encoder.conv.weight"], w["encoder.conv.bias"], padding=1).chunk(2, 1)
-        kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).sum()
-        z = mean + (logvar / 2).exp() * noise
-        reconstruction = F.conv2d(z, w["decoder.0.weight"], w["decoder.0.bias"], padding=1)
-        rec = (x - reconstruction).abs() + PERCEPTUAL_WEIGHT * perceptual(x, reconstruction).view(-1, 1, 1, 1)
-        nll = (rec / w["logvar"].exp() + w["logvar"]).sum() / len(x)
+    def autoencoder_step(self, x, noise, cond, started):
+        reconstruction, moments = self.net(x, noise)
+        mean, log = moments.chunk(2, 1)
+        kl = 0.5 * (mean**2 + log.exp() - 1 - log).sum() / len(x)
+        error = (x - reconstruction).abs()
+        if self.distance:
+            error = error + self.train.perceptual_weight * self.distance(x, reconstruction).view(-1, 1, 1, 1)
+        nll = (error / self.logvar.exp() + self.logvar).sum() / len(x)
         g_loss = -self.judge(reconstruction, cond).mean()
-        norms = [grad(loss, w["decoder.0.weight"], retain_graph=True)[0].norm() for loss in (nll, g_loss)]
-        weight = (norms[0] / (norms[1] + 1e-4)).clamp(0, 1e4) * DISC_WEIGHT * (DISC_FACTOR if step >= DISC_START else 0)
-        loss = nll + KL_WEIGHT * kl / len(x) + weight * g_loss
-        gradients = self.descend(loss, names)
-        return loss.item(), weight.item(), reconstruction.detach(), gradients
+        last = self.net.decoder.conv_out.weight
+        a, b = (self.torch.autograd.grad(part, last, retain_graph=True)[0].norm() for part in (nll, g_loss))
+        weight = started * self.train.disc_factor * self.train.disc_weight * (a / (b + 1e-4)).clamp(0, 1e4)
+        loss = nll + self.train.kl_weight * kl + weight * g_loss
+        return weight.item(), loss.item(), reconstruction.detach(), self.descend(loss, self.w)
 
-    def discriminator_step(self, x, reconstruction, cond, step, names):
+    def discriminator_step(self, x, reconstruction, cond):
         real, fake = self.judge(x, cond), self.judge(reconstruction, cond)
-        if self.d_loss == "hinge":
-            loss = 0.5 * (self.F.relu(1 - real).mean() + self.F.relu(1 + fake).mean())
+        if self.train.disc_loss == "hinge":
+            loss = (1 - real).clamp(min=0).mean() + (1 + fake).clamp(min=0).mean()
         else:
-            loss = 0.5 * (self.F.softplus(-real).mean() + self.F.softplus(fake).mean())
-        loss = loss * (DISC_FACTOR if step >= DISC_START else 0)
-        gradients = self.descend(loss, names)
-        return loss.item(), gradients
+            loss = -(self.torch.sigmoid(real).log().mean() + (1 - self.torch.sigmoid(fake)).log().mean())
+        loss = self.train.disc_factor * loss / 2
+        return loss.item(), self.descend(loss, self.d_w)
 
 
 def assert_close(ours, reference, name=""):
+    """To TOLERANCE of the largest entry; nothing is compared with 0 alone."""
     ours, reference = np.asarray(ours), np.asarray(reference)
     assert ours.shape == reference.shape, name
-    assert abs(ours - reference).max() <= TOLERANCE * abs(reference).max(), name
+    assert abs(ours - reference).max() <= TOLERANCE * abs(reference).max() > 0, name
+
+
+def assert_same_and_descend(parameters, gradients, expected):
+    for p, gradient in zip(parameters, gradients, strict=True):
+        assert_close(gradient.asnumpy(), expected.pop(p.name), p.name)
+        ops.assign(p, p - LR * gradient)
+    assert not expected
 
 
 @pytest.mark.parametrize(
-    ("mode", "batch", "conditional", "d_loss"),
-    [("graph", 13, False, "hinge"), ("graph", 1, True, "vanilla"), ("pynative", 13, True, "hinge")],
+    ("mode", "batch", "kind", "conditional", "distance"),
+    [
+        ("graph", 13, "hinge", False, perceptual),
+        ("graph", 1, "vanilla", True, None),
+        ("pynative", 13, "hinge", True, perceptual),
+    ],
 )
-def test_steps_that_take_turns_like_pytorch(mode, batch, conditional, d_loss):
+def test_losses_of_a_training_like_pytorch(mode, batch, kind, conditional, distance):
+    """Before the discriminator's start, and in two turns after it. The running statistics of its norms are left out: `weigh`
+    adds to them once more than PyTorch, and nothing reads them."""
     torch = pytest.importorskip("torch")
-    encoder, decoder, discriminator, logvar = make_networks(conditional)
-    parameters = [p for net in (encoder, decoder, discriminator) for p in net.get_parameters()] + [logvar]
-    peer = Peer({p.name: p.asnumpy() for p in parameters}, d_loss)
-    names = [p.name for net in (encoder, decoder) for p in net.trainable_params()] + ["logvar"]
-    d_names = [p.name for p in discriminator.trainable_params()]
-    steps = make_steps(encoder, decoder, discriminator, logvar, D_LOSSES[d_loss])
-    autoencoder_step, discriminator_step = map(compiled, steps) if mode == "graph" else steps
+    weights = dict(kl_weight=0.1, perceptual_weight=0.7, disc_weight=0.6, disc_factor=0.8)
+    train = AutoencoderTrainConfig(disc_loss=kind, **weights)
+    net, discriminator = CONFIG.build(), NLayerDiscriminator(1 + conditional, 4, 1)
+    logvar = Parameter(Tensor(np.float32(0.2)), name="logvar")
+    parameters, d_parameters = [*net.trainable_params(), logvar], discriminator.trainable_params()
+    load_into(net, draw_weights({p.name: p.shape for p in net.get_parameters()}))
+    arrays = draw_weights({p.name: p.shape for p in d_parameters})
+    for p in d_parameters:  # large, so that logits lie on both sides of the hinges
+        p.set_data(Tensor(3 * arrays[p.name] if p.ndim == 4 else arrays[p.name]))
+    peer = Peer([*parameters, *d_parameters], 1 + conditional, train, distance)
+
+    make = compiled if mode == "graph" else lambda fn: fn
+    likelihood, adversarial, weigh, d_loss = autoencoder_losses(net, discriminator, logvar, distance, train)
+    likelihood_step = make(ms.value_and_grad(likelihood, None, parameters, has_aux=True))
+    adversarial_step = make(ms.value_and_grad(adversarial, None, parameters, has_aux=True))
+    d_step, weigh = make(ms.value_and_grad(d_loss, None, d_parameters)), make(weigh)
 
     rng = np.random.default_rng(batch)
-    for step in range(DISC_START + 2):
-        x, noise, cond = (rng.standard_normal((batch, c, 8, 8), np.float32) for c in (1, 2, 1))
-        count = Tensor(step, ms.int32)
-        cond, t_cond = (Tensor(cond), torch.from_numpy(cond)) if conditional else (None, None)
-
-        loss, weight, reconstruction, gradients = autoencoder_step(Tensor(x), Tensor(noise), cond, count)
-        t_loss, t_weight, t_reconstruction, t_gradients = peer.autoencoder_step(
-            torch.from_numpy(x), torch.from_numpy(noise), t_cond, step, names
-        )
-        assert_close(reconstruction.asnumpy(), t_reconstruction)
-        assert_close([number(loss), number(weight)], [t_loss, t_weight])
-        for name, a, b in zip(names, gradients, t_gradients, strict=True):
-            assert_close(a.asnumpy(), b, name)
-
-        d_loss_value, d_gradients = discriminator_step(Tensor(x), reconstruction, cond, count)
-        t_d_loss, t_d_gradients = peer.discriminator_step(torch.from_numpy(x), t_reconstruction, t_cond, step, d_names)
-        assert_close(number(d_loss_value), t_d_loss)
-        for name, a, b in zip(d_names, d_gradients, t_d_gradients, strict=True):
-            assert_close(a.asnumpy(), b, name)
-        if step < DISC_START:
-            assert number(weight) == number(d_loss_value) == 0
-            assert all((g.asnumpy() == 0).all() for g in d_gradients)
+    for started in (False, True, True):
+        drawn = [rng.standard_normal((batch, c, 8, 8), np.float32) for c in (1, 2, 1)[: 2 + conditional]]
+        (x, noise, *cond), (t_x, t_noise, *t_cond) = map(Tensor, drawn), (torch.from_numpy(a).double() for a in drawn)
+        t_weight, t_loss, t_reconstruction, t_gradients = peer.autoencoder_step(t_x, t_noise, t_cond, started)
+        if started:
+            weight = weigh(x, noise, *cond)
+            assert_close(number(weight), t_weight)
+            assert number(weight) < 0.99e4 * train.disc_weight * train.disc_factor  # it is not cut
+            (loss, reconstruction), gradients = adversarial_step(x, noise, weight, *cond)
         else:
-            assert 0 < number(weight) < 0.99e4 * DISC_WEIGHT * DISC_FACTOR and number(d_loss_value) > 0
-    for p in parameters:
-        assert_close(p.asnumpy(), peer.w[p.name].detach().numpy(), p.name)
-
-
-def test_without_the_adversarial_part_the_gradients_are_those_of_one_loss():
-    """Before its start: the cut at the last layer changes nothing."""
-    encoder, decoder, discriminator, logvar = make_networks(False)
-    parameters = ms.ParameterTuple([*encoder.trainable_params(), *decoder.trainable_params(), logvar])
-    rng = np.random.default_rng(0)
-    x, noise = (Tensor(rng.standard_normal((2, c, 8, 8), np.float32)) for c in (1, 2))
-
-    def whole(x, noise):
-        h, kl = encoder(x, noise)
-        reconstruction = decoder(h)
-        return autoencoder_loss(x, reconstruction, kl, logvar, KL_WEIGHT, PERCEPTUAL_WEIGHT * perceptual(x, reconstruction))
-
-    expected = ms.grad(whole, None, parameters)(x, noise)
-    step = make_steps(encoder, decoder, discriminator, logvar, hinge_d_loss)[0]
-    gradients = step(x, noise, None, Tensor(0, ms.int32))[3]
-    for a, b in zip(gradients, expected, strict=True):
-        np.testing.assert_allclose(a.asnumpy(), b.asnumpy(), rtol=1e-5, atol=1e-5)
+            (loss, reconstruction), gradients = likelihood_step(x, noise)
+        assert_close(number(loss), t_loss)
+        assert_close(reconstruction.asnumpy(), t_reconstruction)
+        assert_same_and_descend(parameters, gradients, t_gradients)
+        if started:
+            loss, gradients = d_step(x, reconstruction, *cond)
+            t_loss, t_gradients = peer.discriminator_step(t_x, t_reconstruction, t_cond)
+            assert_close(number(loss), t_loss)
+            assert_same_and_descend(d_parameters, gradients, t_gradients)
