@@ -282,10 +282,14 @@ class Config:
         kinds = {"data": (DataConfig, PointsConfig), "diffusion": (DiffusionConfig,)}
         kinds |= {"train": (TrainConfig, AutoencoderTrainConfig)}
         kinds["model"] = (UnetConfig, MLPConfig, ResidualMLPConfig, AutoencoderConfig, LatentUnetConfig)
+
+        def with_tuples(values: dict) -> dict:
+            return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+
         try:
-            record = json.loads(Path(path).read_text())
+            record = with_tuples(json.loads(Path(path).read_text()))
             for name, choices in kinds.items():
-                values = {k: tuple(v) if isinstance(v, list) else v for k, v in record[name].items()}
+                values = with_tuples(record[name])
                 fitting = [kind for kind in choices if set(values) <= {f.name for f in fields(kind)}]
                 record[name] = (fitting or choices)[0](**values)
             return cls(**record)
