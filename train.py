@@ -67,7 +67,8 @@ def check_run(run_dir: Path, config: Config) -> None:
 
     def fixed(c: Config) -> dict:
         data = replace(c.data, dir=None)
-        return {"model": c.model, "diffusion": c.diffusion, "data": data, "precision": c.precision, "seed": c.train.seed}
+        fixed = {"model": c.model, "diffusion": c.diffusion, "data": data, "precision": c.precision, "seed": c.train.seed}
+        return fixed | {"--first-stage-patch": c.first_stage_patch}
 
     record = run_dir / "config.json"
     if record.exists():
@@ -135,7 +136,7 @@ def main() -> int:
             per_call,
         ).create_tuple_iterator(num_epochs=1, output_numpy=True)
     images.write(run_dir / "config.json", lambda f: f.write(config.to_json().encode()))
-    steps_per_epoch = len(task.data) // (train.batch_size * world_size)
+    steps_per_epoch = max(len(task.data) // (train.batch_size * world_size), 1)
     metrics = Metrics(run_dir / "metrics.jsonl", start) if rank == 0 else None
 
     def save(step: int, fid: float | None = None) -> None:
@@ -155,7 +156,7 @@ def main() -> int:
     bar = tqdm(total=train.total_steps, initial=start, unit="step", disable=rank > 0, dynamic_ncols=True)
     bar.set_postfix_str("compiling" if batches else "finished")
     for x_start, label in batches:
-        loss, norm = task.advance(x_start, label, step)
+        loss, norm, parts = task.advance(x_start, label, step)
         losses.append(loss)
         step += per_call
         bar.update(per_call)
@@ -175,6 +176,7 @@ def main() -> int:
                     lr=float(rates[step - 1]),
                     img_per_s=rate,
                     epoch=step / steps_per_epoch,
+                    **{name: float(value.asnumpy()) for name, value in parts.items()},
                 )
             losses, clock = [], time.perf_counter()
         if STOP.is_set():

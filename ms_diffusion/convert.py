@@ -305,7 +305,8 @@ def load_pretrained(
         parameters = {name: parameters[name] for name in weights}
         if not weights:
             raise UserError(f"{path}: nothing in it fits this network ({listed(found)}): give another file or part")
-    mend = f"build it with the options of {path}, leave out names of the file by ignore_keys, or load what fits by partial"
+    mend = f"build it with the options of {path}, leave out names of the file by ignore_keys (--init-ignore), or load what "
+    mend += "fits by partial (--init-partial)"
     load_into(parameters.values(), weights, mend)
     return LoadReport(
         loaded=list(weights),

@@ -61,7 +61,10 @@ class Sampling:
         if self.v_posterior is not None and self.sampler != "ddpm":
             raise UserError(f"--v-posterior is ddpm's variance, which {self.sampler} has not: add --sampler ddpm")
         if not told and self.guidance != 1:
-            raise UserError("this run knows no classes, which --guidance needs: train --preset quick-class")
+            raise UserError(
+                "this run knows no classes, which --guidance needs: train --preset quick-class, "
+                "or set --guidance and --train.sample-guidance to 1"
+            )
         if told and not dropout and self.guidance != 1:
             raise UserError("this run was trained with --train.label-dropout 0, which leaves no room for --guidance")
         if not (0 <= self.guidance < np.inf and 0 <= self.guidance_rescale <= 1):

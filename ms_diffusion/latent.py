@@ -13,7 +13,7 @@ from .images import to_float, write
 from .models.autoencoder import AutoencoderKL
 from .runtime import cache_folder, compiled
 
-BATCH = 100
+PIXELS = 100 * 32 * 32  # of a batch of images, which bounds the memory that encoding and decoding take
 
 
 class FirstStage:
@@ -28,7 +28,7 @@ class FirstStage:
     """
 
     def __init__(self, autoencoder: AutoencoderKL, scale: float = 1.0, f: int = 1, patch: int | None = None):
-        self.net, self.scale = autoencoder.set_train(False), scale
+        self.net, self.scale, self.f, self.patch = autoencoder.set_train(False), scale, f, patch
         encode, decode = compiled(autoencoder.encode), compiled(autoencoder.decode)
         self._encode, self._decode = lambda x: encode(Tensor(x)).asnumpy(), lambda z: decode(Tensor(z)).asnumpy()
         if patch:
@@ -39,12 +39,12 @@ class FirstStage:
 
     def moments(self, images: np.ndarray) -> np.ndarray:
         """Of images (N, H, W, C) uint8, the moments (N, 2 embed_dim, h, w) of their latents, unscaled."""
-        return batched(lambda chosen: self._encode(to_float(chosen)), images, "first stage")
+        return batched(lambda chosen: self._encode(to_float(chosen)), images, images[0, ..., 0].size, "first stage")
 
     def cached_moments(self, images: np.ndarray, folder: str | None = None) -> np.ndarray:
         """The same, kept in a file beside the data, in `folder`, or else in the user's cache. Its name is a hash of the
-        images and of the weights."""
-        made = hashlib.sha256(images.tobytes())
+        images, of their patches and of the weights."""
+        made = hashlib.sha256(f"{images.shape} {self.patch}".encode() + images.tobytes())
         for p in self.net.get_parameters():
             made.update(p.asnumpy().tobytes())
         path = cache_folder(folder) / f"latents-{made.hexdigest()[:16]}.npy"
@@ -59,16 +59,17 @@ class FirstStage:
     def reconstruct(self, images: np.ndarray) -> np.ndarray:
         """What comes back of images (N, H, W, C) uint8 by way of their likeliest latents: (N, C, H, W)."""
         moments = self.moments(images)
-        return batched(self._decode, moments[:, : moments.shape[1] // 2])
+        return batched(self._decode, moments[:, : moments.shape[1] // 2], images[0, ..., 0].size)
 
     def decode(self, z: np.ndarray) -> np.ndarray:
         """Scaled latents (N, embed_dim, h, w) -> images (N, C, H, W), mostly in [-1, 1]."""
-        return batched(self._decode, z / np.float32(self.scale))
+        return batched(self._decode, z / np.float32(self.scale), z[0, 0].size * self.f**2)
 
 
-def batched(fn, rows: np.ndarray, name: str | None = None) -> np.ndarray:
-    """fn(rows) in batches of one size, so that it is compiled once; with a `name`, a bar shows how far it is."""
-    size, found = min(BATCH, len(rows)), []
+def batched(fn, rows: np.ndarray, pixels: int, name: str | None = None) -> np.ndarray:
+    """fn(rows), of images with so many pixels, in batches of one size, so that it is compiled once; a bar with this `name`
+    shows how far it is."""
+    size, found = max(min(PIXELS // pixels, len(rows)), 1), []
     for first in tqdm(range(0, len(rows), size), unit="batch", desc=name, disable=name is None):
         chosen = rows[np.minimum(np.arange(first, first + size), len(rows) - 1)]  # the last batch is filled up
         found.append(fn(chosen))

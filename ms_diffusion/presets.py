@@ -119,6 +119,8 @@ class TrainConfig:
 class AutoencoderTrainConfig(TrainConfig):
     """How an autoencoder is trained, and the discriminator that it has to deceive (Rombach et al. 2022, appendix G)."""
 
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Adam's decays of the moments, also the discriminator's."""
     kl_weight: float = 1e-6
     """Weight of the KL divergence of the latents from N(0, 1)."""
     perceptual_weight: float = 1.0
@@ -157,10 +159,14 @@ class Config:
     train: TrainConfig | AutoencoderTrainConfig = field(default_factory=TrainConfig)
     first_stage: str | None = None
     """The autoencoder's run whose latents are learnt, for a latent preset; the run keeps a copy."""
+    latent_scale: float | None = None
+    """What latents are multiplied by; if not given 1 / the standard deviation of a first batch of them."""
     first_stage_patch: int | None = None
     """Side in pixels of overlapping patches that the first stage works on one by one; if not given, on whole images."""
     init_from: str | None = None
     """Weights that a new run begins with, of ours, CompVis or diffusers: .safetensors, or .ckpt where PyTorch is."""
+    init_ema: bool = False
+    """Take CompVis's moving averages (model_ema) from that file."""
     init_ignore: tuple[str, ...] = ()
     """Beginnings of names in that file to leave out."""
     init_partial: bool = False
@@ -226,7 +232,17 @@ class Config:
         if size < multiple or size % multiple:
             fit = max(round(size / multiple), 1) * multiple
             raise UserError(f"image size {size} is not divisible by {multiple}, as the network needs: try --{flag} {fit}")
-        patch = self.first_stage_patch
+        model, patch = self.model, self.first_stage_patch
+        if not self.is_latent and (self.first_stage or patch or self.latent_scale):
+            raise UserError("--first-stage, --first-stage-patch and --latent-scale are for latents: add --preset latent")
+        if self.is_latent and (model.out_channels != model.in_channels or model.n_embed):
+            raise UserError("a prediction is like a latent: set --model.out-channels as --model.in-channels, no n-embed")
+        if self.latent_scale is not None and not self.latent_scale > 0:
+            raise UserError(f"--latent-scale is {self.latent_scale}: it must be above 0")
+        if self.is_text and not self.data.name.startswith("fashion-mnist"):
+            raise UserError(f"there are captions of Fashion-MNIST alone, not of {self.data.name}: train --preset latent")
+        if self.is_text and (model.words, model.length) != (len(WORDS), LENGTH):
+            raise UserError(f"its captions need --model.words {len(WORDS)} --model.length {LENGTH}")
         if patch is not None and not 1 <= patch <= self.data.size:
             raise UserError(f"--first-stage-patch is {patch}: choose up to the images' size, {self.data.size}")
         if (self.is_latent or self.is_autoencoder) and self.data.condition != "none":
@@ -258,6 +274,10 @@ class Config:
                 raise UserError(f"--train.ema-lengths: {e}") from e
         if not 0 <= train.ema_decay < 1 or train.warmup_steps < 0 or train.seed < 0:
             raise UserError("--train.ema-decay must be in [0, 1), --train.warmup-steps and --train.seed at least 0")
+        if self.is_autoencoder:
+            self._check_adversary()
+        if not self.init_from and (self.init_ignore or self.init_partial or self.init_ema):
+            raise UserError("--init-ignore, --init-partial and --init-ema are for a file: add --init-from")
         if train.score_every < 0 or train.score_num <= Classifier.num_features:
             features = Classifier.num_features
             raise UserError(
@@ -265,9 +285,24 @@ class Config:
             )
         scored = self.data.name.startswith("fashion-mnist") or self.shape == (1, 28, 28)
         if train.score_every and (self.is_points or self.is_autoencoder or not scored):
-            raise UserError("--train.score-every is for diffusion of gray images of 28 x 28: leave it out")
+            raise UserError("--train.score-every is for gray images of 28 x 28: leave it out")
         if not 1 <= train.sample_steps <= self.diffusion.timesteps or train.sample_num < 1:
             raise UserError(f"--train.sample-steps must be in 1..{self.diffusion.timesteps}, --train.sample-num at least 1")
+
+    def _check_adversary(self) -> None:
+        train = self.train
+        for name in "kl_weight perceptual_weight disc_weight disc_factor disc_start".split():
+            if not getattr(train, name) >= 0:
+                raise UserError(f"--train.{name.replace('_', '-')} is {getattr(train, name)}: it must be at least 0")
+        for name in "disc_lr disc_channels disc_layers".split():
+            if not getattr(train, name) > 0:
+                raise UserError(f"--train.{name.replace('_', '-')} is {getattr(train, name)}: it must be above 0")
+        if train.disc_weight and self.data.size // 2**train.disc_layers < 3:
+            raise UserError(f"--train.disc-layers {train.disc_layers} leave nothing of {self.data.size} pixels: take fewer")
+        if bool(train.vgg) != bool(train.lpips):
+            raise UserError("LPIPS takes both of --train.vgg and --train.lpips")
+        if train.ema_lengths or train.learn_logvar:
+            raise UserError("--train.ema-lengths and --train.learn-logvar are for diffusion: leave them out")
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1)
@@ -393,31 +428,40 @@ def first_stage_of(run: Path) -> FirstStage:
     return first_stage
 
 
-def keep_first_stage(config: Config, run: Path) -> FirstStage:
-    """The first stage that a run of latents is given, of which it keeps a copy, or has kept.
+def keep_first_stage(config: Config, run: Path, rank: int = 0) -> FirstStage:
+    """The first stage that a run of latents is given, of which it (rank 0) keeps a copy, or has kept.
 
     Raises:
         UserError: it has none, or another one, or one whose latents are not those that the network takes.
     """
     kept, given = run / "first_stage", config.first_stage
-    if not given and not kept.exists():
+    is_kept = (kept / "state.json").exists()  # which is written last
+    if is_kept and given and not Path(given).exists():
+        given = None  # it was needed at first only
+    if not given and not is_kept:
         raise UserError("latents of which autoencoder? Give its run: --first-stage runs/autoencoder")
     if given:
         folder, home = run_folders(Path(given))
-        hashes = [read_state(f)["sha256"]["ema.safetensors"] for f in (folder, kept) if f.exists()]
+        hashes = [read_state(f)["sha256"]["ema.safetensors"] for f in (folder, *[kept] * is_kept)]
         if len(set(hashes)) > 1:
             raise UserError(f"{given} is not the first stage of the run in {run}, which has kept its own: leave it out")
-    source = kept if kept.exists() else Path(given)
+    source = kept if is_kept else Path(given)
     model, autoencoder = config.model, Config.from_json(run_folders(source)[1] / "config.json").model
     first_stage = load_first_stage(source, config.first_stage_patch)
+    if config.data.size % autoencoder.size_multiple:
+        raise UserError(
+            f"the first stage {source} takes sizes divisible by {autoencoder.size_multiple}, not {config.data.size}: "
+            f"set --data.size {model.latent_size * autoencoder.size_multiple}"
+        )
     size = config.data.size // autoencoder.size_multiple
     makes, takes = (autoencoder.embed_dim, size, size), config.shape
     if makes != takes or autoencoder.channels != model.channels:
         raise UserError(
             f"the first stage {source} makes latents {makes} of images with {autoencoder.channels} channels, the network "
-            f"takes {takes} and {model.channels}: set --model.in-channels, --model.out-channels, --model.latent-size"
+            f"takes {takes} and {model.channels}: set --model.in-channels, --model.out-channels, --model.latent-size, "
+            "--model.channels and --data.size to fit"
         )
-    if not kept.exists():
+    if not is_kept and rank == 0:
         state = {"step": read_state(folder)["step"], "sha256": {}}
         for name in ("config.json", "ema.safetensors"):
             data = ((home if name == "config.json" else folder) / name).read_bytes()
@@ -571,7 +615,17 @@ PRESETS = {
         DataConfig("image-folder", size=256),
         model=AutoencoderConfig(),
         train=AutoencoderTrainConfig(
-            total_steps=500_000, batch_size=4, lr=1.8e-5, disc_start=50_001, disc_lr=1.8e-5, disc_channels=64, disc_layers=3
+            total_steps=500_000,
+            batch_size=4,
+            lr=1.8e-5,
+            lr_decay=False,
+            warmup_steps=0,
+            clip_norm=1e9,
+            betas=(0.5, 0.9),
+            disc_start=50_001,
+            disc_lr=1.8e-5,
+            disc_channels=64,
+            disc_layers=3,
         ),
     ),
     "latent": LATENT,

@@ -19,7 +19,7 @@ from .convert import LoadReport, load_pretrained
 from .data.captions import draw_captions
 from .data.conditions import condition_image
 from .data.fashion_mnist import middle
-from .data.pipeline import load_images
+from .data.pipeline import check_number, load_images
 from .data.toy import Frame, load_points, read_kept_points
 from .evaluation import frechet_distance, mean_and_covariance
 from .features import Features
@@ -52,7 +52,8 @@ class Task:
     """Steps that one call of `advance` makes."""
     optimizer: nn.Optimizer
     advance: Callable
-    """advance(x, labels, step) -> (loss (), gradient norm ()), Tensors: train on this batch, or on `per_call` of them."""
+    """advance(x, labels, step) -> (loss (), gradient norm (), more to log by name), Tensors: train on this batch, or on
+    `per_call` of them."""
     draw_samples: Callable
     """draw_samples(step) -> the picture's path."""
     score: Callable | None = None
@@ -78,6 +79,7 @@ def diffusion_task(config: Config, run_dir: Path, device: str, rank: int, world_
         if config.precision == "fp16":
             loss_scaler = ms.amp.DynamicLossScaler(scale_value=2.0**16, scale_factor=2, scale_window=2000)
     ema, more_emas = EMA(net, train.ema_decay), [EMA(net, length=length) for length in train.ema_lengths]
+    net.set_train()  # after the averages are made, which know no dropout
     logvar = Parameter(Tensor(np.zeros(diffusion.T, np.float32)), name="logvar") if train.learn_logvar else None
     more = [logvar] if train.learn_logvar else []
     optimizer = make_optimizer(net, train.lr, train.warmup_steps, train.total_steps, more, train.lr_decay)
@@ -92,6 +94,7 @@ def diffusion_task(config: Config, run_dir: Path, device: str, rank: int, world_
         data, labels = frame.to_unit(points), np.zeros(len(points), np.int32)
     else:
         data, labels = load_training_images(config)
+    check_number(data, train.batch_size if train.total_steps else 1, world_size)
     if classes is not None and labels.max() >= classes:
         raise UserError(f"the data has labels up to {labels.max()}: set --model.num-classes {labels.max() + 1}")
     state = checkpoint.load_latest()
@@ -104,10 +107,14 @@ def diffusion_task(config: Config, run_dir: Path, device: str, rank: int, world_
         per_call = math.gcd(train.steps_per_call, *every, start)
     record, originals, first_stage = {}, data, None
     if config.is_latent:
-        first_stage = keep_first_stage(config, run_dir)
+        first_stage = keep_first_stage(config, run_dir, rank)
         data = first_stage.cached_moments(originals, config.data.dir)
-        known = state["latent_scale"] if state else loaded and loaded.scale_factor
-        first_stage.scale = known or latent_scale(data, train)
+        if state and "latent_scale" not in state:
+            raise UserError(
+                f"the checkpoint of step {start} in {run_dir} has no latent_scale: remove it, or use another --run-dir"
+            )
+        known = state["latent_scale"] if state else config.latent_scale or (loaded and loaded.scale_factor)
+        first_stage.scale = known or scale_of(data, train)
         record = {"latent_scale": first_stage.scale}
         if rank == 0:
             save_reconstructions(run_dir / "samples" / "first-stage.png", first_stage, originals[: train.sample_num])
@@ -160,7 +167,7 @@ def diffusion_task(config: Config, run_dir: Path, device: str, rank: int, world_
         loss, norm, *aux = train_step(*map(Tensor, batch))
         if importance:
             importance.update(batch[1], aux[0].asnumpy())
-        return loss, norm
+        return loss, norm, {}
 
     # Pictures and scores of the average
     denoise = sampling.make_denoiser(ema.net, diffusion, null, clip=not config.is_latent)
@@ -215,13 +222,14 @@ def autoencoder_task(config: Config, run_dir: Path, device: str, rank: int, worl
     (net, _), discriminator = config.build(), None
     begin_with(config, run_dir, net)
     logvar = Parameter(Tensor(np.float32(0)), name="logvar")
-    optimizer = make_optimizer(net, train.lr, train.warmup_steps, train.total_steps, [logvar], train.lr_decay)
+    optimizer = make_optimizer(net, train.lr, train.warmup_steps, train.total_steps, [logvar], train.lr_decay, train.betas)
     ema, others = EMA(net, train.ema_decay), []
+    net.set_train()
     if train.disc_weight:
         channels = config.model.channels
         discriminator = NLayerDiscriminator(channels, train.disc_channels, train.disc_layers, train.disc_norm, train.seed)
         d_steps = max(train.total_steps - train.disc_start, 1)
-        d_optimizer = make_optimizer(discriminator, train.disc_lr, 0, d_steps, (), train.lr_decay)
+        d_optimizer = make_optimizer(discriminator, train.disc_lr, 0, d_steps, (), train.lr_decay, train.betas)
         both = (*discriminator.get_parameters(), *d_optimizer.get_parameters())
         others = {id(p): p for p in both}.values()
         for p in others:  # no two of a checkpoint may have one name
@@ -231,7 +239,9 @@ def autoencoder_task(config: Config, run_dir: Path, device: str, rank: int, worl
     state = checkpoint.load_latest()
     h = config.data.size // config.model.size_multiple
     latent_shape = (config.model.embed_dim, h, h)
-    distance = perceptual_distance(train, config.model)
+    distance = perceptual_distance(train, config)
+    if train.disc_norm == "act" and world_size > 1:
+        raise UserError("--train.disc-norm act begins with one device's images: take batch on several")
 
     # The steps, compiled when first called: until disc_start without the discriminator
     likelihood, adversarial, weigh, d_loss = autoencoder_losses(net, discriminator, logvar, distance, train)
@@ -245,12 +255,12 @@ def autoencoder_task(config: Config, run_dir: Path, device: str, rank: int, worl
         rng = np.random.default_rng((train.seed, STREAM_NOISE, rank, step))
         x, noise = Tensor(x), Tensor(rng.standard_normal((len(x), *latent_shape), np.float32))
         if not discriminator or step < train.disc_start:
-            return ae_step(x, noise)[:2]
+            return *ae_step(x, noise)[:2], {"logvar": logvar}
         if train.disc_norm == "act":
             discriminator.initialise(x)
-        loss, norm, reconstruction = adversarial_step(x, noise, weigh(x, noise))
-        d_step(x, reconstruction)
-        return loss, norm
+        weight = weigh(x, noise)
+        loss, norm, reconstruction = adversarial_step(x, noise, weight)
+        return loss, norm, {"logvar": logvar, "disc_weight": weight, "disc_loss": d_step(x, reconstruction)[0]}
 
     # Pictures of the average
     first_stage = FirstStage(ema.net)
@@ -320,7 +330,7 @@ def begin_with(config: Config, run_dir: Path, net: nn.Cell) -> LoadReport | None
     """Give the network of a new run the weights that it is to begin with, and say what became of them."""
     if not config.init_from or checkpoints(run_dir):
         return None
-    report = load_pretrained(net, config.init_from, ignore_keys=config.init_ignore, partial=config.init_partial)
+    report = load_pretrained(net, config.init_from, None, config.init_ignore, config.init_partial, config.init_ema)
     print(f"{config.init_from}: {report}")
     return report
 
@@ -341,17 +351,17 @@ def scoring(train, data: np.ndarray):
 def save_reconstructions(path: Path, first_stage: FirstStage, shown: np.ndarray) -> Path:
     """A grid of images (N, H, W, C) uint8, each beside what comes back of it."""
     pairs = np.stack([shown, images.to_uint8(first_stage.reconstruct(shown))], 1)
-    images.save_grid(path, pairs.reshape(-1, *shown.shape[1:]), columns=16)
+    images.save_grid(path, pairs.reshape(-1, *shown.shape[1:]), columns=min(16, 2 * len(shown)))
     return path
 
 
-def perceptual_distance(train, model):
+def perceptual_distance(train, config: Config):
     """How unlike two images look: LPIPS where its weights are given, or the same by the classifier in the package."""
     if not train.perceptual_weight:
         return None
     if train.vgg:
         return load_lpips(train.vgg, train.lpips)
-    if (model.channels, model.resolution) in ((1, 28), (1, 32)):
+    if (config.model.channels, config.data.size) in ((1, 28), (1, 32)):
         return classifier_distance(load_classifier())
     raise UserError(
         "--train.perceptual-weight needs weights for such images: give --train.vgg and --train.lpips, or set it to 0"
@@ -365,7 +375,7 @@ def keep_points(path: Path, train: np.ndarray, test: np.ndarray) -> None:
     images.write(path, lambda f: np.savez(f, train=train, test=test))
 
 
-def latent_scale(moments: np.ndarray, train) -> float:
+def scale_of(moments: np.ndarray, train) -> float:
     """1 / the standard deviation of a first batch's latents (Rombach et al. 2022, appendix G)."""
     rng = np.random.default_rng((train.seed, STREAM_NOISE))
     batch = moments[rng.permutation(len(moments))[: train.batch_size]]

@@ -85,14 +85,16 @@ def average_after_training(steps, lengths, step: int, length: float) -> np.ndarr
     return np.linalg.lstsq(matrix, wanted, rcond=None)[0]
 
 
-def make_optimizer(net: nn.Cell, lr: float, warmup_steps: int, total_steps: int, others=(), decay: bool = True) -> nn.Adam:
+def make_optimizer(
+    net: nn.Cell, lr: float, warmup_steps: int, total_steps: int, others=(), decay: bool = True, betas=(0.9, 0.999)
+) -> nn.Adam:
     """Adam (Kingma & Ba 2014) with PyTorch's defaults and `WarmupCosine`; it counts its steps in `global_step`.
 
     `others` are parameters that are trained besides the network's.
     """
     schedule = WarmupCosine(lr, warmup_steps, total_steps, decay)
     parameters = [*net.trainable_params(), *others]
-    return nn.Adam(parameters, learning_rate=schedule, beta1=0.9, beta2=0.999, eps=1e-8)
+    return nn.Adam(parameters, learning_rate=schedule, beta1=betas[0], beta2=betas[1], eps=1e-8)
 
 
 # Over all gradients by HyperMap: list comprehensions made the step compile in 38 s instead of 5 (MindSpore 2.10).

@@ -35,14 +35,16 @@ def test_each_class_has_captions_of_its_own():
 
 
 def test_no_caption_is_zeros_and_case_does_not_matter():
-    assert (tokens([""]) == 0).all() and tokens([]).shape == (0, LENGTH)
+    assert tokens([]).shape == (0, LENGTH)
     np.testing.assert_array_equal(tokens(["An Ankle  BOOT "]), tokens(["an ankle boot"]))
 
 
 @pytest.mark.parametrize(
     "caption, words",
     [
-        ("an ankle boots'", "did you mean boots?"),
+        ("an ankle bootz.", "did you mean boot?"),
+        ("", "has no words"),
+        (" . ", "has no words"),
         ("a zeppelin", "'zeppelin' is in no caption"),
         ("a " * 9, "9 words: use at most 8"),
     ],

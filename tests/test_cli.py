@@ -660,7 +660,7 @@ def test_samples_that_are_not_finite_end_the_run(call, tmp_path, scores_of, monk
 
 
 def test_scores_of_images_that_the_classifier_does_not_know(call, tmp_path):
-    code, out, err = call(train, "--run-dir", tmp_path / "run", *SCORED, "--data.size", 32)
+    code, out, err = call(train, "--run-dir", tmp_path / "run", *SCORED, "--data.name", "image-folder", "--data.size", 32)
     assert_refused((code, out, err), "28")
     assert "--inception" not in err and list(tmp_path.iterdir()) == []
 

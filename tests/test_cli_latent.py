@@ -74,6 +74,7 @@ def assert_same_run(a, b):
 def test_an_autoencoders_run(runs):
     run = runs / "autoencoder"
     assert [row["step"] for row in metrics(run)] == [1, 2, 3, 4]
+    assert ["disc_loss" in row for row in metrics(run)] == [False, False, True, True]
     assert picture(run / "samples/step-0000004.png")[1].std() > 10
     before, after = (arrays(run, step, "optimizer") for step in (2, 4))
     moved = [key for key in before if key.startswith("discriminator.") and not np.array_equal(before[key], after[key])]
@@ -181,7 +182,7 @@ def test_class_by_class(runs, tmp_path):
 def test_prompts(runs, tmp_path):
     out = ["--num", 4, "--out", tmp_path / "x.png", "--npz", tmp_path / "x.npz", "--steps", 3, "--gif", tmp_path / "x.gif"]
     drawn = []
-    for prompt in ("an ankle boot", "An ankle boot", "a dress"):
+    for prompt in ("an ankle boot", "An ankle boot.", "a dress"):
         code, _, err = call(sample, runs / "latent-text", "--prompt", prompt, *out)
         assert code == 0, err
         drawn.append(np.load(tmp_path / "x.npz")["images"].astype(int))
@@ -238,17 +239,56 @@ def test_training_refuses(runs, tmp_path, monkeypatch):
         ("--preset latent", "--first-stage runs/autoencoder"),
         ("--preset latent --first-stage nowhere", "nowhere is not a folder"),
         (f"--preset latent --first-stage {runs / 'latent'}", "is not an autoencoder's run"),
-        (f"--preset latent {first} --model.in-channels 3", "makes latents (2, 8, 8)"),
+        (f"--preset latent {first} --model.in-channels 3 --model.out-channels 3", "makes latents (2, 8, 8)"),
         (f"--preset latent {first} --model.latent-size 16", "the network takes (2, 16, 16)"),
         (f"--preset latent {first} --data.flip", "--data.no-flip"),
         (f"--preset latent {first} --data.condition gray", "pixel space"),
-        (f"--preset latent {first} --model.condition text", "num_classes 10"),
+        (f"--preset latent {first} --model.condition text", "--model.words 39"),
         ("--preset autoencoder --precision fp16", "float32"),
         ("--preset autoencoder --train.score-every 2", "--train.score-every"),
         ("--preset autoencoder --data.size 30", "30"),
+        (f"--preset latent {first} --data.size 33", "divisible by 4, not 33: set --data.size 32"),
+        (f"--preset latent {first} --model.out-channels 1", "--model.out-channels as --model.in-channels"),
+        (f"--preset latent {first} --latent-scale 0", "--latent-scale is 0"),
+        (f"--preset latent-text {first} --data.name image-folder", "captions of Fashion-MNIST alone"),
+        (f"--preset latent-text {first} --model.words 5", "--model.words 39 --model.length"),
+        (f"--preset latent {first} --train.batch-size 3000", "2000 images are fewer than a step's 3000"),
+        (f"--preset quick {first}", "are for latents"),
+        ("--preset autoencoder --train.disc-layers 0", "--train.disc-layers is 0"),
+        ("--preset autoencoder --train.disc-layers 4", "leave nothing of 32 pixels"),
+        ("--preset autoencoder --train.kl-weight -1", "--train.kl-weight is -1"),
+        ("--preset autoencoder --train.vgg x.safetensors", "both of --train.vgg and --train.lpips"),
+        ("--preset autoencoder --train.ema-lengths 0.1", "for diffusion"),
+        ("--preset autoencoder --init-partial", "add --init-from"),
     ):
         assert_refused(call(train, *args.split(), *STEPS), words)
         assert not (tmp_path / "runs").exists(), args
+
+
+def test_a_run_has_what_it_needs_of_its_first_stage(runs, tmp_path):
+    """It goes on where the first stage is gone; a copy that a crash cut short is made anew; other patches are refused."""
+    run = shutil.copytree(runs / "latent", tmp_path / "run")
+    gone, args = ["--first-stage", tmp_path / "gone"], ["--preset", "latent", "--run-dir", run, *LATENT]
+    assert call(train, *args, *gone, "--train.total-steps", 6)[0] == 0
+    assert_refused(call(train, *args, *gone, "--first-stage-patch", 16), "another --first-stage-patch")
+    half = shutil.copytree(runs / "latent", tmp_path / "half", ignore=shutil.ignore_patterns("checkpoints"))
+    (half / "first_stage/state.json").unlink()
+    args[3] = half
+    assert_refused(call(train, *args, *gone), "gone is not a folder")
+    code, _, err = call(train, *args, "--first-stage", runs / "autoencoder", "--latent-scale", 0.5, "--train.total-steps", 1)
+    assert code == 0, err
+    assert first_stage_of(half).scale == 0.5
+
+
+def test_dropout_acts_in_training_alone(runs, tmp_path):
+    """Two first steps of one seed differ by the masks of dropout, and the average that samples are drawn from knows none."""
+    losses = []
+    for dropout in (0, 0.5):
+        run = tmp_path / f"{dropout}"
+        args = ["--preset", "latent", "--first-stage", runs / "autoencoder", "--run-dir", run, *LATENT]
+        assert call(train, *args, "--train.total-steps", 3, "--model.dropout", dropout)[0] == 0
+        losses.append([row["loss"] for row in metrics(run)])
+    assert losses[0][0] == pytest.approx(losses[1][0]) and losses[0][2] != pytest.approx(losses[1][2])  # all 0 at first
 
 
 def test_another_first_stage_is_refused(runs, tmp_path):
@@ -269,6 +309,7 @@ def test_sampling_refuses(runs, tmp_path, monkeypatch):
         ("latent", "--init test:0", "works on pixels"),
         ("latent-text", "--class 3", "knows no classes"),
         ("latent-text", "--prompt zeppelin", "zeppelin"),
+        ("latent-text", "--prompt ,", "has no words"),
     ):
         assert_refused(call(sample, runs / run, "--steps", 3, *args.split()), words)
     assert_refused(call(likelihood, runs / "latent"), "works through latents")

@@ -26,7 +26,7 @@ def stage():
 def test_moments_are_the_encoders_whatever_the_batch(stage, monkeypatch):
     expected = stage.net.encode(Tensor(to_float(IMAGES))).asnumpy()
     for size in (100, 5):
-        monkeypatch.setattr(latent, "BATCH", size)
+        monkeypatch.setattr(latent, "PIXELS", 8 * 8 * size)
         np.testing.assert_allclose(stage.moments(IMAGES), expected, atol=1e-5)
     assert expected.shape == (13, 4, 4, 4)
 

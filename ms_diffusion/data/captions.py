@@ -30,12 +30,17 @@ LENGTH = max(len(caption.split()) for captions in CAPTIONS for caption in captio
 def tokens(captions) -> np.ndarray:
     """The numbers of the words of N captions: (N, LENGTH) int32 in [0, len(WORDS)], 0 after the last word.
 
+    Capitals and punctuation do not matter.
+
     Raises:
-        UserError: a word is not among `WORDS`, or there are more than LENGTH.
+        UserError: there is no word, one is not among `WORDS`, or there are more than LENGTH.
     """
     numbers = np.zeros((len(captions), LENGTH), np.int32)
     for row, caption in zip(numbers, captions, strict=True):
-        words = caption.lower().split()
+        words = [word.strip(".,;:!?\"'") for word in caption.lower().split()]
+        words = [word for word in words if word]
+        if not words:
+            raise UserError('a caption has no words: give one such as "an ankle boot"')
         for word in words:
             if word not in NUMBER_OF:
                 close = difflib.get_close_matches(word, WORDS, 1)

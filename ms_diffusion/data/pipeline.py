@@ -77,12 +77,7 @@ def make_dataset(
     """
     import mindspore.dataset as ds  # here: who only loads images need not wait for it
 
-    if len(images) < batch_size * world_size:
-        kind = "images" if images.dtype == np.uint8 else "points"
-        raise UserError(
-            f"{len(images)} {kind} are fewer than a step's {batch_size} x {world_size} (batch size x ranks): "
-            "lower --train.batch-size"
-        )
+    check_number(images, batch_size, world_size)
     if start_step >= steps:
         raise UserError(f"no step is left after step {start_step} of {steps}: raise the number of steps")
     labels = np.asarray(labels, np.int32)
@@ -91,6 +86,16 @@ def make_dataset(
     return ds.GeneratorDataset(
         source, ["image", "label"], shuffle=False, num_parallel_workers=1, python_multiprocessing=False
     )
+
+
+def check_number(images, batch_size: int, world_size: int) -> None:
+    """UserError where a step needs more images, or points, than there are."""
+    if len(images) < batch_size * world_size:
+        kind = "points" if images.ndim == 2 else "images"
+        raise UserError(
+            f"{len(images)} {kind} are fewer than a step's {batch_size} x {world_size} (batch size x ranks): "
+            "lower --train.batch-size"
+        )
 
 
 def load_images(name: str, directory: str | None, split: str, size: int, channels: int) -> tuple[np.ndarray, np.ndarray]:

@@ -91,6 +91,8 @@ class NLayerDiscriminator(nn.Cell):
 
     def initialise(self, x) -> None:
         """Set each ActNorm that is not yet set so that it makes mean 0 and variance 1 of what it sees of the images x."""
+        if all(layer.initialized.asnumpy() for layer in self.main if isinstance(layer, ActNorm)):
+            return
         for layer in self.main:
             if isinstance(layer, ActNorm):
                 layer.initialise(x)
