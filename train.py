@@ -205,14 +205,16 @@ def main() -> int:
             print(f"stopped at step {step} of {train.total_steps}, all saved. To go on: {command}")
         return 130
     if rank == 0:
-        if start >= train.total_steps:
+        if start >= train.total_steps > 0:
             print(f"{run_dir} is finished: raise --train.total-steps to train on, or choose another --run-dir for a new run")
         last_grid = last_grid or task.draw_samples(step)
         modelarts.publish(run_dir, args.train_url)
         best = best_checkpoint(run_dir)
         if best:
             print(f"best FID    {read_state(best)['fid']:.2f}, in {best}")
-        print(f"samples     {last_grid}\nloss curve  {run_dir / 'loss.png'}\nmetrics     {run_dir / 'metrics.jsonl'}")
+        print(f"samples     {last_grid}")
+        if step:
+            print(f"loss curve  {run_dir / 'loss.png'}\nmetrics     {run_dir / 'metrics.jsonl'}")
         if config.is_autoencoder:
             print(f"scores      python -m ms_diffusion.evaluate {run_dir}")
             print(f"diffusion   python train.py --preset latent --first-stage {run_dir}")
