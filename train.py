@@ -67,8 +67,8 @@ def check_run(run_dir: Path, config: Config) -> None:
 
     def fixed(c: Config) -> dict:
         data = replace(c.data, dir=None)
-        fixed = {"model": c.model, "diffusion": c.diffusion, "data": data, "precision": c.precision, "seed": c.train.seed}
-        return fixed | {"--first-stage-patch": c.first_stage_patch}
+        parts = {"model": c.model, "diffusion": c.diffusion, "data": data, "precision": c.precision, "seed": c.train.seed}
+        return parts | {"--first-stage-patch": c.first_stage_patch, "--latent-scale": c.latent_scale}
 
     record = run_dir / "config.json"
     if record.exists():

@@ -49,7 +49,8 @@ class Sampling:
         told, dropout = config.model.null_label is not None, config.train.label_dropout
         if self.guidance is None:
             self.guidance = config.train.sample_guidance
-            self.guidance_interval = self.guidance_interval or config.train.sample_guidance_interval
+            if self.guidance != 1:
+                self.guidance_interval = self.guidance_interval or config.train.sample_guidance_interval
         if self.seed < 0 or (self.batch_size is not None and self.batch_size < 1):
             raise UserError("--seed must be at least 0, --batch-size at least 1")
         if not 1 <= self.steps <= T:

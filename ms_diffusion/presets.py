@@ -92,7 +92,7 @@ class TrainConfig:
     ema_lengths: tuple[float, ...] = ()
     """Lengths of power-function averages kept besides: with two, say 0.05 0.1, sample.py --ema-length can choose any."""
     seed: int = 0
-    """Seed of every random number of the run."""
+    """Seed of every random number of the run, but for dropout's, which MindSpore draws."""
     log_every: int = 20
     """Steps between two lines of metrics.jsonl."""
     sample_every: int = 1000
@@ -233,11 +233,9 @@ class Config:
             fit = max(round(size / multiple), 1) * multiple
             raise UserError(f"image size {size} is not divisible by {multiple}, as the network needs: try --{flag} {fit}")
         model, patch = self.model, self.first_stage_patch
-        if not self.is_latent and (self.first_stage or patch or self.latent_scale):
-            raise UserError("--first-stage, --first-stage-patch and --latent-scale are for latents: add --preset latent")
         if self.is_latent and (model.out_channels != model.in_channels or model.n_embed):
             raise UserError("a prediction is like a latent: set --model.out-channels as --model.in-channels, no n-embed")
-        if self.latent_scale is not None and not self.latent_scale > 0:
+        if self.latent_scale is not None and not 0 < self.latent_scale < np.inf:
             raise UserError(f"--latent-scale is {self.latent_scale}: it must be above 0")
         if self.is_text and not self.data.name.startswith("fashion-mnist"):
             raise UserError(f"there are captions of Fashion-MNIST alone, not of {self.data.name}: train --preset latent")
@@ -274,6 +272,8 @@ class Config:
                 raise UserError(f"--train.ema-lengths: {e}") from e
         if not 0 <= train.ema_decay < 1 or train.warmup_steps < 0 or train.seed < 0:
             raise UserError("--train.ema-decay must be in [0, 1), --train.warmup-steps and --train.seed at least 0")
+        if not self.is_latent and any(v is not None for v in (self.first_stage, self.first_stage_patch, self.latent_scale)):
+            raise UserError("--first-stage, --first-stage-patch and --latent-scale are for latents: add --preset latent")
         if self.is_autoencoder:
             self._check_adversary()
         if not self.init_from and (self.init_ignore or self.init_partial or self.init_ema):
@@ -301,8 +301,12 @@ class Config:
             raise UserError(f"--train.disc-layers {train.disc_layers} leave nothing of {self.data.size} pixels: take fewer")
         if bool(train.vgg) != bool(train.lpips):
             raise UserError("LPIPS takes both of --train.vgg and --train.lpips")
-        if train.ema_lengths or train.learn_logvar:
-            raise UserError("--train.ema-lengths and --train.learn-logvar are for diffusion: leave them out")
+        if not all(0 < beta < 1 for beta in train.betas):
+            raise UserError(f"--train.betas are {train.betas}: both must be between 0 and 1")
+        plain = TrainConfig()
+        for name in "ema_lengths learn_logvar timesteps offset_noise steps_per_call".split():
+            if getattr(train, name) != getattr(plain, name):
+                raise UserError(f"--train.{name.replace('_', '-')} is for diffusion: leave it out")
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1)

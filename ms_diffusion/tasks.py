@@ -19,7 +19,7 @@ from .convert import LoadReport, load_pretrained
 from .data.captions import draw_captions
 from .data.conditions import condition_image
 from .data.fashion_mnist import middle
-from .data.pipeline import check_number, load_images
+from .data.pipeline import check_enough, load_images
 from .data.toy import Frame, load_points, read_kept_points
 from .evaluation import frechet_distance, mean_and_covariance
 from .features import Features
@@ -52,8 +52,8 @@ class Task:
     """Steps that one call of `advance` makes."""
     optimizer: nn.Optimizer
     advance: Callable
-    """advance(x, labels, step) -> (loss (), gradient norm (), more to log by name), Tensors: train on this batch, or on
-    `per_call` of them."""
+    """advance(x, labels, step) -> (loss (), gradient norm (), more of the last step to log, by name), Tensors: train on
+    this batch, or on `per_call` of them."""
     draw_samples: Callable
     """draw_samples(step) -> the picture's path."""
     score: Callable | None = None
@@ -94,7 +94,8 @@ def diffusion_task(config: Config, run_dir: Path, device: str, rank: int, world_
         data, labels = frame.to_unit(points), np.zeros(len(points), np.int32)
     else:
         data, labels = load_training_images(config)
-    check_number(data, train.batch_size if train.total_steps else 1, world_size)
+    # As make_dataset will, but before anything is encoded or kept
+    check_enough(data, train.batch_size if train.total_steps else 1, world_size)
     if classes is not None and labels.max() >= classes:
         raise UserError(f"the data has labels up to {labels.max()}: set --model.num-classes {labels.max() + 1}")
     state = checkpoint.load_latest()
@@ -226,6 +227,8 @@ def autoencoder_task(config: Config, run_dir: Path, device: str, rank: int, worl
     ema, others = EMA(net, train.ema_decay), []
     net.set_train()
     if train.disc_weight:
+        if train.disc_norm == "act" and world_size > 1:
+            raise UserError("--train.disc-norm act begins with one device's images: take batch on several devices")
         channels = config.model.channels
         discriminator = NLayerDiscriminator(channels, train.disc_channels, train.disc_layers, train.disc_norm, train.seed)
         d_steps = max(train.total_steps - train.disc_start, 1)
@@ -239,9 +242,7 @@ def autoencoder_task(config: Config, run_dir: Path, device: str, rank: int, worl
     state = checkpoint.load_latest()
     h = config.data.size // config.model.size_multiple
     latent_shape = (config.model.embed_dim, h, h)
-    distance = perceptual_distance(train, config)
-    if train.disc_norm == "act" and world_size > 1:
-        raise UserError("--train.disc-norm act begins with one device's images: take batch on several")
+    distance = perceptual_distance(config)
 
     # The steps, compiled when first called: until disc_start without the discriminator
     likelihood, adversarial, weigh, d_loss = autoencoder_losses(net, discriminator, logvar, distance, train)
@@ -355,8 +356,9 @@ def save_reconstructions(path: Path, first_stage: FirstStage, shown: np.ndarray)
     return path
 
 
-def perceptual_distance(train, config: Config):
+def perceptual_distance(config: Config):
     """How unlike two images look: LPIPS where its weights are given, or the same by the classifier in the package."""
+    train = config.train
     if not train.perceptual_weight:
         return None
     if train.vgg:

@@ -250,6 +250,7 @@ def test_training_refuses(runs, tmp_path, monkeypatch):
         (f"--preset latent {first} --data.size 33", "divisible by 4, not 33: set --data.size 32"),
         (f"--preset latent {first} --model.out-channels 1", "--model.out-channels as --model.in-channels"),
         (f"--preset latent {first} --latent-scale 0", "--latent-scale is 0"),
+        ("--preset autoencoder --train.betas 1.5 2", "--train.betas are (1.5, 2.0)"),
         (f"--preset latent-text {first} --data.name image-folder", "captions of Fashion-MNIST alone"),
         (f"--preset latent-text {first} --model.words 5", "--model.words 39 --model.length"),
         (f"--preset latent {first} --train.batch-size 3000", "2000 images are fewer than a step's 3000"),
@@ -271,7 +272,8 @@ def test_a_run_has_what_it_needs_of_its_first_stage(runs, tmp_path):
     gone, args = ["--first-stage", tmp_path / "gone"], ["--preset", "latent", "--run-dir", run, *LATENT]
     assert call(train, *args, *gone, "--train.total-steps", 6)[0] == 0
     assert_refused(call(train, *args, *gone, "--first-stage-patch", 16), "another --first-stage-patch")
-    half = shutil.copytree(runs / "latent", tmp_path / "half", ignore=shutil.ignore_patterns("checkpoints"))
+    assert_refused(call(train, *args, *gone, "--latent-scale", 0.5), "another --latent-scale")
+    half = shutil.copytree(runs / "latent", tmp_path / "half", ignore=shutil.ignore_patterns("checkpoints", "config.json"))
     (half / "first_stage/state.json").unlink()
     args[3] = half
     assert_refused(call(train, *args, *gone), "gone is not a folder")
@@ -281,13 +283,17 @@ def test_a_run_has_what_it_needs_of_its_first_stage(runs, tmp_path):
 
 
 def test_dropout_acts_in_training_alone(runs, tmp_path):
-    """Two first steps of one seed differ by the masks of dropout, and the average that samples are drawn from knows none."""
-    losses = []
+    """Steps of one seed differ by its masks; samples of one seed do not."""
+    losses, drawn = [], []
     for dropout in (0, 0.5):
         run = tmp_path / f"{dropout}"
         args = ["--preset", "latent", "--first-stage", runs / "autoencoder", "--run-dir", run, *LATENT]
         assert call(train, *args, "--train.total-steps", 3, "--model.dropout", dropout)[0] == 0
         losses.append([row["loss"] for row in metrics(run)])
+    for _ in range(2):
+        assert call(sample, run, "--num", 2, "--steps", 2, "--npz", tmp_path / "x.npz")[0] == 0
+        drawn.append(np.load(tmp_path / "x.npz")["images"])
+    np.testing.assert_array_equal(*drawn)
     assert losses[0][0] == pytest.approx(losses[1][0]) and losses[0][2] != pytest.approx(losses[1][2])  # all 0 at first
 
 

@@ -55,7 +55,8 @@ def test_kept_moments(stage, tmp_path, monkeypatch):
     assert np.load(file).shape == found.shape
     stage.cached_moments(IMAGES[:12], tmp_path)
     FirstStage(CONFIG.build(1)).cached_moments(IMAGES, tmp_path)
-    assert len(list(tmp_path.iterdir())) == 3
+    FirstStage(stage.net, f=2, patch=4).cached_moments(IMAGES, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 4
 
 
 # Patches

@@ -77,7 +77,7 @@ def make_dataset(
     """
     import mindspore.dataset as ds  # here: who only loads images need not wait for it
 
-    check_number(images, batch_size, world_size)
+    check_enough(images, batch_size, world_size)
     if start_step >= steps:
         raise UserError(f"no step is left after step {start_step} of {steps}: raise the number of steps")
     labels = np.asarray(labels, np.int32)
@@ -88,7 +88,7 @@ def make_dataset(
     )
 
 
-def check_number(images, batch_size: int, world_size: int) -> None:
+def check_enough(images, batch_size: int, world_size: int) -> None:
     """UserError where a step needs more images, or points, than there are."""
     if len(images) < batch_size * world_size:
         kind = "points" if images.ndim == 2 else "images"
