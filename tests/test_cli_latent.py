@@ -262,7 +262,7 @@ def test_training_refuses(runs, tmp_path, monkeypatch):
         ("--preset autoencoder --train.ema-lengths 0.1", "for diffusion"),
         ("--preset autoencoder --init-partial", "add --init-from"),
     ):
-        assert_refused(call(train, *args.split(), *STEPS), words)
+        assert_refused(call(train, *STEPS, *args.split()), words)
         assert not (tmp_path / "runs").exists(), args
 
 

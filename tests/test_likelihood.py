@@ -402,7 +402,7 @@ def call(monkeypatch, capsys):
     def call(*args, model=None, betas=None):
         model = model or UnetConfig(dim=8, init_dim=8, dim_mults=(1,), use_convnext=False, resnet_block_groups=4)
         data = SimpleNamespace(name="fashion-mnist-mini", dir=None, size=28)
-        config = SimpleNamespace(data=data, model=model, is_points=False)
+        config = SimpleNamespace(data=data, model=model, is_points=False, is_latent=False, is_autoencoder=False)
         diffusion = GaussianDiffusion(cosine_beta_schedule(9) if betas is None else betas, "x0")
         monkeypatch.setattr(likelihood, "load_run", lambda run, weights: (model.build(), diffusion, config, 6))
         monkeypatch.setattr(sys, "argv", ["likelihood.py", *map(str, args)])
