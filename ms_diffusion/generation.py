@@ -49,8 +49,7 @@ class Sampling:
         told, dropout = config.model.null_label is not None, config.train.label_dropout
         if self.guidance is None:
             self.guidance = config.train.sample_guidance
-            if self.guidance != 1:
-                self.guidance_interval = self.guidance_interval or config.train.sample_guidance_interval
+            self.guidance_interval = self.guidance_interval or config.train.sample_guidance_interval
         if self.seed < 0 or (self.batch_size is not None and self.batch_size < 1):
             raise UserError("--seed must be at least 0, --batch-size at least 1")
         if not 1 <= self.steps <= T:
@@ -64,7 +63,7 @@ class Sampling:
         if not told and self.guidance != 1:
             raise UserError(
                 "this run knows no classes, which --guidance needs: train --preset quick-class, "
-                "or set --guidance and --train.sample-guidance to 1"
+                "or set --guidance and --train.sample-guidance to 1, their intervals to None"
             )
         if told and not dropout and self.guidance != 1:
             raise UserError("this run was trained with --train.label-dropout 0, which leaves no room for --guidance")
