@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from mindspore import Tensor
 
 import sample
 import train
-from ms_diffusion import evaluate, likelihood
+from ms_diffusion import benchmark, evaluate, likelihood
 from ms_diffusion.data.fashion_mnist import load_fashion_mnist_mini
 from ms_diffusion.images import GAP, to_float
 from ms_diffusion.latent import in_patches
@@ -227,6 +228,20 @@ def test_scores_of_latent_samples(runs, tmp_path, monkeypatch):
         assert code == 0, err
         scores = json.loads((tmp_path / "x.json").read_text())["samples"]
         assert np.isfinite(scores["fid"]) and 0 <= scores["class_accuracy"] <= 1
+
+
+def test_speed_of_runs(runs, tmp_path):
+    args = ["--sampling-steps", 2, 3, "--rounds", 2, "--json", tmp_path / "x.json"]
+    code, out, err = call(benchmark, "--runs", runs / "latent", runs / "latent-text", *args)
+    assert not code, err
+    records = json.loads((tmp_path / "x.json").read_text())["records"]
+    assert [(Path(row["run"]).name, row["steps"]) for row in records] == [
+        (name, steps) for name in ("latent", "latent-text") for steps in (2, 3)
+    ]
+    assert all(len(row["rounds"]) == 2 and row["ms_per_image"] > 0 for row in records)
+    assert f"{runs / 'latent'}, dpmpp_2m, 2 steps" in out
+    assert_refused(call(benchmark, "--runs", runs / "autoencoder"), "draws no images of its own")
+    assert_refused(call(benchmark, "--runs", runs / "latent", "--samplers"), "choose one")
 
 
 # Bad input
