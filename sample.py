@@ -179,11 +179,10 @@ def sample_images(args: Args, folder: Path, device: str, net, diffusion, config)
 
     sampling, classes, shape, num = args.sampling, config.model.num_classes, config.shape, args.num
     decode = first_stage_of(Path(args.run)).decode if config.is_latent else np.asarray
-    turn = len(NAMES) if config.is_text else classes
     editing = bool(args.inpaint or args.interpolate or args.init)
 
     # The denoiser, the sampler and its steps
-    in_turn = turn is not None and args.class_ is None and args.prompt is None and not editing
+    in_turn = config.classes is not None and args.class_ is None and args.prompt is None and not editing
     cond, originals = conditions(args, config, num, in_turn)
     denoise = sampling.make_denoiser(net, diffusion, config.model.null_label, clip=not config.is_latent)
     if args.inpaint:
@@ -231,7 +230,7 @@ def sample_images(args: Args, folder: Path, device: str, net, diffusion, config)
     bar.close()
 
     # The picture: what was given beside what came of it
-    columns = turn if in_turn and num % turn == 0 else None
+    columns = config.classes if in_turn and num % config.classes == 0 else None
     labels = generation.in_turn(config, num)[0] if in_turn else cond[0] if classes is not None else None
     if originals is not None:
         shown = np.broadcast_to(cond[-1][:, : shape[0]], x.shape)  # one channel where it is gray
@@ -249,7 +248,7 @@ def sample_images(args: Args, folder: Path, device: str, net, diffusion, config)
     out = Path(args.out or folder / "sample.png")
     if editing:
         columns = min(len(sheet), 12)
-    named = in_turn and originals is None and config.data.name.startswith("fashion-mnist") and turn == len(CLASSES)
+    named = in_turn and originals is None and config.data.name.startswith("fashion-mnist") and config.classes == len(CLASSES)
     captions = [NAMES[label][0] if config.is_text else CLASSES[label] for label in labels] if named else None
     images.save_grid(out, images.to_uint8(sheet), columns, 4 if editing else 3 if captions else 2, captions)
     written = [out]
@@ -260,7 +259,7 @@ def sample_images(args: Args, folder: Path, device: str, net, diffusion, config)
         images.save_grid(args.denoise_row, np.stack(rows, 1).reshape(-1, *rows[0].shape[1:]), len(rows))
         written.append(Path(args.denoise_row))
     if args.npz:
-        kept = {"labels": labels} if labels is not None and labels.max() < turn else {}
+        kept = {"labels": labels} if labels is not None and labels.max() < config.classes else {}
         images.write(args.npz, lambda f: np.savez_compressed(f, images=images.to_uint8(x), **kept))
         written.append(Path(args.npz))
     return written

@@ -370,10 +370,6 @@ def measure_points(args: Args, device, preset, model, config) -> dict:
     return {"preset": preset, "batch_size": batch_size, "epoch": {"seconds": times, "ratio": ratio(times)}}
 
 
-# How the cost grows: each from (batch 16, size 32, dim 32)
-SWEEPS = {"batch_size": (1, 4, 16, 64, 256), "size": (16, 32, 48, 64), "dim": (16, 32, 48, 64)}
-
-
 def measure_runs(args: Args, device: str) -> list[dict]:
     """How long each run takes for 64 images, with the guidance that it has where none is given, in turns."""
     from .generation import Sampling, make_draw
@@ -402,6 +398,10 @@ def measure_runs(args: Args, device: str) -> list[dict]:
         print(f"{name}, {args.sampler}, {steps} steps: {1000 * each:.2f} ms an image, {first / each:.2f}x the first's speed")
         records.append({"run": name, "sampler": args.sampler, "steps": steps, "ms_per_image": 1000 * each, "rounds": found})
     return records
+
+
+# How the cost grows: each from (batch 16, size 32, dim 32)
+SWEEPS = {"batch_size": (1, 4, 16, 64, 256), "size": (16, 32, 48, 64), "dim": (16, 32, 48, 64)}
 
 
 def measure_cost(args: Args, device: str) -> list[dict]:

@@ -6,7 +6,7 @@ from typing import Literal
 
 import numpy as np
 
-from .data.captions import CAPTIONS, plain_captions
+from .data.captions import plain_captions
 from .denoiser import guide, make_denoiser, self_conditioned, with_label
 from .runtime import DEVICES, UserError
 from .samplers import SAMPLERS, SPACINGS, generate, sample_ddim, sampling_timesteps
@@ -101,9 +101,9 @@ class Sampling:
 def in_turn(config, num: int):
     """(labels, told): each class in turn, (num,) int32, and in a tuple what the network is told of them, these or captions;
     (None, ()) where it is told of none."""
-    if config.model.null_label is None:
+    if config.classes is None:
         return None, ()
-    labels = np.arange(num, dtype=np.int32) % (len(CAPTIONS) if config.is_text else config.model.num_classes)
+    labels = np.arange(num, dtype=np.int32) % config.classes
     return labels, (plain_captions(labels) if config.is_text else labels,)
 
 

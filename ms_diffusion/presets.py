@@ -10,7 +10,7 @@ import numpy as np
 
 from .checkpoint import checkpoints, read_state, read_weights
 from .convert import load_into
-from .data.captions import LENGTH, WORDS
+from .data.captions import CAPTIONS, LENGTH, WORDS
 from .data.conditions import KINDS, condition_channels
 from .data.toy import POINTS_FILE, TOYS
 from .diffusion import DiffusionConfig
@@ -188,6 +188,11 @@ class Config:
     def is_text(self) -> bool:
         """Told of by captions."""
         return self.is_latent and self.model.condition == "text"
+
+    @property
+    def classes(self) -> int | None:
+        """How many classes it is told of, by label or by caption; None: of none."""
+        return len(CAPTIONS) if self.is_text else self.model.num_classes
 
     @property
     def is_autoencoder(self) -> bool:

@@ -117,7 +117,7 @@ def diffusion_task(config: Config, run_dir: Path, device: str, rank: int, world_
         known = state["latent_scale"] if state else config.latent_scale or (loaded and loaded.scale_factor)
         first_stage.scale = known or scale_of(data, train)
         record = {"latent_scale": first_stage.scale}
-        if rank == 0:
+        if rank == 0 and not state:
             save_reconstructions(run_dir / "samples" / "first-stage.png", first_stage, originals[: train.sample_num])
     scored = train.score_every and rank == 0 and start < train.total_steps
     if scored:
@@ -196,7 +196,7 @@ def diffusion_task(config: Config, run_dir: Path, device: str, rank: int, world_
         if config.is_points:
             plane.save_samples(path, frame.to_points(x), test_points[:num], f"step {step}")
         else:
-            images.save_grid(path, images.to_uint8(x), columns=None if null is None else 10 if config.is_text else classes)
+            images.save_grid(path, images.to_uint8(x), columns=config.classes)
         return path
 
     def score(step: int) -> float:
