@@ -11,20 +11,22 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from ms_diffusion import cli, generation, images, modelarts, plane, runtime
+from ms_diffusion import images, runtime
+from ms_diffusion.commands import modelarts
+from ms_diffusion.commands import parse as cli
+from ms_diffusion.data.batches import load_images
 from ms_diffusion.data.captions import NAMES, tokens
 from ms_diffusion.data.conditions import condition_image
 from ms_diffusion.data.fashion_mnist import CLASSES
 from ms_diffusion.data.image_folder import read_image
-from ms_diffusion.data.pipeline import load_images
-from ms_diffusion.data.toy import Frame, read_kept_points
-from ms_diffusion.denoiser import inpaint, make_denoiser, remember, self_conditioned
+from ms_diffusion.data.points import Normalizer, read_saved_points
+from ms_diffusion.denoiser import inpaint, make_denoiser, self_conditioned, with_self_conditioning
 from ms_diffusion.editing import invert_ddim, sample_repaint, slerp
-from ms_diffusion.evaluation import compare
-from ms_diffusion.generation import Sampling
-from ms_diffusion.presets import WEIGHTS, default_run, first_stage_of, load_run, run_folders, shipped
+from ms_diffusion.metrics.distances import compare
 from ms_diffusion.runtime import UserError
 from ms_diffusion.samplers import SAMPLERS, SeededNoise, generate, sampling_timesteps
+from ms_diffusion.sampling import Sampling
+from ms_diffusion.training.presets import WEIGHTS, bundled_models, default_run, first_stage_of, load_run, run_folders
 
 GIF_FRAMES = 40
 
@@ -160,7 +162,7 @@ def conditions(args: Args, config, num: int, in_turn: bool):
     """What the network is told, arrays (num, ...): labels, an image; and the originals of the images, or None."""
     cond, originals, null = [], None, config.model.null_label
     if in_turn:
-        cond += generation.in_turn(config, num)[1]
+        cond += sampling.in_turn(config, num)[1]
     elif config.is_text:
         cond.append(tokens([args.prompt] * num))
     elif null is not None:
@@ -194,7 +196,7 @@ def sample_images(args: Args, folder: Path, device: str, net, diffusion, config)
         sampler = partial(sample_repaint, jump_n_sample=args.resample)
         sampler = self_conditioned(sampler) if config.model.self_condition else sampler
     strength = args.strength or (0.6 if args.init else 1)
-    timesteps = [t for t in sampling.timesteps(diffusion) if t < strength * diffusion.T]
+    timesteps = [t for t in sampling.timesteps(diffusion) if t < strength * diffusion.num_timesteps]
     if not timesteps:
         raise UserError(f"--strength {strength} leaves none of the {sampling.steps} steps: raise one of them")
 
@@ -208,7 +210,7 @@ def sample_images(args: Args, folder: Path, device: str, net, diffusion, config)
     if args.interpolate:
         given = read_images(args.interpolate, config)
         labels = [Tensor(values[:1].repeat(2, 0)) for values in cond]
-        begin = remember(denoise) if config.model.self_condition else denoise
+        begin = with_self_conditioning(denoise) if config.model.self_condition else denoise
         ends = invert_ddim(lambda x, t: begin(x, t, *labels), Tensor(given), diffusion, timesteps).asnumpy()
         start = np.stack([slerp(*ends, share) for share in np.linspace(0, 1, num)])
 
@@ -231,7 +233,7 @@ def sample_images(args: Args, folder: Path, device: str, net, diffusion, config)
 
     # The picture: what was given beside what came of it
     columns = config.classes if in_turn and num % config.classes == 0 else None
-    labels = generation.in_turn(config, num)[0] if in_turn else cond[0] if classes is not None else None
+    labels = sampling.in_turn(config, num)[0] if in_turn else cond[0] if classes is not None else None
     if originals is not None:
         shown = np.broadcast_to(cond[-1][:, : shape[0]], x.shape)  # one channel where it is gray
         sheet = np.stack([shown, x, originals], 1).reshape(-1, *shape)
@@ -270,8 +272,8 @@ def sample_points(args: Args, home: Path, folder: Path, device: str, net, diffus
     from mindspore import Tensor
 
     sampling = args.sampling
-    train, data = read_kept_points(home / "points.npz")
-    frame = Frame.of(train)
+    train, data = read_saved_points(home / "points.npz")
+    frame = Normalizer.of(train)
     x_test = frame.to_unit(data[:2000])
     denoise, timesteps = sampling.make_denoiser(net, diffusion, None), sampling.timesteps(diffusion)
 
@@ -293,31 +295,33 @@ def sample_points(args: Args, home: Path, folder: Path, device: str, net, diffus
     samples, way = draw(sampling.make_sampler(), timesteps, args.num)
     out, gif = Path(args.out or folder / "sample.png"), Path(args.gif or folder / "denoise.gif")
     title = f"{sampling.sampler}, {len(timesteps)} steps"
-    plane.save_samples(out, samples, data[: args.num], title)
+    plots2d.save_samples(out, samples, data[: args.num], title)
 
     # There and back, in ten panels each
-    ts = np.linspace(0, diffusion.T - 1, 10).round().astype(int)
+    ts = np.linspace(0, diffusion.num_timesteps - 1, 10).round().astype(int)
     noise = np.random.default_rng(sampling.seed).standard_normal(x_test.shape, np.float32)
     alphas_cumprod = diffusion.alphas_cumprod[ts, None, None]
     noised = np.sqrt(alphas_cumprod) * x_test + np.sqrt(1 - alphas_cumprod) * noise  # (10, n, 2)
-    plane.save_panels(folder / "forward.png", [frame.to_points(x) for x in noised], [f"t = {t}" for t in ts])
+    plots2d.save_panels(folder / "forward.png", [frame.to_points(x) for x in noised], [f"t = {t}" for t in ts])
     stages = np.linspace(0, len(way) - 1, 10).round().astype(int)
     names = [f"t = {timesteps[i]}" if i < len(timesteps) else "x_0" for i in range(len(way))]
-    plane.save_panels(folder / "reverse.png", [way[i][:2000] for i in stages], [names[i] for i in stages])
+    plots2d.save_panels(folder / "reverse.png", [way[i][:2000] for i in stages], [names[i] for i in stages])
     moments = np.linspace(0, len(way) - 1, min(len(way), GIF_FRAMES)).round().astype(int)
-    plane.save_points_gif(gif, [way[i][:2000] for i in moments], data[:2000], [names[i] for i in moments])
+    plots2d.save_points_gif(gif, [way[i][:2000] for i in moments], data[:2000], [names[i] for i in moments])
 
     # The field that the samplers follow, score = (sqrt(alpha_bar) x_0 - x) / (1 - alpha_bar)
-    bounds = plane.limits(noised[3])  # at a third of the way: later all is a cloud, and the data would be too small to see
-    grid, unclipped = plane.grid_points(bounds), make_denoiser(diffusion, net, clip=False)
+    bounds = plots2d.limits(noised[3])  # at a third of the way: later all is a cloud, and the data would be too small to see
+    grid, unclipped = plots2d.grid_points(bounds), make_denoiser(diffusion, net, clip=False)
     x_start = np.stack([unclipped(Tensor(grid), int(t)).asnumpy() for t in ts])
     scores = (np.sqrt(alphas_cumprod) * x_start - grid) / (1 - alphas_cumprod) / frame.scale
     fields = [(frame.to_points(x), frame.to_points(grid), score) for x, score in zip(noised, scores, strict=True)]
     bounds = tuple(map(tuple, frame.to_points(np.transpose(bounds)).T.tolist()))
-    plane.save_score_field(folder / "score.png", fields, [f"t = {t}" for t in ts], bounds=bounds)
-    few = sampling_timesteps(diffusion.T, min(50, diffusion.T))  # of more, ddpm's zigzag hides itself
+    plots2d.save_score_field(folder / "score.png", fields, [f"t = {t}" for t in ts], bounds=bounds)
+    few = sampling_timesteps(
+        diffusion.num_timesteps, min(50, diffusion.num_timesteps)
+    )  # of more, ddpm's zigzag hides itself
     ways = {f"{name}, {len(few)} steps": draw(SAMPLERS[name], few, 8)[1] for name in ("ddpm", "ddim")}
-    plane.save_trajectories(folder / "trajectories.png", ways, data[:2000])
+    plots2d.save_trajectories(folder / "trajectories.png", ways, data[:2000])
 
     written = [out, gif, *(folder / f"{name}.png" for name in ("forward", "reverse", "score", "trajectories"))]
     if args.npz:
@@ -344,12 +348,12 @@ def main() -> int:
     if args.num is not None and args.num < 1:
         raise UserError(f"--num {args.num}: choose at least 1")
     if args.list_:
-        print("\n".join(f"{name:24} {describe(name)}" for name in shipped()))
+        print("\n".join(f"{name:24} {describe(name)}" for name in bundled_models()))
         return 0
     run = modelarts.fetch(args.data_url) if args.data_url and not args.run else Path(args.run or default_run())
     args.run, device = str(run), runtime.set_device(args.sampling.device)
     net, diffusion, config, step = load_run(run, args.sampling.weights, args.sampling.ema_length)
-    check(args, config, diffusion.T)
+    check(args, config, diffusion.num_timesteps)
     folder = modelarts.output_folder(args.train_url) or (run if run.is_dir() else run.parent)
     clock = time.perf_counter()
     if config.is_points:

@@ -20,12 +20,14 @@ from tqdm import tqdm
 
 from mindspore import Tensor
 
-from ms_diffusion import cli, images, modelarts
-from ms_diffusion.checkpoint import best_checkpoint, read_state
-from ms_diffusion.data.pipeline import make_dataset
-from ms_diffusion.presets import PRESETS, Config
+from ms_diffusion import images
+from ms_diffusion.commands import modelarts
+from ms_diffusion.commands import parse as cli
+from ms_diffusion.data.batches import make_dataset
 from ms_diffusion.runtime import DEVICES, UserError
-from ms_diffusion.tasks import autoencoder_task, diffusion_task
+from ms_diffusion.training.checkpoint import best_checkpoint, read_state
+from ms_diffusion.training.presets import PRESETS, Config
+from ms_diffusion.training.tasks.everything import autoencoder_task, diffusion_task
 
 
 @dataclass

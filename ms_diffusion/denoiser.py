@@ -7,7 +7,7 @@ import numpy as np
 
 from mindspore import Tensor, ops
 
-from .diffusion import GaussianDiffusion, as_tuple, predict
+from .process import GaussianDiffusion, as_tuple, predict
 from .runtime import compiled
 
 
@@ -85,25 +85,25 @@ def inpaint(denoise, known, mask):
     return inpainted
 
 
-def remember(denoise):
+def with_self_conditioning(denoise):
     """Self-conditioning (Chen et al. 2022, "Analog bits", algorithm 2): the network also gets the x_0 of the call before.
 
     Make a new one for each sample: the first call sees zeros.
     """
     last = None
 
-    def remembering(x_t, t: int, *cond):
+    def conditioned(x_t, t: int, *cond):
         nonlocal last
         last = denoise(x_t, t, *cond, x_t * 0 if last is None else last)
         return last
 
-    return remembering
+    return conditioned
 
 
 def self_conditioned(sampler):
-    """The sampler over `remember(denoise)`, with a new memory for each call of it."""
+    """The sampler over `with_self_conditioning(denoise)`, with a new memory for each call of it."""
 
     def sample(denoise, *args, **options):
-        return sampler(remember(denoise), *args, **options)
+        return sampler(with_self_conditioning(denoise), *args, **options)
 
     return sample

@@ -1,10 +1,9 @@
 """Pictures on disk: grids, animations, curves. Every file is written beside its place and then renamed into it."""
 
-import os
-from pathlib import Path
-
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from .files import write
 
 GAP = 2  # pixels between the images of a grid
 CAPTION = 5  # and below each for its name
@@ -42,19 +41,6 @@ def grid(images: np.ndarray, columns: int | None = None) -> np.ndarray:
 def _picture(sheet: np.ndarray, scale: int) -> Image.Image:
     picture = Image.fromarray(sheet[..., 0] if sheet.shape[-1] == 1 else sheet)
     return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
-
-
-def write(path, save) -> None:
-    """Call save(file) on a temporary file beside `path`, then rename it: no reader sees half a file."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "wb") as f:
-            save(f)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def save_grid(path, images: np.ndarray, columns: int | None = None, scale: int = 2, captions=None) -> None:

@@ -9,9 +9,10 @@ from tqdm import tqdm
 
 from mindspore import Tensor
 
-from .images import to_float, write
+from .files import cache_folder, write
+from .images import to_float
 from .models.autoencoder import AutoencoderKL
-from .runtime import cache_folder, compiled
+from .runtime import compiled
 
 PIXELS = 100 * 32 * 32  # of a batch of images, which bounds the memory that encoding and decoding take
 

@@ -17,12 +17,13 @@ from tqdm import tqdm
 import mindspore as ms
 from mindspore import Tensor, ops
 
-from . import cli, runtime
-from .data.pipeline import load_images
+from . import runtime
+from .commands import parse as cli
+from .data.batches import load_images
 from .denoiser import make_denoiser
-from .diffusion import GaussianDiffusion, predict
-from .presets import load_run
+from .process import GaussianDiffusion, predict
 from .runtime import DEVICES, UserError
+from .training.presets import load_run
 
 # The variational bound
 
@@ -50,7 +51,7 @@ def bits_per_dim(denoise, diffusion: GaussianDiffusion, x_start, rng, callback=N
     levels = (x_start + 1) * 127.5
     if not (abs(levels - np.clip(np.round(levels), 0, 255)) < 1e-3).all():
         raise ValueError("x_start is not on the 256 levels n / 127.5 - 1, n = 0..255: the bound is one of discrete images")
-    T, alpha_bar = diffusion.T, diffusion.alphas_cumprod
+    T, alpha_bar = diffusion.num_timesteps, diffusion.alphas_cumprod
     q_variance = diffusion.betas * (1 - diffusion.alphas_cumprod_prev) / (1 - alpha_bar)
     p_variance = diffusion.posterior_variance.copy()
     p_variance[0] = p_variance[1] if T > 1 else diffusion.betas[0]
@@ -114,9 +115,9 @@ def ode_log_likelihood(denoise_and_divergence, diffusion: GaussianDiffusion, x, 
     Raises:
         ValueError: the timesteps are not such, or alpha_bar is 0 at the last.
     """
-    timesteps = np.arange(diffusion.T) if timesteps is None else np.asarray(timesteps)
-    if not len(timesteps) or timesteps[0] < 0 or timesteps[-1] >= diffusion.T or (np.diff(timesteps) <= 0).any():
-        raise ValueError(f"timesteps must be ascending ints from 0 to {diffusion.T - 1}")
+    timesteps = np.arange(diffusion.num_timesteps) if timesteps is None else np.asarray(timesteps)
+    if not len(timesteps) or timesteps[0] < 0 or timesteps[-1] >= diffusion.num_timesteps or (np.diff(timesteps) <= 0).any():
+        raise ValueError(f"timesteps must be ascending ints from 0 to {diffusion.num_timesteps - 1}")
     alpha_bar = diffusion.alphas_cumprod[timesteps]
     if alpha_bar[-1] == 0:
         raise ValueError("alpha_bar is 0 at the last timestep, so log sigma is infinite: end at one that holds data")
@@ -145,7 +146,7 @@ def ode_log_likelihood(denoise_and_divergence, diffusion: GaussianDiffusion, x, 
 def ode_timesteps(diffusion: GaussianDiffusion, steps: int) -> list[int]:
     """At most `steps` ascending timesteps from 0 to T - 1, as evenly spaced in log sigma as whole numbers can be."""
     log_sigma = np.log(1 / diffusion.alphas_cumprod - 1) / 2
-    even = np.interp(np.linspace(log_sigma[0], log_sigma[-1], steps), log_sigma, np.arange(diffusion.T))
+    even = np.interp(np.linspace(log_sigma[0], log_sigma[-1], steps), log_sigma, np.arange(diffusion.num_timesteps))
     return [int(t) for t in np.unique(np.round(even))]
 
 
@@ -226,8 +227,10 @@ def main() -> int:
         raise UserError(f"{args.run} works through latents, whose likelihood is not the images'")
     if model.cond_channels or model.self_condition:
         raise UserError(f"{args.run} is conditioned on images, which the likelihood is not made for")
-    if ode and not 2 <= args.steps <= diffusion.T:
-        raise UserError(f"--steps {args.steps}: choose from 2 to {diffusion.T}, the timesteps this run was trained with")
+    if ode and not 2 <= args.steps <= diffusion.num_timesteps:
+        raise UserError(
+            f"--steps {args.steps}: choose from 2 to {diffusion.num_timesteps}, the timesteps this run was trained with"
+        )
     if ode and diffusion.alphas_cumprod[-1] == 0:
         raise UserError("this run's last timestep holds no data (zero terminal SNR), as the ODE needs: use --method bound")
     pictures, labels = load_images(data.name, data.dir, args.split, data.size, model.channels)
@@ -236,8 +239,8 @@ def main() -> int:
 
     rng = np.random.default_rng(args.seed)
     chosen = rng.permutation(len(pictures))[: args.num]
-    timesteps = ode_timesteps(diffusion, args.steps) if ode else range(diffusion.T)
-    calls = 2 * len(timesteps) - 2 if ode else diffusion.T
+    timesteps = ode_timesteps(diffusion, args.steps) if ode else range(diffusion.num_timesteps)
+    calls = 2 * len(timesteps) - 2 if ode else diffusion.num_timesteps
     bar = tqdm(total=-(-args.num // args.batch_size) * calls, unit="call", desc=f"{args.method} on {device}")
     graph = make_divergence(diffusion, net) if ode else make_denoiser(diffusion, net)
 

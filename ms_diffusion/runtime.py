@@ -9,7 +9,6 @@ import os
 import signal
 import sys
 import threading
-from pathlib import Path
 
 # On a CPU with AVX-512, MindSpore's NCHW convolutions fall to oneDNN's reference kernel, 100 times slower than with AVX2.
 # The setting touches the CPU's oneDNN alone, so it is made before the device is known; the user's own choice stands.
@@ -77,13 +76,6 @@ def compiled(fn):
         return out
 
     return call
-
-
-def cache_folder(beside=None) -> Path:
-    """The folder `beside`, if there is one that can be written, or else the user's cache."""
-    if beside and os.access(beside, os.W_OK | os.X_OK):
-        return Path(beside)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ms_diffusion"
 
 
 def initialise_ranks() -> tuple[int, int]:

@@ -59,7 +59,7 @@ def sampling_timesteps(T: int, steps: int, spacing: str = "linspace", alphas_cum
 
 def noise_levels(diffusion, timesteps):
     """(i, t, alpha_bar_t, alpha_bar of the next, less noisy time); after the last comes the data, alpha_bar 1."""
-    timesteps = list(range(diffusion.T - 1, -1, -1) if timesteps is None else timesteps)
+    timesteps = list(range(diffusion.num_timesteps - 1, -1, -1) if timesteps is None else timesteps)
     alpha_bars = [float(diffusion.alphas_cumprod[t]) for t in timesteps]
     return list(zip(range(len(timesteps)), timesteps, alpha_bars, [*alpha_bars[1:], 1.0], strict=True))
 

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 
-from ms_diffusion import runtime  # sets what must precede `import mindspore`
+from ms_diffusion import runtime
 
 runtime.set_device("cpu")
 
@@ -29,7 +29,7 @@ def pytest_collection_modifyitems(config, items):
 def compiled_once():
     """sample.py loads each run's network once and keeps its graphs; nothing else of it changes by that."""
     import sample
-    from ms_diffusion import generation
+    from ms_diffusion import sampling as generation
 
     load_run, make_denoiser, loaded, denoisers = sample.load_run, sample.make_denoiser, {}, {}
 

@@ -57,7 +57,7 @@ def gradient_rows(gradients: dict[str, np.ndarray]) -> np.ndarray:
 def main():
     import torch
 
-    from ms_diffusion.torch_peer import Unet
+    from benchmarks.torch_peer import Unet
 
     answers = {}
     for kind, batch, size in CASES:

@@ -129,7 +129,7 @@ def peers():
     def attention(config, c):
         return dict(vanilla=Vanilla, linear=LinearForm, none=lambda *_: Identity())[config.attention](config, c)
 
-    def middle(config, c):
+    def center_crop(config, c):
         return ModuleDict(dict(block_1=Residual(config, c, c), attn_1=attention(config, c), block_2=Residual(config, c, c)))
 
     def stage(config, i, c, d, blocks, **resample):
@@ -157,7 +157,7 @@ def peers():
                 resample = {} if last else dict(downsample=Shrink(d, config.resamp_with_conv))
                 self.down.append(stage(config, i, c, d, config.num_res_blocks, **resample))
                 c = d
-            self.mid, self.norm_out = middle(config, c), GroupNorm(config.groups, c, eps=1e-6)
+            self.mid, self.norm_out = center_crop(config, c), GroupNorm(config.groups, c, eps=1e-6)
             self.conv_out = Conv2d(c, config.z_channels * (1 + double_z), 3, padding=1)
 
         def forward(self, x):
@@ -172,7 +172,7 @@ def peers():
         def __init__(self, config, give_pre_end=False):
             super().__init__()
             c = config.ch * config.ch_mult[-1]
-            self.conv_in, self.mid = Conv2d(config.z_channels, c, 3, padding=1), middle(config, c)
+            self.conv_in, self.mid = Conv2d(config.z_channels, c, 3, padding=1), center_crop(config, c)
             stages = []
             for i, mult in reversed(list(enumerate(config.ch_mult))):
                 d = config.ch * mult

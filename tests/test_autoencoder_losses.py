@@ -23,9 +23,9 @@ from ms_diffusion.losses import (
 )
 from ms_diffusion.models.autoencoder import AutoencoderConfig
 from ms_diffusion.models.discriminator import NLayerDiscriminator
-from ms_diffusion.presets import AutoencoderTrainConfig
 from ms_diffusion.runtime import compiled
-from ms_diffusion.tasks import autoencoder_losses
+from ms_diffusion.training.presets import AutoencoderTrainConfig
+from ms_diffusion.training.tasks.everything import autoencoder_losses
 
 TOLERANCE = 1e-4
 seeds, batches, scales = st.integers(0, 2**32 - 1), st.sampled_from([1, 2, 13]), st.sampled_from([0.1, 1, 30])

@@ -12,10 +12,10 @@ import pytest
 
 import mindspore
 
-from ms_diffusion import benchmark
-from ms_diffusion.diffusion import DiffusionConfig
+from benchmarks import speed as benchmark
 from ms_diffusion.models.mlp import MLPConfig, ResidualMLPConfig
-from ms_diffusion.presets import PRESETS
+from ms_diffusion.process import DiffusionConfig
+from ms_diffusion.training.presets import PRESETS
 
 
 def run(*arguments, cwd):
@@ -33,7 +33,7 @@ def test_operations_are_those_that_pytorch_counts(name):
     torch = pytest.importorskip("torch")
     from torch.utils.flop_counter import FlopCounterMode
 
-    from ms_diffusion.torch_peer import Unet
+    from benchmarks.torch_peer import Unet
 
     model = asdict(PRESETS[name].model)
     with FlopCounterMode(display=False) as counter:
@@ -123,7 +123,7 @@ def test_an_epoch_of_points(model):
 @pytest.mark.parametrize("model", [MLPConfig(8, 60), ResidualMLPConfig(8, 1, 1, 60)], ids=["MLP", "residual"])
 def test_peer_learns_points(model):
     torch = pytest.importorskip("torch")
-    from ms_diffusion import torch_peer
+    from benchmarks import torch_peer
 
     work = torch_peer.PointsWork(asdict(model), 300, 128)
     before, rows = [p.detach().clone() for p in work.net.parameters()], []
@@ -154,7 +154,7 @@ def test_bad_input_is_one_line(arguments, message, tmp_path):
 
 def test_peer_samples_as_ours_do():
     torch = pytest.importorskip("torch")
-    from ms_diffusion import torch_peer
+    from benchmarks import torch_peer
 
     model = asdict(PRESETS["quick"].model)
     peer, ours = torch_peer.Work(model, 8, 2, "CPU"), benchmark.Work(model, 8, 2)

@@ -14,10 +14,10 @@ import safetensors.numpy
 import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 
-from ms_diffusion import checkpoint as module
-from ms_diffusion.checkpoint import Checkpoint, best_checkpoint, checkpoints, read_state, read_weights
 from ms_diffusion.runtime import UserError, compiled
-from ms_diffusion.training import EMA, make_optimizer, make_train_step
+from ms_diffusion.training import checkpoint as module
+from ms_diffusion.training.checkpoint import Checkpoint, best_checkpoint, checkpoints, read_state, read_weights
+from ms_diffusion.training.step import EMA, make_optimizer, make_train_step
 
 
 class Net(nn.Cell):

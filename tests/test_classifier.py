@@ -17,15 +17,16 @@ from hypothesis import strategies as st
 
 from mindspore import Tensor, nn, ops
 
-from ms_diffusion import features as module
-from ms_diffusion import runtime, train_classifier
+from ms_diffusion import runtime
+from ms_diffusion.commands import train_classifier
+from ms_diffusion.commands.train_classifier import accuracy, shift
 from ms_diffusion.convert import load_torch_state_dict
-from ms_diffusion.data.pipeline import load_images
-from ms_diffusion.features import Features
+from ms_diffusion.data.batches import load_images
 from ms_diffusion.images import to_float
-from ms_diffusion.models.classifier import SHIPPED, Classifier, load_classifier
+from ms_diffusion.metrics import features as module
+from ms_diffusion.metrics.features import Features
+from ms_diffusion.models.classifier import BUNDLED, Classifier, load_classifier
 from ms_diffusion.runtime import UserError, compiled
-from ms_diffusion.train_classifier import accuracy, shift
 
 ROOT = Path(__file__).parents[1]
 FULL = Path("/usr/share/datasets/fashion-mnist")
@@ -109,8 +110,8 @@ def test_seeds_make_networks():
 
 
 def test_shipped_weights_are_small_and_whole():
-    assert SHIPPED.stat().st_size <= 3e6
-    weights = load_torch_state_dict(SHIPPED)
+    assert BUNDLED.stat().st_size <= 3e6
+    weights = load_torch_state_dict(BUNDLED)
     assert {name: a.shape for name, a in weights.items()} == {name: a.shape for name, a in values(Classifier()).items()}
     assert all(np.isfinite(a).all() for a in weights.values())
 
@@ -134,7 +135,7 @@ def test_other_files_are_refused(tmp_path):
     for content, complaint in (
         (safetensors.numpy.save(arrays), r"head.weight \(5, 128\) instead of \(10, 128\)"),
         (safetensors.numpy.save({"weight": np.zeros(3)}), "missing: conv1.0.conv.weight.* unexpected: weight"),
-        (SHIPPED.read_bytes()[:-8], "not a whole .safetensors file"),
+        (BUNDLED.read_bytes()[:-8], "not a whole .safetensors file"),
         (b"", "not a whole .safetensors file"),
     ):
         path.write_bytes(content)

@@ -22,9 +22,12 @@ from mindspore import Tensor
 
 import sample
 import train
-from ms_diffusion import cli, modelarts, runtime, tasks
-from ms_diffusion.presets import PRESETS, Config
+from ms_diffusion import runtime
+from ms_diffusion.commands import modelarts
+from ms_diffusion.commands import parse as cli
 from ms_diffusion.runtime import UserError
+from ms_diffusion.training.presets import PRESETS, Config
+from ms_diffusion.training.tasks import everything as tasks
 
 ROOT = Path(__file__).parents[1]
 STEPS = 6
@@ -217,7 +220,7 @@ def test_sigterm_does_the_same_to_a_resumed_run(interrupted):
 # Scores while it trains
 
 SCORED = [*TINY, *"--train.total-steps 6 --train.save-every 2 --train.sample-every 6".split()]
-SCORED += "--train.score-every 2 --train.score-num 130 --diffusion.timesteps 20".split()
+SCORED += "--train.score-every 2 --train.score-num 130 --diffusion.num_timesteps 20".split()
 
 
 def kept(run_dir):
@@ -688,7 +691,7 @@ def test_the_process_to_compare_with(call, tmp_path):
     preset = PRESETS["fashion-mnist-seed"]
     with pytest.warns(UserWarning, match="alpha_bar_T is 0.132"):
         _, diffusion = preset.build()
-    assert diffusion.T == 200
+    assert diffusion.num_timesteps == 200
     np.testing.assert_allclose(diffusion.betas, np.linspace(1e-4, 0.02, 200), rtol=1e-6)
     assert 0.1 < diffusion.alphas_cumprod[-1] < 0.2  # much of the data is left
     run, mini = tmp_path / "run", ["--data.name", "fashion-mnist-mini", "--train.total-steps", 2]

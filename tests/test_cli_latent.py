@@ -15,13 +15,15 @@ from mindspore import Tensor
 
 import sample
 import train
-from ms_diffusion import benchmark, evaluate, likelihood
+from benchmarks import speed as benchmark
+from ms_diffusion import likelihood
+from ms_diffusion.commands import evaluate
 from ms_diffusion.data.fashion_mnist import load_fashion_mnist_mini
 from ms_diffusion.images import GAP, to_float
 from ms_diffusion.latent import in_patches
 from ms_diffusion.models.autoencoder import gaussian_sample
 from ms_diffusion.models.lpips import LPIPS
-from ms_diffusion.presets import PRESETS, first_stage_of, load_first_stage
+from ms_diffusion.training.presets import PRESETS, first_stage_of, load_first_stage
 
 STEPS = "--data.name fashion-mnist-mini --train.total-steps 4 --train.save-every 2 --train.log-every 1".split()
 SHOWN = "--train.batch-size 8 --train.sample-num 4 --train.sample-steps 2".split()
@@ -258,16 +260,16 @@ def test_training_refuses(runs, tmp_path, monkeypatch):
         (f"--preset latent {first} --model.latent-size 16", "the network takes (2, 16, 16)"),
         (f"--preset latent {first} --data.flip", "--data.no-flip"),
         (f"--preset latent {first} --data.condition gray", "pixel space"),
-        (f"--preset latent {first} --model.condition text", "--model.words 39"),
+        (f"--preset latent {first} --model.condition text", "--model.vocab_size 39"),
         ("--preset autoencoder --precision fp16", "float32"),
         ("--preset autoencoder --train.score-every 2", "--train.score-every"),
         ("--preset autoencoder --data.size 30", "30"),
         (f"--preset latent {first} --data.size 33", "divisible by 4, not 33: set --data.size 32"),
         (f"--preset latent {first} --model.out-channels 1", "--model.out-channels as --model.in-channels"),
         (f"--preset latent {first} --latent-scale 0", "--latent-scale is 0"),
-        ("--preset autoencoder --train.betas 1.5 2", "--train.betas are (1.5, 2.0)"),
+        ("--preset autoencoder --train.adam_betas 1.5 2", "--train.adam_betas are (1.5, 2.0)"),
         (f"--preset latent-text {first} --data.name image-folder", "captions of Fashion-MNIST alone"),
-        (f"--preset latent-text {first} --model.words 5", "--model.words 39 --model.length"),
+        (f"--preset latent-text {first} --model.vocab_size 5", "--model.vocab_size 39 --model.max_length"),
         (f"--preset latent {first} --train.batch-size 3000", "2000 images are fewer than a step's 3000"),
         (f"--preset quick {first}", "are for latents"),
         ("--preset autoencoder --train.disc-layers 0", "--train.disc-layers is 0"),

@@ -19,17 +19,19 @@ from test_cli_sample import call
 
 import sample
 import train
-from ms_diffusion import likelihood, plane, tasks
-from ms_diffusion.data.toy import TOYS, Frame, load_points
-from ms_diffusion.evaluation import compare
+from ms_diffusion import likelihood
+from ms_diffusion import plots2d as plane
+from ms_diffusion.data.points import TOYS, Normalizer, load_points
+from ms_diffusion.metrics.distances import compare
 from ms_diffusion.models.mlp import MLPConfig, ResidualMLPConfig
-from ms_diffusion.presets import PRESETS, Config, DataConfig, PointsConfig
 from ms_diffusion.samplers import SAMPLERS, SPACINGS
+from ms_diffusion.training.presets import PRESETS, Config, DataConfig, PointsConfig
+from ms_diffusion.training.tasks import everything as tasks
 
 obs = test_cli.obs  # a fixture
 
 T = 12
-DATA = f"--diffusion.timesteps {T} --train.batch-size 32 --data.num 200 --train.sample-num 20 --train.sample-steps 2".split()
+DATA = f"--diffusion.num_timesteps {T} --train.batch-size 32 --data.num 200 --train.sample-num 20 --train.sample-steps 2".split()
 NET = "--model.dim 8 --model.depth 1".split()
 OFTEN = "--train.log-every 10 --train.save-every 20 --train.sample-every 60".split()
 LONG = ["--preset", "scurve", *DATA, *NET, *OFTEN]
@@ -38,7 +40,7 @@ FEW = [*DATA, *V, *"--train.total-steps 4 --train.steps-per-call 2 --train.log-e
 SHORT = ["--preset", "scurve", *FEW, *NET]
 FILE = [*SHORT, "--data.name", "points-file", "--data.dir"]
 PICTURES = {name: getattr(plane, name) for name in dir(plane) if name.startswith("save_")}
-TABLE = PRESETS["scurve"].model.timesteps
+TABLE = PRESETS["scurve"].model.num_embeddings
 KINDS = ("sliced_wasserstein", "mmd", "energy")
 
 
@@ -122,7 +124,7 @@ def kept(run):
 
 def assert_in_frame(points, data):
     """Samples of a network that has learnt nothing yet: in the square that its x_0 is clipped to, and all over it."""
-    frame = Frame.of(data)
+    frame = Normalizer.of(data)
     x = frame.to_unit(points)
     assert abs(x).max() <= 1 + 1e-5 * (1 + abs(frame.centre).max() / frame.scale) and (np.ptp(x, 0) > 0.5).all()
 
@@ -310,14 +312,14 @@ def steps_per_call(monkeypatch):
 @pytest.mark.parametrize(
     "args, per_call",
     [
-        ("--train.timesteps importance", 1),
+        ("--train.timestep_sampling importance", 1),
         ("--train.ema-lengths 0.05 0.1", 1),
         ("--precision fp16", 1),
-        ("--train.learn-logvar --train.timesteps uniform", 2),
+        ("--train.learn-logvar --train.timestep_sampling uniform", 2),
         ("--diffusion.objective x0 --diffusion.schedule cosine", 2),
         ("--diffusion.objective v --diffusion.zero-terminal-snr", 2),
-        ("--diffusion.objective eps --diffusion.schedule linear --diffusion.timesteps 30", 2),
-        (f"--diffusion.timesteps {TABLE + 1} --model.timesteps {TABLE + 1}", 2),
+        ("--diffusion.objective eps --diffusion.schedule linear --diffusion.num_timesteps 30", 2),
+        (f"--diffusion.num_timesteps {TABLE + 1} --model.num_embeddings {TABLE + 1}", 2),
         ("--model.frequencies 0 --model.depth 0 --diffusion.loss huber --diffusion.weighting min-snr", 2),
     ],
 )
@@ -588,8 +590,8 @@ def files(tmp_path, monkeypatch):
         ("--data.dir missing.csv", "--data.name points-file"),
         ("--data.name nonsense", "nonsense"),
         ("--data.num 0", "--data.num 0"),
-        (f"--diffusion.timesteps {TABLE + 1}", f"set --model.timesteps {TABLE + 1}"),
-        ("--diffusion.timesteps 50 --model.timesteps 49", "set --model.timesteps 50"),
+        (f"--diffusion.num_timesteps {TABLE + 1}", f"set --model.num_embeddings {TABLE + 1}"),
+        ("--diffusion.num_timesteps 50 --model.num_embeddings 49", "set --model.num_embeddings 50"),
         ("--data.size 28", "unknown argument --data.size"),
         ("--data.no-flip", "unknown argument --data.no-flip"),
         ("--data.condition lowres", "unknown argument --data.condition"),
@@ -602,7 +604,7 @@ def files(tmp_path, monkeypatch):
         ("--preset quick --data.name scurve", "scurve"),
         ("--preset s-curve", "s-curve"),
         ("--train.steps-per-call 0", "--train.steps-per-call is 0"),
-        ("--diffusion.timesteps 50 --train.sample-steps 51", "--train.sample-steps"),
+        ("--diffusion.num_timesteps 50 --train.sample-steps 51", "--train.sample-steps"),
         ("--train.sample-num 0", "--train.sample-num"),
         ("--precision bf16 --device cpu", "bf16"),
         ("--run-dir file/below", "file"),

@@ -19,22 +19,24 @@ from mindspore import Tensor
 
 import sample
 import train
-from ms_diffusion import presets, runtime, tasks
-from ms_diffusion.checkpoint import Checkpoint
+from ms_diffusion import runtime
 from ms_diffusion.data.fashion_mnist import load_fashion_mnist_mini
 from ms_diffusion.images import CAPTION, save_loss_curve, to_float, to_uint8
-from ms_diffusion.presets import PRESETS
 from ms_diffusion.samplers import SAMPLERS, SPACINGS
-from ms_diffusion.training import EMA
+from ms_diffusion.training import presets
+from ms_diffusion.training.checkpoint import Checkpoint
+from ms_diffusion.training.presets import PRESETS
+from ms_diffusion.training.step import EMA
+from ms_diffusion.training.tasks import everything as tasks
 
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
 T = 20
 CLASSES = [
     *"--preset quick-class --diffusion.objective eps --model.self-condition".split(),
-    *"--train.timesteps importance --train.learn-logvar".split(),
+    *"--train.timestep_sampling importance --train.learn-logvar".split(),
     *TINY,
-    *f"--diffusion.timesteps {T} --train.batch-size 200 --train.total-steps 6 --train.save-every 3".split(),
+    *f"--diffusion.num_timesteps {T} --train.batch-size 200 --train.total-steps 6 --train.save-every 3".split(),
 ]
 UPSCALE = ["--preset", "quick-upscale", *TINY, "--train.total-steps", "2"]
 TEST_IMAGES = load_fashion_mnist_mini("test")[0]  # (N, H, W, C) uint8
@@ -176,12 +178,12 @@ def arrays(found):
 
 def test_what_a_step_draws(first_step):
     """x_0, timesteps, noise, and where there is use for them weights, who is shown a guess, labels, the image shown."""
-    drawn = arrays(first_step("--train.timesteps antithetic"))
+    drawn = arrays(first_step("--train.timestep_sampling antithetic"))
     x_start, t, noise = drawn
     assert x_start.shape == noise.shape == (64, 1, 28, 28) and abs(x_start).max() == 1
     np.testing.assert_array_equal(t[:32] + t[32:], np.full(32, 999))
     assert noise.mean((1, 2, 3)).std() < 0.1
-    for a, b in zip(drawn, arrays(first_step("--train.timesteps antithetic")), strict=True):
+    for a, b in zip(drawn, arrays(first_step("--train.timestep_sampling antithetic")), strict=True):
         np.testing.assert_array_equal(a, b)
     assert (arrays(first_step("--train.seed 1"))[2] != noise).any()
     assert abs(arrays(first_step("--train.offset-noise 3"))[2].mean((1, 2, 3)).std() - 3) < 5 * 3 / np.sqrt(2 * 64)
@@ -189,27 +191,27 @@ def test_what_a_step_draws(first_step):
     for share, expected in ((1, {10}), (0, set(range(10)))):
         labels = arrays(first_step("--preset quick-class --train.label-dropout", str(share)))[3]
         assert labels.dtype == np.int32 and set(labels) == expected
-    everything = "--train.timesteps importance --model.self-condition --model.num-classes 10"
+    everything = "--train.timestep_sampling importance --model.self-condition --model.num-classes 10"
     drawn = arrays(first_step(everything, "--data.condition mask --model.cond-channels 2"))
-    x_start, _, _, weights, remembers, labels, shown = drawn
+    x_start, _, _, weights, self_cond_mask, labels, shown = drawn
     np.testing.assert_array_equal(weights, np.ones(64, np.float32))  # uniform at first
-    assert set(remembers) == {0, 1} and labels.shape == (64,) and shown.shape == (64, 2, 28, 28)
+    assert set(self_cond_mask) == {0, 1} and labels.shape == (64,) and shown.shape == (64, 2, 28, 28)
     np.testing.assert_array_equal(shown[:, 0], np.where(shown[:, 1] == 1, 0, x_start[:, 0]))
 
 
 def test_the_loss_of_a_step(first_step):
     """The mean of weight times loss, and the losses; a guess of x_0 is shown to those that are to remember one."""
-    loss_fn, (*batch, weights, remembers) = first_step("--model.self-condition --train.timesteps importance")
+    loss_fn, (*batch, weights, self_cond_mask) = first_step("--model.self-condition --train.timestep_sampling importance")
     weights = Tensor(np.linspace(0, 3, 64, dtype=np.float32))
-    loss, losses = loss_fn(*batch, weights, remembers)
+    loss, losses = loss_fn(*batch, weights, self_cond_mask)
     assert losses.shape == (64,) and losses.asnumpy().std() > 0
     np.testing.assert_allclose(loss.asnumpy(), np.mean(weights.asnumpy() * losses.asnumpy()), rtol=1e-5)
     with_guess, without = (loss_fn(*batch, weights, Tensor(np.full(64, n, np.float32)))[1].asnumpy() for n in (1, 0))
-    np.testing.assert_allclose(losses.asnumpy(), np.where(remembers.asnumpy() == 1, with_guess, without), rtol=1e-4)
+    np.testing.assert_allclose(losses.asnumpy(), np.where(self_cond_mask.asnumpy() == 1, with_guess, without), rtol=1e-4)
     assert (abs(with_guess - without) > 1e-4 * without).mean() > 0.9
 
     loss_fn, batch = first_step("--train.seed 0")
-    weighted, _ = first_step("--train.seed 0 --train.timesteps importance")
+    weighted, _ = first_step("--train.seed 0 --train.timestep_sampling importance")
     _, losses = weighted(*batch, Tensor(np.ones(64, np.float32)))
     np.testing.assert_allclose(loss_fn(*batch).asnumpy(), losses.asnumpy().mean(), rtol=1e-5)
 
@@ -226,7 +228,7 @@ def test_the_loss_of_a_step(first_step):
         ("--data.condition blur", "blur"),
         ("--preset quick-class --train.label-dropout 1.5", "--train.label-dropout"),
         ("--train.offset-noise -1", "--train.offset-noise"),
-        ("--train.timesteps nonsense", "nonsense"),
+        ("--train.timestep_sampling nonsense", "nonsense"),
         ("--train.sample-guidance 3", "knows no classes"),
         ("--preset quick-class --train.sample-guidance nan", "--guidance"),
         ("--preset quick-class --train.sample-guidance 3 --train.label-dropout 0", "--train.label-dropout 0"),
@@ -414,8 +416,8 @@ def test_what_a_model_of_the_package_has_not(package):
     assert tree(package) == before and list(Path().iterdir()) == []
 
 
-@pytest.mark.skipif(not presets.shipped(), reason="none is there")
-@pytest.mark.parametrize("name", presets.shipped())
+@pytest.mark.skipif(not presets.bundled_models(), reason="none is there")
+@pytest.mark.parametrize("name", presets.bundled_models())
 def test_the_models_that_are_there(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, out, err = call(sample, "--list")

@@ -45,7 +45,7 @@ def test_pytorch_loads_what_we_write(tmp_path):
     torch = pytest.importorskip("torch")
     from safetensors.torch import load_file
 
-    from ms_diffusion.torch_peer import Unet as Twin
+    from benchmarks.torch_peer import Unet as Twin
 
     net, twin = small_unet(), Twin(8, dim_mults=(1, 2))
     save_torch_state_dict(net, str(tmp_path / "net.safetensors"))
@@ -60,7 +60,7 @@ def test_pytorch_loads_what_we_write(tmp_path):
 @pytest.mark.parametrize("key", [None, "state_dict", "model"])
 def test_we_load_what_pytorch_writes(tmp_path, suffix, key):
     torch = pytest.importorskip("torch")
-    from ms_diffusion.torch_peer import Unet as Twin
+    from benchmarks.torch_peer import Unet as Twin
 
     state = Twin(8, dim_mults=(1, 2)).state_dict()
     path = tmp_path / f"net{suffix}"

@@ -15,10 +15,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ms_diffusion.data import fashion_mnist, make_mini
+from benchmarks import make_mini
+from ms_diffusion.data import fashion_mnist
+from ms_diffusion.data.batches import load_images, make_dataset
 from ms_diffusion.data.fashion_mnist import FILES, load_fashion_mnist, load_fashion_mnist_mini, read_idx
 from ms_diffusion.data.image_folder import load_image_folder
-from ms_diffusion.data.pipeline import load_images, make_dataset
 from ms_diffusion.runtime import UserError
 
 pytestmark = pytest.mark.filterwarnings("error")

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from mindspore import Parameter, Tensor, nn
 
-from ms_diffusion.denoiser import guide, inpaint, make_denoiser, remember, with_label
-from ms_diffusion.diffusion import OBJECTIVES, DiffusionConfig, GaussianDiffusion
+from ms_diffusion.denoiser import guide, inpaint, make_denoiser, with_label, with_self_conditioning
 from ms_diffusion.models.unet import UnetConfig
+from ms_diffusion.process import OBJECTIVES, DiffusionConfig, GaussianDiffusion
 from ms_diffusion.samplers import SAMPLERS, SeededNoise, generate, sample_ddim, sample_plms, sampling_timesteps
 from ms_diffusion.schedules import cosine_beta_schedule, linear_beta_schedule
 
@@ -237,8 +237,8 @@ def test_a_denoiser_remembers_its_last_answer(sampler):
     outputs = []
     for _ in range(2):
         calls.clear()
-        remembering = remember(denoise)
-        sampling = (lambda x, t, d=remembering: d(x, t, "label"), np.ones((13, 2)), diffusion, timesteps, np.ones_like)
+        conditioned = with_self_conditioning(denoise)
+        sampling = (lambda x, t, d=conditioned: d(x, t, "label"), np.ones((13, 2)), diffusion, timesteps, np.ones_like)
         outputs.append(sampler(*sampling))
         np.testing.assert_array_equal(calls[0][0], np.zeros((13, 2)))
         assert all(later[0] is earlier[1] for earlier, later in zip(calls[:-1], calls[1:], strict=True))
@@ -252,7 +252,7 @@ def test_each_batch_remembers_for_itself(batch_size):
     denoise = make_denoiser(diffusion, Toy())
 
     def sampler(denoise, *args):
-        return sample_ddim(remember(denoise), *args)
+        return sample_ddim(with_self_conditioning(denoise), *args)
 
     x = generate(sampler, denoise, diffusion, [99, 50, 10], (1, 2, 2), 13, 3, batch_size)
     last, expected = 0, SeededNoise(3, range(13))((1, 2, 2))

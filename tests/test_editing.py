@@ -84,7 +84,7 @@ def test_resampling_approaches_the_conditional_distribution(jump_length):
     denoise = inpaint(exact_denoiser(diffusion), KNOWN, MASK)
 
     def errors(sampler, repeats=1, **options):
-        draws = diffusion.T * repeats + diffusion.T * (repeats - 1) // jump_length
+        draws = diffusion.num_timesteps * repeats + diffusion.num_timesteps * (repeats - 1) // jump_length
         mean, covariance = moments(sampler, denoise, diffusion, draws, **options)
         np.testing.assert_allclose(mean[:2], KNOWN[:2], atol=1e-12)
         np.testing.assert_allclose(covariance[:2], 0, atol=1e-12)

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from mindspore import Parameter, Tensor, nn
 
 from ms_diffusion import kernels, runtime
-from ms_diffusion.checkpoint import Checkpoint, checkpoints
-from ms_diffusion.presets import Config, TrainConfig, load_run
 from ms_diffusion.runtime import UserError
-from ms_diffusion.training import EMA, average_after_training, make_optimizer, make_train_step, power_of_length
+from ms_diffusion.training.checkpoint import Checkpoint, checkpoints
+from ms_diffusion.training.presets import Config, TrainConfig, load_run
+from ms_diffusion.training.step import EMA, average_after_training, make_optimizer, make_train_step, power_of_length
 
 
 class Walk(nn.Cell):
@@ -66,7 +66,7 @@ def test_each_average_follows_its_own_way(fused, monkeypatch):
     net = Walk()
     ema, others = EMA(net, 0.9), [EMA(net, length=length) for length in (0.05, 0.2)]
     optimizer = make_optimizer(net, 0.1, 0, 40)
-    step = make_train_step(loss_of(net), optimizer, ema, more_emas=others)
+    step = make_train_step(loss_of(net), optimizer, ema, extra_emas=others)
     path, decayed = [], net.place.asnumpy()
     for n in range(1, 21):
         step(Tensor(np.array([1.0, math.sin(n)], np.float32)))
@@ -111,7 +111,7 @@ def run(tmp_path):
     for step in (10, 20, 30):
         for i, each in enumerate(emas):
             each.averages[0].set_data(Tensor(np.full(each.averages[0].shape, 100 * i + step, np.float32)))
-        Checkpoint(tmp_path, net, None, EMA(net), more_emas=emas).save(step)
+        Checkpoint(tmp_path, net, None, EMA(net), extra_emas=emas).save(step)
     (tmp_path / "config.json").write_text(config.to_json())
     return tmp_path
 

@@ -17,14 +17,16 @@ from test_cli_sample import call, untrained
 
 import sample
 import train
-from ms_diffusion import evaluate, generation, presets
+from ms_diffusion import sampling as generation
+from ms_diffusion.commands import evaluate
+from ms_diffusion.commands.evaluate import choose, nearest, real_images
 from ms_diffusion.convert import save_torch_state_dict
 from ms_diffusion.data.fashion_mnist import load_fashion_mnist_mini
-from ms_diffusion.evaluate import choose, nearest, real_images
-from ms_diffusion.evaluation import frechet_distance, mean_and_covariance
-from ms_diffusion.features import Features
-from ms_diffusion.models.classifier import SHIPPED
+from ms_diffusion.metrics.distances import frechet_distance, mean_and_covariance
+from ms_diffusion.metrics.features import Features
+from ms_diffusion.models.classifier import BUNDLED
 from ms_diffusion.models.inception import InceptionV3
+from ms_diffusion.training import presets
 
 IMAGES, LABELS = load_fashion_mnist_mini("train")  # (2000, 28, 28, 1) uint8, (2000,)
 TEST_IMAGES, TEST_LABELS = load_fashion_mnist_mini("test")
@@ -44,7 +46,7 @@ def quick(tmp_path_factory):
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         patch.setattr(evaluate, "Features", functools.cache(lambda *args, **options: Features(*args, **options)))
         patch.setattr(evaluate, "load_run", functools.cache(evaluate.load_run))
-        denoisers, make = {}, generation.make_denoiser
+        denoisers, make = {}, sampling.make_denoiser
 
         def make_denoiser(diffusion, net, clip=True):
             if (net, clip) not in denoisers:
@@ -59,7 +61,7 @@ def quick(tmp_path_factory):
 def run(tmp_path_factory):
     """A run of 3 steps that knows classes; leave it as it is."""
     run = tmp_path_factory.mktemp("trained") / "run"
-    args = ["--preset", "quick-class", *TINY, *"--diffusion.timesteps 20 --train.total-steps 3".split()]
+    args = ["--preset", "quick-class", *TINY, *"--diffusion.num_timesteps 20 --train.total-steps 3".split()]
     assert call(train, "--run-dir", run, *args)[0] == 0
     return run
 
@@ -508,7 +510,7 @@ def torchvision_like(path):
 
 OTHERS = {
     "torchvision": torchvision_like,
-    "classifier": lambda path: shutil.copy(SHIPPED, path),
+    "classifier": lambda path: shutil.copy(BUNDLED, path),
     "garbage": lambda path: Path(path).write_bytes(b"garbage"),
     "none": lambda path: None,
 }

@@ -19,7 +19,7 @@ from ms_diffusion import kernels
 from ms_diffusion.models import attention, layers
 from ms_diffusion.models.unet import Unet
 from ms_diffusion.runtime import compiled
-from ms_diffusion.training import EMA, make_optimizer, make_train_step
+from ms_diffusion.training.step import EMA, make_optimizer, make_train_step
 
 LIBRARY = kernels.library()
 pytestmark = pytest.mark.skipif(LIBRARY is None, reason="needs a C++ compiler")

@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 from mindspore import Parameter, Tensor, nn
 
 from ms_diffusion import likelihood, runtime
-from ms_diffusion.data.pipeline import load_images
+from ms_diffusion.data.batches import load_images
 from ms_diffusion.denoiser import make_denoiser
-from ms_diffusion.diffusion import OBJECTIVES, GaussianDiffusion
 from ms_diffusion.likelihood import (
     bits_per_dim,
     dequantised_bits_per_dim,
@@ -25,6 +24,7 @@ from ms_diffusion.likelihood import (
     ode_timesteps,
 )
 from ms_diffusion.models.unet import UnetConfig
+from ms_diffusion.process import OBJECTIVES, GaussianDiffusion
 from ms_diffusion.schedules import SCHEDULES, cosine_beta_schedule, linear_beta_schedule
 
 M, S = 0.3, 0.5  # the data's mean and standard deviation

@@ -14,12 +14,12 @@ from mindspore import Tensor, nn
 from ms_diffusion import kernels
 from ms_diffusion.convert import load_into
 from ms_diffusion.denoiser import make_denoiser
-from ms_diffusion.diffusion import OBJECTIVES, DiffusionConfig, predict
 from ms_diffusion.models import layers
 from ms_diffusion.models.mlp import MLP, MLPConfig, ResidualMLP, ResidualMLPConfig
+from ms_diffusion.process import OBJECTIVES, DiffusionConfig, predict
 from ms_diffusion.samplers import SAMPLERS, generate, sampling_timesteps
 from ms_diffusion.schedules import SCHEDULES
-from ms_diffusion.training import make_optimizer, make_train_step
+from ms_diffusion.training.step import make_optimizer, make_train_step
 
 NETS = {  # name -> (network, its config, options)
     "MLP": (MLP, MLPConfig, dict(dim=19, timesteps=9)),
@@ -61,7 +61,7 @@ def operators(request, monkeypatch):
 def test_output_and_gradients_like_pytorch(name, mode, operators):
     """Of the mean squared loss; PyTorch in float64."""
     torch = pytest.importorskip("torch")
-    from ms_diffusion import torch_peer
+    from benchmarks import torch_peer
 
     kind, _, options = NETS[name]
     net, twin = build(name), getattr(torch_peer, kind.__name__)(**options).double()
@@ -89,7 +89,7 @@ def test_output_and_gradients_like_pytorch(name, mode, operators):
 @every_net
 def test_names_and_shapes_are_those_of_pytorch(name):
     pytest.importorskip("torch")
-    from ms_diffusion import torch_peer
+    from benchmarks import torch_peer
 
     kind, _, options = NETS[name]
     net, twin = build(name), getattr(torch_peer, kind.__name__)(**options)
@@ -283,7 +283,7 @@ def alpha_bars(diffusion, t):
 @pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.filterwarnings("ignore:alpha_bar_T")
 def test_losses_of_points_are_the_formula(objective, schedule):
-    diffusion = DiffusionConfig(timesteps=60, schedule=schedule, objective=objective, loss="l2").build()
+    diffusion = DiffusionConfig(num_timesteps=60, schedule=schedule, objective=objective, loss="l2").build()
     net = ResidualMLP(8, 1, 1, timesteps=60)
     for batch in (1, 13):
         x, t, noise = points(batch, 60)
@@ -303,7 +303,7 @@ LEARNT = [("MLP", "eps", "sigmoid"), ("residual", "x0", "cosine"), ("MLP", "v", 
 def test_training_lowers_the_loss_of_points(name, objective, schedule):
     kind = NETS[name][0]
     net = kind(dim=32, timesteps=60)
-    diffusion = DiffusionConfig(timesteps=60, schedule=schedule, objective=objective, loss="l2").build()
+    diffusion = DiffusionConfig(num_timesteps=60, schedule=schedule, objective=objective, loss="l2").build()
 
     def loss_fn(x, t, noise):
         return diffusion.p_losses(net, x, t, noise)
@@ -318,7 +318,7 @@ def test_training_lowers_the_loss_of_points(name, objective, schedule):
 @pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_samplers_draw_points(objective, sampler):
-    diffusion = DiffusionConfig(timesteps=60, schedule="cosine", objective=objective, loss="l2").build()
+    diffusion = DiffusionConfig(num_timesteps=60, schedule="cosine", objective=objective, loss="l2").build()
     denoise = make_denoiser(diffusion, ResidualMLP(8, 1, 1, timesteps=60))
     timesteps = sampling_timesteps(60, 5)
     first, again, more = (

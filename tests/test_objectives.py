@@ -14,9 +14,9 @@ import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 
 from ms_diffusion import kernels
-from ms_diffusion.diffusion import WEIGHTINGS, DiffusionConfig, GaussianDiffusion
+from ms_diffusion.process import WEIGHTINGS, DiffusionConfig, GaussianDiffusion
 from ms_diffusion.schedules import SCHEDULES, quadratic_beta_schedule, rescale_zero_terminal_snr
-from ms_diffusion.training import EMA, make_optimizer, make_train_step
+from ms_diffusion.training.step import EMA, make_optimizer, make_train_step
 
 every_batch = pytest.mark.parametrize("batch", [1, 13])
 without_eps = pytest.mark.parametrize("objective", ["x0", "v"])
@@ -272,30 +272,30 @@ def test_self_conditioning_and_its_gradient(objective, batch, mode, clip):
     """Chen et al. 2022, algorithm 1: the guess made from zeros is a constant to the gradient, and zero where not shown."""
     x_start, noise, t = draw((batch, 1, 2, 2))
     t = np.minimum(t, T // 2)  # later, a guess of x_0 from eps multiplies float32's error
-    cond, remembers = 6 * draw((batch, 1, 2, 2), seed=1)[0], (np.arange(batch) % 3 != 1).astype(np.float32)
+    cond, self_cond_mask = 6 * draw((batch, 1, 2, 2), seed=1)[0], (np.arange(batch) % 3 != 1).astype(np.float32)
     diffusion = GaussianDiffusion(BETAS, objective, "l2", clip_denoised=clip)
     w, u, b = (Parameter(Tensor(value, ms.float32), name) for value, name in ((0.9, "w"), (0.7, "u"), (0.3, "b")))
 
     def net(x_t, t, cond, last):
         return w * x_t + u * last + b * cond
 
-    def forward(x_start, t, noise, cond, remembers):
-        return diffusion.losses(net, x_start, t, noise, cond, None, remembers)
+    def forward(x_start, t, noise, cond, self_cond_mask):
+        return diffusion.losses(net, x_start, t, noise, cond, None, self_cond_mask)
 
-    losses, gradients = run(mode, forward, [w, u, b], x_start, t, noise, cond, remembers)
+    losses, gradients = run(mode, forward, [w, u, b], x_start, t, noise, cond, self_cond_mask)
     x_t, alpha_bar = noised(x_start, noise, t), alpha_bar_of(t, like=x_start)
     out = 0.9 * x_t + 0.3 * cond
     from_noise, from_v = (x_t - np.sqrt(1 - alpha_bar) * out) / np.sqrt(alpha_bar), np.sqrt(alpha_bar) * x_t
     guess = {"eps": from_noise, "x0": out, "v": from_v - np.sqrt(1 - alpha_bar) * out}[objective]
     assert (abs(guess) > 1).any()
-    last = (np.clip(guess, -1, 1) if clip else guess) * per_sample(remembers)
+    last = (np.clip(guess, -1, 1) if clip else guess) * per_sample(self_cond_mask)
     error = out + 0.7 * last - target_of(objective, x_start, noise, t)
     close(losses, (error**2).mean((1, 2, 3)), 1e-5)
     np.testing.assert_allclose(gradients, [(2 * error * d).mean() for d in (x_t, last, cond)], rtol=1e-4, atol=1e-5)
 
 
 def test_what_the_network_is_shown():
-    """Conditions in their order, then zeros; in the second call its own guess where `remembers` is 1, else zeros."""
+    """Conditions in their order, then zeros; in the second call its own guess where `self_cond_mask` is 1, else zeros."""
     seen = []
 
     def net(x_t, t, *cond):
@@ -303,11 +303,11 @@ def test_what_the_network_is_shown():
         return x_t + 5 * len(seen)
 
     x_start, noise, t = draw((13, 2))
-    labels, remembers = Tensor(np.arange(13, dtype=np.int32)), np.arange(13, dtype=np.float32) % 2
+    labels, self_cond_mask = Tensor(np.arange(13, dtype=np.int32)), np.arange(13, dtype=np.float32) % 2
     arguments = (net, Tensor(x_start), Tensor(t), Tensor(noise))
-    GaussianDiffusion(BETAS, "x0").losses(*arguments, (labels, Tensor(noise)), None, Tensor(remembers))
+    GaussianDiffusion(BETAS, "x0").losses(*arguments, (labels, Tensor(noise)), None, Tensor(self_cond_mask))
     guess = np.clip(noised(x_start, noise, t) + 5, -1, 1)
-    for shown, wanted in zip(seen, (0 * guess, guess * remembers[:, None]), strict=True):
+    for shown, wanted in zip(seen, (0 * guess, guess * self_cond_mask[:, None]), strict=True):
         np.testing.assert_array_equal(shown[0], labels.asnumpy())
         np.testing.assert_array_equal(shown[1], noise)
         np.testing.assert_allclose(shown[2], wanted, rtol=1e-5, atol=1e-6)

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ms_diffusion import sampler_errors
-from ms_diffusion.evaluation import sliced_wasserstein
-from ms_diffusion.sampler_errors import DATA, SOLVERS, STOCHASTIC, Mixture, process, rms, solve_ode
+from benchmarks import sampler_errors
+from benchmarks.sampler_errors import DATA, SOLVERS, STOCHASTIC, Mixture, process, rms, solve_ode
+from ms_diffusion.metrics.distances import sliced_wasserstein
 from ms_diffusion.samplers import SAMPLERS, sampling_timesteps
 
 ONE = Mixture(np.array([1.0]), np.array([[0.3, -0.2]]), np.array([0.15]))  # a Gaussian
@@ -120,7 +120,7 @@ def test_rms_by_hand():
 @pytest.mark.parametrize(("name", "extra"), [("ddim", 0), ("ddpm", 0), ("dpmpp_2m", 0), ("unipc", 0), ("plms", 1)])
 def test_calls_are_counted(name, extra):
     diffusion = process()
-    timesteps = sampling_timesteps(diffusion.T, 10)
+    timesteps = sampling_timesteps(diffusion.num_timesteps, 10)
     assert sampler_errors.count_calls(SAMPLERS[name], diffusion, timesteps) == 10 + extra
     assert len(sampler_errors.choose_timesteps(SAMPLERS[name], diffusion, "linspace", 10)[0]) == 10 - extra
 
@@ -132,7 +132,7 @@ def test_no_more_timesteps_would_fit(name, spacing, allowed):
     diffusion = process()
     timesteps, calls = sampler_errors.choose_timesteps(SAMPLERS[name], diffusion, spacing, allowed)
     assert calls == sampler_errors.count_calls(SAMPLERS[name], diffusion, timesteps) <= allowed
-    more = sampling_timesteps(diffusion.T, len(timesteps) + 1, spacing, diffusion.alphas_cumprod)
+    more = sampling_timesteps(diffusion.num_timesteps, len(timesteps) + 1, spacing, diffusion.alphas_cumprod)
     assert sampler_errors.count_calls(SAMPLERS[name], diffusion, more) > allowed
 
 

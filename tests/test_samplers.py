@@ -12,7 +12,7 @@ from scipy.integrate import solve_ivp
 
 from mindspore import Tensor
 
-from ms_diffusion.diffusion import GaussianDiffusion
+from ms_diffusion.process import GaussianDiffusion
 from ms_diffusion.samplers import (
     SAMPLERS,
     SPACINGS,
@@ -86,7 +86,7 @@ def affine_map(sampler, diffusion, timesteps=None, **options):
 
     One run of many numbers: x_T = 0, x_T = 1, and x_T = 0 with the unit noise of one step each.
     """
-    n = diffusion.T if timesteps is None else len(timesteps)
+    n = diffusion.num_timesteps if timesteps is None else len(timesteps)
     x = np.zeros(2 + n)
     x[1] = 1
     calls = iter(range(n))
@@ -174,7 +174,7 @@ def test_ddpm_over_all_steps_samples_the_data(schedule):
     assert b + A * math.sqrt(alpha_bar[-1]) * M == pytest.approx(M, abs=1e-10)  # for x_T from q(x_T)
 
     variance = 1.0  # of x_T ~ N(0, 1)
-    for t in range(diffusion.T - 1, -1, -1):
+    for t in range(diffusion.num_timesteps - 1, -1, -1):
         previous = alpha_bar[t - 1] if t else 1.0
         alpha = alpha_bar[t] / previous
         slope = math.sqrt(alpha) * variance_of(previous) / variance_of(alpha_bar[t])  # Cov(x_{t-1}, x_t) / Var(x_t)

@@ -80,7 +80,7 @@ def schedulers():
         diffusers, torch = pytest.importorskip("diffusers"), pytest.importorskip("torch")
 
     def make(name, diffusion, **config):
-        scheduler = getattr(diffusers, name)(diffusion.T, trained_betas=diffusion.betas, **config)
+        scheduler = getattr(diffusers, name)(diffusion.num_timesteps, trained_betas=diffusion.betas, **config)
         scheduler.alphas_cumprod = torch.from_numpy(diffusion.alphas_cumprod)
         return scheduler
 

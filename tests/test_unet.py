@@ -93,7 +93,7 @@ def assert_like_torch(net, gradient, twin, mode, arrays):
 @every_kind
 def test_names_and_shapes_are_those_of_pytorch(kind):
     pytest.importorskip("torch")
-    from ms_diffusion.torch_peer import Unet as Twin
+    from benchmarks.torch_peer import Unet as Twin
 
     net = Unet(28, channels=1, dim_mults=(1, 2, 4), **KINDS[kind])
     assert shapes_of(net) == {name: tuple(p.shape) for name, p in Twin(28, **KINDS[kind]).state_dict().items()}
@@ -112,7 +112,7 @@ NARROW = [(kind, 12, batch, size) for kind, batch, size in CASES]
 @pytest.mark.parametrize(("kind", "dim", "batch", "size"), [*NARROW, *map(slow, PARITY)])
 def test_output_and_gradients_like_pytorch(kind, dim, batch, size):
     pytest.importorskip("torch")
-    from ms_diffusion.torch_peer import Unet as Twin
+    from benchmarks.torch_peer import Unet as Twin
 
     net, gradient = drawn_unet(kind, dim)
     assert_like_torch(net, gradient, Twin(dim, **KINDS[kind]), "graph", draw_batch(batch, size))
@@ -121,7 +121,7 @@ def test_output_and_gradients_like_pytorch(kind, dim, batch, size):
 @every_kind
 def test_output_and_gradients_like_pytorch_in_pynative(kind):
     pytest.importorskip("torch")
-    from ms_diffusion.torch_peer import Unet as Twin
+    from benchmarks.torch_peer import Unet as Twin
 
     net, gradient = drawn_unet(kind, 12)
     assert_like_torch(net, gradient, Twin(12, **KINDS[kind]), "pynative", draw_batch(1, 28))
@@ -162,7 +162,7 @@ OPTIONS = {
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_options_like_pytorch(options):
     pytest.importorskip("torch")
-    from ms_diffusion.torch_peer import Unet as Twin
+    from benchmarks.torch_peer import Unet as Twin
 
     options = {"dim": 8, "dim_mults": (1, 2), "channels": 1, **options}
     net, twin = Unet(**options), Twin(**options)
@@ -185,7 +185,7 @@ CONDITIONAL = [("convnext", 1, "graph"), ("convnext", 2, "pynative"), ("resnet",
 @pytest.mark.parametrize(("kind", "patch_size", "mode"), CONDITIONAL)
 def test_conditional_network_like_pytorch(kind, patch_size, mode):
     pytest.importorskip("torch")
-    from ms_diffusion.torch_peer import Unet as Twin
+    from benchmarks.torch_peer import Unet as Twin
 
     options = {"dim": 8, "dim_mults": (1, 2), "channels": 1, "patch_size": patch_size, **KINDS[kind], **CONDITIONS}
     net = UnetConfig(**options).build()
@@ -335,7 +335,7 @@ BLOCKS = {
 @pytest.mark.parametrize("name", BLOCKS)
 def test_block_like_pytorch(name, batch, mode):
     torch = pytest.importorskip("torch")
-    from ms_diffusion import torch_peer
+    from benchmarks import torch_peer
 
     channels, block, twin_block = BLOCKS[name]
     net, twin = Only(block()), only(twin_block(torch_peer, torch.nn))

@@ -18,7 +18,8 @@ from urllib.request import Request, urlopen
 import numpy as np
 from tqdm import tqdm
 
-from ..runtime import UserError, cache_folder
+from ..files import cache_folder
+from ..runtime import UserError
 
 FILES = {
     "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
@@ -177,7 +178,7 @@ def _download(name, folder):
     os.replace(part, folder / name)
 
 
-def middle(images: np.ndarray) -> np.ndarray:
+def center_crop(images: np.ndarray) -> np.ndarray:
     """Images (N, H, W, C) of this set without the black border of those that are larger than 28 x 28."""
     top, left = (max(side - 28, 0) // 2 for side in images.shape[1:3])
     return images[:, top : top + 28, left : left + 28]

@@ -7,7 +7,7 @@ from mindspore import nn, ops
 from ..convert import load_into, load_torch_state_dict
 from .layers import GroupNorm, Linear, conv2d, name_and_initialise
 
-SHIPPED = Path(__file__).parents[1] / "weights" / "classifier.safetensors"
+BUNDLED = Path(__file__).parents[1] / "weights" / "classifier.safetensors"
 
 
 class ConvNorm(nn.Cell):
@@ -55,7 +55,7 @@ class Classifier(nn.Cell):
         return self.features_and_logits(x)[1]
 
 
-def load_classifier(path: Path = SHIPPED) -> Classifier:
+def load_classifier(path: Path = BUNDLED) -> Classifier:
     """The classifier that comes with the package, or another of `train_classifier`; UserError if `path` holds none."""
     net = Classifier()
     load_into(net, load_torch_state_dict(path))

@@ -40,10 +40,10 @@ class TextBlock(nn.Cell):
 class TextEncoder(nn.Cell):
     """A small transformer over words, trained with the network: tokens (B, L) int32 in [0, words] -> context (B, L, dim)."""
 
-    def __init__(self, words: int, length: int, dim: int, depth: int = 2, heads: int = 4):
+    def __init__(self, vocab_size: int, max_length: int, dim: int, depth: int = 2, heads: int = 4):
         super().__init__()
-        self.token_emb, self.pos_emb = Embedding(words + 1, dim), Embedding(length, dim)
-        self.positions = Tensor(np.arange(length, dtype=np.int32))
+        self.token_emb, self.pos_emb = Embedding(vocab_size + 1, dim), Embedding(max_length, dim)
+        self.positions = Tensor(np.arange(max_length, dtype=np.int32))
         self.blocks = nn.CellList([TextBlock(dim, heads) for _ in range(depth)])
         self.norm = LayerNorm(dim)
 
@@ -83,9 +83,9 @@ class LatentUnetConfig(UNetModelConfig):
     """Classes that it is told of by class or adm; else None."""
     context_dim: int | None = 64
     """Numbers of each entry of the context, by class or text; else None."""
-    words: int = 0
+    vocab_size: int = 0
     """Different words of the texts."""
-    length: int = 0
+    max_length: int = 0
     """Words of a text, at most."""
     cond_channels: int = 0
     """Channels of an image that the network is shown beside x."""
@@ -128,7 +128,7 @@ class LatentUnet(nn.Cell):
         if condition == "class":
             self.cond_stage = ClassEmbedder(config.num_classes + 1, context_dim)
         if condition == "text":
-            self.cond_stage = TextEncoder(config.words, config.length, context_dim)
+            self.cond_stage = TextEncoder(config.vocab_size, config.max_length, context_dim)
         if self.cond_stage is not None:
             name_and_initialise(self.cond_stage, seed + 1)
         for path, cell in self.cells_and_names():

@@ -19,7 +19,7 @@ class MLPConfig:
 
     dim: int = 128
     """Width of the hidden layers."""
-    timesteps: int = 100
+    num_embeddings: int = 100
     """Timesteps that it has embeddings for; at least the diffusion's."""
 
     num_classes: ClassVar[None] = None  # as a Unet's, for the programs
@@ -32,19 +32,19 @@ class MLPConfig:
 
 class MLP(nn.Cell):
     """Four linear layers with ReLU between, each hidden one with an embedding of the timestep added: the network of the
-    S-curve experiment. x (B, 2), t (B,) int32 in [0, timesteps) -> (B, 2). The arguments are MLPConfig's.
+    S-curve experiment. x (B, 2), t (B,) int32 in [0, num_embeddings) -> (B, 2). The arguments are MLPConfig's.
 
     Raises:
         ValueError: dim or timesteps below 1.
     """
 
-    def __init__(self, dim: int = 128, timesteps: int = 100, seed: int = 0):
+    def __init__(self, dim: int = 128, num_embeddings: int = 100, seed: int = 0):
         super().__init__()
-        if dim < 1 or timesteps < 1:
-            raise ValueError(f"an MLP of width {dim} for {timesteps} timesteps: both must be at least 1")
+        if dim < 1 or num_embeddings < 1:
+            raise ValueError(f"an MLP of width {dim} for {num_embeddings} num_embeddings: both must be at least 1")
         widths = [Linear(2, dim), Linear(dim, dim, "relu"), Linear(dim, dim, "relu"), Linear(dim, 2, "relu")]
         self.linears = nn.CellList(widths)
-        self.step_embeddings = nn.CellList([Embedding(timesteps, dim) for _ in range(3)])
+        self.step_embeddings = nn.CellList([Embedding(num_embeddings, dim) for _ in range(3)])
         name_and_initialise(self, seed)
 
     def construct(self, x, t):
@@ -75,7 +75,7 @@ class ResidualMLPConfig:
     """Residual blocks."""
     frequencies: int = 4
     """Sines and cosines of each coordinate: of periods 4, 2, 1, ... where the data have -1 to 1; 0 is none."""
-    timesteps: int = 1000
+    num_embeddings: int = 1000
     """Timesteps that it has embeddings for; at least the diffusion's."""
 
     num_classes: ClassVar[None] = None
@@ -89,21 +89,21 @@ class ResidualMLPConfig:
 class ResidualMLP(nn.Cell):
     """Residual blocks over sines of the coordinates (Tancik et al. 2020) and of the timestep.
 
-    x (B, 2), t (B,) int32 in [0, timesteps) -> (B, 2). The arguments are ResidualMLPConfig's.
+    x (B, 2), t (B,) int32 in [0, num_embeddings) -> (B, 2). The arguments are ResidualMLPConfig's.
 
     Raises:
         ValueError: dim is not even and at least 4, depth or frequencies are below 0, timesteps below 1.
     """
 
-    def __init__(self, dim: int = 128, depth: int = 3, frequencies: int = 4, timesteps: int = 1000, seed: int = 0):
+    def __init__(self, dim: int = 128, depth: int = 3, frequencies: int = 4, num_embeddings: int = 1000, seed: int = 0):
         super().__init__()
-        if dim < 4 or dim % 2 or depth < 0 or frequencies < 0 or timesteps < 1:
+        if dim < 4 or dim % 2 or depth < 0 or frequencies < 0 or num_embeddings < 1:
             raise ValueError(
                 f"dim {dim} must be even, at least 4; depth {depth} and frequencies {frequencies} at least 0, timesteps "
-                f"{timesteps} at least 1"
+                f"{num_embeddings} at least 1"
             )
         self.frequencies = Tensor((np.pi / 2 * 2.0 ** np.arange(frequencies)).astype(np.float32))
-        every_t = Tensor(np.arange(timesteps, dtype=np.float32))
+        every_t = Tensor(np.arange(num_embeddings, dtype=np.float32))
         self.time_embeddings = Tensor(SinusoidalPositionEmbeddings(dim)(every_t).asnumpy())  # once: a sine takes 20 ns
         self.time_mlp = Linear(dim, dim)
         self.first = Linear(2 + 4 * frequencies, dim)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..runtime import run_program
-from .fashion_mnist import FILES, MINI, load_fashion_mnist
+from ms_diffusion.data.fashion_mnist import FILES, MINI, load_fashion_mnist
+from ms_diffusion.runtime import run_program
 
 PER_CLASS = {"train": 200, "test": 50}
 

@@ -10,12 +10,13 @@ from tqdm import tqdm
 
 from mindspore import Tensor, ops
 
-from . import cli, images, runtime
-from .convert import load_into, save_torch_state_dict
-from .data.pipeline import load_images, make_dataset
-from .models.classifier import Classifier
-from .runtime import DEVICES, UserError
-from .training import EMA, make_optimizer, make_train_step
+from .. import images, runtime
+from ..convert import load_into, save_torch_state_dict
+from ..data.batches import load_images, make_dataset
+from ..models.classifier import Classifier
+from ..runtime import DEVICES, UserError
+from ..training.step import EMA, make_optimizer, make_train_step
+from . import parse as cli
 
 MOST_SHIFT = 2  # pixels
 

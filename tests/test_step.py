@@ -12,10 +12,10 @@ import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 
 from ms_diffusion import kernels
-from ms_diffusion.diffusion import DiffusionConfig
 from ms_diffusion.models.mlp import ResidualMLP
+from ms_diffusion.process import DiffusionConfig
 from ms_diffusion.runtime import compiled
-from ms_diffusion.training import EMA, WarmupCosine, make_optimizer, make_train_step
+from ms_diffusion.training.step import EMA, WarmupCosine, make_optimizer, make_train_step
 
 LR, WARMUP, STEPS, CLIP, DECAY = 0.05, 2, 6, 1.0, 0.3  # the warm-up of the decay, (1 + n) / (10 + n), passes 0.3 at step 3
 

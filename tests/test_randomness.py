@@ -8,8 +8,7 @@ from scipy.stats import chisquare
 
 from mindspore import nn
 
-from ms_diffusion.checkpoint import Checkpoint
-from ms_diffusion.draws import (
+from ms_diffusion.randomness import (
     TIMESTEPS,
     ImportanceTimesteps,
     antithetic_timesteps,
@@ -18,6 +17,7 @@ from ms_diffusion.draws import (
     uniform_timesteps,
 )
 from ms_diffusion.runtime import UserError
+from ms_diffusion.training.checkpoint import Checkpoint
 
 examples = settings(deadline=None, max_examples=50)
 either = pytest.mark.parametrize("draw", [uniform_timesteps, antithetic_timesteps])

@@ -1,10 +1,28 @@
-"""What a training step draws: timesteps and noise, on the host, so that runs repeat and resume exactly."""
+"""Every random number of the library, drawn on the host, so that runs repeat and resume exactly.
+
+A run draws from `np.random.default_rng((seed, stream, ...))`, a sample from `default_rng((seed, its index))`.
+"""
+
+from enum import IntEnum
 
 import numpy as np
 
 from mindspore import Parameter, Tensor
 
-TIMESTEPS = ("uniform", "antithetic", "importance")
+
+class Stream(IntEnum):
+    """What keeps the random numbers of one seed apart."""
+
+    ORDER = 1  # (seed, ORDER, epoch): the order of the training data
+    NOISE = 2  # (seed, NOISE, rank, step): timesteps, noise, dropped labels; (seed, NOISE): the latent scale's batch
+    FLIP = 3  # (seed, FLIP, rank, step): which images are mirrored
+    # Above all sample indices:
+    POINTS_TRAIN = 2**31  # (seed, POINTS_TRAIN): points of a toy distribution
+    POINTS_TEST = 2**31 + 1
+    POINTS_SPLIT = 2**31 + 2  # which points of a file are held out
+
+
+TIMESTEP_SAMPLING = ("uniform", "antithetic", "importance")
 
 
 def uniform_timesteps(rng: np.random.Generator, T: int, n: int) -> np.ndarray:
@@ -25,7 +43,7 @@ class ImportanceTimesteps:
     """
 
     def __init__(self, T: int, keep: int = 10, uniform_share: float = 0.001):
-        self.T, self.uniform_share = T, uniform_share
+        self.num_timesteps, self.uniform_share = T, uniform_share
         self.losses = Parameter(Tensor(np.zeros((T, keep), np.float32)), name="timesteps.losses", requires_grad=False)
         self.counts = Parameter(Tensor(np.zeros(T, np.int32)), name="timesteps.counts", requires_grad=False)
 
@@ -37,15 +55,15 @@ class ImportanceTimesteps:
         """(T,) float64, in sum 1; a share of it is uniform, so that no timestep is forgotten."""
         losses = self.losses.asnumpy().astype(np.float64)
         if (self.counts.asnumpy() < losses.shape[1]).any():
-            return np.full(self.T, 1 / self.T)
+            return np.full(self.num_timesteps, 1 / self.num_timesteps)
         p = np.sqrt((losses**2).mean(1)) + 1e-12
-        return (1 - self.uniform_share) * p / p.sum() + self.uniform_share / self.T
+        return (1 - self.uniform_share) * p / p.sum() + self.uniform_share / self.num_timesteps
 
     def draw(self, rng: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray]:
         """Timesteps (n,) int32 and the weights (n,) float32, 1 / (T p_t), that make the mean loss what uniform ones give."""
         p = self.probabilities()
-        t = rng.choice(self.T, n, p=p)
-        return t.astype(np.int32), (1 / (self.T * p[t])).astype(np.float32)
+        t = rng.choice(self.num_timesteps, n, p=p)
+        return t.astype(np.int32), (1 / (self.num_timesteps * p[t])).astype(np.float32)
 
     def update(self, t: np.ndarray, losses: np.ndarray) -> None:
         """Note the losses (n,) of timesteps t (n,), those that are finite; the oldest of a timestep makes room."""

@@ -3,12 +3,10 @@
 import numpy as np
 
 from ..images import to_float
+from ..randomness import Stream
 from ..runtime import UserError
 from .fashion_mnist import load_fashion_mnist, load_fashion_mnist_mini
 from .image_folder import load_image_folder
-
-# Words that keep the random streams of one seed apart; 2 is train.py's, of noise
-ORDER, FLIP = 1, 3
 
 
 class Batches:
@@ -35,7 +33,10 @@ class Batches:
     def batch(self, step: int):
         epoch, batch = divmod(step, self.batches_per_epoch)
         if epoch != self.epoch:
-            self.epoch, self.order = epoch, np.random.default_rng((self.seed, ORDER, epoch)).permutation(len(self.images))
+            self.epoch, self.order = (
+                epoch,
+                np.random.default_rng((self.seed, Stream.ORDER, epoch)).permutation(len(self.images)),
+            )
         start = (batch * self.world_size + self.rank) * self.batch_size
         chosen = self.order[start : start + self.batch_size]
 
@@ -43,7 +44,7 @@ class Batches:
         if x.dtype != np.uint8:
             return x, self.labels[chosen]
         if self.flip:
-            flipped = np.random.default_rng((self.seed, FLIP, self.rank, step)).random(len(x)) < 0.5
+            flipped = np.random.default_rng((self.seed, Stream.FLIP, self.rank, step)).random(len(x)) < 0.5
             x[flipped] = x[flipped, :, ::-1]
         return to_float(x), self.labels[chosen]
 
@@ -99,16 +100,16 @@ def check_enough(images, batch_size: int, world_size: int) -> None:
 
 
 def load_images(name: str, directory: str | None, split: str, size: int, channels: int) -> tuple[np.ndarray, np.ndarray]:
-    """Images (N, size, size, channels) uint8 in 0..255 and labels (N,) int32 of the set called ``name`` in ``LOADERS``.
+    """Images (N, size, size, channels) uint8 in 0..255 and labels (N,) int32 of the set called ``name`` in ``DATASETS``.
 
     The Fashion-MNIST sets are gray and 28 x 28; for a larger size they get a black border. An image folder has one split.
 
     Raises:
         UserError: there is no such set, or it does not come in that size or number of channels, or see its loader.
     """
-    if name not in LOADERS:
-        raise UserError(f"unknown data set {name!r}: choose one of {', '.join(LOADERS)}")
-    return LOADERS[name](directory, split, size, channels)
+    if name not in DATASETS:
+        raise UserError(f"unknown data set {name!r}: choose one of {', '.join(DATASETS)}")
+    return DATASETS[name](directory, split, size, channels)
 
 
 def _fashion_mnist(directory, split, size, channels):
@@ -137,4 +138,4 @@ def _padded(name, images, labels, size, channels):
     return np.pad(images, border), labels
 
 
-LOADERS = {"fashion-mnist": _fashion_mnist, "fashion-mnist-mini": _fashion_mnist_mini, "image-folder": _image_folder}
+DATASETS = {"fashion-mnist": _fashion_mnist, "fashion-mnist-mini": _fashion_mnist_mini, "image-folder": _image_folder}

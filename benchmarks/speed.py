@@ -20,8 +20,9 @@ from typing import Literal
 
 import numpy as np
 
-from . import cli, runtime
-from .runtime import DEVICES, UserError
+from ms_diffusion import runtime
+from ms_diffusion.commands import parse as cli
+from ms_diffusion.runtime import DEVICES, UserError
 
 # Not read from PRESETS, which would load MindSpore into PyTorch's process too
 PRESET_NAMES = ("quick", "fashion-mnist", "fashion-mnist-resnet", "scurve", "scurve-seed")
@@ -68,9 +69,10 @@ class Work:
     def __init__(self, model: dict, size: int, batch_size: int):
         from mindspore import Tensor
 
-        from . import diffusion, training
-        from .denoiser import make_denoiser
-        from .models.unet import UnetConfig
+        from ms_diffusion import process as diffusion
+        from ms_diffusion.denoiser import make_denoiser
+        from ms_diffusion.models.unet import UnetConfig
+        from ms_diffusion.training import step as training
 
         net, self.diffusion = UnetConfig(**model).build(), diffusion.DiffusionConfig().build()
         self.net, ema = net, training.EMA(net)
@@ -79,7 +81,7 @@ class Work:
         shape = (batch_size, model["channels"], size, size)
         self.batch = (
             Tensor(rng.random(shape, np.float32) * 2 - 1),
-            Tensor(rng.integers(0, self.diffusion.T, batch_size).astype(np.int32)),
+            Tensor(rng.integers(0, self.diffusion.num_timesteps, batch_size).astype(np.int32)),
             Tensor(rng.standard_normal(shape, np.float32)),
         )
 
@@ -101,10 +103,10 @@ class Work:
         return self.predict(*self.batch[:2]).asnumpy()
 
     def sample(self, steps: int):
-        from .samplers import generate, sample_ddim, sampling_timesteps
+        from ms_diffusion.samplers import generate, sample_ddim, sampling_timesteps
 
         shape = self.batch[0].shape
-        timesteps = sampling_timesteps(self.diffusion.T, steps)
+        timesteps = sampling_timesteps(self.diffusion.num_timesteps, steps)
         return generate(sample_ddim, self.denoise, self.diffusion, timesteps, shape[1:], shape[0], batch_size=shape[0])
 
 
@@ -112,16 +114,17 @@ class PointsWork:
     """An epoch of points for an MLP, as `train.py` makes it: batches and noise from the host, all steps in one call."""
 
     def __init__(self, model: dict, size: int, batch_size: int):
-        from . import diffusion, training
-        from .data.pipeline import Batches
-        from .models.mlp import MLPConfig, ResidualMLPConfig
+        from ms_diffusion import process as diffusion
+        from ms_diffusion.data.batches import Batches
+        from ms_diffusion.models.mlp import MLPConfig, ResidualMLPConfig
+        from ms_diffusion.training import step as training
 
         net = (ResidualMLPConfig if "depth" in model else MLPConfig)(**model).build()
         process = diffusion.DiffusionConfig(model["timesteps"], "sigmoid", loss="l2").build()
         points = np.random.default_rng(0).random((size, 2), np.float32) * 2 - 1
         points = np.concatenate([points, points[: -size % batch_size]])  # the last batch of an epoch is filled up
         self.batches = Batches(points, np.zeros(len(points), np.int32), batch_size, 10**9, 0, 0, False, 0, 1, 1)
-        self.steps, self.step, self.T = len(points) // batch_size, 0, process.T
+        self.steps, self.step, self.num_timesteps = len(points) // batch_size, 0, process.num_timesteps
 
         def loss_fn(x_start, t, noise):
             return process.p_losses(net, x_start, t, noise)
@@ -132,13 +135,15 @@ class PointsWork:
     def epoch(self):
         from mindspore import Tensor
 
-        from . import draws
-
         drawn = []
         for step in range(self.step, self.step + self.steps):
             x_start, rng = self.batches[step][0], np.random.default_rng((0, step))
             drawn.append(
-                (x_start, draws.antithetic_timesteps(rng, self.T, len(x_start)), draws.offset_noise(rng, x_start.shape, 0))
+                (
+                    x_start,
+                    randomness.antithetic_timesteps(rng, self.num_timesteps, len(x_start)),
+                    randomness.offset_noise(rng, x_start.shape, 0),
+                )
             )
         self.step += self.steps
         batch = [Tensor(np.stack(values)) for values in zip(*drawn, strict=True)]
@@ -150,8 +155,8 @@ def count_operations(model: dict, size: int) -> int:
     convolutions, linear layers and the products of attention. A training step takes three times as many."""
     from mindspore import Tensor, nn
 
-    from .models.attention import Attention, LinearAttention
-    from .models.unet import UnetConfig
+    from ms_diffusion.models.attention import Attention, LinearAttention
+    from ms_diffusion.models.unet import UnetConfig
 
     total = 0
 
@@ -192,7 +197,7 @@ def matrix_peak(device: str, n: int = 2048) -> float:
 
 def pipeline_rate(batch_size: int = 64, steps: int = 300) -> float:
     """Images a second of the training data pipeline."""
-    from .data.pipeline import load_images, make_dataset
+    from ms_diffusion.data.batches import load_images, make_dataset
 
     dataset = make_dataset(*load_images("fashion-mnist-mini", None, "train", 28, 1), batch_size, steps, flip=True)
     rows = dataset.create_tuple_iterator(output_numpy=True, num_epochs=1)
@@ -222,7 +227,7 @@ def serve(side: str, device: str, model: str, size: str, batch_size: str) -> Non
     is_unet = "channels" in arguments[0]
     if side == "torch":
         os.environ.pop("ONEDNN_MAX_CPU_ISA", None)  # which `runtime` sets for MindSpore; it would slow PyTorch
-        from . import torch_peer
+        from benchmarks import torch_peer
 
         kind = torch_peer.Work if is_unet else torch_peer.PointsWork
         work = kind(*arguments, device=device)
@@ -310,7 +315,7 @@ def verdict(pair) -> str:
 
 def measure(args: Args, device: str) -> list[dict]:
     """All figures of each preset and batch size, printed as they come."""
-    from .presets import PRESETS
+    from ms_diffusion.training.presets import PRESETS
 
     peak = matrix_peak(device)
     print(f"matrix product: {peak / 1e9:.0f} GFLOP/s; data pipeline: {pipeline_rate():,.0f} images/s")
@@ -372,8 +377,8 @@ def measure_points(args: Args, device, preset, model, config) -> dict:
 
 def measure_runs(args: Args, device: str) -> list[dict]:
     """How long each run takes for 64 images, with the guidance that it has where none is given, in turns."""
-    from .generation import Sampling, make_draw
-    from .presets import first_stage_of, load_run
+    from ms_diffusion.sampling import Sampling, make_draw
+    from ms_diffusion.training.presets import first_stage_of, load_run
 
     draws, num = {}, 64
     for name in args.runs:
@@ -383,11 +388,11 @@ def measure_runs(args: Args, device: str) -> list[dict]:
         first_stage = first_stage_of(Path(name)) if config.is_latent else None
         for steps in args.sampling_steps:
             sampling = Sampling(sampler=args.sampler, steps=steps)
-            sampling.settle(config, diffusion.T)
+            sampling.settle(config, diffusion.num_timesteps)
             draws[name, steps] = make_draw(sampling, net, diffusion, config, first_stage)
     seconds = {key: [] for key in draws}
     for turn in range(args.rounds + 1):  # the first compiles
-        for key, draw in draws.items():
+        for key, draw in randomness.items():
             start = time.perf_counter()
             draw(num, num)
             seconds[key] += [time.perf_counter() - start] if turn else []
@@ -406,7 +411,7 @@ SWEEPS = {"batch_size": (1, 4, 16, 64, 256), "size": (16, 32, 48, 64), "dim": (1
 
 def measure_cost(args: Args, device: str) -> list[dict]:
     """Seconds and memory of the annotated U-Net's step and forward pass over batch, size and width, as a table."""
-    from .presets import PRESETS
+    from ms_diffusion.training.presets import PRESETS
 
     records = []
     print("varied     value   step ms   forward ms   memory MiB")
@@ -443,7 +448,7 @@ def draw_cost(records: list[dict], path: Path) -> None:
 
 
 def report_samplers(args: Args) -> None:
-    from . import sampler_errors
+    from benchmarks import sampler_errors
 
     records = sampler_errors.measure_samplers()
     sampler_errors.print_table(records)

@@ -8,24 +8,24 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
+from ..convert import load_into
+from ..data.captions import CAPTIONS, LENGTH, WORDS
+from ..data.conditions import KINDS, condition_channels
+from ..data.points import POINTS_FILE, TOYS
+from ..files import write
+from ..latent import FirstStage
+from ..losses import D_LOSSES
+from ..models.autoencoder import AutoencoderConfig
+from ..models.classifier import Classifier
+from ..models.context import LatentUnetConfig
+from ..models.discriminator import NORMS
+from ..models.mlp import MLPConfig, ResidualMLPConfig
+from ..models.unet import UnetConfig
+from ..process import DiffusionConfig
+from ..randomness import TIMESTEP_SAMPLING
+from ..runtime import UserError
 from .checkpoint import checkpoints, read_state, read_weights
-from .convert import load_into
-from .data.captions import CAPTIONS, LENGTH, WORDS
-from .data.conditions import KINDS, condition_channels
-from .data.toy import POINTS_FILE, TOYS
-from .diffusion import DiffusionConfig
-from .draws import TIMESTEPS
-from .images import write
-from .latent import FirstStage
-from .losses import D_LOSSES
-from .models.autoencoder import AutoencoderConfig
-from .models.classifier import Classifier
-from .models.context import LatentUnetConfig
-from .models.discriminator import NORMS
-from .models.mlp import MLPConfig, ResidualMLPConfig
-from .models.unet import UnetConfig
-from .runtime import UserError
-from .training import average_after_training, power_of_length
+from .step import average_after_training, power_of_length
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class TrainConfig:
     """The global norm of the gradients is scaled down to this."""
     ema_decay: float = 0.999
     """Decay of the moving average of the weights, which samples are drawn from."""
-    timesteps: Literal[TIMESTEPS] = "uniform"
+    timestep_sampling: Literal[TIMESTEP_SAMPLING] = "uniform"
     """How timesteps are drawn: uniform, antithetic (t and T - 1 - t) or by importance (their last losses)."""
     offset_noise: float = 0.0
     """Strength of the noise that is one number for a whole channel."""
@@ -119,7 +119,7 @@ class TrainConfig:
 class AutoencoderTrainConfig(TrainConfig):
     """How an autoencoder is trained, and the discriminator that it has to deceive (Rombach et al. 2022, appendix G)."""
 
-    betas: tuple[float, float] = (0.9, 0.999)
+    adam_betas: tuple[float, float] = (0.9, 0.999)
     """Adam's decays of the moments, also the discriminator's."""
     kl_weight: float = 1e-6
     """Weight of the KL divergence of the latents from N(0, 1)."""
@@ -225,10 +225,10 @@ class Config:
             raise UserError(str(e)) from e
 
     def _check_points(self) -> None:
-        if self.model.timesteps < self.diffusion.timesteps:
+        if self.model.num_embeddings < self.diffusion.num_timesteps:
             raise UserError(
-                f"the network has embeddings for {self.model.timesteps} timesteps: "
-                f"set --model.timesteps {self.diffusion.timesteps}, as --diffusion.timesteps"
+                f"the network has embeddings for {self.model.num_embeddings} timesteps: "
+                f"set --model.num_embeddings {self.diffusion.num_timesteps}, as --diffusion.num_timesteps"
             )
 
     def _check_images(self) -> None:
@@ -244,8 +244,8 @@ class Config:
             raise UserError(f"--latent-scale is {self.latent_scale}: it must be above 0")
         if self.is_text and not self.data.name.startswith("fashion-mnist"):
             raise UserError(f"there are captions of Fashion-MNIST alone, not of {self.data.name}: train --preset latent")
-        if self.is_text and (model.words, model.length) != (len(WORDS), LENGTH):
-            raise UserError(f"its captions need --model.words {len(WORDS)} --model.length {LENGTH}")
+        if self.is_text and (model.vocab_size, model.max_length) != (len(WORDS), LENGTH):
+            raise UserError(f"its captions need --model.vocab_size {len(WORDS)} --model.max_length {LENGTH}")
         if patch is not None and not 1 <= patch <= self.data.size:
             raise UserError(f"--first-stage-patch is {patch}: choose up to the images' size, {self.data.size}")
         if (self.is_latent or self.is_autoencoder) and self.data.condition != "none":
@@ -291,8 +291,10 @@ class Config:
         scored = self.data.name.startswith("fashion-mnist") or self.shape == (1, 28, 28)
         if train.score_every and (self.is_points or self.is_autoencoder or not scored):
             raise UserError("--train.score-every is for gray images of 28 x 28: leave it out")
-        if not 1 <= train.sample_steps <= self.diffusion.timesteps or train.sample_num < 1:
-            raise UserError(f"--train.sample-steps must be in 1..{self.diffusion.timesteps}, --train.sample-num at least 1")
+        if not 1 <= train.sample_steps <= self.diffusion.num_timesteps or train.sample_num < 1:
+            raise UserError(
+                f"--train.sample-steps must be in 1..{self.diffusion.num_timesteps}, --train.sample-num at least 1"
+            )
 
     def _check_adversary(self) -> None:
         train = self.train
@@ -306,10 +308,10 @@ class Config:
             raise UserError(f"--train.disc-layers {train.disc_layers} leave nothing of {self.data.size} pixels: take fewer")
         if bool(train.vgg) != bool(train.lpips):
             raise UserError("LPIPS takes both of --train.vgg and --train.lpips")
-        if not all(0 < beta < 1 for beta in train.betas):
-            raise UserError(f"--train.betas are {train.betas}: both must be between 0 and 1")
+        if not all(0 < beta < 1 for beta in train.adam_betas):
+            raise UserError(f"--train.adam_betas are {train.adam_betas}: both must be between 0 and 1")
         plain = TrainConfig()
-        for name in "ema_lengths learn_logvar timesteps offset_noise steps_per_call".split():
+        for name in "ema_lengths learn_logvar timestep_sampling offset_noise steps_per_call".split():
             if getattr(train, name) != getattr(plain, name):
                 raise UserError(f"--train.{name.replace('_', '-')} is for diffusion: leave it out")
 
@@ -341,40 +343,40 @@ class Config:
             raise UserError(f"{path} is not the config.json of a run: {e}") from e
 
 
-WEIGHTS = Path(__file__).parent / "weights"
+WEIGHTS = Path(__file__).parents[1] / "weights"
 
 
-def shipped() -> list[str]:
+def bundled_models() -> list[str]:
     """The names of the models that come with the package."""
     return sorted(path.parent.name for path in WEIGHTS.glob("*/config.json"))
 
 
 def default_run() -> str:
-    """The first of `shipped()`.
+    """The first of `bundled_models()`.
 
     Raises:
         UserError: there is none.
     """
-    if not shipped():
+    if not bundled_models():
         raise UserError("which run? No model came with this package: give a run's folder, such as runs/quick")
-    return shipped()[0]
+    return bundled_models()[0]
 
 
 def run_folders(run: Path) -> tuple[Path, Path]:
     """(checkpoint, run): the newest checkpoint of a run's folder, or the one that is given, or its weights, and its run.
 
-    A model that comes with the package goes by its name in `shipped()`; its folder is run and checkpoint in one.
+    A model that comes with the package goes by its name in `bundled_models()`; its folder is run and checkpoint in one.
 
     Raises:
         UserError: there is no such run, or nothing in it.
     """
     run = Path(run)
-    if not run.exists() and str(run) in shipped():
+    if not run.exists() and str(run) in bundled_models():
         run = WEIGHTS / run
     if run.suffix == ".safetensors":
         run = run.parent
     if not run.is_dir():
-        known = ", ".join(shipped())
+        known = ", ".join(bundled_models())
         raise UserError(
             f"{run} is not a folder: give a run's, such as runs/quick, train one, or take what is there: {known}"
         )
@@ -437,7 +439,7 @@ def first_stage_of(run: Path) -> FirstStage:
     return first_stage
 
 
-def keep_first_stage(config: Config, run: Path, rank: int = 0) -> FirstStage:
+def resolve_first_stage(config: Config, run: Path, rank: int = 0) -> FirstStage:
     """The first stage that a run of latents is given, of which it (rank 0) keeps a copy, or has kept.
 
     Raises:
@@ -526,7 +528,7 @@ SCURVE = Config(
         total_steps=10_000,
         batch_size=256,
         steps_per_call=100,
-        timesteps="antithetic",
+        timestep_sampling="antithetic",
         lr=2e-3,
         log_every=100,
         sample_every=5000,
@@ -537,7 +539,7 @@ SCURVE = Config(
 )
 SCURVE_SEED = replace(
     SCURVE,
-    diffusion=replace(SCURVE.diffusion, timesteps=100),
+    diffusion=replace(SCURVE.diffusion, num_timesteps=100),
     model=MLPConfig(),
     train=replace(SCURVE.train, total_steps=316_000, batch_size=128, lr=1e-3, sample_every=79_000, save_every=79_000),
 )
@@ -591,7 +593,7 @@ LATENT = Config(
         batch_size=64,
         lr=2e-3,
         warmup_steps=500,
-        timesteps="antithetic",
+        timestep_sampling="antithetic",
         sample_guidance=2.0,
         sample_guidance_interval=(150, 750),
     ),
@@ -607,7 +609,7 @@ PRESETS = {
     "fashion-mnist": Config(),
     # What the annotated diffusion model does, to be compared with: its process, its rate and no average
     "fashion-mnist-seed": Config(
-        diffusion=DiffusionConfig(timesteps=200, schedule="unscaled_linear"),
+        diffusion=DiffusionConfig(num_timesteps=200, schedule="unscaled_linear"),
         train=TrainConfig(lr_decay=False, warmup_steps=0, ema_decay=0.0, sample_steps=200),
     ),
     "fashion-mnist-resnet": Config(model=UnetConfig(dim=32, use_convnext=False)),
@@ -615,7 +617,9 @@ PRESETS = {
     "fashion-mnist-large": replace(
         CLASS,
         model=replace(CLASS.model, dim=64, init_dim=64),
-        train=replace(CLASS.train, total_steps=22_000, lr=1.5e-3, warmup_steps=500, ema_decay=0.999, timesteps="antithetic"),
+        train=replace(
+            CLASS.train, total_steps=22_000, lr=1.5e-3, warmup_steps=500, ema_decay=0.999, timestep_sampling="antithetic"
+        ),
     ),
     **{name: replace(SCURVE, data=PointsConfig(name)) for name in TOYS},
     "scurve-seed": SCURVE_SEED,
@@ -630,7 +634,7 @@ PRESETS = {
             lr_decay=False,
             warmup_steps=0,
             clip_norm=1e9,
-            betas=(0.5, 0.9),
+            adam_betas=(0.5, 0.9),
             disc_start=50_001,
             disc_lr=1.8e-5,
             disc_channels=64,
@@ -640,7 +644,7 @@ PRESETS = {
     "latent": LATENT,
     "latent-text": replace(
         LATENT,
-        model=replace(LATENT.model, condition="text", num_classes=None, words=len(WORDS), length=LENGTH),
+        model=replace(LATENT.model, condition="text", num_classes=None, vocab_size=len(WORDS), max_length=LENGTH),
         train=replace(LATENT.train, total_steps=6000),
     ),
 }

@@ -18,8 +18,9 @@ import safetensors.numpy
 
 import mindspore as ms
 
-from .convert import load_into
-from .runtime import UserError
+from ..convert import load_into
+from ..files import sync_folder, write_synced
+from ..runtime import UserError
 
 
 class Checkpoint:
@@ -30,14 +31,14 @@ class Checkpoint:
         net, optimizer, ema, loss_scaler: what is saved and restored, each as `training` makes it; all but net may be None.
         keep: how many of the newest checkpoints stay.
         others: parameters that are neither the network's nor the optimizer's, saved with the latter.
-        more_emas: averages besides `ema`, in files of their own.
+        extra_emas: averages besides `ema`, in files of their own.
     """
 
-    def __init__(self, run_dir, net, optimizer=None, ema=None, loss_scaler=None, keep: int = 3, others=(), more_emas=()):
+    def __init__(self, run_dir, net, optimizer=None, ema=None, loss_scaler=None, keep: int = 3, others=(), extra_emas=()):
         self.folder = Path(run_dir) / "checkpoints"
         self.keep = keep
         self.files = {"model": {p.name: p for p in net.get_parameters()}}
-        for average in [*([ema] if ema is not None else []), *more_emas]:
+        for average in [*([ema] if ema is not None else []), *extra_emas]:
             self.files[average.name] = {s.name: a for s, a in zip(average.sources, average.averages, strict=True)}
         if optimizer is not None:
             parameters = [p for p in [*optimizer.get_parameters(), *others] if p.name not in self.files["model"]]
@@ -64,13 +65,13 @@ class Checkpoint:
             for name, parameters in self.files.items():
                 data = safetensors.numpy.save({key: p.asnumpy() for key, p in parameters.items()})
                 hashes[f"{name}.safetensors"] = hashlib.sha256(data).hexdigest()
-                _write_synced(temporary / f"{name}.safetensors", data)
+                write_synced(temporary / f"{name}.safetensors", data)
             versions = {"mindspore": ms.__version__, "numpy": np.__version__, "python": platform.python_version()}
             state = {"step": step, **state, "versions": versions, "sha256": hashes}
-            _write_synced(temporary / "state.json", json.dumps(state, indent=1).encode())
+            write_synced(temporary / "state.json", json.dumps(state, indent=1).encode())
             shutil.rmtree(target, ignore_errors=True)
             os.replace(temporary, target)
-            _sync(self.folder)
+            sync_folder(self.folder)
         except OSError as e:
             raise UserError(f"cannot write {target}: {e.strerror}; free some space or choose another --run-dir") from e
         finally:
@@ -153,16 +154,3 @@ def read_weights(folder: Path, name: str) -> dict[str, np.ndarray]:
     if hashlib.sha256(data).hexdigest() != read_state(folder)["sha256"].get(path.name):
         raise UserError(f"{path} is truncated or changed: its SHA-256 is not the one in state.json")
     return safetensors.numpy.load(data)
-
-
-def _write_synced(path: Path, data: bytes) -> None:
-    with open(path, "wb") as f:
-        f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)

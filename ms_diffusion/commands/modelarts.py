@@ -4,7 +4,7 @@ import os
 import time
 from pathlib import Path
 
-from .runtime import UserError
+from ..runtime import UserError
 
 OBS = ("obs://", "s3://")
 

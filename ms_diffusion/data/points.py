@@ -8,10 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ..randomness import Stream
 from ..runtime import UserError
-
-# Words that keep the random streams of one seed apart; above the indices of images, which are the samplers' words
-TRAIN, TEST, SPLIT = 2**31, 2**31 + 1, 2**31 + 2
 
 # The toys are functions (rng, n) -> (n, 2) float64. Each row is drawn on its own, arm or blob included, so that any slice
 # is a fair sample.
@@ -93,7 +91,7 @@ def load_points(name: str, path: str | None, num: int, seed: int) -> tuple[np.nd
         if not path:
             raise UserError(f"--data.name {POINTS_FILE} needs --data.dir, a .npy or .csv file")
         points = read_points(path).astype(np.float32)
-        points = points[np.random.default_rng((seed, SPLIT)).permutation(len(points))]
+        points = points[np.random.default_rng((seed, Stream.POINTS_SPLIT)).permutation(len(points))]
         held_out = max(1, len(points) // 5)
         return points[held_out:], points[:held_out]
 
@@ -104,12 +102,13 @@ def load_points(name: str, path: str | None, num: int, seed: int) -> tuple[np.nd
     if num < 1:
         raise UserError(f"--data.num {num}: set the number of points to train on to 1 or more")
     train, test = (
-        TOYS[name](np.random.default_rng((seed, word)), n).astype(np.float32) for word, n in ((TRAIN, num), (TEST, 2 * num))
+        TOYS[name](np.random.default_rng((seed, word)), n).astype(np.float32)
+        for word, n in ((Stream.POINTS_TRAIN, num), (Stream.POINTS_TEST, 2 * num))
     )
     return train, test
 
 
-def read_kept_points(path: Path) -> tuple[np.ndarray, np.ndarray]:
+def read_saved_points(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """The points of `load_points` that a run keeps in its points.npz.
 
     Raises:
@@ -234,14 +233,14 @@ def _shape_hint(shape):
 
 
 @dataclass(frozen=True)
-class Frame:
+class Normalizer:
     """Where the data lie: x = (points - centre) / scale is in [-1, 1]^2 and keeps their shape."""
 
     centre: np.ndarray  # (2,) float64
     scale: float
 
     @classmethod
-    def of(cls, points: np.ndarray) -> "Frame":
+    def of(cls, points: np.ndarray) -> "Normalizer":
         """The middle of the range of points (N, 2), and half of its wider side.
 
         Raises:

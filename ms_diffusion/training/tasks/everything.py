@@ -13,28 +13,28 @@ import numpy as np
 import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 
-from . import draws, images, plane
-from .checkpoint import Checkpoint, checkpoints
-from .convert import LoadReport, load_pretrained
-from .data.captions import draw_captions
-from .data.conditions import condition_image
-from .data.fashion_mnist import middle
-from .data.pipeline import check_enough, load_images
-from .data.toy import Frame, load_points, read_kept_points
-from .evaluation import frechet_distance, mean_and_covariance
-from .features import Features
-from .generation import Sampling, in_turn
-from .latent import FirstStage
-from .losses import D_LOSSES, adaptive_weight, autoencoder_loss, discriminator_loss, generator_loss
-from .models.autoencoder import gaussian_kl, gaussian_sample
-from .models.classifier import Classifier, load_classifier
-from .models.discriminator import NLayerDiscriminator
-from .models.layers import set_compute_type
-from .models.lpips import classifier_distance, load_lpips
-from .presets import Config, keep_first_stage
-from .runtime import UserError, compiled
-from .samplers import generate
-from .training import EMA, make_optimizer, make_train_step
+from ... import images
+from ...convert import LoadReport, load_pretrained
+from ...data.batches import check_enough, load_images
+from ...data.captions import draw_captions
+from ...data.conditions import condition_image
+from ...data.fashion_mnist import center_crop
+from ...data.points import Normalizer, load_points, read_saved_points
+from ...latent import FirstStage
+from ...losses import D_LOSSES, adaptive_weight, autoencoder_loss, discriminator_loss, generator_loss
+from ...metrics.distances import frechet_distance, mean_and_covariance
+from ...metrics.features import Features
+from ...models.autoencoder import gaussian_kl, gaussian_sample
+from ...models.classifier import Classifier, load_classifier
+from ...models.discriminator import NLayerDiscriminator
+from ...models.layers import set_compute_type
+from ...models.lpips import classifier_distance, load_lpips
+from ...runtime import UserError, compiled
+from ...samplers import generate
+from ...sampling import Sampling, in_turn
+from ..checkpoint import Checkpoint, checkpoints
+from ..presets import Config, resolve_first_stage
+from ..step import EMA, make_optimizer, make_train_step
 
 STREAM_NOISE = 2  # of np.random.default_rng((seed, stream, rank, step)); the data pipeline has its own
 
@@ -68,9 +68,9 @@ def diffusion_task(config: Config, run_dir: Path, device: str, rank: int, world_
 
     # Network, optimizer, and what a checkpoint restores
     net, diffusion = config.build()
-    loaded = begin_with(config, run_dir, net)
+    loaded = load_initial_weights(config, run_dir, net)
     sampling = Sampling(sampler="ddpm", steps=train.sample_steps)
-    sampling.settle(config, diffusion.T)
+    sampling.settle(config, diffusion.num_timesteps)
     loss_scaler = None
     if config.precision != "fp32":
         if config.precision == "bf16" and device == "CPU":
@@ -78,19 +78,19 @@ def diffusion_task(config: Config, run_dir: Path, device: str, rank: int, world_
         set_compute_type(net, {"fp16": ms.float16, "bf16": ms.bfloat16}[config.precision])
         if config.precision == "fp16":
             loss_scaler = ms.amp.DynamicLossScaler(scale_value=2.0**16, scale_factor=2, scale_window=2000)
-    ema, more_emas = EMA(net, train.ema_decay), [EMA(net, length=length) for length in train.ema_lengths]
+    ema, extra_emas = EMA(net, train.ema_decay), [EMA(net, length=length) for length in train.ema_lengths]
     net.set_train()  # after the averages are made, which know no dropout
-    logvar = Parameter(Tensor(np.zeros(diffusion.T, np.float32)), name="logvar") if train.learn_logvar else None
+    logvar = Parameter(Tensor(np.zeros(diffusion.num_timesteps, np.float32)), name="logvar") if train.learn_logvar else None
     more = [logvar] if train.learn_logvar else []
     optimizer = make_optimizer(net, train.lr, train.warmup_steps, train.total_steps, more, train.lr_decay)
-    importance = draws.ImportanceTimesteps(diffusion.T) if train.timesteps == "importance" else None
+    importance = randomness.ImportanceTimesteps(diffusion.num_timesteps) if train.timestep_sampling == "importance" else None
     others = importance.parameters if importance else []
-    checkpoint = Checkpoint(run_dir, net, optimizer, ema, loss_scaler, train.keep_checkpoints, others, more_emas)
+    checkpoint = Checkpoint(run_dir, net, optimizer, ema, loss_scaler, train.keep_checkpoints, others, extra_emas)
 
     # Data, and the step to go on from
     if config.is_points:
         points, test_points = load_points(config.data.name, config.data.dir, config.data.num, train.seed)
-        frame = Frame.of(points)
+        frame = Normalizer.of(points)
         data, labels = frame.to_unit(points), np.zeros(len(points), np.int32)
     else:
         data, labels = load_training_images(config)
@@ -101,14 +101,14 @@ def diffusion_task(config: Config, run_dir: Path, device: str, rank: int, world_
     state = checkpoint.load_latest()
     start = state["step"] if state else 0
     if config.is_points:
-        keep_points(run_dir / "points.npz", points, test_points)
+        save_points(run_dir / "points.npz", points, test_points)
     per_call = 1
-    if not (importance or more_emas or loss_scaler):  # these need the host, or a graph of their own, after each step
+    if not (importance or extra_emas or loss_scaler):  # these need the host, or a graph of their own, after each step
         every = (train.total_steps, train.log_every, train.sample_every, train.save_every, train.score_every)
         per_call = math.gcd(train.steps_per_call, *every, start)
     record, originals, first_stage = {}, data, None
     if config.is_latent:
-        first_stage = keep_first_stage(config, run_dir, rank)
+        first_stage = resolve_first_stage(config, run_dir, rank)
         data = first_stage.cached_moments(originals, config.data.dir)
         if state and "latent_scale" not in state:
             raise UserError(
@@ -130,18 +130,18 @@ def diffusion_task(config: Config, run_dir: Path, device: str, rank: int, world_
         if importance:
             t, weights = importance.draw(rng, n)
             more.append(weights)
-        elif train.timesteps == "antithetic":
-            t = draws.antithetic_timesteps(rng, diffusion.T, n)
+        elif train.timestep_sampling == "antithetic":
+            t = randomness.antithetic_timesteps(rng, diffusion.num_timesteps, n)
         else:
-            t = draws.uniform_timesteps(rng, diffusion.T, n)
-        noise = draws.offset_noise(rng, (n, *config.shape), train.offset_noise)
+            t = randomness.uniform_timesteps(rng, diffusion.num_timesteps, n)
+        noise = randomness.offset_noise(rng, (n, *config.shape), train.offset_noise)
         if config.is_latent:
             more.append(rng.standard_normal(noise.shape, np.float32))
         if config.model.self_condition:
             more.append(rng.integers(0, 2, n).astype(np.float32))
         if null is not None:
             told = draw_captions(rng, labels) if config.is_text else labels
-            more.append(draws.drop_labels(rng, told, train.label_dropout, null))
+            more.append(randomness.drop_labels(rng, told, train.label_dropout, null))
         if config.data.condition != "none":
             more.append(condition_image(config.data.condition, x_start, config.data.lowres_size, rng))
         return [x_start, t, noise, *more]
@@ -151,12 +151,12 @@ def diffusion_task(config: Config, run_dir: Path, device: str, rank: int, world_
         weights, more = (more[0], more[1:]) if importance else (None, more)
         if config.is_latent:
             x_start, more = first_stage.scale * gaussian_sample(x_start, more[0]), more[1:]
-        remembers, cond = (more[0], more[1:]) if config.model.self_condition else (None, more)
-        losses = diffusion.losses(net, x_start, t, noise, cond, logvar, remembers)
+        self_cond_mask, cond = (more[0], more[1:]) if config.model.self_condition else (None, more)
+        losses = diffusion.losses(net, x_start, t, noise, cond, logvar, self_cond_mask)
         return (ops.mean(weights * losses), losses) if importance else ops.mean(losses)
 
     train_step = make_train_step(
-        loss_fn, optimizer, ema, train.clip_norm, loss_scaler, world_size, importance is not None, more_emas, per_call
+        loss_fn, optimizer, ema, train.clip_norm, loss_scaler, world_size, importance is not None, extra_emas, per_call
     )
 
     def advance(x_start, labels, step: int):
@@ -194,19 +194,19 @@ def diffusion_task(config: Config, run_dir: Path, device: str, rank: int, world_
         path, num = run_dir / "samples" / f"step-{step:07d}.png", train.sample_num
         x = draw(sampling, num, num if config.is_points else 64)
         if config.is_points:
-            plane.save_samples(path, frame.to_points(x), test_points[:num], f"step {step}")
+            plots2d.save_samples(path, frame.to_points(x), test_points[:num], f"step {step}")
         else:
             images.save_grid(path, images.to_uint8(x), columns=config.classes)
         return path
 
     def score(step: int) -> float:
         """The FID of a few images."""
-        x = draw(replace(sampling, sampler="dpmpp_2m", steps=min(15, diffusion.T)), train.score_num)
+        x = draw(replace(sampling, sampler="dpmpp_2m", steps=min(15, diffusion.num_timesteps)), train.score_num)
         if not np.isfinite(x).all():
             raise UserError(
                 f"samples are not finite at step {step}: resume with a lower --train.lr from the last checkpoint"
             )
-        return frechet_distance(*mean_and_covariance(features(middle(images.to_uint8(x)))["features"]), *reference)
+        return frechet_distance(*mean_and_covariance(features(center_crop(images.to_uint8(x)))["features"]), *reference)
 
     return Task(
         checkpoint, state, data, labels, per_call, optimizer, advance, draw_samples, score if scored else None, record
@@ -221,9 +221,11 @@ def autoencoder_task(config: Config, run_dir: Path, device: str, rank: int, worl
 
     # Networks, optimizers, and what a checkpoint restores
     (net, _), discriminator = config.build(), None
-    begin_with(config, run_dir, net)
+    load_initial_weights(config, run_dir, net)
     logvar = Parameter(Tensor(np.float32(0)), name="logvar")
-    optimizer = make_optimizer(net, train.lr, train.warmup_steps, train.total_steps, [logvar], train.lr_decay, train.betas)
+    optimizer = make_optimizer(
+        net, train.lr, train.warmup_steps, train.total_steps, [logvar], train.lr_decay, train.adam_betas
+    )
     ema, others = EMA(net, train.ema_decay), []
     net.set_train()
     if train.disc_weight:
@@ -232,7 +234,7 @@ def autoencoder_task(config: Config, run_dir: Path, device: str, rank: int, worl
         channels = config.model.channels
         discriminator = NLayerDiscriminator(channels, train.disc_channels, train.disc_layers, train.disc_norm, train.seed)
         d_steps = max(train.total_steps - train.disc_start, 1)
-        d_optimizer = make_optimizer(discriminator, train.disc_lr, 0, d_steps, (), train.lr_decay, train.betas)
+        d_optimizer = make_optimizer(discriminator, train.disc_lr, 0, d_steps, (), train.lr_decay, train.adam_betas)
         both = (*discriminator.get_parameters(), *d_optimizer.get_parameters())
         others = {id(p): p for p in both}.values()
         for p in others:  # no two of a checkpoint may have one name
@@ -327,7 +329,7 @@ def autoencoder_losses(net, discriminator, logvar, distance, train):
     return likelihood, adversarial, weigh, d_loss
 
 
-def begin_with(config: Config, run_dir: Path, net: nn.Cell) -> LoadReport | None:
+def load_initial_weights(config: Config, run_dir: Path, net: nn.Cell) -> LoadReport | None:
     """Give the network of a new run the weights that it is to begin with, and say what became of them."""
     if not config.init_from or checkpoints(run_dir):
         return None
@@ -346,7 +348,7 @@ def scoring(train, data: np.ndarray):
     if len(data) <= Classifier.num_features:
         raise UserError(f"{len(data)} images are too few for --train.score-every: leave it out")
     features, chosen = Features(), np.random.default_rng(train.seed).permutation(len(data))[: train.score_num]
-    return features, mean_and_covariance(features(middle(data[chosen]))["features"])
+    return features, mean_and_covariance(features(center_crop(data[chosen]))["features"])
 
 
 def save_reconstructions(path: Path, first_stage: FirstStage, shown: np.ndarray) -> Path:
@@ -370,11 +372,11 @@ def perceptual_distance(config: Config):
     )
 
 
-def keep_points(path: Path, train: np.ndarray, test: np.ndarray) -> None:
+def save_points(path: Path, train: np.ndarray, test: np.ndarray) -> None:
     """Keep a run's points with it, for `sample.py`; refuse other points than those that it has."""
-    if path.exists() and not all(map(np.array_equal, read_kept_points(path), (train, test))):
+    if path.exists() and not all(map(np.array_equal, read_saved_points(path), (train, test))):
         raise UserError(f"the points are not those of the run in {path.parent}: use another --run-dir for them")
-    images.write(path, lambda f: np.savez(f, train=train, test=test))
+    write(path, lambda f: np.savez(f, train=train, test=test))
 
 
 def scale_of(moments: np.ndarray, train) -> float:

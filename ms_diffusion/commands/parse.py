@@ -8,8 +8,8 @@ import sys
 
 import tyro
 
+from ..runtime import UserError
 from . import modelarts
-from .runtime import UserError
 
 
 def parse(cls, default=None, argv=None):

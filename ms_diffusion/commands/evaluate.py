@@ -13,10 +13,10 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from . import cli, images, runtime
-from .data.fashion_mnist import middle
-from .data.pipeline import LOADERS, load_images
-from .evaluation import (
+from .. import images, runtime
+from ..data.batches import DATASETS, load_images
+from ..latent import FirstStage
+from ..metrics.distances import (
     check_number,
     frechet_distance,
     kernel_distance,
@@ -26,11 +26,11 @@ from .evaluation import (
     rows_of_squares,
     ssim,
 )
-from .features import Features
-from .generation import Sampling, make_draw
-from .latent import FirstStage
-from .presets import default_run, first_stage_of, load_run
-from .runtime import UserError
+from ..metrics.features import Features
+from ..runtime import UserError
+from ..sampling import Sampling, make_draw
+from ..training.presets import default_run, first_stage_of, load_run
+from . import parse as cli
 
 OTHER = {"train": "test", "test": "train"}  # the splits of real images
 SHOWN = 30  # images of each kind in the picture
@@ -54,7 +54,7 @@ class Args:
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = field(
         default_factory=lambda: Sampling(sampler="dpmpp_2m", steps=20)
     )
-    data: Literal[tuple(LOADERS)] | None = None
+    data: Literal[tuple(DATASETS)] | None = None
     """Data set; the run's own if not given, or fashion-mnist."""
     data_dir: str | None = None
     """Folder of the data."""
@@ -168,7 +168,7 @@ def draw_picture(path: Path, samples, real, neighbours) -> None:
         sheet = images.grid(shown, 10)
         axes.imshow(sheet.squeeze(-1) if sheet.shape[-1] == 1 else sheet, cmap="gray", vmin=0, vmax=255)
         axes.set(title=title, xticks=[], yticks=[])
-    images.write(path, lambda f: figure.savefig(f, format="png", dpi=110))
+    write(path, lambda f: figure.savefig(f, format="png", dpi=110))
 
 
 ROWS = {  # name -> what it is, and how it is printed
@@ -272,7 +272,7 @@ def main() -> int:
     print(f"{protocol}; {seconds:.0f} s on {device}")
     record = {"protocol": protocol, "samples": scores, "floor": floor, "seconds": round(seconds, 1)}
     report, picture = Path(args.json or f"{beside}.json"), Path(args.out or f"{beside}.png")
-    images.write(report, lambda f: f.write(json.dumps(record, indent=1).encode()))
+    write(report, lambda f: f.write(json.dumps(record, indent=1).encode()))
     draw_picture(picture, samples.images[:SHOWN], chosen[against][0][:SHOWN], train[index[:10]])
     print(f"{report}, {picture}")
     return 0

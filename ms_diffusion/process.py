@@ -89,7 +89,7 @@ class GaussianDiffusion:
 
         # Forward process q(x_t | x_0)
         self.betas = betas
-        self.T = len(betas)
+        self.num_timesteps = len(betas)
         self.alphas_cumprod = np.cumprod(1 - betas)
         self.alphas_cumprod_prev = np.append(1.0, self.alphas_cumprod[:-1])
         if self.alphas_cumprod[-1] > 0.01:
@@ -108,9 +108,9 @@ class GaussianDiffusion:
         # neighbour's weight, and in the loss
         snr = self.alphas_cumprod / (1 - self.alphas_cumprod)
         with np.errstate(divide="ignore"):
-            in_x0 = {"x0": np.ones(self.T), "eps": 1 / snr, "v": 1 - self.alphas_cumprod}[objective]
+            in_x0 = {"x0": np.ones(self.num_timesteps), "eps": 1 / snr, "v": 1 - self.alphas_cumprod}[objective]
             self.lvlb_weights = self.posterior_mean_coef1**2 / (2 * self.posterior_variance) * in_x0
-        if v_posterior == 0 and self.T > 1:
+        if v_posterior == 0 and self.num_timesteps > 1:
             self.lvlb_weights[0] = self.lvlb_weights[1]
         if original_elbo_weight > 0 and not np.isfinite(self.lvlb_weights).all():
             raise ValueError("a single step has no variance to weigh by: use more timesteps, or no original_elbo_weight")
@@ -119,9 +119,11 @@ class GaussianDiffusion:
         elif weighting == "p2":
             weights = (1 + snr) ** -(gamma or 1) * snr * in_x0
         else:
-            weights = np.ones(self.T)
+            weights = np.ones(self.num_timesteps)
         self.simple_weights = l_simple_weight * weights
-        self.elbo_weights = original_elbo_weight * self.lvlb_weights if original_elbo_weight else np.zeros(self.T)
+        self.elbo_weights = (
+            original_elbo_weight * self.lvlb_weights if original_elbo_weight else np.zeros(len(betas))
+        )
 
         def device(values):
             return Tensor(values.astype(np.float32))
@@ -197,14 +199,14 @@ class GaussianDiffusion:
         mean, variance, log_variance = self.q_posterior(x_start, x_t, t)
         return mean, variance, log_variance, x_start
 
-    def losses(self, net, x_start, t, noise, cond=None, logvar=None, remembers=None):
+    def losses(self, net, x_start, t, noise, cond=None, logvar=None, self_cond_mask=None):
         """Weighted error (B,) of the network's prediction at x_t: eq. 14 and what `weighting` and its like make of it.
 
         Args:
             cond: conditions (B, ...), a Tensor or a tuple, handed to the network after t.
             logvar: log-variance (T,) of the errors, learned with the network: error / exp(logvar) + logvar is then what
                 `weighting` weighs (Kendall & Gal 2017, eq. 8; `learn_logvar` of latent diffusion's reference).
-            remembers: (B,) 0 or 1, whether a sample is shown a first guess of x_0 in self-conditioning (Chen et al. 2022,
+            self_cond_mask: (B,) 0 or 1, whether a sample is shown a first guess of x_0 in self-conditioning (Chen et al. 2022,
                 algorithm 1), else zeros.
         """
         x_t = self.q_sample(x_start, t, noise)
@@ -215,10 +217,10 @@ class GaussianDiffusion:
         else:
             target = x_start
         cond = as_tuple(cond)
-        if remembers is not None:
+        if self_cond_mask is not None:
             guess = self.predict_start(predict(net, x_t, t, cond + (ops.zeros_like(x_t),)), x_t, t)
             guess = ops.stop_gradient(ops.clamp(guess, -1.0, 1.0) if self.clip_denoised else guess)
-            cond = cond + (guess * remembers.reshape((-1,) + (1,) * (x_t.ndim - 1)),)
+            cond = cond + (guess * self_cond_mask.reshape((-1,) + (1,) * (x_t.ndim - 1)),)
         error = self.loss(predict(net, x_t, t, cond), target)
         error = ops.mean(error.reshape(x_t.shape[0], -1), 1)
         simple = error
@@ -229,9 +231,9 @@ class GaussianDiffusion:
             simple = ops.gather(self._simple_weights, t, 0) * simple
         return simple if self._elbo_weights is None else simple + ops.gather(self._elbo_weights, t, 0) * error
 
-    def p_losses(self, net, x_start, t, noise, cond=None, logvar=None, remembers=None):
+    def p_losses(self, net, x_start, t, noise, cond=None, logvar=None, self_cond_mask=None):
         """The mean () of `losses`."""
-        return ops.mean(self.losses(net, x_start, t, noise, cond, logvar, remembers))
+        return ops.mean(self.losses(net, x_start, t, noise, cond, logvar, self_cond_mask))
 
 
 def predict(net, x_t, t, cond=None):
@@ -243,7 +245,7 @@ def predict(net, x_t, t, cond=None):
 class DiffusionConfig:
     """The process that data is noised by, and what the network learns of it."""
 
-    timesteps: int = 1000
+    num_timesteps: int = 1000
     """T, the number of diffusion steps."""
     schedule: str = "linear"
     """Noise schedule: linear, cosine, quadratic, sigmoid or sqrt_linear."""
@@ -267,11 +269,11 @@ class DiffusionConfig:
     def build(self) -> GaussianDiffusion:
         if self.schedule not in SCHEDULES:
             raise ValueError(f"unknown schedule {self.schedule!r}: choose one of {', '.join(SCHEDULES)}")
-        if self.timesteps < 1:
-            raise ValueError(f"timesteps is {self.timesteps}: it must be at least 1")
-        betas = SCHEDULES[self.schedule](self.timesteps)
+        if self.num_timesteps < 1:
+            raise ValueError(f"num_timesteps is {self.num_timesteps}: it must be at least 1")
+        betas = SCHEDULES[self.schedule](self.num_timesteps)
         if self.zero_terminal_snr:
-            if self.timesteps < 2:
+            if self.num_timesteps < 2:
                 raise ValueError("zero_terminal_snr needs at least 2 timesteps")
             betas = rescale_zero_terminal_snr(betas)
         return GaussianDiffusion(

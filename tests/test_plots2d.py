@@ -13,8 +13,8 @@ from hypothesis.extra.numpy import arrays
 from matplotlib.colors import to_hex
 from PIL import Image, ImageSequence
 
-from ms_diffusion import plane
-from ms_diffusion.plane import (
+from ms_diffusion import plots2d as plane
+from ms_diffusion.plots2d import (
     grid_points,
     limits,
     save_panels,
@@ -32,8 +32,8 @@ def cloud(n, seed=0, scale=1.0):
 @pytest.fixture
 def figures(monkeypatch):
     """The figures drawn, in order; they are written too."""
-    drawn, save = [], plane._save
-    monkeypatch.setattr(plane, "_save", lambda path, figure: (drawn.append(figure), save(path, figure)))
+    drawn, save = [], plots2d._save
+    monkeypatch.setattr(plots2d, "_save", lambda path, figure: (drawn.append(figure), save(path, figure)))
     return drawn
 
 
@@ -175,11 +175,11 @@ def test_samples_outside_are_counted(tmp_path, figures):
 
 def test_density_is_where_the_points_are():
     """[y, x] from below; a Gaussian about one point, 1 at most."""
-    density = plane._density([[0.76, 9.51]] * 3, ((-1, 1), (9, 11)))
+    density = plots2d._density([[0.76, 9.51]] * 3, ((-1, 1), (9, 11)))
     assert density.shape == (80, 80) and density.max() == 1
     assert np.unravel_index(density.argmax(), density.shape) == (20, 70)
     assert density[20, 73] == pytest.approx(np.exp(-2)) and density[23, 70] == pytest.approx(np.exp(-2))
-    assert not plane._density(np.zeros((0, 2)), ((-1, 1), (-1, 1))).any()
+    assert not plots2d._density(np.zeros((0, 2)), ((-1, 1), (-1, 1))).any()
 
 
 @pytest.mark.parametrize("offset", [0, 1e6])
@@ -346,13 +346,13 @@ import sys, numpy as np
 from ms_diffusion import plane
 assert "matplotlib" not in sys.modules and "mindspore" not in sys.modules
 p = np.eye(2)
-plane.save_panels("a.png", [p], ["a"])
-plane.save_samples("b.png", p, p)
-plane.save_score_field("c.png", [(p, p, p)], ["c"])
-plane.save_trajectories("d.png", {"d": p[None]}, p)
-plane.save_points_gif("e.gif", [p])
+plots2d.save_panels("a.png", [p], ["a"])
+plots2d.save_samples("b.png", p, p)
+plots2d.save_score_field("c.png", [(p, p, p)], ["c"])
+plots2d.save_trajectories("d.png", {"d": p[None]}, p)
+plots2d.save_points_gif("e.gif", [p])
 assert "matplotlib.pyplot" not in sys.modules
 """
-    environment = {**os.environ, "PYTHONPATH": str(Path(plane.__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(plots2d.__file__).parents[1])}
     subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=tmp_path, env=environment, check=True, timeout=300)
     assert files(tmp_path) == ["a.png", "b.png", "c.png", "d.png", "e.gif"]

@@ -95,7 +95,7 @@ class Sampling:
 
     def timesteps(self, diffusion) -> list[int]:
         spacing = self.spacing or ("linspace" if self.sampler in ("ddpm", "ddim") else "logsnr")
-        return sampling_timesteps(diffusion.T, self.steps, spacing, diffusion.alphas_cumprod)
+        return sampling_timesteps(diffusion.num_timesteps, self.steps, spacing, diffusion.alphas_cumprod)
 
 
 def in_turn(config, num: int):

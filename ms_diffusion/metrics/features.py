@@ -9,10 +9,12 @@ from tqdm import tqdm
 
 from mindspore import Tensor
 
-from .images import to_float, write
-from .models.classifier import SHIPPED, Classifier, load_classifier
-from .models.inception import InceptionV3, load_inception
-from .runtime import UserError, cache_folder, compiled
+from ..files import write
+from ..images import to_float
+from ..models.classifier import BUNDLED, Classifier, load_classifier
+from ..models.inception import InceptionV3, load_inception
+from ..files import cache_folder
+from ..runtime import UserError, compiled
 
 BATCH = 250  # images at once
 
@@ -31,7 +33,7 @@ class Features:
         self.name = "InceptionV3 pool3" if inception else "classifier"
         self.net = load_inception(inception) if inception else load_classifier()
         self.num = InceptionV3.features if inception else Classifier.num_features
-        self.weights = Path(inception or SHIPPED).read_bytes()
+        self.weights = Path(inception or BUNDLED).read_bytes()
         names = ("features",) if inception else ("features", "logits")
         self.bar = bar
         self.names, self.graph = names, compiled(self.net if inception else self.net.features_and_logits)

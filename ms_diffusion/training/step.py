@@ -9,8 +9,8 @@ import numpy as np
 import mindspore as ms
 from mindspore import Tensor, nn, ops
 
-from . import kernels
-from .runtime import compiled
+from .. import kernels
+from ..runtime import compiled
 
 
 class WarmupCosine(nn.learning_rate_schedule.LearningRateSchedule):
@@ -127,7 +127,7 @@ def make_train_step(
     loss_scaler=None,
     world_size: int = 1,
     has_aux: bool = False,
-    more_emas=(),
+    extra_emas=(),
     steps_per_call: int = 1,
 ):
     """Compile `step(*batch) -> (loss (), gradient norm ())`: gradients of `loss_fn(*batch)`, clip, Adam, EMA.
@@ -137,10 +137,10 @@ def make_train_step(
         loss_scaler: `mindspore.amp.DynamicLossScaler` for float16; a step that overflows is skipped.
         world_size: number of devices, whose gradients are averaged.
         has_aux: loss_fn returns (loss, more), and the step (loss, gradient norm, more).
-        more_emas: other averages that follow the network besides `ema`.
+        extra_emas: other averages that follow the network besides `ema`.
         steps_per_call: K > 1 makes K steps in one call, of batches with a further, first axis (K, ...), and returns their
             mean loss and the last gradient norm; a small network's step is shorter than the way into the graph. For
-            float32, without has_aux and more_emas.
+            float32, without has_aux and extra_emas.
     """
     parameters = optimizer.parameters
     reduce_gradients = nn.DistributedGradReducer(parameters, mean=True, degree=world_size) if world_size > 1 else None
@@ -194,11 +194,11 @@ def make_train_step(
     if steps_per_call > 1:
         run, count = compiled(repeat), Tensor(steps_per_call, ms.int32)
         return lambda *batches: run(count, *batches)
-    if not more_emas:
+    if not extra_emas:
         return compiled(step)
 
     def follow_more(loss):
-        for average in more_emas:
+        for average in extra_emas:
             loss = follow_network(average, loss)
         return loss
 

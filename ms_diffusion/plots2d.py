@@ -7,7 +7,7 @@ left out; a panel of nothing else stays empty.
 import numpy as np
 from PIL import Image
 
-from .images import write
+from .files import write
 
 DPI = 120
 BLUE, GRAY, DARK = "#1f4e9c", "#b8b8b8", "#222222"

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 
-from ms_diffusion.diffusion import OBJECTIVES, DiffusionConfig, GaussianDiffusion, predict
 from ms_diffusion.losses import LOSSES
+from ms_diffusion.process import OBJECTIVES, DiffusionConfig, GaussianDiffusion, predict
 from ms_diffusion.runtime import compiled
 from ms_diffusion.schedules import (
     SCHEDULES,
@@ -201,7 +201,7 @@ def test_bad_arguments_are_refused(arguments):
 
 
 def test_config_builds_what_it_says():
-    d = DiffusionConfig(timesteps=20, schedule="cosine", objective="v", loss="l1", v_posterior=1.0).build()
+    d = DiffusionConfig(num_timesteps=20, schedule="cosine", objective="v", loss="l1", v_posterior=1.0).build()
     np.testing.assert_array_equal(d.betas, cosine_beta_schedule(20))
     np.testing.assert_array_equal(d.posterior_variance, d.betas)
     assert (d.objective, d.loss) == ("v", LOSSES["l1"])

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from scipy import stats
 from scipy.spatial import cKDTree
 
-from ms_diffusion.data import toy
-from ms_diffusion.data.toy import POINTS_FILE, TOYS, Frame, load_points, read_points
+from ms_diffusion.data import points as toy
+from ms_diffusion.data.points import POINTS_FILE, TOYS, Normalizer, load_points, read_points
 from ms_diffusion.runtime import UserError
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -472,7 +472,7 @@ def test_points_at_the_edge_of_float32(tmp_path):
     parts = load_points(POINTS_FILE, str(tmp_path), 1, 0)
     assert all(np.isfinite(part).all() for part in parts)
     everything = np.concatenate(parts)
-    frame = Frame.of(everything)
+    frame = Normalizer.of(everything)
     assert np.abs(frame.to_unit(everything)).max() == 1
     np.testing.assert_array_equal(frame.to_points(frame.to_unit(everything))[:, 0], everything[:, 0])
 
@@ -481,7 +481,7 @@ def test_points_at_the_edge_of_float32(tmp_path):
 
 
 def test_frame_known_values():
-    frame = Frame.of(np.array([[0, 10], [4, 11], [1, 12]], np.float32))
+    frame = Normalizer.of(np.array([[0, 10], [4, 11], [1, 12]], np.float32))
     assert frame.centre.tolist() == [2, 11] and frame.centre.dtype == np.float64
     assert frame.scale == 2 and type(frame.scale) is float
     x = frame.to_unit([[0, 10], [4, 11], [1, 12], [2, 11]])
@@ -500,7 +500,7 @@ singles = st.floats(-(2.0**100), 2.0**100, width=32)
 def test_frame_properties(rows):
     points = np.array(rows, np.float32)
     assume((points != points[0]).any())
-    frame = Frame.of(points)
+    frame = Normalizer.of(points)
     x = frame.to_unit(points)
     assert x.dtype == np.float32 and x.shape == points.shape
     wide = (points.max(0) - points.min(0).astype(np.float64)).argmax()
@@ -519,26 +519,26 @@ def test_frame_properties(rows):
 def test_frame_far_from_zero():
     """At 1e6 neighbouring float32 are 1/16 apart: nothing beyond that is lost."""
     points = np.float32(1e6) + np.arange(32, dtype=np.float32).reshape(16, 2) / 16
-    frame = Frame.of(points)
+    frame = Normalizer.of(points)
     np.testing.assert_array_equal(frame.to_points(frame.to_unit(points)), points)
     assert len(np.unique(frame.to_unit(points)[:, 0])) == 16 and frame.scale == 15 / 16
     two = points[:2] - [[0, 0], [1 / 16, 1 / 16]]  # neighbours: float32 has no number for their middle
-    np.testing.assert_array_equal(Frame.of(two).to_points(Frame.of(two).to_unit(two)), two)
+    np.testing.assert_array_equal(Normalizer.of(two).to_points(Normalizer.of(two).to_unit(two)), two)
     in_float64 = 1e6 + np.arange(32).reshape(16, 2) / 1000
-    x = Frame.of(in_float64).to_unit(in_float64)
+    x = Normalizer.of(in_float64).to_unit(in_float64)
     assert np.allclose(np.diff(x[:, 0]), 2 / 15, atol=1e-6)
 
 
 def test_frame_of_a_line_and_of_a_point():
     line = np.array([[3, 1], [3, 5], [3, 2]], np.float32)
-    assert Frame.of(line).to_unit(line).tolist() == [[0, -1], [0, 1], [0, -0.5]]
-    refused("the 1 points.*all equal.*--data.num", Frame.of, load_points("spiral", None, 1, 0)[0])
-    refused("the 3 points.*all equal", Frame.of, np.ones((3, 2), np.float32))
+    assert Normalizer.of(line).to_unit(line).tolist() == [[0, -1], [0, 1], [0, -0.5]]
+    refused("the 1 points.*all equal.*--data.num", Normalizer.of, load_points("spiral", None, 1, 0)[0])
+    refused("the 3 points.*all equal", Normalizer.of, np.ones((3, 2), np.float32))
 
 
 def test_frame_of_the_toys_holds_fresh_points_nearly():
     for name in TOYS:
         train, test = load_points(name, None, 2000, 0)
-        frame = Frame.of(train)
+        frame = Normalizer.of(train)
         assert np.abs(frame.to_unit(train)).max() == 1 and np.abs(frame.to_unit(test)).max() < 1.4
         assert math.isclose(frame.to_unit(test).std() * frame.scale, (test - frame.centre).std(), rel_tol=0.02)

@@ -11,9 +11,9 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from .evaluation import sliced_wasserstein
-from .samplers import SAMPLERS, sampling_timesteps
-from .schedules import linear_beta_schedule
+from ms_diffusion.metrics.distances import sliced_wasserstein
+from ms_diffusion.samplers import SAMPLERS, sampling_timesteps
+from ms_diffusion.schedules import linear_beta_schedule
 
 CALLS = (5, 8, 10, 15, 20, 30, 50, 100, 200)  # of the network, at most
 ORDER_CALLS = (50, 100, 200)  # where errors fall as a power of the calls
@@ -109,7 +109,7 @@ def choose_timesteps(sampler, diffusion, spacing: str, calls: int) -> tuple[list
     """The most timesteps on which the sampler calls the network no more than `calls` times, and how often it does."""
     steps = calls
     while True:
-        timesteps = sampling_timesteps(diffusion.T, steps, spacing, diffusion.alphas_cumprod)
+        timesteps = sampling_timesteps(diffusion.num_timesteps, steps, spacing, diffusion.alphas_cumprod)
         made = count_calls(sampler, diffusion, timesteps)
         if made <= calls:
             return timesteps, made

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from ms_diffusion import evaluation
-from ms_diffusion.evaluation import (
+from ms_diffusion.metrics import distances as evaluation
+from ms_diffusion.metrics.distances import (
     DIRECTIONS,
     compare,
     energy_distance,

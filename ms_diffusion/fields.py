@@ -1,0 +1,129 @@
+"""Checked configuration fields: a range or a set of names beside a field's type, and the one validator that reads them.
+
+lr: Annotated[float, POSITIVE] = 1e-3
+"""
+
+import types
+import typing
+from collections.abc import Container, Iterable
+from dataclasses import dataclass, fields, is_dataclass
+from numbers import Integral, Real
+from typing import Annotated, Any, Literal, TypeVar
+
+from .runtime import UserError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """The range of a number, with or without its ends."""
+
+    low: float = -float("inf")
+    high: float = float("inf")
+    low_open: bool = False
+    high_open: bool = False
+
+    def problem(self, value: Any) -> str | None:
+        above = value > self.low if self.low_open else value >= self.low
+        below = value < self.high if self.high_open else value <= self.high
+        if above and below:
+            return None
+        if self.high == float("inf"):
+            return f"it must be {'above' if self.low_open else 'at least'} {self.low:g}"
+        return f"it must be in {'(' if self.low_open else '['}{self.low:g}, {self.high:g}{')' if self.high_open else ']'}"
+
+
+POSITIVE = Bounds(0, low_open=True)
+NON_NEGATIVE = Bounds(0)
+AT_LEAST_1 = Bounds(1)
+FRACTION = Bounds(0, 1)
+
+
+@dataclass(frozen=True, eq=False)
+class OneOf:
+    """The names in a registry, also those that are added to it later."""
+
+    names: Iterable[str]
+
+    def problem(self, value: Any) -> str | None:
+        return None if value in list(self.names) else f"choose one of {', '.join(self.names)}"
+
+
+def check_fields(config: Any, prefix: str = "--") -> None:
+    """Hold every field of a dataclass, and of the dataclasses in it, to its type, its `Bounds` and its `OneOf`.
+
+    Raises:
+        UserError: the first value that does not fit, by the flag that sets it.
+    """
+    hints = typing.get_type_hints(type(config), include_extras=True)
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if is_dataclass(value):
+            check_fields(value, f"{prefix}{field.name}.")
+        elif problem := find_problem(value, hints[field.name]):
+            raise UserError(f"{prefix}{field.name.replace('_', '-')} is {value!r}: {problem}")
+
+
+def find_problem(value: Any, hint: Any) -> str | None:
+    """What is wrong with a value of this type, or None."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Annotated:
+        checks = [m for m in args[1:] if isinstance(m, Bounds | OneOf)]
+        return find_problem(value, args[0]) or next(filter(None, (c.problem(value) for c in checks)), None)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        problems = [find_problem(value, arg) for arg in args if arg is not type(None)]
+        return None if None in problems else problems[0]
+    if origin is Literal:
+        return None if value in args else f"choose one of {', '.join(map(str, args))}"
+    if origin is tuple:
+        if not isinstance(value, tuple):
+            return "give several values"
+        items = args[:1] * len(value) if args[-1] is ... else args
+        if len(items) != len(value):
+            return f"give {len(items)} values"
+        return next(filter(None, map(find_problem, value, items)), None)
+    if hint is float:
+        finite = isinstance(value, Real) and not isinstance(value, bool) and abs(value) < float("inf")
+        return None if finite else "it must be a finite number"
+    if hint is int:
+        return None if isinstance(value, Integral) and not isinstance(value, bool) else "it must be a whole number"
+    kinds = {str: "text", bool: "True or False"}
+    return None if isinstance(value, hint) else f"it must be {kinds.get(hint, hint.__name__)}"
+
+
+def from_record(cls: type[T], record: dict[str, Any], renamed: dict[str, str] | None = None, path: str = "") -> T:
+    """An instance of the dataclass `cls` from a JSON object: lists become tuples, nested objects dataclasses.
+
+    Where a field may hold one of several dataclasses, the first that has all keys of the object is taken. A key that `cls`
+    lacks may hold null only. `renamed` has the new dotted name of each field that had another one once.
+
+    Raises:
+        ValueError: an unknown key, or an object where there should be none.
+    """
+    if not isinstance(record, dict):
+        raise ValueError(f"{path or 'it'} is not an object")
+    renamed = renamed or {}
+    record = {renamed.get(f"{path}{key}", f"{path}{key}").removeprefix(path): value for key, value in record.items()}
+    names = {field.name for field in fields(cls)}  # type: ignore[arg-type]
+    unknown = [key for key, value in record.items() if key not in names and value is not None]
+    if unknown:
+        raise ValueError(f"unknown field {path}{unknown[0]}")
+    hints = typing.get_type_hints(cls)
+
+    def read(name: str, value: Any) -> Any:
+        choices: Container = typing.get_args(hints[name]) or (hints[name],)
+        dataclasses = [choice for choice in choices if is_dataclass(choice)]  # type: ignore[attr-defined]
+        if not dataclasses:
+            return tuple(value) if isinstance(value, list) else value
+        problem = None
+        for choice in dataclasses:
+            try:
+                return from_record(choice, value, renamed, f"{path}{name}.")
+            except ValueError as e:
+                problem = problem or e
+        raise problem  # type: ignore[misc]
+
+    return cls(**{name: read(name, value) for name, value in record.items() if name in names})
