@@ -189,7 +189,8 @@ def _read_csv(path: Path) -> np.ndarray:
     except UnicodeDecodeError as e:
         raise UserError(f"{where}: not a text file in UTF-8; save it as CSV in UTF-8") from e
     # If there are semicolons, a comma may be the decimal separator, and is then refused as part of a number
-    separator = next((mark for mark in ";," if lines and mark in lines[-1][1]), None)
+    second = "".join(line for _, line in lines[:2][-1:])  # the first line may be a header
+    separator = next((mark for mark in ";," if mark in second), None)
     if lines and not any(map(_is_number, lines[0][1].split(separator))):
         del lines[0]
     if not lines:
