@@ -45,7 +45,7 @@ class Sampling:
     guidance_rescale: Annotated[float, FRACTION] = 0.0
     """How far the guided x_0 is scaled back to the contrast that it has without guidance."""
     guidance_interval: tuple[int, int] | None = None
-    """First and last timestep at which guidance is applied; by default all, or the run's interval with the run's guidance."""
+    """First and last timestep at which guidance is applied; by default all, or the run's interval with its guidance."""
     batch_size: Annotated[int, AT_LEAST_1] | None = None
     """Samples per batch; by default 64 images, or all points."""
     weights: Literal["ema", "model"] = "ema"
@@ -101,7 +101,7 @@ class Sampling:
             first, last = self.guidance_interval
             if not 0 <= first <= last < num_timesteps:
                 raise UserError(
-                    f"--guidance-interval is {first} {last}: give two timesteps from 0 to {num_timesteps - 1}, the lower first"
+                    f"--guidance-interval is {first} {last}: give two timesteps in 0..{num_timesteps - 1}, the lower first"
                 )
 
     def make_sampler(self) -> Callable:

@@ -42,7 +42,7 @@ class DataConfig:
     flip: bool = True
     """Flip half of the images left to right."""
     condition: Literal[CONDITIONS] = "none"
-    """Image that the network is conditioned on: lowres (super-resolution), gray (colorization), mask (inpainting) or none."""
+    """Image that conditions the network: lowres (super-resolution), gray (colorization), mask (inpainting) or none."""
     lowres_size: Annotated[int, AT_LEAST_1] = 7
     """Height and width of the lowres condition in pixels."""
 
@@ -115,7 +115,7 @@ class ImageTrainConfig(DiffusionTrainConfig):
 
 @dataclass(frozen=True)
 class Config:
-    """A run: data + model + train, and what its kind adds. A subclass is a kind of run; `kind` is its name in config.json."""
+    """A run: data + model + train, and what its kind adds. Each kind is a subclass; `kind` names it in config.json."""
 
     data: Any = field(default_factory=DataConfig)
     model: Any = None

@@ -12,7 +12,7 @@ from mindspore import nn
 
 from ..convert import load_into
 from ..metrics.features import Features
-from ..metrics.scores import evaluate_samples, real_images
+from ..metrics.scores import Reference
 from ..process import GaussianDiffusion
 from ..runtime import UserError, command, set_device
 from ..sampling import Generator, sampling_from
@@ -195,11 +195,23 @@ class Run:
         Raises:
             UserError: the run has no images, or there are too few.
         """
-        options = {"sampler": "dpmpp_2m", "steps": 20} | options
+        sampling = sampling_from({"sampler": "dpmpp_2m", "steps": 20} | options)
+        reference = self.reference(Features(inception), num, against, against_num)
+        return reference.score(*self.task.samples_to_score(self, sampling, num, reference))
+
+    def reference(
+        self,
+        features: Features,
+        num: int,
+        against: str = "test",
+        against_num: int | None = None,
+        name: str | None = None,
+        folder: str | None = None,
+    ) -> Reference:
+        """The real images that this run's samples are scored against: its own data set, or the one of this name."""
+        size, channels = self.task.image_format()
         data = self.config.data
-        real = real_images(data.name, data.dir, data.size, self.config.model.channels)
-        samples, originals = self.task.samples_to_score(self, sampling_from(options), num, real)
-        return evaluate_samples(samples, real, against, against_num, Features(inception), data.name, data.dir, originals)
+        return Reference(features, name or data.name, folder or data.dir, size, channels, num, against, against_num)
 
     def show(self, x: np.ndarray) -> Image.Image:
         """A picture of samples as `sample` returns them; a notebook displays it."""

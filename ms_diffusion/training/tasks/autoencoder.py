@@ -15,7 +15,7 @@ from ... import images
 from ...fields import AT_LEAST_1, NON_NEGATIVE, POSITIVE, Bounds
 from ...latent import FirstStage
 from ...losses import D_LOSSES, adaptive_weight, autoencoder_loss, discriminator_loss, generator_loss
-from ...metrics.scores import Samples, choose
+from ...metrics.scores import Reference, Samples, choose
 from ...models.autoencoder import AutoencoderConfig, gaussian_kl, gaussian_sample
 from ...models.classifier import load_classifier
 from ...models.discriminator import NORMS, NLayerDiscriminator
@@ -124,9 +124,7 @@ class AutoencoderTask(Task):
             self.discriminator = NLayerDiscriminator(
                 channels, train.disc_channels, train.disc_layers, train.disc_norm, train.seed
             )
-            d_optimizer = make_optimizer(
-                self.discriminator, train.disc_lr, 0, d_steps, (), train.lr_decay, train.adam_betas
-            )
+            d_optimizer = make_optimizer(self.discriminator, train.disc_lr, 0, d_steps, (), train.lr_decay, train.adam_betas)
             both = (*self.discriminator.get_parameters(), *d_optimizer.get_parameters())
             parameters = list({id(p): p for p in both}.values())
             for p in parameters:  # the names in a checkpoint must differ
@@ -135,13 +133,14 @@ class AutoencoderTask(Task):
         self.average = FirstStage(ema.net)
 
         # The steps, compiled when first called: the first without the discriminator, until disc_start
-        distance, clip, world = perceptual_distance(config), train.clip_norm, self.world_size
+        distance = perceptual_distance(config)
+        options = {"clip_norm": train.clip_norm, "world_size": self.world_size}
         likelihood, adversarial, weigh, d_loss = autoencoder_losses(net, self.discriminator, self.logvar, distance, train)
-        self.likelihood_step = make_train_step(likelihood, self.optimizer, ema, clip, None, world, True)
+        self.likelihood_step = make_train_step(likelihood, self.optimizer, ema, has_aux=True, **options)
         if self.discriminator:
             self.weigh = compiled(weigh)
-            self.adversarial_step = make_train_step(adversarial, self.optimizer, ema, clip, None, world, True)
-            self.discriminator_step = make_train_step(d_loss, d_optimizer, None, clip, None, world)
+            self.adversarial_step = make_train_step(adversarial, self.optimizer, ema, has_aux=True, **options)
+            self.discriminator_step = make_train_step(d_loss, d_optimizer, **options)
 
     def load_data(self) -> tuple[np.ndarray, np.ndarray]:
         return load_training_images(self)
@@ -181,8 +180,11 @@ class AutoencoderTask(Task):
             f"{command('train')} --preset latent --first-stage {run.name}"
         )
 
-    def samples_to_score(self, run: "Run", sampling: Sampling, num: int, real: dict) -> tuple[Samples, np.ndarray]:
-        originals, labels = choose(*real["test"], num)
+    def image_format(self) -> tuple[int, int]:
+        return self.config.data.size, self.config.model.channels
+
+    def samples_to_score(self, run: "Run", sampling: Sampling, num: int, reference: Reference) -> tuple[Samples, np.ndarray]:
+        originals, labels = choose(*reference.splits["test"], num)
         made = f"reconstructions of test images by {run.name} at step {run.step}"
         return Samples(images.to_uint8(FirstStage(run.net).reconstruct(originals)), labels, made), originals
 
@@ -252,8 +254,8 @@ def perceptual_distance(config: AutoencoderRunConfig) -> Callable | None:
     if (config.model.channels, config.data.size) in ((1, 28), (1, 32)):
         return classifier_distance(load_classifier())
     raise UserError(
-        "--train.perceptual-weight needs the weights of LPIPS for such images: give --train.vgg and --train.lpips, or set it "
-        "to 0"
+        "--train.perceptual-weight needs the weights of LPIPS for such images: give --train.vgg and --train.lpips, or set "
+        "it to 0"
     )
 
 

@@ -16,9 +16,9 @@ from mindspore import Tensor, nn
 
 from ...convert import LoadReport, load_pretrained
 from ...data.batches import check_enough, make_dataset
-from ...metrics.scores import Samples
+from ...metrics.scores import Reference, Samples
 from ...process import GaussianDiffusion
-from ...runtime import UserError
+from ...runtime import UserError, command
 from ...sampling import Sampling
 from ..checkpoint import Checkpoint, checkpoints
 from ..config import Config
@@ -57,7 +57,7 @@ class Request:
     denoise_row: str | None = None
     """Path of a PNG that shows, for the first 8 images, the predicted x_0 at ten of the steps, a row each."""
     npz: str | None = None
-    """Path of an .npz file: `images`, uint8 (N, H, W, C), and `labels`, int32 (N,), of classes; or `points`, float32 (N, 2)."""
+    """Path of an .npz file: `images`, uint8 (N, H, W, C), and `labels`, int32 (N,); or `points`, float32 (N, 2)."""
 
 
 class Task:
@@ -229,13 +229,15 @@ class Task:
 
     # Scores
 
-    def samples_to_score(self, run: "Run", sampling: Sampling, num: int, real: dict) -> tuple[Samples, np.ndarray | None]:
-        """Images to score, and the originals of which they are reconstructions, or None.
+    def image_format(self) -> tuple[int, int]:
+        """Height and width, and number of channels, of the images that are scored."""
+        raise UserError(f"this run's {self.noun} are scored by {command('sample')}, not by {command('evaluate')}")
 
-        Args:
-            real: {"train", "test": (images, labels)}, real images.
-        """
-        raise UserError(f"this run's {self.noun} are scored by the sample command")
+    def samples_to_score(
+        self, run: "Run", sampling: Sampling, num: int, reference: Reference
+    ) -> tuple[Samples, np.ndarray | None]:
+        """Images to score against `reference`, and the originals of which they are reconstructions, or None."""
+        raise NotImplementedError
 
     def likelihood_data(self, split: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Images (N, H, W, C) uint8 of a split, and the network's conditions for them."""

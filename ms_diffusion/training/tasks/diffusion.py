@@ -33,6 +33,7 @@ class DiffusionTask(Task):
     clip_denoised = True  # whether the data are known to lie in [-1, 1]
     null_label: int | None = None  # the label or token for "no condition"; None where the network has no such condition
     self_condition = False
+    score_every = 0
     cond_fields: tuple[str, ...] = ()  # names of the network's conditions, in its order
 
     def build_parts(self) -> tuple[nn.Cell, GaussianDiffusion]:
@@ -77,18 +78,24 @@ class DiffusionTask(Task):
         train = self.config.train
         ema, extra_emas, loss_scaler = self.step_parts
         if not (self.importance or extra_emas or loss_scaler):  # these need the host, or a graph of their own, each step
-            every = train.total_steps, train.log_every, train.sample_every, train.save_every, getattr(train, "score_every", 0)
+            every = (
+                train.total_steps,
+                train.log_every,
+                train.sample_every,
+                train.save_every,
+                getattr(train, "score_every", 0),
+            )
             self.steps_per_call = math.gcd(train.steps_per_call, *every, self.start_step)
         self.train_step = make_train_step(
             self.make_loss(),
             self.optimizer,
             ema,
-            train.clip_norm,
-            loss_scaler,
-            self.world_size,
-            self.importance is not None,
-            extra_emas,
-            self.steps_per_call,
+            clip_norm=train.clip_norm,
+            loss_scaler=loss_scaler,
+            world_size=self.world_size,
+            has_aux=self.importance is not None,
+            extra_emas=extra_emas,
+            steps_per_call=self.steps_per_call,
         )
 
     def make_x_start(self) -> Callable:

@@ -1,4 +1,4 @@
-"""Runs that end in images: classes, previews and scores, and the grids of the sample command. Pixels and latents share it."""
+"""What runs of pixels and of latents share: images, classes, previews and scores, and the grids of the sample command."""
 
 import math
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from ...data.fashion_mnist import center_crop
 from ...files import write
 from ...metrics.distances import frechet_distance, mean_and_covariance
 from ...metrics.features import Features
-from ...metrics.scores import Samples
+from ...metrics.scores import Reference, Samples
 from ...models.classifier import Classifier
 from ...runtime import UserError, command
 from ...sampling import Sampling
@@ -125,7 +125,7 @@ class ImageTask(DiffusionTask):
 
     def prepare(self) -> None:
         train = self.config.train
-        self.originals = self.data
+        self.originals, self.score_every = self.data, train.score_every
         self.scored = bool(train.score_every) and self.rank == 0 and self.start_step < train.total_steps
         if self.scored:
             if len(self.data) <= Classifier.num_features:
@@ -231,9 +231,7 @@ class ImageTask(DiffusionTask):
                 rows.append(images.to_uint8(self.decode(x_start.asnumpy()[:8])))
 
         cond = self.in_order(plan.cond)
-        x = run.generator.draw(
-            sampling, plan.num, cond, watch, plan.start, plan.timesteps, plan.denoise, plan.sampler
-        )
+        x = run.generator.draw(sampling, plan.num, cond, watch, plan.start, plan.timesteps, plan.denoise, plan.sampler)
         x = self.decode(x)
         bar.close()
 
@@ -289,7 +287,12 @@ class ImageTask(DiffusionTask):
 
     # Scores
 
-    def samples_to_score(self, run: "Run", sampling: Sampling, num: int, real: dict) -> tuple[Samples, np.ndarray | None]:
+    def image_format(self) -> tuple[int, int]:
+        return self.config.data.size, self.config.model.channels
+
+    def samples_to_score(
+        self, run: "Run", sampling: Sampling, num: int, reference: Reference
+    ) -> tuple[Samples, np.ndarray | None]:
         sampling = sampling.resolve(self)
         batch_size = min(sampling.batch_size or 100, num)
         timesteps, cond = sampling.timesteps(run.diffusion), self.conditions(num)

@@ -20,7 +20,7 @@ from ...randomness import Stream, drop_labels
 from ...runtime import UserError, command
 from ..checkpoint import read_state
 from ..config import Config, DataConfig, DiffusionRunConfig, ImageTrainConfig
-from ..folders import run_folders
+from ..runs import run_folders
 from .autoencoder import load_first_stage, save_reconstructions
 from .images import ImageData, ImageTask, check_image_size, check_scored
 

@@ -98,8 +98,8 @@ class PixelTask(ImageTask):
     def samples_to_score(self, run: "Run", *args: Any) -> Any:
         if "cond_image" in self.cond_fields:
             raise UserError(
-                f"{run.name} is conditioned on images ({self.config.data.condition}): evaluate the .npz file that the sample "
-                "command writes"
+                f"{run.name} is conditioned on images ({self.config.data.condition}): evaluate the .npz file that the "
+                "sample command writes"
             )
         return super().samples_to_score(run, *args)
 
