@@ -1,9 +1,15 @@
-"""Files that no reader ever sees half-written, and where what can be computed again is kept."""
+"""Files that no reader ever sees half-written, caches of what can be computed again, and computation in batches."""
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeVar
+
+import numpy as np
+from tqdm import tqdm
+
+T = TypeVar("T")
 
 
 def write(path: str | os.PathLike, save: Callable[[BinaryIO], object]) -> None:
@@ -39,3 +45,27 @@ def cache_folder(beside: str | os.PathLike | None = None) -> Path:
     if beside and os.access(beside, os.W_OK | os.X_OK):
         return Path(beside)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ms_diffusion"
+
+
+def cached(path: Path, load: Callable[[Path], T], save: Callable[[BinaryIO, T], object], compute: Callable[[], T]) -> T:
+    """load(path), or compute() if there is no intact file; then the result is saved. A full disk costs only time."""
+    try:
+        return load(path)
+    except Exception:  # a missing or corrupt file raises a dozen kinds of exceptions
+        found = compute()
+    with contextlib.suppress(OSError):
+        write(path, lambda file: save(file, found))
+    return found
+
+
+def in_batches(
+    fn: Callable[[np.ndarray], Sequence[np.ndarray]], rows: np.ndarray, size: int, name: str | None = None
+) -> list[np.ndarray]:
+    """The arrays that fn(rows) returns, computed in batches of one size, for which fn is compiled once.
+
+    The last batch is filled up with the last row. With `name` there is a progress bar.
+    """
+    size, found = max(min(size, len(rows)), 1), []
+    for first in tqdm(range(0, len(rows), size), unit="batch", desc=name, disable=name is None):
+        found.append(fn(rows[np.minimum(np.arange(first, first + size), len(rows) - 1)]))
+    return [np.concatenate(parts)[: len(rows)] for parts in zip(*found, strict=True)]
