@@ -54,7 +54,7 @@ def check_fields(config: Any, prefix: str = "--") -> None:
     """Hold every field of a dataclass, and of the dataclasses in it, to its type, its `Bounds` and its `OneOf`.
 
     Raises:
-        UserError: the first value that does not fit, by the flag that sets it.
+        UserError: the first value that does not fit, by the flag that sets it; by the field's name without `prefix`.
     """
     hints = typing.get_type_hints(type(config), include_extras=True)
     for field in fields(config):
@@ -62,7 +62,8 @@ def check_fields(config: Any, prefix: str = "--") -> None:
         if is_dataclass(value):
             check_fields(value, f"{prefix}{field.name}.")
         elif problem := find_problem(value, hints[field.name]):
-            raise UserError(f"{prefix}{field.name.replace('_', '-')} is {value!r}: {problem}")
+            name = field.name.replace("_", "-") if prefix.startswith("--") else field.name
+            raise UserError(f"{prefix}{name} is {value!r}: {problem}")
 
 
 def find_problem(value: Any, hint: Any) -> str | None:
