@@ -1,10 +1,13 @@
-"""Writing files so that no reader sees half of one, and the cache of computed arrays."""
+"""Writing files so that no reader sees half of one, the cache of computed arrays, and computation in batches."""
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO, TypeVar
+
+import numpy as np
+from tqdm import tqdm
 
 T = TypeVar("T")
 
@@ -62,3 +65,16 @@ def load_or_compute(
     with contextlib.suppress(OSError):  # on a full or read-only disk the next call computes again
         write(path, lambda file: save(file, result))
     return result
+
+
+def in_batches(
+    fn: Callable[[np.ndarray], Sequence[np.ndarray]], rows: np.ndarray, size: int, name: str | None = None
+) -> list[np.ndarray]:
+    """The arrays that fn(rows) returns, computed in batches of one size, for which fn is compiled once.
+
+    The last batch is filled up with the last row. With `name` there is a progress bar.
+    """
+    size, found = max(min(size, len(rows)), 1), []
+    for first in tqdm(range(0, len(rows), size), unit="batch", desc=name, disable=name is None):
+        found.append(fn(rows[np.minimum(np.arange(first, first + size), len(rows) - 1)]))
+    return [np.concatenate(parts)[: len(rows)] for parts in zip(*found, strict=True)]

@@ -8,7 +8,7 @@ import numpy as np
 from ..images import to_float
 from ..randomness import Stream
 from ..runtime import UserError
-from .fashion_mnist import load_fashion_mnist, load_fashion_mnist_mini
+from .fashion_mnist import CLASSES, load_fashion_mnist, load_fashion_mnist_mini
 from .image_folder import load_image_folder
 
 if TYPE_CHECKING:
@@ -165,6 +165,10 @@ def _image_folder(directory: str | None, split: str, size: int, channels: int) -
     return load_image_folder(directory, size, channels)
 
 
+def _arrays(directory: str | None, split: str, size: int, channels: int) -> tuple[np.ndarray, np.ndarray]:
+    raise UserError("this run was trained on arrays from Python, which it does not keep: pass them again as `data`")
+
+
 def _pad(name: str, images: np.ndarray, labels: np.ndarray, size: int, channels: int) -> tuple[np.ndarray, np.ndarray]:
     _, height, width, depth = images.shape
     if size < max(height, width) or channels != depth:
@@ -182,4 +186,8 @@ DATASETS: dict[str, Loader] = {
     "fashion-mnist": _fashion_mnist,
     "fashion-mnist-mini": _fashion_mnist_mini,
     "image-folder": _image_folder,
+    "arrays": _arrays,
 }
+
+# Names of the classes of a data set, in the order of the labels; CLASS_NAMES["mine"] = names adds some
+CLASS_NAMES: dict[str, tuple[str, ...]] = {"fashion-mnist": CLASSES, "fashion-mnist-mini": CLASSES}
