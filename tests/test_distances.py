@@ -573,7 +573,7 @@ def test_kernel_distance_by_scikit_learn():
 @pytest.mark.parametrize(("shift", "std"), [(0.0, 1.0), (0.5, 1.0), (0.0, 1.5), (-1.0, 0.5)])
 def test_kernel_distance_is_unbiased(shift, std):
     """On a line (x y + 1)^3 compares three moments: MMD^2 = 3 (m_1 - m_1')^2 + 3 (m_2 - m_2')^2 + (m_3 - m_3')^2."""
-    n, repeats, generator = 20, 2500, rng()
+    n, repeats, generator = 20, 4000, rng()
     found = []
     for _ in range(repeats):
         a, b = generator.standard_normal((n, 1)), shift + std * generator.standard_normal((n, 1))

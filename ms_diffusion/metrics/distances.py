@@ -226,9 +226,7 @@ def precision_recall(samples: ArrayLike, data: ArrayLike, k: int = 5) -> dict[st
         raise ValueError(f"more than {k} samples and data are needed, not {len(samples)} and {len(data)}")
 
     def radii(points: np.ndarray) -> np.ndarray:
-        rows = [
-            np.partition(square, k, 1)[:, k] for square in squared_distance_blocks(points, points)
-        ]  # 0: itself
+        rows = [np.partition(square, k, 1)[:, k] for square in squared_distance_blocks(points, points)]  # 0: itself
         return np.concatenate(rows) * (1 + 1e-9)  # so that rounding excludes no equal distance
 
     sample_radii, data_radii = radii(samples), radii(data)
