@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import ArrayLike
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
@@ -28,25 +27,26 @@ BLUE, GRAY, DARK = "#1f4e9c", "#b8b8b8", "#222222"
 HUGE = 1e100  # larger numbers count as not finite, so that no sum or square overflows
 
 
-def _finite(points: ArrayLike) -> np.ndarray:
+def _finite(points: np.ndarray) -> np.ndarray:
     points = np.asarray(points, np.float64)
     return points[(np.abs(points) < HUGE).all(-1)]  # False for nan
 
 
-def limits(*sets: ArrayLike) -> Limits:
+def limits(*sets: np.ndarray) -> Limits:
     """Square axis limits that hold the central 99.8 % of the x and of the y of each set of points, and 8 % margin.
 
     Each set counts by itself, so that a small set (the ends of trajectories) is not treated as the tail of a large one. The
     limits of no points are [-1, 1].
     """
-    sets = [points for points in map(_finite, sets) if len(points)] or [np.array([[-1.0, -1.0], [1.0, 1.0]]) / 1.08]
-    low = np.min([np.quantile(points, 0.001, axis=0, method="lower") for points in sets], axis=0)
-    high = np.max([np.quantile(points, 0.999, axis=0, method="higher") for points in sets], axis=0)
+    finite = [points for points in map(_finite, sets) if len(points)] or [np.array([[-1.0, -1.0], [1.0, 1.0]]) / 1.08]
+    low = np.min([np.quantile(points, 0.001, axis=0, method="lower") for points in finite], axis=0)
+    high = np.max([np.quantile(points, 0.999, axis=0, method="higher") for points in finite], axis=0)
     middle, half = (low + high) / 2, 1.08 * (high - low).max() / 2
     far = np.abs(middle).max()
     if half <= max(1e-9 * far, 1e-30):  # one point, or too narrow for distinct ticks
         half = max(0.5, 1e-3 * far)
-    return tuple((float(m - half), float(m + half)) for m in middle)
+    (left, bottom), (right, top) = (middle - half).tolist(), (middle + half).tolist()
+    return (left, right), (bottom, top)
 
 
 def grid_points(limits: Limits, n: int = 20) -> np.ndarray:
@@ -62,8 +62,8 @@ def _figure(titles: Sequence[str], limits: Limits, columns: int, inches: float) 
 
     n, columns = len(titles), min(columns, len(titles))
     rows = -(-n // columns)
-    figure = Figure(figsize=(columns * inches + 0.3, rows * (inches + 0.15) + 0.2), layout="compressed")
-    figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03, wspace=0.01, hspace=0.01)
+    figure = Figure(figsize=(columns * inches + 0.3, rows * (inches + 0.15) + 0.2))
+    figure.set_layout_engine("compressed", w_pad=0.03, h_pad=0.03, wspace=0.01, hspace=0.01)
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
     for i, axes in enumerate(panels[:n]):
         axes.set(xlim=limits[0], ylim=limits[1], aspect="equal")
@@ -75,14 +75,14 @@ def _figure(titles: Sequence[str], limits: Limits, columns: int, inches: float) 
         axes.spines[:].set(linewidth=0.6, color=GRAY)
     for axes in panels[n:]:
         axes.remove()
-    return figure, panels[:n]
+    return figure, list(panels[:n])
 
 
 def _save(path: str | Path, figure: "Figure") -> None:
     write(path, lambda f: figure.savefig(f, format="png", dpi=DPI))
 
 
-def _dots(axes: "Axes", points: ArrayLike, color: str, n: int | None = None, scale: float = 1.0) -> "Line2D":
+def _dots(axes: "Axes", points: np.ndarray, color: str, n: int | None = None, scale: float = 1.0) -> "Line2D":
     """Draw points as dots. The more points (n, by default their number), the smaller and paler the dots; `scale` is the
     panel's width relative to the small panels."""
     points = _finite(points)
@@ -101,7 +101,7 @@ def points_image(points: np.ndarray, data: np.ndarray | None = None) -> Image.Im
     return Image.open(buffer)
 
 
-def save_panels(path: str | Path, panels: Sequence[ArrayLike], titles: Sequence[str], columns: int = 5) -> None:
+def save_panels(path: str | Path, panels: Sequence[np.ndarray], titles: Sequence[str], columns: int = 5) -> None:
     """Write a PNG of sets of points (n, 2), row by row, such as the noised data at ten timesteps."""
     figure, all_axes = _figure(titles, limits(*panels), columns, 1.8)
     for axes, points in zip(all_axes, panels, strict=True):
@@ -109,7 +109,7 @@ def save_panels(path: str | Path, panels: Sequence[ArrayLike], titles: Sequence[
     _save(path, figure)
 
 
-def save_samples(path: str | Path, samples: ArrayLike, data: ArrayLike, title: str = "") -> None:
+def save_samples(path: str | Path, samples: np.ndarray, data: np.ndarray, title: str = "") -> None:
     """Write a PNG with data at the left and samples at the right, both (n, 2), on axes that hold the data.
 
     A text in the right panel says how many samples lie outside the axes; those that are not finite count as outside.
@@ -129,16 +129,16 @@ def save_samples(path: str | Path, samples: ArrayLike, data: ArrayLike, title: s
     _save(path, figure)
 
 
-def _density(points: ArrayLike, limits: Limits, bins: int = 80) -> np.ndarray:
+def _density(points: np.ndarray, limits: Limits, bins: int = 80) -> np.ndarray:
     """(bins, bins), [y, x]: counts of the points, smoothed by a Gaussian of 1.5 bins and divided by their maximum."""
-    counts = np.histogram2d(*_finite(points).T[::-1], bins, limits[::-1])[0]
-    counts = gaussian_filter(counts, 1.5, mode="constant")
+    x, y = _finite(points).T
+    counts = gaussian_filter(np.histogram2d(y, x, bins, limits[::-1])[0], 1.5, mode="constant")
     return counts / (counts.max() or 1)
 
 
 def save_score_field(
     path: str | Path,
-    panels: Sequence[tuple[ArrayLike, ArrayLike, ArrayLike]],
+    panels: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]],
     titles: Sequence[str],
     columns: int = 5,
     bounds: Limits | None = None,
@@ -157,7 +157,7 @@ def save_score_field(
     figure, all_axes = _figure(titles, bounds, columns, 2.4)
     for axes, (points, grid, score) in zip(all_axes, panels, strict=True):
         style = {"origin": "lower", "cmap": colors, "vmin": 0, "vmax": 1, "interpolation": "bilinear"}
-        axes.imshow(np.sqrt(_density(points, bounds)), extent=np.ravel(bounds), **style)
+        axes.imshow(np.sqrt(_density(points, bounds)), extent=(*bounds[0], *bounds[1]), **style)
         x, y, u, v = _finite(np.concatenate([grid, score], -1)).T
         if not len(x):
             continue
@@ -169,7 +169,7 @@ def save_score_field(
     _save(path, figure)
 
 
-def save_trajectories(path: str | Path, trajectories: Mapping[str, ArrayLike], data: ArrayLike, count: int = 12) -> None:
+def save_trajectories(path: str | Path, trajectories: Mapping[str, np.ndarray], data: np.ndarray, count: int = 12) -> None:
     """Write a PNG of the trajectories of the first `count` points from x_T (circle) to x_0 (dot), above data (n, 2) in gray.
 
     Each of the trajectories, name -> (steps + 1, n, 2) from x_T to x_0, has a panel. A point has the same colour in all.
@@ -193,7 +193,7 @@ def save_trajectories(path: str | Path, trajectories: Mapping[str, ArrayLike], d
 def save_points_gif(
     path: str | Path,
     frames: Sequence[np.ndarray],
-    data: ArrayLike | None = None,
+    data: np.ndarray | None = None,
     titles: Sequence[str] | None = None,
     milliseconds: int = 60,
 ) -> None:
@@ -221,8 +221,8 @@ def save_points_gif(
         return Image.fromarray(levels.astype(np.uint8))
 
     # One palette for all frames, made from three of them: with a palette for each frame, colours would flicker
-    some = Image.fromarray(np.concatenate([draw(i) for i in (0, len(frames) // 2, len(frames) - 1)]))
-    colors = [color for _, color in sorted(some.getcolors(some.width * some.height), reverse=True)[:255]]
+    some = Image.fromarray(np.concatenate([np.asarray(draw(i)) for i in (0, len(frames) // 2, len(frames) - 1)]))
+    colors = [color for _, color in sorted(some.getcolors(some.width * some.height) or [], reverse=True)[:255]]
     palette = Image.new("P", (1, 1))
     palette.putpalette(np.ravel(colors).tolist())
     pictures = (draw(i).quantize(palette=palette, dither=Image.Dither.NONE) for i in range(len(frames)))

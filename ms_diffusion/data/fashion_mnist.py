@@ -136,7 +136,7 @@ def _find(folder: Path, name: str) -> Path | None:
 
 
 def _load(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
-    images_path, labels_path = (_find(folder, name) for name in FILES[split])
+    images_path, labels_path = (_find(folder, name) or folder / name for name in FILES[split])
     images, labels = read_idx(images_path), read_idx(labels_path)
     if images.ndim != 3:
         raise UserError(f"{images_path}: its array has {images.ndim} dimensions, not 3; replace it by the file of that name")

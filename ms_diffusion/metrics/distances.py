@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable, Iterator
 
 import numpy as np
-from numpy.typing import ArrayLike
 from scipy.ndimage import gaussian_filter
 from scipy.spatial.distance import cdist, pdist
 
@@ -17,7 +16,7 @@ BLOCK = 2**14  # pairs of points at a time: 128 KiB stay in a core's cache
 MEDIAN_POINTS = 1000  # points of a set, at most, that count in the median distance
 
 
-def as_points(a: ArrayLike, b: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+def as_points(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """a and b in float64; ValueError if they are not (n, d) and (m, d), or empty."""
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or 0 in (*a.shape, *b.shape):
@@ -25,7 +24,7 @@ def as_points(a: ArrayLike, b: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     return a, b
 
 
-def sliced_wasserstein(a: ArrayLike, b: ArrayLike, directions: np.ndarray = DIRECTIONS) -> float:
+def sliced_wasserstein(a: np.ndarray, b: np.ndarray, directions: np.ndarray = DIRECTIONS) -> float:
     """Mean Wasserstein-1 distance of points a and b (n, d) along `directions` (d, P) (Bonneel et al. 2015, "Sliced and Radon
     Wasserstein barycenters"). On a line it is the mean distance of the sorted points.
 
@@ -47,7 +46,7 @@ def mean_over_pairs(function: Callable[[np.ndarray], np.ndarray], a: np.ndarray,
     return float(sum(function(block).sum() for block in blocks)) / (len(a) * len(b))
 
 
-def energy_distance(a: ArrayLike, b: ArrayLike) -> float:
+def energy_distance(a: np.ndarray, b: np.ndarray) -> float:
     """sqrt(2 E|X - Y| - E|X - X'| - E|Y - Y'|), with means over all pairs, those of a point with itself included (the
     V-statistic, Szekely & Rizzo 2013, "Energy statistics"); scipy.stats.energy_distance is the same for d = 1.
 
@@ -65,7 +64,7 @@ def median_distance(*sets: np.ndarray) -> float:
     return float(np.median(pdist(points)))
 
 
-def maximum_mean_discrepancy(a: ArrayLike, b: ArrayLike, bandwidth: float | None = None) -> float:
+def maximum_mean_discrepancy(a: np.ndarray, b: np.ndarray, bandwidth: float | None = None) -> float:
     """The root of the biased estimate of MMD^2, E k(X, X') + E k(Y, Y') - 2 E k(X, Y) over all pairs (Gretton et al. 2012,
     "A kernel two-sample test", eq. 5), with k(x, y) = exp(-|x - y|^2 / (2 bandwidth^2)). It has no unit and is at most
     sqrt(2).
@@ -88,8 +87,8 @@ def maximum_mean_discrepancy(a: ArrayLike, b: ArrayLike, bandwidth: float | None
 
 
 def compare(
-    samples: ArrayLike,
-    data: ArrayLike,
+    samples: np.ndarray,
+    data: np.ndarray,
     rng: np.random.Generator,
     repeats: int = 10,
     most: int = 2000,
@@ -147,7 +146,7 @@ def check_number(n: int, d: int) -> None:
         )
 
 
-def mean_and_covariance(a: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+def mean_and_covariance(a: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean (d,) and unbiased covariance (d, d) of points (n, d); ValueError if they are not finite, or n <= d."""
     a, _ = as_points(a, a)
     if bad := len(a) - np.isfinite(a).all(1).sum():
@@ -179,7 +178,7 @@ def frechet_distance(mean_a: np.ndarray, covariance_a: np.ndarray, mean_b: np.nd
 
 
 def kernel_distance(
-    a: ArrayLike, b: ArrayLike, rng: np.random.Generator, subsets: int = 100, size: int = 1000
+    a: np.ndarray, b: np.ndarray, rng: np.random.Generator, subsets: int = 100, size: int = 1000
 ) -> tuple[float, float]:
     """Mean and standard deviation, over random subsets of `size` points of a and of b, of the unbiased MMD^2 with the kernel
     (x y / d + 1)^3: the kernel inception distance (Binkowski et al. 2018, section 4). It may be negative by chance.
@@ -212,7 +211,7 @@ def squared_distance_blocks(a: np.ndarray, b: np.ndarray, rows: int = 1000) -> I
         yield np.where(square > 100 * np.finfo(x.dtype).eps * both, square, 0)
 
 
-def precision_recall(samples: ArrayLike, data: ArrayLike, k: int = 5) -> dict[str, float]:
+def precision_recall(samples: np.ndarray, data: np.ndarray, k: int = 5) -> dict[str, float]:
     """{"precision", "recall", "density", "coverage"} of samples (N, d): whether they look like data (M, d), and how much of
     the data they cover.
 

@@ -1,6 +1,7 @@
 """Features of images, the points that a Frechet distance compares: from a small classifier, or from InceptionV3."""
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -36,7 +37,7 @@ class Features:
         self.weights = Path(inception or BUNDLED).read_bytes()
         self.bar = bar
         self.names = ("features",) if inception else ("features", "logits")
-        self.graph = compiled(self.net if inception else self.net.features_and_logits)
+        self.graph: Callable = compiled(self.net if inception else self.net.features_and_logits)
 
     def check(self, shape: tuple[int, ...]) -> None:
         """Raise a UserError if the network does not take images of this shape (H, W, C)."""
