@@ -53,8 +53,8 @@ class GaussianDiffusion:
         v_posterior: the reverse variance is (1 - v) posterior variance + v beta (Ho et al. 2020, section 3.2).
         clip_denoised: clip the predicted x_0 to [-1, 1], the range of images: in `p_mean_variance`, in the guess of
             self-conditioning, and in `make_denoiser` by default.
-        weighting: weights of the timesteps in the loss. For eps, with SNR = alpha_bar / (1 - alpha_bar), they are "min-snr":
-            min(SNR, gamma) / SNR (Hang et al. 2023, section 3.4), or "p2": (1 + SNR)^-gamma (Choi et al. 2022, eq. 8 with k =
+        weighting: weights of the timesteps in the loss. For eps, with SNR = alpha_bar / (1 - alpha_bar), "min-snr" is
+            min(SNR, gamma) / SNR (Hang et al. 2023, section 3.4) and "p2" is (1 + SNR)^-gamma (Choi et al. 2022, eq. 8, k =
             1). The same squared error is SNR times smaller in x_0 and alpha_bar times smaller in v. At zero SNR both weights
             are 0 in x_0 and v.
         gamma: the parameter of min-snr (None: 5, as in its paper) or p2 (None: 1, as in its paper).
@@ -85,7 +85,7 @@ class GaussianDiffusion:
             raise ValueError("betas must be a list of numbers between 0 and 1")
         if objective == "eps" and betas[-1] == 1:
             raise ValueError(
-                "the last beta is 1 (zero terminal SNR), where eps does not determine x_0: use objective v or x0"
+                "betas end in 1 (zero terminal SNR), where eps does not determine x_0: use objective v or x0"
             )
         for name, value, known in (
             ("objective", objective, OBJECTIVES),
