@@ -223,13 +223,15 @@ def test_ddpm_samples_from_p_mean_variance(v_posterior):
     def denoise(x, t):
         return np.clip(0.4 * x, -1, 1)
 
-    for t in range(1, T):
-        steps = []
-        sample_ddpm(denoise, x, diffusion, [t, t - 1], lambda x: z, lambda i, *x, steps=steps: steps.append(x))
-        mean, variance, _, x_start = diffusion.p_mean_variance(net, Tensor(x), Tensor(np.full(13, t, np.int32)))
-        np.testing.assert_allclose(steps[0][1], x_start.asnumpy(), rtol=1e-6)
-        expected = mean.asnumpy() + np.sqrt(variance.asnumpy()) * z
-        np.testing.assert_allclose(steps[0][0], expected, rtol=1e-4, atol=1e-5)
+    steps, ts = [], np.arange(1, T)
+    for t in ts:
+        sample_ddpm(denoise, x, diffusion, [t, t - 1], lambda x: z, lambda i, *x: steps.append(x) if i == 0 else None)
+    found, starts = (np.concatenate(values) for values in zip(*steps, strict=True))
+    times = Tensor(np.repeat(ts, 13).astype(np.int32))
+    mean, variance, _, x_start = diffusion.p_mean_variance(net, Tensor(np.tile(x, (T - 1, 1))), times)
+    np.testing.assert_allclose(starts, x_start.asnumpy(), rtol=1e-6)
+    expected = mean.asnumpy() + np.sqrt(variance.asnumpy()) * np.tile(z, (T - 1, 1))
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("v_posterior", [0.0, 0.3, 1.0])
@@ -434,7 +436,7 @@ def test_all_timesteps_by_default(sampler):
 
 
 @every_sampler
-@pytest.mark.parametrize("shape", [(1, 2), (13, 1, 4, 4), (13, 3, 2, 2, 2)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 2), (13, 3, 2, 2, 2)], ids=str)
 def test_tensors_give_what_numpy_gives(sampler, shape):
     """float32 on the device against float64 on the host, with the same noise."""
     diffusion, timesteps = diffusion_of("linear", 100), sampling_timesteps(100, 5)
