@@ -1,22 +1,47 @@
-"""From a network to what the samplers use, denoise(x_t, t) -> x_0, and what composes around it.
+"""Denoisers: from a network to `denoise(x_t, t, *cond) -> x_0`, which the samplers call, and wrappers around it.
 
-A denoiser takes x_t (B, ...) float32 and one timestep t for all; conditions, (B, ...) each, follow t in the network's order.
+A denoiser takes x_t (B, ...) float32, one timestep t for the whole batch, and the network's conditions (B, ...) in order.
 """
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any
 
 import numpy as np
 
-from mindspore import Tensor, ops
+from mindspore import Tensor, nn, ops
 
 from .process import GaussianDiffusion, as_tuple, predict
 from .runtime import compiled
 
+Array = Any  # a mindspore.Tensor or a numpy array: the wrappers below work on both
+Denoiser = Callable[..., Array]
 
-def make_denoiser(diffusion: GaussianDiffusion, net, cond=None, clip: bool = True):
-    """`denoise(x_t, t, *cond)`: the x_0 that the network sees in x_t, compiled.
 
-    `cond`, a Tensor or a tuple, stands in where the call gives none; `clip` keeps x_0 in [-1, 1], where images live.
+@contextmanager
+def evaluation_mode(net: nn.Cell) -> Iterator[None]:
+    """Switch all cells of `net` to evaluation mode within the block, then restore the flag of each cell."""
+    training = [cell for _, cell in net.cells_and_names() if cell.training]
+    for cell in training:
+        cell.add_flags(training=False)
+    try:
+        yield
+    finally:
+        for cell in training:
+            cell.add_flags(training=True)
+
+
+def make_denoiser(
+    diffusion: GaussianDiffusion, net: nn.Cell, cond: Tensor | tuple[Tensor, ...] | None = None, clip: bool | None = None
+) -> Denoiser:
+    """Compile `denoise(x_t, t, *cond) -> x_0` (B, ...), the network's prediction in evaluation mode.
+
+    Args:
+        cond: the conditions for calls that pass none.
+        clip: clip x_0 to [-1, 1], the range of images; None is `diffusion.clip_denoised`.
     """
-    net.set_train(False)
+    clip = diffusion.clip_denoised if clip is None else clip
 
     def predict_start(x_t, t, *cond):
         x_start = diffusion.predict_start(predict(net, x_t, t, cond), x_t, t)
@@ -25,34 +50,44 @@ def make_denoiser(diffusion: GaussianDiffusion, net, cond=None, clip: bool = Tru
     graph = compiled(predict_start)
     default = as_tuple(cond)
 
-    def denoise(x_t, t: int, *cond):
-        return graph(x_t, Tensor(np.full(x_t.shape[0], t, np.int32)), *(cond or default))
+    def denoise(x_t: Tensor, t: int, *cond: Tensor) -> Tensor:
+        with evaluation_mode(net):
+            return graph(x_t, Tensor(np.full(x_t.shape[0], t, np.int32)), *(cond or default))
 
     return denoise
 
 
-def with_label(denoise, label: int):
-    """The denoiser with this class label in the place of all labels; `num_classes` is the label for none."""
+def with_label(denoise: Denoiser, label: int) -> Denoiser:
+    """The denoiser with `label` in place of all class labels; the label `num_classes` stands for no class."""
 
-    def relabelled(x_t, t, labels, *cond):
+    def relabelled(x_t: Array, t: int, labels: Tensor, *cond: Array) -> Array:
         return denoise(x_t, t, Tensor(np.full(labels.shape, label, np.int32)), *cond)
 
     return relabelled
 
 
-def guide(denoise, denoise_uncond, scale: float, rescale: float = 0.0, interval=None, clip: bool = True):
-    """Classifier-free guidance (Ho & Salimans 2021, eq. 6, scale = 1 + w) in x_0: uncond + scale (cond - uncond). Scale 0
-    is the unconditional denoiser, 1 the conditional; both must be unclipped, for their difference is amplified.
+def guide(
+    denoise: Denoiser,
+    denoise_uncond: Denoiser,
+    scale: float,
+    rescale: float = 0.0,
+    interval: tuple[int, int] | None = None,
+    clip: bool = True,
+) -> Denoiser:
+    """Classifier-free guidance (Ho & Salimans 2021, eq. 6, scale = 1 + w) in x_0: uncond + scale (cond - uncond).
+
+    Scale 0 is the unconditional denoiser and scale 1 the conditional one. Guidance amplifies the difference between both,
+    so both must be unclipped.
 
     Args:
-        rescale: share of the result that is brought back to the conditional x_0's standard deviation, which guidance raises
-            (Lin et al. 2024, eqs. 14 to 16).
-        interval: (first, last) timestep of those that are guided; elsewhere the conditional denoiser runs alone
-            (Kynkaanniemi et al. 2024, eq. 5).
-        clip: keep x_0 in [-1, 1].
+        rescale: share of the result that is rescaled to the standard deviation of the conditional x_0, because guidance
+            raises it (Lin et al. 2024, eqs. 14 to 16).
+        interval: first and last guided timestep; at other timesteps only the conditional denoiser runs (Kynkaanniemi et al.
+            2024, eq. 5).
+        clip: clip x_0 to [-1, 1].
     """
 
-    def guided(x_t, t: int, *cond):
+    def guided(x_t: Array, t: int, *cond: Array) -> Array:
         x_start = denoise(x_t, t, *cond)
         if scale != 1 and (interval is None or interval[0] <= t <= interval[1]):
             uncond = denoise_uncond(x_t, t, *cond)
@@ -65,34 +100,34 @@ def guide(denoise, denoise_uncond, scale: float, rescale: float = 0.0, interval=
     return guided
 
 
-def _std(x):
+def _std(x: Array) -> Array:
     """Standard deviation of each sample, (B, 1, ...)."""
     flat = x.reshape(x.shape[0], -1)
     centred = flat - flat.mean(1).reshape(-1, 1)
     return ((centred**2).mean(1) ** 0.5).reshape((-1,) + (1,) * (x.ndim - 1))
 
 
-def inpaint(denoise, known, mask):
-    """The x_0 of `known` (B, ...) wherever `mask` is 1, the denoiser's where it is 0.
+def inpaint(denoise: Denoiser, known: Array, mask: Array) -> Denoiser:
+    """The x_0 of `known` (B, ...) where `mask` is 1, and the denoiser's x_0 where it is 0.
 
-    The sampler then noises the known part as it goes: the replacement method of Song et al. 2021 (appendix I.2), and with
-    `sample_repaint` RePaint.
+    The sampler then adds noise to the known part at each step. This is the replacement method (Song et al. 2021, appendix
+    I.2), or RePaint with `sample_repaint`.
     """
 
-    def inpainted(x_t, t: int, *cond):
+    def inpainted(x_t: Array, t: int, *cond: Array) -> Array:
         return mask * known + (1 - mask) * denoise(x_t, t, *cond)
 
     return inpainted
 
 
-def with_self_conditioning(denoise):
-    """Self-conditioning (Chen et al. 2022, "Analog bits", algorithm 2): the network also gets the x_0 of the call before.
+def with_self_conditioning(denoise: Denoiser) -> Denoiser:
+    """Self-conditioning (Chen et al. 2022, "Analog bits", algorithm 2): each call also passes the x_0 of the previous call.
 
-    Make a new one for each sample: the first call sees zeros.
+    The first call passes zeros, so each sampling run needs a new wrapper: see `self_conditioned`.
     """
     last = None
 
-    def conditioned(x_t, t: int, *cond):
+    def conditioned(x_t: Array, t: int, *cond: Array) -> Array:
         nonlocal last
         last = denoise(x_t, t, *cond, x_t * 0 if last is None else last)
         return last
@@ -100,10 +135,11 @@ def with_self_conditioning(denoise):
     return conditioned
 
 
-def self_conditioned(sampler):
-    """The sampler over `with_self_conditioning(denoise)`, with a new memory for each call of it."""
+def self_conditioned(sampler: Callable[..., Array]) -> Callable[..., Array]:
+    """The sampler with self-conditioning, which starts from zeros in each run."""
 
-    def sample(denoise, *args, **options):
+    @wraps(sampler)
+    def sample(denoise: Denoiser, *args: Any, **options: Any) -> Array:
         return sampler(with_self_conditioning(denoise), *args, **options)
 
     return sample

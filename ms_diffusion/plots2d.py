@@ -4,6 +4,8 @@ Points are arrays (n, 2) in the data's own units. The panels of a picture share 
 left out; a panel of nothing else stays empty.
 """
 
+import io
+
 import numpy as np
 from PIL import Image
 
@@ -74,6 +76,16 @@ def _dots(axes, points, color, n: int | None = None, scale: float = 1.0):
     crowd = max(n or len(points), 1) / scale**2
     alpha, size = np.clip((crowd / 100) ** -0.35, 0.15, 0.9), np.clip(6 * crowd**-0.2, 0.8, 3)
     return axes.plot(*points.T, "o", color=color, markersize=size, markeredgewidth=0, alpha=alpha)[0]
+
+
+def points_image(points: np.ndarray, data: np.ndarray | None = None) -> Image.Image:
+    """A picture of points (n, 2), above `data` (m, 2) in gray, whose axes hold the data, or else the points."""
+    figure, (axes,) = _figure([""], limits(points if data is None else data), 1, 3.5)
+    if data is not None:
+        _dots(axes, data, GRAY, scale=2)
+    _dots(axes, points, BLUE, scale=2)
+    figure.savefig(buffer := io.BytesIO(), format="png", dpi=DPI)
+    return Image.open(buffer)
 
 
 def save_panels(path, panels, titles, columns: int = 5) -> None:

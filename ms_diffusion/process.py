@@ -1,87 +1,103 @@
 """The diffusion process as tables and formulas; the network is always an argument.
 
-x (B, ...): float32 data in [-1, 1] or noised data, of any shape; t (B,): int32 timesteps in [0, T).
+x (B, ...): float32 data in [-1, 1], or noised data, of any shape; t (B,): int32 timesteps in [0, T).
 """
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 
 import mindspore as ms
 from mindspore import Tensor, ops
 
+from .fields import AT_LEAST_1, FRACTION, NON_NEGATIVE, POSITIVE, OneOf, check_fields
 from .losses import LOSSES
 from .schedules import SCHEDULES, rescale_zero_terminal_snr
 
 OBJECTIVES = ("eps", "x0", "v")
 WEIGHTINGS = ("none", "min-snr", "p2")
+Cond = Tensor | tuple[Tensor, ...] | None  # what a network is conditioned on, (B, ...) each
 
 
-def at(table, t, x):
-    """The table's values at t (B,), shaped to multiply x (B, ...)."""
+def at(table: Tensor, t: Tensor, x: Tensor) -> Tensor:
+    """The entries of `table` (T,) at t (B,), shaped (B, 1, ...) to multiply x (B, ...)."""
     return ops.gather(table, t, 0).reshape((t.shape[0],) + (1,) * (x.ndim - 1))
 
 
-def as_tuple(cond):
-    """None, a condition or a tuple of them -> a tuple."""
+def as_tuple(cond: Cond) -> tuple[Tensor, ...]:
+    """No condition, one, or a tuple of them, as a tuple."""
     if cond is None:
         return ()
     return cond if isinstance(cond, tuple) else (cond,)
 
 
+def predict(net: Callable[..., Tensor], x_t: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
+    """The network's output, as float32; conditions are its arguments after t."""
+    return ops.cast(net(x_t, t, *as_tuple(cond)), ms.float32)
+
+
 class GaussianDiffusion:
     """Denoising diffusion with Gaussian noise (Ho et al. 2020), in the notation of the latent-diffusion reference.
 
-    Tables are float64 numpy on the host (`betas`, `alphas_cumprod`, ... are attributes, (T,)) and float32 on the device.
+    Tables are float64 numpy arrays on the host (`betas`, `alphas_cumprod`, ... are attributes, (T,)) and float32 Tensors on
+    the device. Both are computed once: do not assign attributes later.
 
     Args:
-        betas: (T,), in (0, 1); the last may be 1 where the objective is not "eps".
+        betas: (T,), in (0, 1); the last may be 1 if the objective is not "eps".
         objective: what the network predicts: "eps" the noise, "x0" the data, "v" = sqrt(alpha_bar) eps - sqrt(1 -
             alpha_bar) x_0 (Salimans & Ho 2022).
         loss: "l1", "l2" or "huber".
         v_posterior: the reverse variance is (1 - v) posterior variance + v beta (Ho et al. 2020, section 3.2).
-        clip_denoised: clip the predicted x_0 to [-1, 1] in `p_mean_variance`.
-        weighting: of the timesteps in the loss, stated here for eps, with SNR = alpha_bar / (1 - alpha_bar); the same error
-            squared is SNR times smaller in x_0, alpha_bar times smaller in v. "min-snr": min(SNR, gamma) / SNR (Hang et al.
-            2023, section 3.4); "p2": (1 + SNR)^-gamma (Choi et al. 2022, eq. 8, k = 1). At zero SNR both are 0 in x_0 and v.
-        gamma: of min-snr (5 in its paper) or p2 (1 in its paper); None is the paper's.
-        l_simple_weight, original_elbo_weight: the loss is the former times the weighted error plus the latter times the
-            error weighted by `lvlb_weights`, as in latent diffusion's reference (L_hybrid, Nichol & Dhariwal 2021, eq. 16).
+        clip_denoised: clip the predicted x_0 to [-1, 1], the range of images: in `p_mean_variance`, in the guess of
+            self-conditioning, and in `make_denoiser` by default.
+        weighting: weights of the timesteps in the loss. For eps, with SNR = alpha_bar / (1 - alpha_bar), they are "min-snr":
+            min(SNR, gamma) / SNR (Hang et al. 2023, section 3.4), or "p2": (1 + SNR)^-gamma (Choi et al. 2022, eq. 8 with k =
+            1). The same squared error is SNR times smaller in x_0 and alpha_bar times smaller in v. At zero SNR both weights
+            are 0 in x_0 and v.
+        gamma: the parameter of min-snr (None: 5, as in its paper) or p2 (None: 1, as in its paper).
+        l_simple_weight, original_elbo_weight: the loss is l_simple_weight times the weighted error plus original_elbo_weight
+            times the error weighted by `lvlb_weights`, as in the code of latent diffusion (L_hybrid, Nichol & Dhariwal 2021,
+            eq. 16).
 
     Raises:
-        ValueError: betas outside (0, 1), an unknown objective, loss or weighting.
+        ValueError: an argument is outside its range, or unknown.
     Warns:
-        UserWarning: alpha_bar_T > 0.01: x_T is no noise yet, samples will be poor.
+        UserWarning: alpha_bar_T > 0.01: x_T still contains data, so samples will be poor.
     """
 
     def __init__(
         self,
-        betas,
-        objective="eps",
-        loss="huber",
-        v_posterior=0.0,
-        clip_denoised=True,
-        weighting="none",
-        gamma=None,
-        l_simple_weight=1.0,
-        original_elbo_weight=0.0,
+        betas: np.ndarray,
+        objective: str = "eps",
+        loss: str = "huber",
+        v_posterior: float = 0.0,
+        clip_denoised: bool = True,
+        weighting: str = "none",
+        gamma: float | None = None,
+        l_simple_weight: float = 1.0,
+        original_elbo_weight: float = 0.0,
     ):
         betas = np.asarray(betas, np.float64)
         if betas.ndim != 1 or not len(betas) or not ((betas > 0) & (betas < 1))[:-1].all() or not 0 < betas[-1] <= 1:
             raise ValueError("betas must be a list of numbers between 0 and 1")
         if objective == "eps" and betas[-1] == 1:
-            raise ValueError("betas end in 1 (zero terminal SNR), where eps says nothing of x_0: choose objective v or x0")
-        if objective not in OBJECTIVES:
-            raise ValueError(f"unknown objective {objective!r}: choose one of {', '.join(OBJECTIVES)}")
-        if loss not in LOSSES:
-            raise ValueError(f"unknown loss {loss!r}: choose one of {', '.join(LOSSES)}")
+            raise ValueError(
+                "the last beta is 1 (zero terminal SNR), where eps does not determine x_0: use objective v or x0"
+            )
+        for name, value, known in (
+            ("objective", objective, OBJECTIVES),
+            ("loss", loss, LOSSES),
+            ("weighting", weighting, WEIGHTINGS),
+        ):
+            if value not in known:
+                raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(known)}")
         if not 0 <= v_posterior <= 1:
-            raise ValueError(f"v_posterior is {v_posterior}: it must lie in [0, 1]")
-        if weighting not in WEIGHTINGS:
-            raise ValueError(f"unknown weighting {weighting!r}: choose one of {', '.join(WEIGHTINGS)}")
+            raise ValueError(f"v_posterior is {v_posterior}: it must be in [0, 1]")
         if gamma is not None and not (gamma > 0 and weighting != "none"):
-            raise ValueError(f"gamma is {gamma}: it must be above 0, and belongs to a weighting")
+            raise ValueError(f"gamma is {gamma}: it must be above 0, and needs weighting min-snr or p2")
         if not (l_simple_weight >= 0 and original_elbo_weight >= 0 and l_simple_weight + original_elbo_weight > 0):
             raise ValueError("l_simple_weight and original_elbo_weight must be at least 0, and not both 0")
         self.objective, self.loss, self.clip_denoised = objective, LOSSES[loss], clip_denoised
@@ -94,7 +110,7 @@ class GaussianDiffusion:
         self.alphas_cumprod_prev = np.append(1.0, self.alphas_cumprod[:-1])
         if self.alphas_cumprod[-1] > 0.01:
             warnings.warn(
-                f"alpha_bar_T is {self.alphas_cumprod[-1]:.3g}, so x_T is not noise: use larger betas or more steps",
+                f"alpha_bar_T is {self.alphas_cumprod[-1]:.3g}, so x_T still holds data: use larger betas or more timesteps",
                 stacklevel=2,
             )
 
@@ -104,8 +120,8 @@ class GaussianDiffusion:
         q_variance = betas * (1 - self.alphas_cumprod_prev) / (1 - self.alphas_cumprod)
         self.posterior_variance = (1 - v_posterior) * q_variance + v_posterior * betas
 
-        # What a squared error of the prediction weighs: in the bound (eq. 12), where t = 0 has no variance and takes its
-        # neighbour's weight, and in the loss
+        # Weights of the prediction's squared error: in the variational bound (eq. 12), where the variance at t = 0 is 0 and
+        # the weight of t = 1 is used, and in the loss
         snr = self.alphas_cumprod / (1 - self.alphas_cumprod)
         with np.errstate(divide="ignore"):
             in_x0 = {"x0": np.ones(self.num_timesteps), "eps": 1 / snr, "v": 1 - self.alphas_cumprod}[objective]
@@ -121,9 +137,7 @@ class GaussianDiffusion:
         else:
             weights = np.ones(self.num_timesteps)
         self.simple_weights = l_simple_weight * weights
-        self.elbo_weights = (
-            original_elbo_weight * self.lvlb_weights if original_elbo_weight else np.zeros(len(betas))
-        )
+        self.elbo_weights = original_elbo_weight * self.lvlb_weights if original_elbo_weight else np.zeros(len(betas))
 
         def device(values):
             return Tensor(values.astype(np.float32))
@@ -138,51 +152,51 @@ class GaussianDiffusion:
         self._posterior_mean_coef2 = device(self.posterior_mean_coef2)
         self._posterior_variance = device(self.posterior_variance)
         self._posterior_log_variance_clipped = device(np.log(np.maximum(self.posterior_variance, 1e-20)))
-        # None where they are all 1 and all 0, for each operator in a graph takes time
+        # None if all weights are 1, or all 0: each operator in a graph takes time
         self._simple_weights = None if (self.simple_weights == 1).all() else device(self.simple_weights)
         self._elbo_weights = device(self.elbo_weights) if original_elbo_weight else None
 
     # The forward process
 
-    def q_mean_variance(self, x_start, t):
-        """Mean, variance and log-variance of q(x_t | x_0), eq. 4; the latter two (B, 1, ...)."""
+    def q_mean_variance(self, x_start: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean (B, ...), variance and log-variance (B, 1, ...) of q(x_t | x_0), eq. 4."""
         mean = at(self._sqrt_alphas_cumprod, t, x_start) * x_start
         variance = ops.square(at(self._sqrt_one_minus_alphas_cumprod, t, x_start))
         return mean, variance, at(self._log_one_minus_alphas_cumprod, t, x_start)
 
-    def q_sample(self, x_start, t, noise):
+    def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) noise, noise ~ N(0, 1), eq. 4."""
         signal = at(self._sqrt_alphas_cumprod, t, x_start) * x_start
         return signal + at(self._sqrt_one_minus_alphas_cumprod, t, x_start) * noise
 
-    def q_posterior(self, x_start, x_t, t):
-        """Mean, variance and log-variance (clipped at 1e-20) of q(x_{t-1} | x_t, x_0), eqs. 6 and 7."""
+    def q_posterior(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean, variance and log-variance of q(x_{t-1} | x_t, x_0), eqs. 6 and 7; the log is at least log(1e-20)."""
         mean = at(self._posterior_mean_coef1, t, x_t) * x_start + at(self._posterior_mean_coef2, t, x_t) * x_t
         return mean, at(self._posterior_variance, t, x_t), at(self._posterior_log_variance_clipped, t, x_t)
 
     # From one prediction to another
 
-    def predict_start_from_noise(self, x_t, t, noise):
-        """x_0 that x_t comes from with this noise: eq. 4 solved for x_0."""
+    def predict_start_from_noise(self, x_t: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """The x_0 from which `noise` leads to x_t: eq. 4 solved for x_0."""
         return at(self._sqrt_recip_alphas_cumprod, t, x_t) * x_t - at(self._sqrt_recipm1_alphas_cumprod, t, x_t) * noise
 
-    def predict_noise_from_start(self, x_t, t, x_start):
-        """The noise that turns x_start into x_t: eq. 4 solved for the noise."""
+    def predict_noise_from_start(self, x_t: Tensor, t: Tensor, x_start: Tensor) -> Tensor:
+        """The noise that leads from x_start to x_t: eq. 4 solved for the noise."""
         signal = at(self._sqrt_alphas_cumprod, t, x_t) * x_start
         return (x_t - signal) / at(self._sqrt_one_minus_alphas_cumprod, t, x_t)
 
-    def predict_v(self, x_start, t, noise):
+    def predict_v(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """v = sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) x_0 (Salimans & Ho 2022, section 4)."""
         return (
             at(self._sqrt_alphas_cumprod, t, x_start) * noise - at(self._sqrt_one_minus_alphas_cumprod, t, x_start) * x_start
         )
 
-    def predict_start_from_v(self, x_t, t, v):
+    def predict_start_from_v(self, x_t: Tensor, t: Tensor, v: Tensor) -> Tensor:
         """x_0 = sqrt(alpha_bar) x_t - sqrt(1 - alpha_bar) v (Salimans & Ho 2022, appendix D)."""
         return at(self._sqrt_alphas_cumprod, t, x_t) * x_t - at(self._sqrt_one_minus_alphas_cumprod, t, x_t) * v
 
-    def predict_start(self, model_output, x_t, t):
-        """x_0 from the network's output, whatever the objective."""
+    def predict_start(self, model_output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """x_0 from the network's output, for any objective."""
         if self.objective == "eps":
             return self.predict_start_from_noise(x_t, t, model_output)
         if self.objective == "v":
@@ -191,23 +205,34 @@ class GaussianDiffusion:
 
     # The reverse process and its loss
 
-    def p_mean_variance(self, net, x_t, t, cond=None):
-        """Mean, variance, log-variance of p(x_{t-1} | x_t), eq. 11, and the x_0 they come from."""
+    def p_mean_variance(
+        self, net: Callable[..., Tensor], x_t: Tensor, t: Tensor, cond: Cond = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Mean, variance and log-variance of p(x_{t-1} | x_t), eq. 11, and the predicted x_0 behind them."""
         x_start = self.predict_start(predict(net, x_t, t, cond), x_t, t)
         if self.clip_denoised:
             x_start = ops.clamp(x_start, -1.0, 1.0)
         mean, variance, log_variance = self.q_posterior(x_start, x_t, t)
         return mean, variance, log_variance, x_start
 
-    def losses(self, net, x_start, t, noise, cond=None, logvar=None, self_cond_mask=None):
-        """Weighted error (B,) of the network's prediction at x_t: eq. 14 and what `weighting` and its like make of it.
+    def losses(
+        self,
+        net: Callable[..., Tensor],
+        x_start: Tensor,
+        t: Tensor,
+        noise: Tensor,
+        cond: Cond = None,
+        logvar: Tensor | None = None,
+        self_cond_mask: Tensor | None = None,
+    ) -> Tensor:
+        """The weighted error (B,) of the network's prediction at x_t: eq. 14, with the weights of `weighting` etc.
 
         Args:
-            cond: conditions (B, ...), a Tensor or a tuple, handed to the network after t.
-            logvar: log-variance (T,) of the errors, learned with the network: error / exp(logvar) + logvar is then what
-                `weighting` weighs (Kendall & Gal 2017, eq. 8; `learn_logvar` of latent diffusion's reference).
-            self_cond_mask: (B,) 0 or 1, whether a sample is shown a first guess of x_0 in self-conditioning (Chen et al. 2022,
-                algorithm 1), else zeros.
+            cond: conditions (B, ...), passed to the network after t.
+            logvar: log-variances (T,) of the errors, learned with the network: `weighting` then applies to error /
+                exp(logvar) + logvar (Kendall & Gal 2017, eq. 8; `learn_logvar` in the code of latent diffusion).
+            self_cond_mask: (B,): 1 passes the network a first guess of x_0 for self-conditioning (Chen et al. 2022,
+                algorithm 1), 0 passes zeros.
         """
         x_t = self.q_sample(x_start, t, noise)
         if self.objective == "eps":
@@ -231,58 +256,66 @@ class GaussianDiffusion:
             simple = ops.gather(self._simple_weights, t, 0) * simple
         return simple if self._elbo_weights is None else simple + ops.gather(self._elbo_weights, t, 0) * error
 
-    def p_losses(self, net, x_start, t, noise, cond=None, logvar=None, self_cond_mask=None):
+    def p_losses(
+        self,
+        net: Callable[..., Tensor],
+        x_start: Tensor,
+        t: Tensor,
+        noise: Tensor,
+        cond: Cond = None,
+        logvar: Tensor | None = None,
+        self_cond_mask: Tensor | None = None,
+    ) -> Tensor:
         """The mean () of `losses`."""
         return ops.mean(self.losses(net, x_start, t, noise, cond, logvar, self_cond_mask))
 
 
-def predict(net, x_t, t, cond=None):
-    """The network's output, float32; conditions, a Tensor or a tuple, are passed on where there are any."""
-    return ops.cast(net(x_t, t, *as_tuple(cond)), ms.float32)
-
-
 @dataclass(frozen=True)
 class DiffusionConfig:
-    """The process that data is noised by, and what the network learns of it."""
+    """The diffusion process, and what the network learns."""
 
-    num_timesteps: int = 1000
+    num_timesteps: Annotated[int, AT_LEAST_1] = 1000
     """T, the number of diffusion steps."""
-    schedule: str = "linear"
-    """Noise schedule: linear, cosine, quadratic, sigmoid or sqrt_linear."""
-    objective: str = "eps"
+    schedule: Annotated[str, OneOf(SCHEDULES)] = "linear"
+    """Noise schedule: linear, unscaled_linear, cosine, quadratic, sigmoid or sqrt_linear."""
+    objective: Annotated[str, OneOf(OBJECTIVES)] = "eps"
     """What the network predicts: eps, x0 or v."""
-    loss: str = "huber"
+    loss: Annotated[str, OneOf(LOSSES)] = "huber"
     """Error of the prediction: l1, l2 or huber."""
-    v_posterior: float = 0.0
-    """Share of beta in the reverse variance; 0 is the posterior's."""
+    v_posterior: Annotated[float, FRACTION] = 0.0
+    """Share of beta in the reverse variance; 0 is the posterior's variance."""
     zero_terminal_snr: bool = False
-    """Rescale the schedule so that x_T is nothing but noise (Lin et al. 2024); needs objective x0 or v."""
-    weighting: str = "none"
+    """Rescale the schedule so that x_T is pure noise (Lin et al. 2024); needs objective x0 or v."""
+    weighting: Annotated[str, OneOf(WEIGHTINGS)] = "none"
     """Weights of the timesteps in the loss: none, min-snr or p2."""
-    gamma: float | None = None
-    """gamma of min-snr (5 if not given) or p2 (1 if not given)."""
-    l_simple_weight: float = 1.0
-    """Share of the weighted error in the loss."""
-    original_elbo_weight: float = 0.0
-    """Share of the error as the variational bound weighs it in the loss."""
+    gamma: Annotated[float, POSITIVE] | None = None
+    """gamma of min-snr (default 5) or p2 (default 1)."""
+    l_simple_weight: Annotated[float, NON_NEGATIVE] = 1.0
+    """Weight in the loss of the error that `weighting` weights."""
+    original_elbo_weight: Annotated[float, NON_NEGATIVE] = 0.0
+    """Weight in the loss of the error with the weights of the variational bound."""
 
-    def build(self) -> GaussianDiffusion:
-        if self.schedule not in SCHEDULES:
-            raise ValueError(f"unknown schedule {self.schedule!r}: choose one of {', '.join(SCHEDULES)}")
-        if self.num_timesteps < 1:
-            raise ValueError(f"num_timesteps is {self.num_timesteps}: it must be at least 1")
+    def build(self, clip_denoised: bool = True) -> GaussianDiffusion:
+        """The process. Pass clip_denoised=False for data outside [-1, 1], such as latents.
+
+        Raises:
+            UserError: a field is outside its range.
+            ValueError: fields do not fit together.
+        """
+        check_fields(self)
         betas = SCHEDULES[self.schedule](self.num_timesteps)
         if self.zero_terminal_snr:
             if self.num_timesteps < 2:
-                raise ValueError("zero_terminal_snr needs at least 2 timesteps")
+                raise ValueError("zero_terminal_snr needs num_timesteps of at least 2")
             betas = rescale_zero_terminal_snr(betas)
         return GaussianDiffusion(
             betas,
             self.objective,
             self.loss,
             self.v_posterior,
-            weighting=self.weighting,
-            gamma=self.gamma,
-            l_simple_weight=self.l_simple_weight,
-            original_elbo_weight=self.original_elbo_weight,
+            clip_denoised,
+            self.weighting,
+            self.gamma,
+            self.l_simple_weight,
+            self.original_elbo_weight,
         )

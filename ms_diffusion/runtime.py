@@ -1,6 +1,6 @@
 """The machine: device, compilation, ranks, interrupts, and how a program ends. The only file that knows a device's name.
 
-Importing it sets what must precede ``import mindspore``, which nothing here imports before it is needed.
+Importing this module makes the settings that must precede ``import mindspore``. It imports MindSpore only when needed.
 """
 
 import contextlib
@@ -9,17 +9,38 @@ import os
 import signal
 import sys
 import threading
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
-# On a CPU with AVX-512, MindSpore's NCHW convolutions fall to oneDNN's reference kernel, 100 times slower than with AVX2.
-# The setting touches the CPU's oneDNN alone, so it is made before the device is known; the user's own choice stands.
+# On a CPU with AVX-512, MindSpore's NCHW convolutions fall back to oneDNN's reference kernel, 100 times slower than AVX2.
+# The setting affects only the CPU's oneDNN, so it is made before the device is known; the user's own setting is kept.
+if "mindspore" in sys.modules and "ONEDNN_MAX_CPU_ISA" not in os.environ:
+    warnings.warn(
+        "mindspore was imported before ms_diffusion, so the CPU runs without ms_diffusion's settings and may be several "
+        "times slower: import ms_diffusion first",
+        stacklevel=2,
+    )
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX2")
 os.environ.setdefault("GLOG_v", "4")  # MindSpore's C++ log on stderr repeats what its exceptions say
 
 DEVICES = ("auto", "ascend", "gpu", "cpu")
+STOP = threading.Event()  # set by Ctrl-C or SIGTERM after `catch_interrupts`
 
 
 class UserError(Exception):
-    """Bad input: the message says in one line what is wrong and how to mend it; programs print it and exit with 2."""
+    """Bad input. The message says in one line what is wrong and what to do; programs print it and exit with code 2."""
+
+
+def command(name: str) -> str:
+    """How a command of this package is called, in the way that the running program was called: "python train.py" in a clone,
+    "python -m ms_diffusion train", or "ms-diffusion train"."""
+    program = Path(sys.argv[0]).name
+    if program in ("train.py", "sample.py") and name in ("train", "sample"):
+        return f"python {name}.py"
+    if program in ("train.py", "sample.py", "__main__.py"):
+        return f"python -m ms_diffusion {name}"
+    return f"ms-diffusion {name}"
 
 
 def set_device(device: str = "auto") -> str:
@@ -79,7 +100,7 @@ def compiled(fn):
 
 
 def initialise_ranks() -> tuple[int, int]:
-    """(rank, world size): (0, 1), or those of a run that msrun or a rank table has launched."""
+    """(rank, world size): (0, 1), or those of a process that msrun or a rank table has launched."""
     if int(os.environ.get("RANK_SIZE") or os.environ.get("MS_WORKER_NUM") or 1) == 1:
         return 0, 1
     from mindspore import communication
@@ -88,40 +109,38 @@ def initialise_ranks() -> tuple[int, int]:
     return communication.get_rank(), communication.get_group_size()
 
 
-def catch_interrupts() -> threading.Event:
-    """An event that Ctrl-C or SIGTERM sets; a second Ctrl-C ends the process at once. Call it before ``import mindspore``.
+def catch_interrupts() -> None:
+    """Let Ctrl-C and SIGTERM set STOP; a second Ctrl-C ends the process at once. Call this before ``import mindspore``.
 
-    After its first operator MindSpore lets SIGINT kill the process without KeyboardInterrupt (2.7 to 2.10). A thread
-    that waits for the blocked signal is spared that.
+    Once an operator has run, SIGINT kills a MindSpore process without KeyboardInterrupt (2.7 to 2.10), so the signal is
+    blocked and a thread waits for it.
     """
-    stop = threading.Event()
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
 
     def watch():
         signal.sigwait({signal.SIGINT})
-        stop.set()
+        STOP.set()
         signal.sigwait({signal.SIGINT})
         os._exit(130)
 
     threading.Thread(target=watch, daemon=True).start()
-    signal.signal(signal.SIGTERM, lambda *_: stop.set())
-    return stop
+    signal.signal(signal.SIGTERM, lambda *_: STOP.set())
 
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 BAD_PATH = (errno.EACCES, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
 
 
-def run_program(main) -> None:
-    """Call ``main()``; bad input and a full disk end in one line and exit code 2, or the traceback with ``--debug``."""
+def run_program(main: Callable[[list[str]], int], argv: Sequence[str]) -> int:
+    """The exit code of main(argv). Bad input and a full disk give one line and code 2, or a traceback with --debug."""
     try:
-        sys.exit(main())
+        return main(list(argv))
     except (UserError, OSError) as e:
-        if "--debug" in sys.argv or (isinstance(e, OSError) and e.errno not in FULL + BAD_PATH):
+        if "--debug" in argv or (isinstance(e, OSError) and e.errno not in FULL + BAD_PATH):
             raise
         hint = ""
         if isinstance(e, OSError):
             hint = ": free some space, then run the same command again" if e.errno in FULL else ": choose another path"
         with contextlib.suppress(OSError):
             print(f"error: {e}{hint}", file=sys.stderr)
-        sys.exit(2)
+        return 2

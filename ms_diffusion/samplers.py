@@ -1,37 +1,51 @@
 """Samplers: from x_T to x_0 through `denoise(x_t, t) -> x_0`.
 
-x is a Tensor or a numpy array of any shape; a sampler only adds and scales, with float64 coefficients. `timesteps` are
-descending ints in [0, T), by default all T; x belongs to the noise level of the first. `randn_like(x)` draws N(0, 1);
-`callback(i, x, x_start)` sees each step. A step calls the network once where nothing else is said.
+    sampler(denoise, x, diffusion, timesteps=None, randn_like=None, callback=None, **options) -> x_0
 
-With alpha = sqrt(alpha_bar), sigma = sqrt(1 - alpha_bar), lambda = log(alpha / sigma), half the log-SNR: all that solve the
-probability-flow ODE take the same step, `ddim_step`, and differ in the x_0 that they put into it.
+x is a Tensor or a numpy array of any shape; a sampler only adds and scales it, with float64 coefficients. `timesteps` are
+descending ints in [0, T), by default all T; x has the noise level of the first. `randn_like(x)` draws N(0, 1).
+`callback(i, x, x_start)` is called after each step. A step calls the network once unless the docstring says otherwise.
+
+With alpha = sqrt(alpha_bar), sigma = sqrt(1 - alpha_bar) and lambda = log(alpha / sigma), half the log-SNR, all samplers of
+the probability-flow ODE take the same step, `ddim_step`; they differ in the x_0 that they pass to it.
 """
 
+import inspect
 import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
 from mindspore import Tensor
 
+from .denoiser import Array, Denoiser
+from .process import GaussianDiffusion
+
+Sampler = Callable[..., Array]
+Timesteps = Sequence[int] | None
+RandnLike = Callable[[Array], Array] | None
+Callback = Callable[[int, Array, Array], Any] | None
+
 SPACINGS = ("linspace", "leading", "trailing", "karras", "logsnr")
-SIGMA_MAX = 80  # noise / signal beyond which x_t says nothing of data in [-1, 1] (sigma_max of Karras et al. 2022, table 1)
+SIGMA_MAX = 80  # sigma / alpha above which x_t has no information about data in [-1, 1] (Karras et al. 2022, table 1)
 
 
-def sampling_timesteps(T: int, steps: int, spacing: str = "linspace", alphas_cumprod=None) -> list[int]:
-    """`steps` descending timesteps in [0, T). The spacings (the first three: Lin et al. 2024, table 2):
+def sampling_timesteps(T: int, steps: int, spacing: str = "linspace", alphas_cumprod: np.ndarray | None = None) -> list[int]:
+    """`steps` descending timesteps in [0, T).
 
-    linspace: evenly from T - 1 to 0 (one step: T - 1 alone). leading: multiples of T // steps from 0, short of T - 1 unless
-    steps = T. trailing: T - 1 and down by T / steps, to T / steps - 1. karras: sigma^(1/7) evenly, sigma the noise / signal
-    ratio (Karras et al. 2022, eq. 5). logsnr: the logarithm of that ratio evenly (Lu et al. 2022, section 3.4).
-
-    karras and logsnr go by `alphas_cumprod` (T,), take sigma above 80 for 80, and the nearest free timesteps.
+    Args:
+        spacing: linspace: even from T - 1 to 0; a single step is T - 1. leading: the multiples of T // steps from 0, which
+            reach T - 1 only if steps = T. trailing: from T - 1 in steps of T / steps (Lin et al. 2024, table 2, for these
+            three). karras: even in (sigma / alpha)^(1/7) (Karras et al. 2022, eq. 5). logsnr: even in log(sigma / alpha) (Lu
+            et al. 2022, section 3.4). The last two limit sigma / alpha to 80 and take the nearest unused timesteps.
+        alphas_cumprod: (T,), needed by karras and logsnr.
 
     Raises:
-        ValueError: steps is not in [1, T], an unknown spacing, or alphas_cumprod is missing.
+        ValueError: steps is not in [1, T], the spacing is unknown, or alphas_cumprod is missing.
     """
     if not 1 <= steps <= T:
-        raise ValueError(f"{steps} sampling steps: choose from 1 to {T}, the timesteps of training")
+        raise ValueError(f"steps is {steps}: choose from 1 to {T}, the number of timesteps in training")
     if spacing not in SPACINGS:
         raise ValueError(f"unknown spacing {spacing!r}: choose one of {', '.join(SPACINGS)}")
     i = np.arange(steps)
@@ -43,7 +57,7 @@ def sampling_timesteps(T: int, steps: int, spacing: str = "linspace", alphas_cum
         return [int(t) for t in np.round(np.linspace(T - 1, 0, steps))]
 
     if alphas_cumprod is None:
-        raise ValueError(f"spacing {spacing} needs alphas_cumprod, the diffusion's noise levels")
+        raise ValueError(f"spacing {spacing} needs alphas_cumprod: pass diffusion.alphas_cumprod")
     alphas_cumprod = np.maximum(alphas_cumprod, 1 / (1 + SIGMA_MAX**2))
     sigmas = np.sqrt((1 - alphas_cumprod) / alphas_cumprod)
     if spacing == "karras":
@@ -52,13 +66,13 @@ def sampling_timesteps(T: int, steps: int, spacing: str = "linspace", alphas_cum
         wanted = np.exp(np.linspace(np.log(sigmas[-1]), np.log(sigmas[0]), steps))
     nearest = np.round(np.interp(np.log(wanted), np.log(sigmas), np.arange(T))).astype(int)
     timesteps = [T - 1]
-    for left, t in zip(range(steps - 2, -1, -1), nearest[1:], strict=True):  # distinct, with room for those to come
+    for left, t in zip(range(steps - 2, -1, -1), nearest[1:], strict=True):  # distinct, with room for the later ones
         timesteps.append(min(max(int(t), left), timesteps[-1] - 1))
     return timesteps
 
 
-def noise_levels(diffusion, timesteps):
-    """(i, t, alpha_bar_t, alpha_bar of the next, less noisy time); after the last comes the data, alpha_bar 1."""
+def noise_levels(diffusion: GaussianDiffusion, timesteps: Timesteps) -> list[tuple[int, int, float, float]]:
+    """(i, t, alpha_bar of t, alpha_bar of the next timestep) for each step; the last step leads to data, alpha_bar 1."""
     timesteps = list(range(diffusion.num_timesteps - 1, -1, -1) if timesteps is None else timesteps)
     alpha_bars = [float(diffusion.alphas_cumprod[t]) for t in timesteps]
     return list(zip(range(len(timesteps)), timesteps, alpha_bars, [*alpha_bars[1:], 1.0], strict=True))
@@ -70,9 +84,10 @@ def _lambda(alpha_bar: float) -> float:
     return 0.5 * math.log(alpha_bar / (1 - alpha_bar))
 
 
-def ddim_step(x, x_start, alpha_bar, alpha_bar_next, sigma: float = 0.0):
-    """alpha_next x_0 plus the eps that x_0 leaves in x, scaled to sigma_next less the noise of `sigma` that is still to come
-    (Song et al. 2020, eq. 12, without its last term): without that noise, exact where x_0 stays the same."""
+def ddim_step(x: Array, x_start: Array, alpha_bar: float, alpha_bar_next: float, sigma: float = 0.0) -> Array:
+    """Song et al. 2020, eq. 12, without its last term, the noise of standard deviation `sigma`, which the caller adds.
+
+    With sigma = 0 the step is exact if x_0 is constant along it."""
     keep = math.sqrt(max(1 - alpha_bar_next - sigma**2, 0) / (1 - alpha_bar))
     return (math.sqrt(alpha_bar_next) - keep * math.sqrt(alpha_bar)) * x_start + keep * x
 
@@ -81,8 +96,10 @@ def _noise_in(x, x_start, alpha_bar):
     return (x - math.sqrt(alpha_bar) * x_start) / math.sqrt(1 - alpha_bar)
 
 
-def ddpm_step(x, x_start, alpha_bar, alpha_bar_next, v_posterior, randn_like):
-    """A draw from q(x_next | x, x_0) (Ho et al. 2020, eq. 7), with v_posterior of beta in the variance."""
+def ddpm_step(
+    x: Array, x_start: Array, alpha_bar: float, alpha_bar_next: float, v_posterior: float, randn_like: RandnLike
+) -> Array:
+    """A draw from q(x_next | x, x_0) (Ho et al. 2020, eq. 7) with variance (1 - v) posterior variance + v beta."""
     alpha = alpha_bar / alpha_bar_next
     mean = (
         math.sqrt(alpha_bar_next) * (1 - alpha) / (1 - alpha_bar) * x_start
@@ -94,25 +111,55 @@ def ddpm_step(x, x_start, alpha_bar, alpha_bar_next, v_posterior, randn_like):
     return mean + math.sqrt((1 - alpha) * ((1 - v) * (1 - alpha_bar_next) / (1 - alpha_bar) + v)) * randn_like(x)
 
 
-def sample_ddpm(denoise, x, diffusion, timesteps=None, randn_like=None, callback=None):
-    """Ancestral sampling (Ho et al. 2020, algorithm 2), on fewer steps by the posterior between them (Nichol & Dhariwal
-    2021, section 4). The variance is the posterior's, or beta, or between: `diffusion.v_posterior`."""
+def resolve_v_posterior(diffusion: GaussianDiffusion, v_posterior: float | None) -> float:
+    """The share of beta in the reverse variance: the sampler's option, or the diffusion's where it is None."""
+    v = diffusion.v_posterior if v_posterior is None else v_posterior
+    if not 0 <= v <= 1:
+        raise ValueError(f"v_posterior is {v}: it must be in [0, 1]")
+    return v
+
+
+def sample_ddpm(
+    denoise: Denoiser,
+    x: Array,
+    diffusion: GaussianDiffusion,
+    timesteps: Timesteps = None,
+    randn_like: RandnLike = None,
+    callback: Callback = None,
+    v_posterior: float | None = None,
+) -> Array:
+    """Ancestral sampling (Ho et al. 2020, algorithm 2; with fewer timesteps Nichol & Dhariwal 2021, section 4).
+
+    The variance is (1 - v) posterior variance + v beta, where v is `v_posterior`; None is `diffusion.v_posterior`.
+
+    Raises:
+        ValueError: v_posterior is not in [0, 1].
+    """
+    v_posterior = resolve_v_posterior(diffusion, v_posterior)
     for i, t, alpha_bar, alpha_bar_next in noise_levels(diffusion, timesteps):
         x_start = denoise(x, t)
-        x = ddpm_step(x, x_start, alpha_bar, alpha_bar_next, diffusion.v_posterior, randn_like)
+        x = ddpm_step(x, x_start, alpha_bar, alpha_bar_next, v_posterior, randn_like)
         if callback:
             callback(i, x, x_start)
     return x
 
 
-def sample_ddim(denoise, x, diffusion, timesteps=None, randn_like=None, callback=None, eta: float = 0.0):
-    """DDIM (Song et al. 2020, eq. 12): deterministic at eta = 0, DDPM's noise at eta = 1.
+def sample_ddim(
+    denoise: Denoiser,
+    x: Array,
+    diffusion: GaussianDiffusion,
+    timesteps: Timesteps = None,
+    randn_like: RandnLike = None,
+    callback: Callback = None,
+    eta: float = 0.0,
+) -> Array:
+    """DDIM (Song et al. 2020, eq. 12): deterministic with eta = 0; eta = 1 adds the noise of DDPM.
 
     Raises:
         ValueError: eta is not in [0, 1].
     """
     if not 0 <= eta <= 1:
-        raise ValueError(f"eta is {eta}: it must lie in [0, 1], from DDIM to DDPM")
+        raise ValueError(f"eta is {eta}: it must be in [0, 1], from DDIM to DDPM")
     for i, t, alpha_bar, alpha_bar_next in noise_levels(diffusion, timesteps):
         x_start = denoise(x, t)
         sigma = eta * math.sqrt((1 - alpha_bar_next) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_next))
@@ -124,10 +171,18 @@ def sample_ddim(denoise, x, diffusion, timesteps=None, randn_like=None, callback
     return x
 
 
-def sample_heun(denoise, x, diffusion, timesteps=None, randn_like=None, callback=None):
-    """Heun's method in sigma / alpha (Karras et al. 2022, algorithm 1), order 2. Two calls a step, one in the last.
+def sample_heun(
+    denoise: Denoiser,
+    x: Array,
+    diffusion: GaussianDiffusion,
+    timesteps: Timesteps = None,
+    randn_like: RandnLike = None,
+    callback: Callback = None,
+) -> Array:
+    """Heun's method in sigma / alpha (Karras et al. 2022, algorithm 1), order 2. The last step calls the network once, each
+    other step twice.
 
-    Above sigma / alpha = 80 its step is DDIM's: the average of two eps there is divided by next to nothing.
+    Above sigma / alpha = 80 a step is DDIM's: Heun's would divide the mean of two eps by nearly 0.
     """
     steps = noise_levels(diffusion, timesteps)
     for i, t, alpha_bar, alpha_bar_next in steps:
@@ -144,15 +199,22 @@ def sample_heun(denoise, x, diffusion, timesteps=None, randn_like=None, callback
     return x
 
 
-def sample_plms(denoise, x, diffusion, timesteps=None, randn_like=None, callback=None):
+def sample_plms(
+    denoise: Denoiser,
+    x: Array,
+    diffusion: GaussianDiffusion,
+    timesteps: Timesteps = None,
+    randn_like: RandnLike = None,
+    callback: Callback = None,
+) -> Array:
     """Pseudo linear multistep: Adams-Bashforth on eps up to order 4, then DDIM's step (Liu et al. 2022, eqs. 9 and 12). The
-    weights are those of steps even in sigma / alpha; on others the order is 2.
+    weights assume steps even in sigma / alpha; with other steps the order is 2.
 
-    As latent diffusion's reference does, it begins with an improved Euler step, which calls the network twice; above
-    sigma / alpha = 80 with DDIM's, for the reason in `sample_heun`.
+    As in the code of latent diffusion, the first step is an improved Euler step, which calls the network twice. Steps above
+    sigma / alpha = 80 are DDIM's, as in `sample_heun`.
     """
     weights = {2: (3 / 2, -1 / 2), 3: (23 / 12, -16 / 12, 5 / 12), 4: (55 / 24, -59 / 24, 37 / 24, -9 / 24)}
-    steps, past = noise_levels(diffusion, timesteps), []  # of eps, newest first
+    steps, past = noise_levels(diffusion, timesteps), []  # past eps, newest first
     for i, t, alpha_bar, alpha_bar_next in steps:
         x_start = denoise(x, t)
         eps = _noise_in(x, x_start, alpha_bar)
@@ -172,9 +234,16 @@ def sample_plms(denoise, x, diffusion, timesteps=None, randn_like=None, callback
     return x
 
 
-def sample_dpmpp_2m(denoise, x, diffusion, timesteps=None, randn_like=None, callback=None):
-    """DPM-Solver++(2M) (Lu et al. 2022, "DPM-Solver++", algorithm 2): x_0 extrapolated from two calls, order 2."""
-    last = None  # (lambda, x_0) of the step before
+def sample_dpmpp_2m(
+    denoise: Denoiser,
+    x: Array,
+    diffusion: GaussianDiffusion,
+    timesteps: Timesteps = None,
+    randn_like: RandnLike = None,
+    callback: Callback = None,
+) -> Array:
+    """DPM-Solver++(2M) (Lu et al. 2022, "DPM-Solver++", algorithm 2): x_0 is extrapolated from two calls, order 2."""
+    last = None  # (lambda, x_0) of the previous step
     for i, t, alpha_bar, alpha_bar_next in noise_levels(diffusion, timesteps):
         x_start = denoise(x, t)
         now, guess = _lambda(alpha_bar), x_start
@@ -188,9 +257,9 @@ def sample_dpmpp_2m(denoise, x, diffusion, timesteps=None, randn_like=None, call
     return x
 
 
-def _unipc_guess(h: float, points: list):
-    """The x_0 of a UniPC step of length h in lambda, from points (lambda - lambda now, x_0), that of now first: x_0 now plus
-    rho . D / r (Zhao et al. 2023, theorem 3.1, with B(h) = e^h - 1 and x_0 for eps, appendix A.2)."""
+def _unipc_guess(h: float, points: list[tuple[float, Array]]) -> Array:
+    """The x_0 of a UniPC step of length h in lambda: the current x_0 plus rho . D / r (Zhao et al. 2023, theorem 3.1, with
+    B(h) = e^h - 1 and x_0 in place of eps, appendix A.2). The points are (lambda - current lambda, x_0), current first."""
     (_, x_start), *others = points
     if not others:
         return x_start
@@ -203,20 +272,28 @@ def _unipc_guess(h: float, points: list):
     return x_start + sum(float(w / q) * (x_other - x_start) for w, q, (_, x_other) in zip(rho, r, others, strict=True))
 
 
-def sample_unipc(denoise, x, diffusion, timesteps=None, randn_like=None, callback=None, order: int = 3):
-    """UniPC (Zhao et al. 2023, algorithms 5 to 8): a multistep predictor over `order` points, whose answer is then corrected
-    by the next call's x_0."""
-    past, before = [], None  # [(lambda, x_0)] newest first; x and alpha_bar of the last step
+def sample_unipc(
+    denoise: Denoiser,
+    x: Array,
+    diffusion: GaussianDiffusion,
+    timesteps: Timesteps = None,
+    randn_like: RandnLike = None,
+    callback: Callback = None,
+    order: int = 3,
+) -> Array:
+    """UniPC (Zhao et al. 2023, algorithms 5 to 8): a multistep predictor over `order` points, whose result is corrected with
+    the x_0 of the next call."""
+    past, before = [], None  # [(lambda, x_0)] newest first; (x, alpha_bar) of the previous step
     steps = noise_levels(diffusion, timesteps)
     for i, t, alpha_bar, alpha_bar_next in steps:
         x_start, now = denoise(x, t), _lambda(alpha_bar)
-        if past:  # correct x with what the network says of it
+        if past:  # correct x with the network's prediction at x
             points = [(place - past[0][0], x_0) for place, x_0 in [*past, (now, x_start)]]
             x = ddim_step(before[0], _unipc_guess(now - past[0][0], points), before[1], alpha_bar)
         if now > -math.inf:
             past = [(now, x_start), *past[: order - 1]]
         before = x, alpha_bar
-        depth = min(order, len(past), len(steps) - i)  # the last steps of low order: the end is all but noiseless
+        depth = min(order, len(past), len(steps) - i)  # low order in the last steps: they are nearly free of noise
         points = [(place - now, x_0) for place, x_0 in past[:depth]] or [(0, x_start)]
         guess = _unipc_guess(_lambda(alpha_bar_next) - now, points) if alpha_bar_next < 1 else x_start
         x = ddim_step(x, guess, alpha_bar, alpha_bar_next)
@@ -225,7 +302,11 @@ def sample_unipc(denoise, x, diffusion, timesteps=None, randn_like=None, callbac
     return x
 
 
-SAMPLERS = {
+# What a sampler prefers is an attribute of the function; the defaults are spacing "logsnr" and stochastic False
+vars(sample_ddpm).update(spacing="linspace", stochastic=True)
+vars(sample_ddim).update(spacing="linspace")
+
+SAMPLERS: dict[str, Sampler] = {  # SAMPLERS["mine"] = function adds a sampler
     "ddpm": sample_ddpm,
     "ddim": sample_ddim,
     "heun": sample_heun,
@@ -235,65 +316,75 @@ SAMPLERS = {
 }
 
 
+def default_spacing(sampler: Sampler) -> str:
+    """The spacing of timesteps that suits the sampler: its attribute `spacing`, else "logsnr"."""
+    return getattr(sampler, "spacing", "logsnr")
+
+
+def is_stochastic(sampler: Sampler) -> bool:
+    """Whether the sampler adds noise with its default options: its attribute `stochastic`, else False."""
+    return getattr(sampler, "stochastic", False)
+
+
+def sampler_options(sampler: Sampler) -> set[str]:
+    """The names of the sampler's own options: its parameters after the six that all samplers have."""
+    parameters = list(inspect.signature(sampler).parameters.values())[6:]
+    return {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+
+
 class SeededNoise:
-    """Standard normal noise for the images `indices` of a seed: image i draws the same numbers in any batch."""
+    """Standard normal noise for the samples `indices` of a seed: sample i gets the same numbers in any batch."""
 
-    AHEAD = 256  # numbers that each draws at least at a time: of points, two by two would take longer than all else
+    MIN_DRAW = 256  # numbers a generator draws at once: drawing two at a time, for a 2-D point, would dominate the run
 
-    def __init__(self, seed: int, indices):
+    def __init__(self, seed: int, indices: Iterable[int]):
         self.generators = [np.random.default_rng((seed, i)) for i in indices]
-        self.left = np.empty((len(self.generators), 0), np.float32)
+        self.unused = np.empty((len(self.generators), 0), np.float32)
 
-    def __call__(self, shape) -> np.ndarray:
-        """One draw of `shape` for each image -> (len(indices), *shape) float32."""
+    def __call__(self, shape: Sequence[int]) -> np.ndarray:
+        """The next noise of each sample, (len(indices), *shape) float32."""
         size = math.prod(shape)
-        missing = size - self.left.shape[1]
+        missing = size - self.unused.shape[1]
         if missing > 0:
-            more = max(missing, self.AHEAD)
-            drawn = np.stack([g.standard_normal(more, dtype=np.float32) for g in self.generators])
-            self.left = np.concatenate([self.left, drawn], 1)
-        taken, self.left = self.left[:, :size], self.left[:, size:]
-        return taken.reshape(-1, *shape)
+            count = max(missing, self.MIN_DRAW)
+            drawn = np.stack([g.standard_normal(count, dtype=np.float32) for g in self.generators])
+            self.unused = np.concatenate([self.unused, drawn], 1)
+        noise, self.unused = self.unused[:, :size], self.unused[:, size:]
+        return noise.reshape(-1, *shape)
 
 
 def generate(
-    sampler,
-    denoise,
-    diffusion,
-    timesteps,
-    shape,
-    num,
-    seed=0,
-    batch_size=64,
-    callback=None,
-    cond=(),
-    start=None,
+    sampler: Sampler,
+    denoise: Denoiser,
+    diffusion: GaussianDiffusion,
+    timesteps: Timesteps,
+    shape: Sequence[int],
+    num: int,
+    seed: int = 0,
+    batch_size: int = 64,
+    callback: Callback = None,
+    cond: Sequence[np.ndarray] = (),
+    start: np.ndarray | None = None,
 ) -> np.ndarray:
-    """`num` samples of `shape` -> (num, *shape) float32, in equal batches, so that the network is compiled once.
+    """`num` samples of `shape` -> (num, *shape) float32. All batches have one size, so the network is compiled once.
 
     Args:
-        cond: arrays (num, ...), whose rows are handed to `denoise` after t.
-        start: the first x (num, *shape) float32, at the noise level of timesteps[0], where that is not pure noise.
+        cond: arrays (num, ...); the rows of a batch are passed to `denoise` after t.
+        start: the first x (num, *shape) float32, at the noise level of timesteps[0], instead of N(0, 1).
     """
     batch_size = min(batch_size, num)
     batches = []
     for first in range(0, num, batch_size):
-        rows = range(first, first + batch_size)
-        noise = SeededNoise(seed, rows)
-        chosen = np.minimum(rows, num - 1)  # the last batch is filled up
-        x = noise(shape) if start is None else start[chosen]
-        given = [Tensor(values[chosen]) for values in cond]
+        noise = SeededNoise(seed, range(first, first + batch_size))
+        rows = np.minimum(range(first, first + batch_size), num - 1)  # fill up the last batch
+        x = noise(shape) if start is None else start[rows]
+        batch_cond = [Tensor(values[rows]) for values in cond]
 
-        def denoise_batch(x, t, *more, given=given):
-            return denoise(x, t, *given, *more)
+        def denoise_batch(x: Tensor, t: int, *last: Tensor, batch_cond: list[Tensor] = batch_cond) -> Tensor:
+            return denoise(x, t, *batch_cond, *last)  # last: the x_0 of self-conditioning
 
-        x = sampler(
-            denoise_batch,
-            Tensor(x),
-            diffusion,
-            timesteps,
-            lambda x, noise=noise: Tensor(noise(x.shape[1:])),
-            callback,
-        )
-        batches.append(x.asnumpy())
+        def randn_like(x: Tensor, noise: SeededNoise = noise) -> Tensor:
+            return Tensor(noise(x.shape[1:]))
+
+        batches.append(sampler(denoise_batch, Tensor(x), diffusion, timesteps, randn_like, callback).asnumpy())
     return np.concatenate(batches)[:num]

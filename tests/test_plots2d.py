@@ -13,7 +13,6 @@ from hypothesis.extra.numpy import arrays
 from matplotlib.colors import to_hex
 from PIL import Image, ImageSequence
 
-from ms_diffusion import plots2d as plane
 from ms_diffusion.plots2d import (
     grid_points,
     limits,

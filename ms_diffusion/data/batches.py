@@ -1,46 +1,63 @@
-"""From arrays in memory to training batches: exactly repeatable, and resumable at any step at no cost."""
+"""Data sets by name, and exactly repeatable training batches of arrays in memory."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..images import to_float
 from ..randomness import Stream
 from ..runtime import UserError
-from .fashion_mnist import load_fashion_mnist, load_fashion_mnist_mini
+from .fashion_mnist import CLASSES, load_fashion_mnist, load_fashion_mnist_mini
 from .image_folder import load_image_folder
+
+if TYPE_CHECKING:
+    from mindspore.dataset import GeneratorDataset
 
 
 class Batches:
-    """Item i is the batch of training step ``start_step + i``, or of ``steps_per_call`` steps; see ``make_dataset``."""
+    """A random-access source for MindSpore's dataset: item i is the i-th row that `make_dataset` describes."""
 
-    def __init__(self, images, labels, batch_size, steps, start_step, seed, flip, rank, world_size, steps_per_call):
+    def __init__(
+        self,
+        images: np.ndarray,
+        labels: np.ndarray,
+        batch_size: int,
+        steps: int,
+        start_step: int,
+        seed: int,
+        flip: bool,
+        rank: int,
+        world_size: int,
+        steps_per_call: int,
+    ):
         self.images, self.labels = images, labels
         self.batch_size, self.steps, self.start_step = batch_size, steps, start_step
         self.seed, self.flip, self.rank, self.world_size = seed, flip, rank, world_size
         self.steps_per_call = steps_per_call
         self.batches_per_epoch = len(images) // (batch_size * world_size)
-        self.epoch, self.order = None, None  # the permutation of the epoch at hand
+        self.epoch, self.order = -1, np.empty(0, np.int64)  # the current epoch and its permutation of the images
 
-    def __len__(self):
+    def __len__(self) -> int:
         return (self.steps - self.start_step) // self.steps_per_call
 
-    def __getitem__(self, i):
+    def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         step = self.start_step + int(i) * self.steps_per_call
         if self.steps_per_call == 1:
             return self.batch(step)
-        batches = [self.batch(step + k) for k in range(self.steps_per_call)]
-        return tuple(np.stack(column) for column in zip(*batches, strict=True))
+        images, labels = zip(*(self.batch(step + k) for k in range(self.steps_per_call)), strict=True)
+        return np.stack(images), np.stack(labels)
 
-    def batch(self, step: int):
+    def batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """The batch of one training step: images (B, C, H, W) in [-1, 1], or float32 data as they are, and labels (B,)."""
         epoch, batch = divmod(step, self.batches_per_epoch)
         if epoch != self.epoch:
-            self.epoch, self.order = (
-                epoch,
-                np.random.default_rng((self.seed, Stream.ORDER, epoch)).permutation(len(self.images)),
-            )
+            rng = np.random.default_rng((self.seed, Stream.ORDER, epoch))
+            self.epoch, self.order = epoch, rng.permutation(len(self.images))
         start = (batch * self.world_size + self.rank) * self.batch_size
         chosen = self.order[start : start + self.batch_size]
 
-        x = self.images[chosen]  # (B, H, W, C) uint8, or points (B, 2) float32
+        x = self.images[chosen]  # (B, H, W, C) uint8, or float32 data such as points (B, 2)
         if x.dtype != np.uint8:
             return x, self.labels[chosen]
         if self.flip:
@@ -60,27 +77,26 @@ def make_dataset(
     rank: int = 0,
     world_size: int = 1,
     steps_per_call: int = 1,
-):
-    """A MindSpore dataset of the batches of training steps ``start_step`` to ``steps - 1``, a row each.
+) -> "GeneratorDataset":
+    """A MindSpore dataset whose rows are the batches of training steps `start_step` to `steps` - 1, one row a step.
 
-    Its columns are "image" (B, C, H, W) float32 in [-1, 1] and "label" (B,) int32, from images (N, H, W, C) uint8 and
-    labels (N,); with ``flip`` each image is mirrored left to right with probability 1/2. What is float32 already, such as
-    points (N, 2), comes as it is. With ``steps_per_call`` K > 1 a row is the batches of K steps, (K, B, ...), and K must
-    divide the number of steps.
+    The columns are "image" (B, C, H, W) float32 in [-1, 1] and "label" (B,) int32, made from images (N, H, W, C) uint8 and
+    labels (N,). With `flip` each image is mirrored left to right with probability 1/2. Data that are float32 already, such
+    as points (N, 2), are passed through unchanged. With `steps_per_call` = K > 1 a row holds the batches of K steps,
+    (K, B, ...); K must divide the number of steps. The caller checks first that N is large enough (`check_enough`).
 
-    A batch is a function of (seed, step, rank) alone, so a run that resumes at step k sees exactly what it would have seen
-    without the break, and nothing is read to get there. MindSpore's own random state, which cannot be restored, has no
-    part in it. Every epoch has an order of its own, the same on all ranks: each step takes the next world_size *
-    batch_size images, rank by rank, and what is left at the epoch's end, too few for a step, is dropped.
+    A batch depends on (seed, step, rank) only. A run that resumes at step k therefore gets the same batches as an
+    uninterrupted run, and no data is read to get there; MindSpore's own random state, which cannot be restored, is not used.
+    Each epoch has its own order, the same on all ranks. Each step takes the next world_size * batch_size images, rank by
+    rank; the images at the end of an epoch that are too few for a step are dropped.
 
     Raises:
-        UserError: there are fewer images than one step needs, or no step is left.
+        UserError: no step is left.
     """
-    import mindspore.dataset as ds  # here: who only loads images need not wait for it
+    import mindspore.dataset as ds  # imported here, so that loading images alone does not wait for it
 
-    check_enough(images, batch_size, world_size)
     if start_step >= steps:
-        raise UserError(f"no step is left after step {start_step} of {steps}: raise the number of steps")
+        raise UserError(f"no step is left after step {start_step} of {steps}: increase the number of steps")
     labels = np.asarray(labels, np.int32)
     source = Batches(images, labels, batch_size, steps, start_step, seed, flip, rank, world_size, steps_per_call)
     # One worker: two Python threads are 20 times slower (MindSpore 2.10), and one makes a batch in well under 1 ms
@@ -89,53 +105,89 @@ def make_dataset(
     )
 
 
-def check_enough(images, batch_size: int, world_size: int) -> None:
-    """UserError where a step needs more images, or points, than there are."""
-    if len(images) < batch_size * world_size:
-        kind = "points" if images.ndim == 2 else "images"
+def check_enough(data: np.ndarray, batch_size: int, world_size: int) -> None:
+    """Check that data (N, ...) suffice for one training step. A task calls this first, before it encodes or saves anything.
+
+    Raises:
+        UserError: N is below batch_size * world_size.
+    """
+    if len(data) < batch_size * world_size:
+        kind = "points" if data.ndim == 2 else "images"
         raise UserError(
-            f"{len(images)} {kind} are fewer than a step's {batch_size} x {world_size} (batch size x ranks): "
+            f"{len(data)} {kind} are too few for a step of {batch_size} x {world_size} (batch size x ranks): "
             "lower --train.batch-size"
         )
 
 
-def load_images(name: str, directory: str | None, split: str, size: int, channels: int) -> tuple[np.ndarray, np.ndarray]:
-    """Images (N, size, size, channels) uint8 in 0..255 and labels (N,) int32 of the set called ``name`` in ``DATASETS``.
-
-    The Fashion-MNIST sets are gray and 28 x 28; for a larger size they get a black border. An image folder has one split.
+def check_images(images: np.ndarray, prefix: str = "") -> None:
+    """Check an array of images: (N, H, W, C) uint8, square, C = 1 or 3, not empty.
 
     Raises:
-        UserError: there is no such set, or it does not come in that size or number of channels, or see its loader.
+        UserError: the array is of another kind. The message starts with `prefix`.
+    """
+    shape, dtype = np.shape(images), getattr(images, "dtype", type(images).__name__)
+    if len(shape) != 4 or shape[-1] not in (1, 3) or 0 in shape:
+        raise UserError(f"{prefix}the shape of the images must be (N, H, W, C) with C = 1 or 3, not {shape}")
+    if dtype != np.uint8:
+        raise UserError(f"{prefix}images must be uint8, 0 to 255, not {dtype}: convert floats in [-1, 1] by to_uint8")
+    if shape[1] != shape[2]:
+        raise UserError(f"{prefix}images must be square, not {shape[1]} x {shape[2]}: crop or resize them")
+
+
+def load_images(name: str, directory: str | None, split: str, size: int, channels: int) -> tuple[np.ndarray, np.ndarray]:
+    """Images (N, size, size, channels) uint8 in 0..255 and labels (N,) int32 of the data set `name` in `DATASETS`.
+
+    The Fashion-MNIST sets are gray and 28 x 28; for a larger size they get a black border. An image folder has the same
+    images in both splits.
+
+    Raises:
+        UserError: the data set does not exist, does not have that size or number of channels, or its loader fails.
     """
     if name not in DATASETS:
         raise UserError(f"unknown data set {name!r}: choose one of {', '.join(DATASETS)}")
     return DATASETS[name](directory, split, size, channels)
 
 
-def _fashion_mnist(directory, split, size, channels):
-    return _padded("fashion-mnist", *load_fashion_mnist(split, directory), size, channels)
+Loader = Callable[[str | None, str, int, int], tuple[np.ndarray, np.ndarray]]
 
 
-def _fashion_mnist_mini(directory, split, size, channels):
-    return _padded("fashion-mnist-mini", *load_fashion_mnist_mini(split), size, channels)
+def _fashion_mnist(directory: str | None, split: str, size: int, channels: int) -> tuple[np.ndarray, np.ndarray]:
+    return _pad("fashion-mnist", *load_fashion_mnist(split, directory), size, channels)
 
 
-def _image_folder(directory, split, size, channels):
+def _fashion_mnist_mini(directory: str | None, split: str, size: int, channels: int) -> tuple[np.ndarray, np.ndarray]:
+    return _pad("fashion-mnist-mini", *load_fashion_mnist_mini(split), size, channels)
+
+
+def _image_folder(directory: str | None, split: str, size: int, channels: int) -> tuple[np.ndarray, np.ndarray]:
     if not directory:
         raise UserError("--data.name image-folder needs --data.dir, the folder that holds the images")
     return load_image_folder(directory, size, channels)
 
 
-def _padded(name, images, labels, size, channels):
-    _, height, width, has_channels = images.shape
-    if size < max(height, width) or channels != has_channels:
+def _arrays(directory: str | None, split: str, size: int, channels: int) -> tuple[np.ndarray, np.ndarray]:
+    raise UserError("this run was trained on arrays from Python, which it does not keep: pass them again as `data`")
+
+
+def _pad(name: str, images: np.ndarray, labels: np.ndarray, size: int, channels: int) -> tuple[np.ndarray, np.ndarray]:
+    _, height, width, depth = images.shape
+    if size < max(height, width) or channels != depth:
         raise UserError(
-            f"{name} has images of {height} x {width} x {has_channels}, not {size} x {size} x {channels}: "
-            f"set the size to {max(height, width)} or more (the rest is black) and the channels to {has_channels}"
+            f"{name} has images of {height} x {width} x {depth}, not {size} x {size} x {channels}: "
+            f"set the size to {max(height, width)} or more (the rest is black) and the channels to {depth}"
         )
     top, left = (size - height) // 2, (size - width) // 2
     border = ((0, 0), (top, size - height - top), (left, size - width - left), (0, 0))
     return np.pad(images, border), labels
 
 
-DATASETS = {"fashion-mnist": _fashion_mnist, "fashion-mnist-mini": _fashion_mnist_mini, "image-folder": _image_folder}
+# DATASETS["mine"] = loader adds a data set: loader(directory, split, size, channels) -> (images, labels), see load_images
+DATASETS: dict[str, Loader] = {
+    "fashion-mnist": _fashion_mnist,
+    "fashion-mnist-mini": _fashion_mnist_mini,
+    "image-folder": _image_folder,
+    "arrays": _arrays,
+}
+
+# Names of the classes of a data set, in the order of the labels; CLASS_NAMES["mine"] = names adds some
+CLASS_NAMES: dict[str, tuple[str, ...]] = {"fashion-mnist": CLASSES, "fashion-mnist-mini": CLASSES}

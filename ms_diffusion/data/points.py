@@ -234,9 +234,9 @@ def _shape_hint(shape):
 
 @dataclass(frozen=True)
 class Normalizer:
-    """Where the data lie: x = (points - centre) / scale is in [-1, 1]^2 and keeps their shape."""
+    """Where the data lie: x = (points - center) / scale is in [-1, 1]^2 and keeps their shape."""
 
-    centre: np.ndarray  # (2,) float64
+    center: np.ndarray  # (2,) float64
     scale: float
 
     @classmethod
@@ -255,10 +255,10 @@ class Normalizer:
             )
         return cls((low + high) / 2, scale)
 
-    def to_unit(self, points: np.ndarray) -> np.ndarray:
+    def normalize(self, points: np.ndarray) -> np.ndarray:
         """Points (..., 2) in the data's units to x float32; in float64 on the way, for data far from 0."""
-        return ((np.asarray(points, np.float64) - self.centre) / self.scale).astype(np.float32)
+        return ((np.asarray(points, np.float64) - self.center) / self.scale).astype(np.float32)
 
-    def to_points(self, x: np.ndarray) -> np.ndarray:
+    def denormalize(self, x: np.ndarray) -> np.ndarray:
         """The way back: x (..., 2) to points float32 in the data's units."""
-        return (np.asarray(x, np.float64) * self.scale + self.centre).astype(np.float32)
+        return (np.asarray(x, np.float64) * self.scale + self.center).astype(np.float32)

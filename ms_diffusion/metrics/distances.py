@@ -189,7 +189,7 @@ def kernel_distance(a, b, rng, subsets: int = 100, size: int = 1000) -> tuple[fl
     return float(np.mean(values)), float(np.std(values))
 
 
-def rows_of_squares(a, b, rows: int = 1000):
+def squared_distance_blocks(a, b, rows: int = 1000):
     """|x - y|^2 of each pair, `rows` of a at a time: (first row, (rows, m)). By |x|^2 + |y|^2 - 2 x y, fast for many
     numbers; what rounding may leave of 0 is 0."""
     squares = (b * b).sum(1)
@@ -214,15 +214,17 @@ def precision_recall(samples, data, k: int = 5) -> dict:
         raise ValueError(f"more than {k} samples and data are needed, not {len(samples)} and {len(data)}")
 
     def radii(points):
-        found = [np.partition(square, k, 1)[:, k] for _, square in rows_of_squares(points, points)]  # k: itself is the 0th
+        found = [
+            np.partition(square, k, 1)[:, k] for _, square in squared_distance_blocks(points, points)
+        ]  # the 0th is the point
         return np.concatenate(found) * (1 + 1e-9)  # which rounding leaves in: of equal distances all count
 
     sample_radii, data_radii = radii(samples), radii(data)
     balls, reached, covered = [], [], np.full(len(data), np.inf)
-    for _, square in rows_of_squares(samples, data):
+    for _, square in squared_distance_blocks(samples, data):
         balls.append((square <= data_radii).sum(1))
         covered = np.minimum(covered, square.min(0))
-    for _, square in rows_of_squares(data, samples):
+    for _, square in squared_distance_blocks(data, samples):
         reached.append((square <= sample_radii).any(1))
     balls = np.concatenate(balls)
     return {

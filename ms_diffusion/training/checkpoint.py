@@ -1,7 +1,7 @@
-"""Checkpoints that a crash, a full disk or a flipped bit cannot spoil unseen.
+"""Checkpoints that survive a crash and a full disk, and detect corrupt files.
 
-A checkpoint is a folder `checkpoints/step-0001000` of safetensors files and `state.json`, which holds the SHA-256 of
-each. It is written under another name, synced, and renamed when it is whole.
+A checkpoint is a folder `checkpoints/step-0001000` with safetensors files and `state.json`, which has the SHA-256 of each
+file. It is written under a temporary name, synced to disk, and renamed when it is complete.
 """
 
 import contextlib
@@ -11,16 +11,20 @@ import os
 import platform
 import shutil
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors.numpy
 
 import mindspore as ms
+from mindspore import Parameter, nn
 
 from ..convert import load_into
 from ..files import sync_folder, write_synced
 from ..runtime import UserError
+from .step import EMA
 
 
 class Checkpoint:
@@ -28,33 +32,50 @@ class Checkpoint:
 
     Args:
         run_dir: the run's folder.
-        net, optimizer, ema, loss_scaler: what is saved and restored, each as `training` makes it; all but net may be None.
-        keep: how many of the newest checkpoints stay.
-        others: parameters that are neither the network's nor the optimizer's, saved with the latter.
+        net, optimizer, ema, loss_scaler: what is saved and restored; all but net may be None.
+        keep: number of newest checkpoints that are kept.
+        extra_parameters: parameters of neither the network nor the optimizer, saved in the optimizer's file.
         extra_emas: averages besides `ema`, in files of their own.
+
+    Raises:
+        ValueError: two of these parameters have the same name.
     """
 
-    def __init__(self, run_dir, net, optimizer=None, ema=None, loss_scaler=None, keep: int = 3, others=(), extra_emas=()):
+    def __init__(
+        self,
+        run_dir: str | os.PathLike,
+        net: nn.Cell,
+        optimizer: nn.Optimizer | None = None,
+        ema: EMA | None = None,
+        *,
+        loss_scaler: ms.amp.DynamicLossScaler | None = None,
+        keep: int = 3,
+        extra_parameters: Iterable[Parameter] = (),
+        extra_emas: Sequence[EMA] = (),
+    ):
         self.folder = Path(run_dir) / "checkpoints"
         self.keep = keep
         self.files = {"model": {p.name: p for p in net.get_parameters()}}
         for average in [*([ema] if ema is not None else []), *extra_emas]:
             self.files[average.name] = {s.name: a for s, a in zip(average.sources, average.averages, strict=True)}
         if optimizer is not None:
-            parameters = [p for p in [*optimizer.get_parameters(), *others] if p.name not in self.files["model"]]
+            parameters = [*optimizer.get_parameters(), *extra_parameters]
+            parameters = [p for p in parameters if p.name not in self.files["model"]]
             state = {p.name: p for p in parameters}
             if len(state) < len(parameters):
-                raise ValueError("two of the optimizer's parameters and the others have one name: rename them")
+                names = [p.name for p in parameters]
+                raise ValueError(f"two parameters are named {max(names, key=names.count)}: rename one of them")
             if loss_scaler is not None:
                 state |= {"loss_scale.value": loss_scaler.scale_value, "loss_scale.counter": loss_scaler.counter}
             self.files["optimizer"] = state
 
-    def save(self, step: int, **state) -> Path:
-        """Write the checkpoint of `step` with `state` (JSON values) beside it, then drop the oldest, but not that whose
-        state has the lowest "fid".
+    def save(self, step: int, **state: Any) -> Path:
+        """Write the checkpoint of `step`, with `state` (JSON values) in its state.json, and return its folder.
+
+        Then delete all but the `keep` newest checkpoints and the one whose state has the lowest "fid".
 
         Raises:
-            UserError: the disk is full or not writable; earlier checkpoints are untouched.
+            UserError: the disk is full or not writable; earlier checkpoints are unchanged.
         """
         target = self.folder / f"step-{step:07d}"
         temporary = self.folder / f".{target.name}.{os.getpid()}"
@@ -82,13 +103,13 @@ class Checkpoint:
                 shutil.rmtree(old, ignore_errors=True)
         return target
 
-    def load_latest(self) -> dict | None:
-        """Restore the newest whole checkpoint and return its state, or None where there is none.
+    def load_latest(self) -> dict[str, Any] | None:
+        """Restore the newest intact checkpoint and return its state, or None if there are no checkpoints.
 
-        A spoilt one is named on stderr and passed over.
+        A corrupt checkpoint is skipped with a warning on stderr, and the previous one is used.
 
         Raises:
-            UserError: all are spoilt, or they are of another network.
+            UserError: all checkpoints are corrupt, or belong to another network.
         """
         found = checkpoints(self.folder.parent)
         for folder in reversed(found):
@@ -96,13 +117,15 @@ class Checkpoint:
                 state = read_state(folder)
                 arrays = {name: read_weights(folder, name) for name in self.files}
             except UserError as e:
-                print(f"warning: {e}; trying the one before", file=sys.stderr)
+                print(f"warning: {e}; using the previous checkpoint", file=sys.stderr)
                 continue
             for name, parameters in self.files.items():
                 keys = {p.name: key for key, p in parameters.items()}
                 missing = set(keys.values()) ^ set(arrays[name])
                 if missing:
-                    raise UserError(f"{folder} is of another network ({sorted(missing)[0]} differs): use another --run-dir")
+                    raise UserError(
+                        f"{folder} belongs to another network ({sorted(missing)[0]} differs): use another --run-dir"
+                    )
                 load_into(parameters.values(), {p: arrays[name][key] for p, key in keys.items()})
             return state
         if found:
@@ -110,14 +133,14 @@ class Checkpoint:
         return None
 
 
-def checkpoints(run_dir) -> list[Path]:
+def checkpoints(run_dir: str | os.PathLike) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
     found = [p.parent for p in Path(run_dir).glob("checkpoints/step-*/state.json")]
     return sorted(found, key=lambda folder: (len(folder.name), folder.name))
 
 
-def best_checkpoint(run_dir) -> Path | None:
-    """The checkpoint of the lowest FID, if any was scored; of equals the first."""
+def best_checkpoint(run_dir: str | os.PathLike) -> Path | None:
+    """The checkpoint with the lowest FID, the first among equals; None if none has an FID."""
     scores = {}
     for folder in checkpoints(run_dir):
         with contextlib.suppress(UserError):
@@ -125,11 +148,11 @@ def best_checkpoint(run_dir) -> Path | None:
     return min((folder for folder in scores if scores[folder] is not None), key=scores.get, default=None)
 
 
-def read_state(folder: Path) -> dict:
+def read_state(folder: Path) -> dict[str, Any]:
     """A checkpoint's state.json.
 
     Raises:
-        UserError: it is missing or spoilt.
+        UserError: it is missing or corrupt.
     """
     try:
         state = json.loads((folder / "state.json").read_text())
@@ -137,11 +160,11 @@ def read_state(folder: Path) -> dict:
             raise ValueError("no step or no sha256")
         return state
     except (OSError, ValueError) as e:
-        raise UserError(f"{folder} is not a whole checkpoint: its state.json cannot be read") from e
+        raise UserError(f"{folder} is not a complete checkpoint: its state.json cannot be read") from e
 
 
 def read_weights(folder: Path, name: str) -> dict[str, np.ndarray]:
-    """One file of a checkpoint, "model", "ema", "ema-0.05", "optimizer", checked against its hash: parameter name -> array.
+    """Parameter name -> array of one file of a checkpoint ("model", "ema", "ema-0.05", "optimizer"), checked by its SHA-256.
 
     Raises:
         UserError: the file is missing, truncated or changed.
