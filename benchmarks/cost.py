@@ -1,5 +1,7 @@
 """Measure how the cost of the annotated U-Net grows: ``python -m benchmarks.cost cost.png``."""
 
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -70,11 +72,11 @@ def draw(records: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = parse(Args, argv=argv)
+def main(argv: Sequence[str]) -> int:
+    args = parse(Args, argv)
     Path(args.out).absolute().parent.mkdir(parents=True, exist_ok=True)
     return benchmark.run(args, measure)
 
 
 if __name__ == "__main__":
-    run_program(main)
+    sys.exit(run_program(main, sys.argv[1:]))

@@ -4,6 +4,8 @@ Each network and batch size is built in two processes of its own, by us and by P
 turns, A/B/A/B, and while one works the other sleeps.
 """
 
+import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Literal
@@ -34,8 +36,8 @@ def start_both(work: type, config: Any, batch_size: int, device: str) -> Workers
     return Workers(**workers, PyTorch=Worker(peer, *args, env={"ONEDNN_MAX_CPU_ISA": "DEFAULT"}))
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = parse(Args, argv=argv)
+def main(argv: Sequence[str]) -> int:
+    args = parse(Args, argv)
     if args.peer == "none":
         return benchmark.run(args, benchmark.measure_runs if args.runs else benchmark.measure)
     try:
@@ -46,4 +48,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run_program(main)
+    sys.exit(run_program(main, sys.argv[1:]))

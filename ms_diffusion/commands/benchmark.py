@@ -1,13 +1,15 @@
 """``ms-diffusion benchmark``: how fast this machine trains and samples. ``benchmarks/`` compares it with PyTorch."""
 
 import json
+import math
 import os
 import platform
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -16,97 +18,90 @@ import mindspore as ms
 from mindspore import Tensor, nn, ops
 
 from ..data.batches import Batches, load_images, make_dataset
-from ..denoiser import make_denoiser
 from ..fields import AT_LEAST_1, OneOf, check_fields
 from ..files import write
 from ..models.attention import Attention, LinearAttention
 from ..process import predict
-from ..randomness import antithetic_timesteps, offset_noise
-from ..runtime import DEVICES, UserError, compiled, set_device
-from ..samplers import SAMPLERS, generate, sample_ddim, sampling_timesteps
+from ..runtime import DEVICES, UserError, command, compiled, set_device
+from ..samplers import SAMPLERS
+from ..sampling import Sampling
 from ..training.presets import PRESETS
-from ..training.step import EMA, make_optimizer, make_train_step
+from ..training.runs import load
 from .parse import parse
 from .workers import Worker, Workers, alternate, ratio, verdict
 
 SAMPLES = 64  # images that are drawn at once
+MEASURES: dict[str, Callable[..., list[dict[str, Any]]]] = {}  # how each preset is timed; filled below
 
 
-class ImageWork:
-    """A training step, a forward pass and DDIM sampling of an unconditional U-Net; each call waits for its result."""
+class Work:
+    """Training calls of a run on the device; each waits for its result.
+
+    Args:
+        data: Training data in place of the configured data set, as `config.task` takes them.
+        steps_per_call: Training steps in one call of the compiled function.
+    """
+
+    def __init__(self, config: Any, batch_size: int, data: Any = None, steps_per_call: int = 1):
+        every = dict.fromkeys(("total_steps", "log_every", "sample_every", "save_every"), steps_per_call * 10**6)
+        train = replace(config.train, batch_size=batch_size, steps_per_call=steps_per_call, **every)
+        self.task, self.folder = replace(config, train=train).task(data), TemporaryDirectory()
+        self.task.start(Path(self.folder.name))
+        self.batches = Batches(self.task.data, self.task.labels, batch_size, 10**9, 0, 0, False, 0, 1, 1)
+
+    def draw_batch(self, step: int) -> dict[str, np.ndarray]:
+        return self.task.draw_batch(*self.batches.batch(step), step)
+
+    def train(self, batch: dict[str, np.ndarray]) -> float:
+        return float(self.task.advance(batch, 0)[0].asnumpy())
+
+
+class ImageWork(Work):
+    """A training step, a forward pass and DDIM sampling of random images, one batch of them."""
 
     def __init__(self, config: Any, batch_size: int):
-        self.net, self.diffusion = config.model.build(), config.diffusion.build()
-        ema, optimizer = EMA(self.net), make_optimizer(self.net, 1e-3, 100, 10_000)
-        rng, shape = np.random.default_rng(0), (batch_size, config.model.channels, config.data.size, config.data.size)
-        self.x = Tensor(rng.random(shape, np.float32) * 2 - 1)
-        self.t = Tensor(rng.integers(0, self.diffusion.num_timesteps, batch_size).astype(np.int32))
-        self.noise = Tensor(rng.standard_normal(shape, np.float32))
-
-        def loss_fn(x_start, t, noise):
-            return self.diffusion.p_losses(self.net, x_start, t, noise)
+        size = config.data.size
+        images = np.random.default_rng(0).integers(0, 256, (batch_size, size, size, config.model.channels), np.uint8)
+        super().__init__(config.with_data(images)[0], batch_size, (images, np.zeros(batch_size, np.int32)))
+        self.batch, net = self.draw_batch(0), self.task.net
+        self.num, self.inputs = batch_size, (Tensor(self.batch["x_start"]), Tensor(self.batch["t"]))
 
         def forward(x, t):
-            return predict(self.net, x, t)
+            return predict(net, x, t)
 
-        self.train_step, self.predict = make_train_step(loss_fn, optimizer, ema), compiled(forward)
-        self.denoise = make_denoiser(self.diffusion, ema.net)
+        self.predict = compiled(forward)
 
     def step(self) -> float:
-        self.net.set_train(True)
-        return float(self.train_step(self.x, self.t, self.noise)[0].asnumpy())
+        self.task.net.set_train(True)
+        return self.train(self.batch)
 
     def forward(self) -> np.ndarray:
-        self.net.set_train(False)
-        return self.predict(self.x, self.t).asnumpy()
+        self.task.net.set_train(False)
+        return self.predict(*self.inputs).asnumpy()
 
     def sample(self, steps: int) -> np.ndarray:
-        num, *shape = self.x.shape
-        timesteps = sampling_timesteps(self.diffusion.num_timesteps, steps)
-        return generate(sample_ddim, self.denoise, self.diffusion, timesteps, tuple(shape), num, batch_size=num)
+        return self.task.draw(self.num, Sampling(sampler="ddim", steps=steps), self.num)
 
 
-class PointsWork:
+class PointsWork(Work):
     """A training epoch of points: batches and noise are drawn on the host, all steps run in one call."""
 
     def __init__(self, config: Any, batch_size: int):
-        net, diffusion, rng = config.model.build(), config.diffusion.build(), np.random.default_rng(0)
-        points = rng.random((config.data.num, 2), np.float32) * 2 - 1
-        points = np.concatenate([points, points[: -len(points) % batch_size]])  # fill up the last batch
-        self.steps, self.step, self.num_timesteps = len(points) // batch_size, 0, diffusion.num_timesteps
-        self.batches = Batches(points, np.zeros(len(points), np.int32), batch_size, 10**9, 0, 0, False, 0, 1, 1)
-
-        def loss_fn(x_start, t, noise):
-            return diffusion.p_losses(net, x_start, t, noise)
-
-        optimizer = make_optimizer(net, 1e-3, 100, 10**6)
-        self.train_steps = make_train_step(loss_fn, optimizer, EMA(net), steps_per_call=self.steps)
-
-    def draw(self, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """x_start, t and noise of one training step."""
-        x, rng = self.batches.batch(step)[0], np.random.default_rng((0, step))
-        return x, antithetic_timesteps(rng, self.num_timesteps, len(x)), offset_noise(rng, x.shape, 0)
+        self.steps, self.step = math.ceil(config.data.num / batch_size), 0
+        config = replace(config, data=replace(config.data, num=self.steps * batch_size))  # the last batch is full, too
+        super().__init__(config, batch_size, steps_per_call=self.steps)
 
     def epoch(self) -> float:
-        drawn = [self.draw(self.step + k) for k in range(self.steps)]
+        drawn = [self.draw_batch(self.step + k) for k in range(self.steps)]
         self.step += self.steps
-        return float(self.train_steps(*(Tensor(np.stack(values)) for values in zip(*drawn, strict=True)))[0].asnumpy())
-
-
-WORKS = {  # what is timed of a preset
-    "quick": ImageWork,
-    "fashion-mnist": ImageWork,
-    "fashion-mnist-resnet": ImageWork,
-    "scurve": PointsWork,
-    "scurve-seed": PointsWork,
-}
+        return self.train({name: np.stack([batch[name] for batch in drawn]) for name in drawn[0]})
 
 
 @dataclass
 class Args:
     """Time the data pipeline, compilation, the training step, the forward pass and sampling of presets, or trained runs."""
 
-    presets: tuple[Annotated[str, OneOf(WORKS)], ...] = ("fashion-mnist", "fashion-mnist-resnet")
+    presets: tuple[Annotated[str, OneOf(MEASURES)], ...] = ("fashion-mnist", "fashion-mnist-resnet")
     """Presets to time: quick, fashion-mnist (the annotated U-Net: dim 28, ConvNeXt blocks), fashion-mnist-resnet (ResNet
     blocks), scurve, scurve-seed. The last two are timed by epochs of 10,000 points."""
     batch_sizes: tuple[Annotated[int, AT_LEAST_1], ...] = (32, 128)
@@ -127,35 +122,34 @@ class Args:
     """Show the traceback of an error."""
 
 
-def make_work(work: type, config: Any, batch_size: int, device: str) -> Any:
+def make_work(work: type[Work], config: Any, batch_size: int, device: str) -> Work:
     """What a worker process times."""
     set_device(device.lower())
     return work(config, batch_size)
 
 
-Start = Callable[[type, Any, int, str], Workers]  # (work, config, batch size, device)
+Start = Callable[[type[Work], Any, int, str], Workers]  # (work, config, batch size, device)
 
 
-def start_workers(work: type, config: Any, batch_size: int, device: str) -> Workers:
+def start_workers(work: type[Work], config: Any, batch_size: int, device: str) -> Workers:
     return Workers(mindspore=Worker(make_work, work, config, batch_size, device))
 
 
 def measure(args: Args, device: str, start: Start = start_workers) -> list[dict[str, Any]]:
-    """Time each preset and batch size and print each figure at once."""
-    peak, records = matrix_peak(device), []
-    print(f"matrix product: {peak / 1e9:.0f} GFLOP/s; data pipeline: {pipeline_rate():,.0f} images/s")
-    for preset in args.presets:
-        if WORKS[preset] is PointsWork:
-            records.append(measure_points(args, device, preset, start))
-            continue
-        operations = count_operations(PRESETS[preset])
-        print(f"\n{preset}: {operations / 1e6:.0f} million floating-point operations an image, forward")
-        for batch_size in args.batch_sizes:
-            records.append(measure_images(args, device, preset, batch_size, operations, peak, start))
-    return records
+    """Time each preset and print each figure at once."""
+    peak = matrix_peak(device)
+    print(f"matrix product: {peak / 1e9:.0f} GFLOP/s; data pipeline: {pipeline_rate():,.0f} images/s", flush=True)
+    return [record for preset in args.presets for record in MEASURES[preset](args, device, preset, peak, start)]
 
 
-def measure_images(
+def measure_images(args: Args, device: str, preset: str, peak: float, start: Start) -> list[dict[str, Any]]:
+    """Time a preset of images with each batch size."""
+    operations = count_operations(PRESETS[preset])
+    print(f"\n{preset}: {operations / 1e6:.0f} million floating-point operations an image, forward")
+    return [measure_batches(args, device, preset, size, operations, peak, start) for size in args.batch_sizes]
+
+
+def measure_batches(
     args: Args, device: str, preset: str, batch_size: int, operations: int, peak: float, start: Start
 ) -> dict[str, Any]:
     """Time compilation, training step and forward pass; for the first batch size also sampling."""
@@ -187,22 +181,29 @@ def measure_images(
     return record
 
 
-def measure_points(args: Args, device: str, preset: str, start: Start) -> dict[str, Any]:
+def measure_points(args: Args, device: str, preset: str, peak: float, start: Start) -> list[dict[str, Any]]:
     """Time an epoch of a preset of points with its own batch size."""
     num, batch_size = PRESETS[preset].data.num, PRESETS[preset].train.batch_size
     with start(PointsWork, PRESETS[preset], batch_size, device) as workers:
         times = alternate(workers, args.rounds, "epoch")
     seconds = float(np.median(times["mindspore"]))
-    step = seconds / -(-num // batch_size)
+    step = seconds / math.ceil(num / batch_size)
     print(f"\n{preset}: an epoch of {num} points, batch {batch_size}: {seconds * 1e3:.1f} ms, {step * 1e6:.0f} us a step")
     print(f"    {verdict(times)}")
-    return {"preset": preset, "batch_size": batch_size, "epoch": {"seconds": times, "ratio": ratio(times)}}
+    return [{"preset": preset, "batch_size": batch_size, "epoch": {"seconds": times, "ratio": ratio(times)}}]
+
+
+MEASURES |= {
+    "quick": measure_images,
+    "fashion-mnist": measure_images,
+    "fashion-mnist-resnet": measure_images,
+    "scurve": measure_points,
+    "scurve-seed": measure_points,
+}
 
 
 def measure_runs(args: Args, device: str) -> list[dict[str, Any]]:
     """Time how long each run takes to draw 64 images, decoding included, with the run's default guidance, in turns."""
-    from ..training.runs import load
-
     runs = {name: load(name) for name in args.runs}
     seconds: dict[tuple[str, int], list[float]] = {(name, steps): [] for name in runs for steps in args.sampling_steps}
     for turn in range(args.rounds + 1):  # the first compiles
@@ -295,6 +296,6 @@ def run(args: Args, measurement: Callable[[Any, str], list[dict[str, Any]]]) -> 
     return 0
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = parse(Args, argv=argv)
+def main(argv: Sequence[str]) -> int:
+    args = parse(Args, argv, prog=command("benchmark"))
     return run(args, measure_runs if args.runs else measure)
