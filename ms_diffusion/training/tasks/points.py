@@ -132,7 +132,7 @@ class PointsTask(DiffusionTask):
             """Points (n, 2), and the paths of those of the first batch, (steps + 1, B, 2), in the data's units."""
             size, calls = min(sampling.batch_size, n), len(timesteps)
             path = [SeededNoise(sampling.seed, range(size))((2,))]
-            bar = tqdm(total=-(-n // size) * calls, unit="step", desc=f"{n} points on {run.device}")
+            bar = tqdm(total=-(-n // size) * calls, unit="step", desc=f"{n} points")
 
             def watch(i: int, x: Any, x_start: Any) -> None:
                 bar.update()
