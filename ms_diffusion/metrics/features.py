@@ -1,15 +1,15 @@
 """Features of images, the points that a Frechet distance compares: from a small classifier, or from InceptionV3."""
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from tqdm import tqdm
 
 from mindspore import Tensor
 
-from ..files import cache_folder, load_or_compute
+from ..files import cache_folder, in_batches, load_or_compute
 from ..images import to_float
 from ..models.classifier import BUNDLED, Classifier, load_classifier
 from ..models.inception import InceptionV3, load_inception
@@ -37,7 +37,7 @@ class Features:
         self.weights = Path(inception or BUNDLED).read_bytes()
         self.bar = bar
         self.names = ("features",) if inception else ("features", "logits")
-        self.graph = compiled(self.net if inception else self.net.features_and_logits)
+        self.graph: Callable = compiled(self.net if inception else self.net.features_and_logits)
 
     def check(self, shape: tuple[int, ...]) -> None:
         """Raise a UserError if the network does not take images of this shape (H, W, C)."""
@@ -48,13 +48,12 @@ class Features:
 
     def __call__(self, images: np.ndarray) -> dict[str, np.ndarray]:
         self.check(images.shape[1:])
-        size, batches = min(BATCH, len(images)), []
-        for first in tqdm(range(0, len(images), size), unit="batch", desc=self.name, disable=not self.bar):
-            rows = np.minimum(np.arange(first, first + size), len(images) - 1)  # the last image fills up the last batch
-            out = self.graph(Tensor(to_float(images[rows])))
-            batches.append([values.asnumpy() for values in (out if isinstance(out, tuple) else (out,))])
-        columns = zip(*batches, strict=True)
-        return {name: np.concatenate(column)[: len(images)] for name, column in zip(self.names, columns, strict=True)}
+        outputs = in_batches(self._forward, images, BATCH, self.name if self.bar else None)
+        return dict(zip(self.names, outputs, strict=True))
+
+    def _forward(self, images: np.ndarray) -> list[np.ndarray]:
+        outputs = self.graph(Tensor(to_float(images)))
+        return [output.asnumpy() for output in (outputs if isinstance(outputs, tuple) else (outputs,))]
 
     def cached(self, images: np.ndarray, folder: str | None = None) -> dict[str, np.ndarray]:
         """The same, from a cache file in `folder` or in the user's cache (`cache_folder`), which the first call writes.

@@ -205,7 +205,7 @@ def nearest(images: np.ndarray, train: np.ndarray) -> tuple[np.ndarray, np.ndarr
     """For each of N images the index of the nearest training image, and the root mean square difference of their pixels
     (0..255): (N,), (N,)."""
     x, data = (np.asarray(each, np.float32).reshape(len(each), -1) for each in (images, train))
-    blocks = [(square.argmin(1), square.min(1)) for _, square in squared_distance_blocks(x, data, 100)]
+    blocks = [(square.argmin(1), square.min(1)) for square in squared_distance_blocks(x, data, 100)]
     index, square = (np.concatenate(column) for column in zip(*blocks, strict=True))
     return index, np.sqrt(square / x.shape[1])
 

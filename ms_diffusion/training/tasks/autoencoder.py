@@ -112,8 +112,9 @@ class AutoencoderTask(Task):
         self.discriminator, parameters = None, []
         load_initial_weights(config, self.run_dir, net)
         self.logvar = Parameter(Tensor(np.float32(0)), name="logvar")
+        adam = {"decay": train.lr_decay, "adam_betas": train.adam_betas}
         self.optimizer = make_optimizer(
-            net, train.lr, train.warmup_steps, train.total_steps, [self.logvar], train.lr_decay, train.adam_betas
+            net, train.lr, train.warmup_steps, train.total_steps, extra_parameters=[self.logvar], **adam
         )
         ema = EMA(net, train.ema_decay)
         net.set_train()
@@ -124,12 +125,14 @@ class AutoencoderTask(Task):
             self.discriminator = NLayerDiscriminator(
                 channels, train.disc_channels, train.disc_layers, train.disc_norm, train.seed
             )
-            d_optimizer = make_optimizer(self.discriminator, train.disc_lr, 0, d_steps, (), train.lr_decay, train.adam_betas)
+            d_optimizer = make_optimizer(self.discriminator, train.disc_lr, 0, d_steps, **adam)
             both = (*self.discriminator.get_parameters(), *d_optimizer.get_parameters())
             parameters = list({id(p): p for p in both}.values())
             for p in parameters:  # the names in a checkpoint must differ
                 p.name = f"discriminator.{p.name}"
-        self.checkpoint = Checkpoint(self.run_dir, net, self.optimizer, ema, None, train.keep_checkpoints, parameters)
+        self.checkpoint = Checkpoint(
+            self.run_dir, net, self.optimizer, ema, keep=train.keep_checkpoints, extra_parameters=parameters
+        )
         self.average = FirstStage(ema.net)
 
         # The steps, compiled when first called: the first without the discriminator, until disc_start
