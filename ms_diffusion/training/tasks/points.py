@@ -86,7 +86,8 @@ class PointsTask(DiffusionTask):
 
     def load_data(self) -> tuple[np.ndarray, np.ndarray]:
         data = self.config.data
-        self.points = load_points(data.name, data.dir, data.num, self.config.train.seed)
+        source = data.dir if self.given_data is None else self.given_data
+        self.points = load_points(data.name, source, data.num, self.config.train.seed)
         train, self.test = self.points
         self.normalizer = Normalizer.of(train)
         return self.normalizer.normalize(train), np.zeros(len(train), np.int32)
