@@ -10,7 +10,7 @@ import numpy as np
 
 from .denoiser import Array, Denoiser
 from .process import GaussianDiffusion
-from .samplers import Callback, RandnLike, Timesteps, ddpm_step, noise_levels, resolve_v_posterior
+from .samplers import Callback, RandnLike, Timesteps, ddpm_step, noise_levels
 
 
 def sample_repaint(
@@ -35,7 +35,7 @@ def sample_repaint(
     """
     if jump_length < 1 or jump_n_sample < 1:
         raise ValueError(f"jump_length is {jump_length} and jump_n_sample is {jump_n_sample}: both must be at least 1")
-    v_posterior = resolve_v_posterior(diffusion, v_posterior)
+    v_posterior = diffusion.v_posterior if v_posterior is None else v_posterior
     levels = noise_levels(diffusion, timesteps)
     calls = 0
     for first in range(0, len(levels), jump_length):

@@ -6,7 +6,7 @@ x (B, ...): float32 data in [-1, 1], or noised data, of any shape; t (B,): int32
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from .schedules import SCHEDULES, rescale_zero_terminal_snr
 
 OBJECTIVES = ("eps", "x0", "v")
 WEIGHTINGS = ("none", "min-snr", "p2")
+Net = Callable[..., Tensor]
 Cond = Tensor | tuple[Tensor, ...] | None  # what a network is conditioned on, (B, ...) each
 
 
@@ -34,7 +35,7 @@ def as_tuple(cond: Cond) -> tuple[Tensor, ...]:
     return cond if isinstance(cond, tuple) else (cond,)
 
 
-def predict(net: Callable[..., Tensor], x_t: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
+def predict(net: Net, x_t: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
     """The network's output, as float32; conditions are its arguments after t."""
     return ops.cast(net(x_t, t, *as_tuple(cond)), ms.float32)
 
@@ -53,8 +54,8 @@ class GaussianDiffusion:
         v_posterior: the reverse variance is (1 - v) posterior variance + v beta (Ho et al. 2020, section 3.2).
         clip_denoised: clip the predicted x_0 to [-1, 1], the range of images: in `p_mean_variance`, in the guess of
             self-conditioning, and in `make_denoiser` by default.
-        weighting: weights of the timesteps in the loss. For eps, with SNR = alpha_bar / (1 - alpha_bar), they are "min-snr":
-            min(SNR, gamma) / SNR (Hang et al. 2023, section 3.4), or "p2": (1 + SNR)^-gamma (Choi et al. 2022, eq. 8 with k =
+        weighting: weights of the timesteps in the loss. For eps, with SNR = alpha_bar / (1 - alpha_bar), "min-snr" is
+            min(SNR, gamma) / SNR (Hang et al. 2023, section 3.4) and "p2" is (1 + SNR)^-gamma (Choi et al. 2022, eq. 8, k =
             1). The same squared error is SNR times smaller in x_0 and alpha_bar times smaller in v. At zero SNR both weights
             are 0 in x_0 and v.
         gamma: the parameter of min-snr (None: 5, as in its paper) or p2 (None: 1, as in its paper).
@@ -84,9 +85,7 @@ class GaussianDiffusion:
         if betas.ndim != 1 or not len(betas) or not ((betas > 0) & (betas < 1))[:-1].all() or not 0 < betas[-1] <= 1:
             raise ValueError("betas must be a list of numbers between 0 and 1")
         if objective == "eps" and betas[-1] == 1:
-            raise ValueError(
-                "the last beta is 1 (zero terminal SNR), where eps does not determine x_0: use objective v or x0"
-            )
+            raise ValueError("betas end in 1 (zero terminal SNR), where eps does not determine x_0: use objective v or x0")
         for name, value, known in (
             ("objective", objective, OBJECTIVES),
             ("loss", loss, LOSSES),
@@ -205,9 +204,7 @@ class GaussianDiffusion:
 
     # The reverse process and its loss
 
-    def p_mean_variance(
-        self, net: Callable[..., Tensor], x_t: Tensor, t: Tensor, cond: Cond = None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def p_mean_variance(self, net: Net, x_t: Tensor, t: Tensor, cond: Cond = None) -> tuple[Tensor, ...]:
         """Mean, variance and log-variance of p(x_{t-1} | x_t), eq. 11, and the predicted x_0 behind them."""
         x_start = self.predict_start(predict(net, x_t, t, cond), x_t, t)
         if self.clip_denoised:
@@ -217,7 +214,7 @@ class GaussianDiffusion:
 
     def losses(
         self,
-        net: Callable[..., Tensor],
+        net: Net,
         x_start: Tensor,
         t: Tensor,
         noise: Tensor,
@@ -256,18 +253,9 @@ class GaussianDiffusion:
             simple = ops.gather(self._simple_weights, t, 0) * simple
         return simple if self._elbo_weights is None else simple + ops.gather(self._elbo_weights, t, 0) * error
 
-    def p_losses(
-        self,
-        net: Callable[..., Tensor],
-        x_start: Tensor,
-        t: Tensor,
-        noise: Tensor,
-        cond: Cond = None,
-        logvar: Tensor | None = None,
-        self_cond_mask: Tensor | None = None,
-    ) -> Tensor:
-        """The mean () of `losses`."""
-        return ops.mean(self.losses(net, x_start, t, noise, cond, logvar, self_cond_mask))
+    def p_losses(self, net: Net, x_start: Tensor, t: Tensor, noise: Tensor, *options: Any) -> Tensor:
+        """The mean () of `losses`; `options` are its other arguments."""
+        return ops.mean(self.losses(net, x_start, t, noise, *options))
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
-"""Every random number of the library, drawn on the host, so that runs repeat and resume exactly.
+"""All random numbers are drawn on the host, so that runs can be repeated and resumed exactly.
 
-A run draws from `np.random.default_rng((seed, stream, ...))`, a sample from `default_rng((seed, its index))`.
+A run uses `np.random.default_rng((seed, stream, ...))` with the streams below, sample i `default_rng((seed, i))`.
 """
 
+from collections.abc import Sequence
 from enum import IntEnum
 
 import numpy as np
@@ -11,15 +12,15 @@ from mindspore import Parameter, Tensor
 
 
 class Stream(IntEnum):
-    """What keeps the random numbers of one seed apart."""
+    """The streams of random numbers of one seed."""
 
     ORDER = 1  # (seed, ORDER, epoch): the order of the training data
-    NOISE = 2  # (seed, NOISE, rank, step): timesteps, noise, dropped labels; (seed, NOISE): the latent scale's batch
+    NOISE = 2  # (seed, NOISE, rank, step): timesteps, noise, dropped labels; (seed, NOISE): the batch for the latent scale
     FLIP = 3  # (seed, FLIP, rank, step): which images are mirrored
-    # Above all sample indices:
-    POINTS_TRAIN = 2**31  # (seed, POINTS_TRAIN): points of a toy distribution
-    POINTS_TEST = 2**31 + 1
-    POINTS_SPLIT = 2**31 + 2  # which points of a file are held out
+    # Larger than any sample's index:
+    POINTS_TRAIN = 2**31  # (seed, POINTS_TRAIN): training points of a known distribution
+    POINTS_TEST = 2**31 + 1  # its test points
+    POINTS_SPLIT = 2**31 + 2  # the split of a file's points into training and test points
 
 
 TIMESTEP_SAMPLING = ("uniform", "antithetic", "importance")
@@ -31,15 +32,14 @@ def uniform_timesteps(rng: np.random.Generator, T: int, n: int) -> np.ndarray:
 
 
 def antithetic_timesteps(rng: np.random.Generator, T: int, n: int) -> np.ndarray:
-    """Pairs t, T - 1 - t: (n,) int32, each uniform in [0, T); what a loss owes to t's place cancels in part."""
+    """Pairs t, T - 1 - t: (n,) int32, each uniform in [0, T); they reduce the variance of a batch's mean loss."""
     t = rng.integers(0, T, (n + 1) // 2)
     return np.concatenate([t, T - 1 - t])[:n].astype(np.int32)
 
 
 class ImportanceTimesteps:
-    """Timesteps drawn in proportion to the root mean square of their last losses (Nichol & Dhariwal 2021, eq. 18).
-
-    Uniform until each timestep has `keep` losses. `.parameters` is the state that a checkpoint saves.
+    """Timesteps with probabilities in proportion to the root mean square of their last `keep` losses (Nichol & Dhariwal
+    2021, eq. 18), and uniform until each has `keep` losses. `.parameters` is the state to save in a checkpoint.
     """
 
     def __init__(self, T: int, keep: int = 10, uniform_share: float = 0.001):
@@ -52,7 +52,7 @@ class ImportanceTimesteps:
         return [self.losses, self.counts]
 
     def probabilities(self) -> np.ndarray:
-        """(T,) float64, in sum 1; a share of it is uniform, so that no timestep is forgotten."""
+        """(T,) float64, with sum 1; `uniform_share` of it is uniform, so each timestep is drawn sometimes."""
         losses = self.losses.asnumpy().astype(np.float64)
         if (self.counts.asnumpy() < losses.shape[1]).any():
             return np.full(self.num_timesteps, 1 / self.num_timesteps)
@@ -60,25 +60,25 @@ class ImportanceTimesteps:
         return (1 - self.uniform_share) * p / p.sum() + self.uniform_share / self.num_timesteps
 
     def draw(self, rng: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray]:
-        """Timesteps (n,) int32 and the weights (n,) float32, 1 / (T p_t), that make the mean loss what uniform ones give."""
+        """Timesteps (n,) int32, and the weights 1 / (T p_t), (n,) float32, that make the mean weighted loss unbiased."""
         p = self.probabilities()
         t = rng.choice(self.num_timesteps, n, p=p)
         return t.astype(np.int32), (1 / (self.num_timesteps * p[t])).astype(np.float32)
 
     def update(self, t: np.ndarray, losses: np.ndarray) -> None:
-        """Note the losses (n,) of timesteps t (n,), those that are finite; the oldest of a timestep makes room."""
+        """Record the losses (n,) of the timesteps t (n,), except non-finite ones; a loss replaces its timestep's oldest."""
         table, counts = self.losses.asnumpy().copy(), self.counts.asnumpy().copy()
         finite = np.isfinite(losses)
-        for place, loss in zip(t[finite], losses[finite], strict=True):
-            table[place, counts[place] % table.shape[1]] = loss
-            counts[place] += 1
+        for step, loss in zip(t[finite], losses[finite], strict=True):
+            table[step, counts[step] % table.shape[1]] = loss
+            counts[step] += 1
         self.losses.set_data(Tensor(table))
         self.counts.set_data(Tensor(counts))
 
 
-def offset_noise(rng: np.random.Generator, shape, strength: float) -> np.ndarray:
-    """N(0, 1) noise (B, C, H, W) float32 plus `strength` times one more number for each image and channel, so that the mean
-    brightness is learnt too (Guttenberg 2023, "Diffusion with offset noise"); strength 0 is plain noise."""
+def offset_noise(rng: np.random.Generator, shape: Sequence[int], strength: float) -> np.ndarray:
+    """N(0, 1) noise (B, C, H, W) float32, plus `strength` times one N(0, 1) number per image and channel, so that the model
+    also learns the mean brightness (Guttenberg 2023, "Diffusion with offset noise"). Strength 0 is plain noise."""
     noise = rng.standard_normal(shape, dtype=np.float32)
     if strength:
         noise += np.float32(strength) * rng.standard_normal((*shape[:2], *[1] * (len(shape) - 2)), dtype=np.float32)
@@ -86,6 +86,7 @@ def offset_noise(rng: np.random.Generator, shape, strength: float) -> np.ndarray
 
 
 def drop_labels(rng: np.random.Generator, labels: np.ndarray, probability: float, null: int) -> np.ndarray:
-    """Labels (B, ...) int32, each of them `null` instead with this probability (for guidance, Ho & Salimans 2021)."""
+    """Labels (B, ...) int32; each sample's are replaced by `null` with this probability, to train for guidance (Ho &
+    Salimans 2021)."""
     chosen = rng.random(len(labels)).reshape(-1, *[1] * (labels.ndim - 1)) < probability
     return np.where(chosen, null, labels).astype(np.int32)

@@ -100,6 +100,9 @@ def ddpm_step(
     x: Array, x_start: Array, alpha_bar: float, alpha_bar_next: float, v_posterior: float, randn_like: RandnLike
 ) -> Array:
     """A draw from q(x_next | x, x_0) (Ho et al. 2020, eq. 7) with variance (1 - v) posterior variance + v beta."""
+    v = v_posterior
+    if not 0 <= v <= 1:
+        raise ValueError(f"v_posterior is {v}: it must be in [0, 1]")
     alpha = alpha_bar / alpha_bar_next
     mean = (
         math.sqrt(alpha_bar_next) * (1 - alpha) / (1 - alpha_bar) * x_start
@@ -107,16 +110,7 @@ def ddpm_step(
     )
     if alpha_bar_next == 1:
         return mean
-    v = v_posterior
     return mean + math.sqrt((1 - alpha) * ((1 - v) * (1 - alpha_bar_next) / (1 - alpha_bar) + v)) * randn_like(x)
-
-
-def resolve_v_posterior(diffusion: GaussianDiffusion, v_posterior: float | None) -> float:
-    """The share of beta in the reverse variance: the sampler's option, or the diffusion's where it is None."""
-    v = diffusion.v_posterior if v_posterior is None else v_posterior
-    if not 0 <= v <= 1:
-        raise ValueError(f"v_posterior is {v}: it must be in [0, 1]")
-    return v
 
 
 def sample_ddpm(
@@ -135,7 +129,7 @@ def sample_ddpm(
     Raises:
         ValueError: v_posterior is not in [0, 1].
     """
-    v_posterior = resolve_v_posterior(diffusion, v_posterior)
+    v_posterior = diffusion.v_posterior if v_posterior is None else v_posterior
     for i, t, alpha_bar, alpha_bar_next in noise_levels(diffusion, timesteps):
         x_start = denoise(x, t)
         x = ddpm_step(x, x_start, alpha_bar, alpha_bar_next, v_posterior, randn_like)

@@ -1,8 +1,10 @@
 """Noise schedules: T -> betas (T,) float64, the variance that each diffusion step adds (Ho et al. 2020, eq. 2).
 
-The schedules with a range of betas are made for T = 1000 and scaled by 1000 / T, so that x_T is noise at any T; all but
-one, which is there to be compared with.
+The schedules with a range of betas are defined for T = 1000 and scaled by 1000 / T, so that x_T is noise at any T.
+unscaled_linear is the exception, for comparison.
 """
+
+from collections.abc import Callable
 
 import numpy as np
 
@@ -17,7 +19,7 @@ def linear_beta_schedule(T: int, beta_start: float = 1e-4, beta_end: float = 0.0
 
 
 def unscaled_linear_beta_schedule(T: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> np.ndarray:
-    """Ho et al.'s range at any T, as the annotated diffusion model has it: at T = 200 much of the data is left in x_T."""
+    """The range of Ho et al. at any T, as in the annotated diffusion model: at T = 200 x_T still holds much of the data."""
     return np.linspace(beta_start, beta_end, T)
 
 
@@ -27,7 +29,7 @@ def quadratic_beta_schedule(T: int, beta_start: float = 1e-4, beta_end: float = 
 
 
 def sqrt_linear_beta_schedule(T: int, beta_start: float = 1.5e-3, beta_end: float = 0.0195) -> np.ndarray:
-    """What latent diffusion calls "linear": the quadratic schedule with its range (Rombach et al. 2022, appendix E)."""
+    """The schedule that latent diffusion calls "linear": quadratic, with its own range (Rombach et al. 2022, appendix E)."""
     return quadratic_beta_schedule(T, beta_start, beta_end)
 
 
@@ -37,22 +39,22 @@ def sigmoid_beta_schedule(T: int, beta_start: float = 1e-4, beta_end: float = 0.
 
 
 def cosine_beta_schedule(T: int, s: float = 0.008) -> np.ndarray:
-    """alpha_bar(t) = cos^2 of t / T, slowed by s at the start, beta <= 0.999 (Nichol & Dhariwal 2021, eq. 17)."""
+    """alpha_bar(t) = cos^2((t / T + s) / (1 + s) pi / 2), with beta at most 0.999 (Nichol & Dhariwal 2021, eq. 17)."""
     alpha_bar = np.cos((np.arange(T + 1) / T + s) / (1 + s) * np.pi / 2) ** 2
     return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
 
 
 def rescale_zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
-    """The same schedule, shifted and stretched so that x_T is noise and nothing else (Lin et al. 2024, algorithm 1).
+    """Shift and scale sqrt(alpha_bar) so that x_T is pure noise (Lin et al. 2024, algorithm 1).
 
-    The last beta becomes 1; the objective must then be x0 or v, for no noise can be told from noise.
+    The last beta becomes 1. The objective must then be x0 or v: eps at T - 1 is x_T itself and does not determine x_0.
     """
     root = np.sqrt(np.cumprod(1 - betas))
     root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
     return 1 - np.append(root[0], root[1:] / root[:-1]) ** 2
 
 
-SCHEDULES = {
+SCHEDULES: dict[str, Callable[[int], np.ndarray]] = {
     "linear": linear_beta_schedule,
     "unscaled_linear": unscaled_linear_beta_schedule,
     "cosine": cosine_beta_schedule,

@@ -5,13 +5,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from helpers import diffusion_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ms_diffusion.denoiser import inpaint
 from ms_diffusion.editing import invert_ddim, sample_repaint, slerp
 from ms_diffusion.samplers import sample_ddim, sample_ddpm, sampling_timesteps
-from ms_diffusion.schedules import SCHEDULES, rescale_zero_terminal_snr
 
 FACTOR = np.array([[0.5, 0, 0], [0.35, 0.3, 0], [-0.2, 0.3, 0.25]])
 MEAN, COVARIANCE = np.array([0.3, -0.4, 0.2]), FACTOR @ FACTOR.T  # of the data: three numbers that depend on each other
@@ -20,16 +20,9 @@ MASK, KNOWN = np.array([1.0, 1.0, 0.0]), np.array([0.9, 0.1, 0.0])  # the third 
 examples = settings(deadline=None, max_examples=50)
 
 
-def diffusion_of(schedule="linear", T=1000, zero_terminal_snr=False):
-    betas = SCHEDULES[schedule](T)
-    if zero_terminal_snr:
-        betas = rescale_zero_terminal_snr(betas)
-    return SimpleNamespace(T=T, v_posterior=0.0, alphas_cumprod=np.cumprod(1 - betas))
-
-
 def geometric_diffusion(T, v_posterior=1.0):
     """sigma / alpha from 0.01 to 30: small steps where the data is made, with beta as the variance."""
-    return SimpleNamespace(T=T, v_posterior=v_posterior, alphas_cumprod=1 / (1 + np.geomspace(0.01, 30, T) ** 2))
+    return SimpleNamespace(num_timesteps=T, v_posterior=v_posterior, alphas_cumprod=1 / (1 + np.geomspace(0.01, 30, T) ** 2))
 
 
 def exact_denoiser(diffusion):
@@ -211,9 +204,9 @@ def test_a_jump_back_keeps_the_marginals():
     np.testing.assert_allclose(covariance, 0, atol=1e-12)
 
 
-@pytest.mark.parametrize("options", [{"jump_length": 0}, {"jump_n_sample": 0}, {"jump_length": -1}])
-def test_repaint_refuses_counts_below_one(options):
-    with pytest.raises(ValueError, match=f"{next(iter(options))} {next(iter(options.values()))}"):
+@pytest.mark.parametrize("options", [{"jump_length": 0}, {"jump_n_sample": 0}, {"jump_length": -1}, {"v_posterior": 1.1}])
+def test_repaint_refuses_impossible_options(options):
+    with pytest.raises(ValueError, match=f"{next(iter(options))} is {next(iter(options.values()))}"):
         sample_repaint(lambda x, t: x, np.ones(3), diffusion_of(T=5), **options)
 
 
@@ -293,7 +286,9 @@ def test_one_iteration_is_to_first_order_diffusers_inversion(schedule):
     for steps in (50, 100, 200):
         scheduler = diffusers.DDIMInverseScheduler(beta_schedule=schedule, clip_sample=False)
         scheduler.set_timesteps(steps)
-        diffusion = SimpleNamespace(T=1000, v_posterior=0.0, alphas_cumprod=scheduler.alphas_cumprod.double().numpy())
+        diffusion = SimpleNamespace(
+            num_timesteps=1000, v_posterior=0.0, alphas_cumprod=scheduler.alphas_cumprod.double().numpy()
+        )
         denoise, theirs = exact_denoiser(diffusion), x
         for t in scheduler.timesteps.tolist():
             alpha_bar = diffusion.alphas_cumprod[t]

@@ -6,23 +6,28 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from helpers import diffusion_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.integrate import solve_ivp
 
 from mindspore import Tensor
 
+from ms_diffusion.denoiser import self_conditioned
 from ms_diffusion.process import GaussianDiffusion
 from ms_diffusion.samplers import (
     SAMPLERS,
     SPACINGS,
     ddim_step,
+    default_spacing,
+    is_stochastic,
     sample_ddim,
     sample_ddpm,
     sample_dpmpp_2m,
     sample_heun,
     sample_plms,
     sample_unipc,
+    sampler_options,
     sampling_timesteps,
 )
 from ms_diffusion.schedules import SCHEDULES, linear_beta_schedule, rescale_zero_terminal_snr
@@ -32,14 +37,6 @@ examples = settings(deadline=None, max_examples=100)
 every_sampler = pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
 ODE_SAMPLERS = {name: sampler for name, sampler in SAMPLERS.items() if name != "ddpm"}
 every_ode_sampler = pytest.mark.parametrize("sampler", ODE_SAMPLERS.values(), ids=ODE_SAMPLERS)
-
-
-def diffusion_of(schedule="linear", T=1000, zero_terminal_snr=False):
-    """What a sampler needs of the process, from the definition of alpha_bar."""
-    betas = SCHEDULES[schedule](T)
-    if zero_terminal_snr:
-        betas = rescale_zero_terminal_snr(betas)
-    return SimpleNamespace(T=T, v_posterior=0.0, alphas_cumprod=np.array(np.cumprod(1 - betas)))
 
 
 def ratio(alpha_bar):
@@ -147,7 +144,7 @@ def test_timesteps_by_noise_by_hand(spacing, ratios, timesteps):
 
 def test_impossible_timesteps_are_refused():
     for steps in (0, -1, 11):
-        with pytest.raises(ValueError, match=f"{steps} sampling steps: choose from 1 to 10"):
+        with pytest.raises(ValueError, match=f"steps is {steps}: choose from 1 to 10"):
             sampling_timesteps(10, steps)
     with pytest.raises(ValueError, match="unknown spacing 'even': choose one of linspace, leading, "):
         sampling_timesteps(10, 5, "even")
@@ -226,13 +223,27 @@ def test_ddpm_samples_from_p_mean_variance(v_posterior):
     def denoise(x, t):
         return np.clip(0.4 * x, -1, 1)
 
-    for t in range(1, T):
-        steps = []
-        sample_ddpm(denoise, x, diffusion, [t, t - 1], lambda x: z, lambda i, *x, steps=steps: steps.append(x))
-        mean, variance, _, x_start = diffusion.p_mean_variance(net, Tensor(x), Tensor(np.full(13, t, np.int32)))
-        np.testing.assert_allclose(steps[0][1], x_start.asnumpy(), rtol=1e-6)
-        expected = mean.asnumpy() + np.sqrt(variance.asnumpy()) * z
-        np.testing.assert_allclose(steps[0][0], expected, rtol=1e-4, atol=1e-5)
+    steps, ts = [], np.arange(1, T)
+    for t in ts:
+        sample_ddpm(denoise, x, diffusion, [t, t - 1], lambda x: z, lambda i, *x: steps.append(x) if i == 0 else None)
+    found, starts = (np.concatenate(values) for values in zip(*steps, strict=True))
+    times = Tensor(np.repeat(ts, 13).astype(np.int32))
+    mean, variance, _, x_start = diffusion.p_mean_variance(net, Tensor(np.tile(x, (T - 1, 1))), times)
+    np.testing.assert_allclose(starts, x_start.asnumpy(), rtol=1e-6)
+    expected = mean.asnumpy() + np.sqrt(variance.asnumpy()) * np.tile(z, (T - 1, 1))
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("v_posterior", [0.0, 0.3, 1.0])
+def test_the_option_v_posterior_stands_for_the_diffusions(v_posterior):
+    by_option = affine_map(sample_ddpm, diffusion_of(T=20, v_posterior=0.7), v_posterior=v_posterior)
+    np.testing.assert_equal(by_option, affine_map(sample_ddpm, diffusion_of(T=20, v_posterior=v_posterior)))
+
+
+@pytest.mark.parametrize("v_posterior", [-0.1, 1.1, math.nan])
+def test_impossible_v_posterior_is_refused(v_posterior):
+    with pytest.raises(ValueError, match=r"v_posterior is .*: it must be in \[0, 1\]"):
+        sample_ddpm(exact_denoiser(diffusion_of()), np.ones(2), diffusion_of(), v_posterior=v_posterior)
 
 
 # DDIM
@@ -273,7 +284,7 @@ def test_ddim_at_eta_1_is_ddpm(steps):
 
 @pytest.mark.parametrize("eta", [-0.1, 1.1, math.nan, math.inf])
 def test_impossible_eta_is_refused(eta):
-    with pytest.raises(ValueError, match=r"eta is .*: it must lie in \[0, 1\]"):
+    with pytest.raises(ValueError, match=r"eta is .*: it must be in \[0, 1\]"):
         sample_ddim(exact_denoiser(diffusion_of()), np.ones(2), diffusion_of(), eta=eta)
 
 
@@ -336,8 +347,8 @@ def test_all_steps_transport_the_noise_to_the_data(sampler, schedule, zero_termi
 @pytest.mark.parametrize("zero_terminal_snr", [False, True])
 def test_a_denoiser_that_knows_is_followed_exactly(sampler, spacing, zero_terminal_snr):
     """The same x_0 at every call: x_t keeps to the line through x_0 and the noise that x_T holds, and ends in x_0."""
-    diffusion, x_start, states = diffusion_of("linear", 1000, zero_terminal_snr), np.linspace(-1, 1, 5), []
-    alpha_bar, diffusion.v_posterior = diffusion.alphas_cumprod, 0.5
+    diffusion = diffusion_of("linear", 1000, zero_terminal_snr, v_posterior=0.5)
+    alpha_bar, x_start, states = diffusion.alphas_cumprod, np.linspace(-1, 1, 5), []
     rng = np.random.default_rng(0)
     noise = rng.standard_normal(5)
     timesteps = sampling_timesteps(1000, 10, spacing, alpha_bar)
@@ -356,6 +367,27 @@ def test_a_denoiser_that_knows_is_followed_exactly(sampler, spacing, zero_termin
 # All
 
 
+def test_samplers_describe_themselves():
+    options = {name: sampler_options(sampler) for name, sampler in SAMPLERS.items() if sampler_options(sampler)}
+    assert options == {"ddpm": {"v_posterior"}, "ddim": {"eta"}, "unipc": {"order"}}
+    assert {name for name, sampler in SAMPLERS.items() if is_stochastic(sampler)} == {"ddpm"}
+    assert {name for name, sampler in SAMPLERS.items() if default_spacing(sampler) == "linspace"} == {"ddpm", "ddim"}
+    for sampler in SAMPLERS.values():  # also with self-conditioning
+        wrapped = self_conditioned(sampler)
+        for describe in (sampler_options, default_spacing, is_stochastic):
+            assert describe(wrapped) == describe(sampler)
+
+
+def test_a_function_is_a_sampler_as_it_is():
+    """Without attributes and with options of any kind."""
+
+    def mine(denoise, x, diffusion, timesteps=None, randn_like=None, callback=None, strength=1.0, *, exact=False, **others):
+        return denoise(x, timesteps[0])
+
+    assert sampler_options(mine) == {"strength", "exact"}
+    assert default_spacing(mine) == "logsnr" and not is_stochastic(mine)
+
+
 @every_sampler
 def test_one_step_gives_the_denoisers_answer(sampler):
     diffusion = diffusion_of("cosine", 100)
@@ -368,7 +400,7 @@ def test_one_step_gives_the_denoisers_answer(sampler):
 def test_the_callback_sees_each_step_in_order(sampler):
     """Heun calls the network twice a step but in the last, PLMS in its first; but once where sigma / alpha is above 80."""
     alpha_bar = [*1 / (1 + np.array([1000.0, 81, 79, 2, 0.1]) ** 2), 1.0]
-    diffusion = SimpleNamespace(T=5, v_posterior=0.0, alphas_cumprod=alpha_bar[4::-1])
+    diffusion = SimpleNamespace(num_timesteps=5, v_posterior=0.0, alphas_cumprod=alpha_bar[4::-1])
     timesteps, events = [4, 3, 2, 1, 0], []
     calls = {sample_heun: [[4], [3], [2, 1], [1, 0], [0]], sample_plms: [[4], [3], [2, 1], [1], [0]]}
 
@@ -404,7 +436,7 @@ def test_all_timesteps_by_default(sampler):
 
 
 @every_sampler
-@pytest.mark.parametrize("shape", [(1, 2), (13, 1, 4, 4), (13, 3, 2, 2, 2)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 2), (13, 3, 2, 2, 2)], ids=str)
 def test_tensors_give_what_numpy_gives(sampler, shape):
     """float32 on the device against float64 on the host, with the same noise."""
     diffusion, timesteps = diffusion_of("linear", 100), sampling_timesteps(100, 5)

@@ -30,7 +30,7 @@ def ratio(alpha_bar):
 
 def stable_diffusion(T=1000):
     betas = SCHEDULES["sqrt_linear"](T, 0.00085, 0.012)
-    return SimpleNamespace(T=T, v_posterior=0.0, betas=betas, alphas_cumprod=np.cumprod(1 - betas))
+    return SimpleNamespace(num_timesteps=T, v_posterior=0.0, betas=betas, alphas_cumprod=np.cumprod(1 - betas))
 
 
 def eps(x, t):

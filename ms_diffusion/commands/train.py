@@ -79,5 +79,5 @@ def main(argv: Sequence[str]) -> int:
         print(f"loss curve  {run_dir / 'loss.png'}\nmetrics     {run_dir / 'metrics.jsonl'}")
     for purpose, line in task.next_commands().items():
         name, _, arguments = line.partition(" ")
-        print(f"{purpose + ':':12}{command(name)} {arguments}")
+        print(f"{purpose + ':':12} {command(name)} {arguments}")
     return 0

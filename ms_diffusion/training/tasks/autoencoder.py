@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -25,13 +25,10 @@ from ...runtime import UserError, command, compiled
 from ...sampling import Sampling
 from ..checkpoint import Checkpoint
 from ..config import Config, DataConfig, TrainConfig
-from ..runs import load_network
+from ..runs import Run
 from ..step import EMA, make_optimizer, make_train_step
 from .base import Request, Task, load_initial_weights
 from .images import ImageData, check_image_size, load_training_images, show_images
-
-if TYPE_CHECKING:
-    from ..runs import Run
 
 BETA = Bounds(0, 1, low_open=True, high_open=True)
 
@@ -112,8 +109,9 @@ class AutoencoderTask(Task):
         self.discriminator, parameters = None, []
         load_initial_weights(config, self.run_dir, net)
         self.logvar = Parameter(Tensor(np.float32(0)), name="logvar")
+        adam = {"decay": train.lr_decay, "adam_betas": train.adam_betas}
         self.optimizer = make_optimizer(
-            net, train.lr, train.warmup_steps, train.total_steps, [self.logvar], train.lr_decay, train.adam_betas
+            net, train.lr, train.warmup_steps, train.total_steps, extra_parameters=[self.logvar], **adam
         )
         ema = EMA(net, train.ema_decay)
         net.set_train()
@@ -124,12 +122,14 @@ class AutoencoderTask(Task):
             self.discriminator = NLayerDiscriminator(
                 channels, train.disc_channels, train.disc_layers, train.disc_norm, train.seed
             )
-            d_optimizer = make_optimizer(self.discriminator, train.disc_lr, 0, d_steps, (), train.lr_decay, train.adam_betas)
+            d_optimizer = make_optimizer(self.discriminator, train.disc_lr, 0, d_steps, **adam)
             both = (*self.discriminator.get_parameters(), *d_optimizer.get_parameters())
             parameters = list({id(p): p for p in both}.values())
             for p in parameters:  # the names in a checkpoint must differ
                 p.name = f"discriminator.{p.name}"
-        self.checkpoint = Checkpoint(self.run_dir, net, self.optimizer, ema, None, train.keep_checkpoints, parameters)
+        self.checkpoint = Checkpoint(
+            self.run_dir, net, self.optimizer, ema, keep=train.keep_checkpoints, extra_parameters=parameters
+        )
         self.average = FirstStage(ema.net)
 
         # The steps, compiled when first called: the first without the discriminator, until disc_start
@@ -174,7 +174,7 @@ class AutoencoderTask(Task):
     def show(self, x: np.ndarray) -> Image.Image:
         return show_images(x)
 
-    def render(self, run: "Run", request: Request, folder: Path) -> list[Path]:
+    def render(self, run: Run, request: Request, folder: Path) -> list[Path]:
         raise UserError(
             f"{run.name} is an autoencoder: score it with {command('evaluate')}, or train on its latents with "
             f"{command('train')} --preset latent --first-stage {run.name}"
@@ -183,7 +183,7 @@ class AutoencoderTask(Task):
     def image_format(self) -> tuple[int, int]:
         return self.config.data.size, self.config.model.channels
 
-    def samples_to_score(self, run: "Run", sampling: Sampling, num: int, reference: Reference) -> tuple[Samples, np.ndarray]:
+    def samples_to_score(self, run: Run, sampling: Sampling, num: int, reference: Reference) -> tuple[Samples, np.ndarray]:
         originals, labels = choose(*reference.splits["test"], num)
         made = f"reconstructions of test images by {run.name} at step {run.step}"
         return Samples(images.to_uint8(FirstStage(run.net).reconstruct(originals)), labels, made), originals
@@ -272,7 +272,7 @@ def load_first_stage(run: Path, patch: int | None = None) -> FirstStage:
     Raises:
         UserError: there is no such run, or it is not an autoencoder's, or the patches do not fit it.
     """
-    loaded = load_network(run)
+    loaded = Run(run)
     if not isinstance(loaded.config, AutoencoderRunConfig):
         raise UserError(f"{run} is not the run of an autoencoder: train one with {command('train')} --preset autoencoder")
     f = loaded.config.model.size_multiple

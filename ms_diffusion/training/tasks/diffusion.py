@@ -66,11 +66,20 @@ class DiffusionTask(Task):
         self.net.set_train()  # after the averages are copied, which stay in evaluation mode
         self.logvar = Parameter(Tensor(np.zeros(T, np.float32)), name="logvar") if train.learn_logvar else None
         extra = [self.logvar] if train.learn_logvar else []
-        self.optimizer = make_optimizer(self.net, train.lr, train.warmup_steps, train.total_steps, extra, train.lr_decay)
+        self.optimizer = make_optimizer(
+            self.net, train.lr, train.warmup_steps, train.total_steps, extra_parameters=extra, decay=train.lr_decay
+        )
         self.importance = ImportanceTimesteps(T) if train.timestep_sampling == "importance" else None
         parameters = self.importance.parameters if self.importance else []
         self.checkpoint = Checkpoint(
-            self.run_dir, self.net, self.optimizer, ema, loss_scaler, train.keep_checkpoints, parameters, extra_emas
+            self.run_dir,
+            self.net,
+            self.optimizer,
+            ema,
+            loss_scaler=loss_scaler,
+            keep=train.keep_checkpoints,
+            extra_parameters=parameters,
+            extra_emas=extra_emas,
         )
         self.step_parts = ema, extra_emas, loss_scaler
 

@@ -11,7 +11,7 @@ from ...images import to_float
 from ...models.unet import UnetConfig
 from ...randomness import Stream, drop_labels
 from ...runtime import UserError
-from ..config import DiffusionRunConfig, ImageTrainConfig
+from ..config import DataConfig, DiffusionRunConfig, ImageTrainConfig
 from . import edits
 from .base import Request
 from .images import ImageData, ImageTask, Plan, check_image_size, check_scored
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 class PixelConfig(ImageData, DiffusionRunConfig):
     """A run of images in pixel space."""
 
+    data: DataConfig = field(default_factory=DataConfig)
     model: UnetConfig = field(default_factory=UnetConfig)
     train: ImageTrainConfig = field(default_factory=ImageTrainConfig)
 
