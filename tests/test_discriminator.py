@@ -1,4 +1,4 @@
-"""PatchGAN's discriminator, held to a network written here in PyTorch, and its two norms."""
+"""The PatchGAN discriminator against a PyTorch network written here, and its two norms."""
 
 import functools
 import math
@@ -261,4 +261,4 @@ def test_seed_decides_the_weights():
 )
 def test_bad_arguments(options, message):
     with pytest.raises(ValueError, match=message):
-        NLayerDiscriminator(**options)
+        NLayerDiscriminator(**dict(channels=1, ndf=4, n_layers=1) | options)

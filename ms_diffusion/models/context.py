@@ -118,7 +118,7 @@ class LatentUnet(nn.Cell):
         ValueError: num_classes or context_dim do not fit the condition, and see UNetModel.
     """
 
-    def __init__(self, config: LatentUnetConfig = LatentUnetConfig(), seed: int = 0):
+    def __init__(self, config: LatentUnetConfig, seed: int = 0):
         super().__init__()
         check_fields(config, "")
         condition, context_dim = config.condition, config.context_dim
