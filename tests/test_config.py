@@ -1,4 +1,4 @@
-"""Configurations: presets, refused values, overrides, the command line over a preset, and config.json of now and of before."""
+"""Configurations: presets, refused values, overrides, flags over a preset, and config.json of now and of before."""
 
 import json
 from dataclasses import fields, replace
