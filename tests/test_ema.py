@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from mindspore import Parameter, Tensor, nn
 
-from ms_diffusion import kernels, runtime
+from ms_diffusion import kernels
+from ms_diffusion.models.unet import UnetConfig
 from ms_diffusion.runtime import UserError
 from ms_diffusion.training.checkpoint import Checkpoint, checkpoints
 from ms_diffusion.training.presets import Config, TrainConfig, load_run
@@ -60,13 +61,13 @@ def loss_of(net):
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_each_average_follows_its_own_way(fused, monkeypatch):
+def test_each_average_has_its_own_decay(fused, monkeypatch):
     if not fused:
         monkeypatch.setattr(kernels, "available", lambda: False)
     net = Walk()
-    ema, others = EMA(net, 0.9), [EMA(net, length=length) for length in (0.05, 0.2)]
+    ema, extra_emas = EMA(net, 0.9), [EMA(net, length=length) for length in (0.05, 0.2)]
     optimizer = make_optimizer(net, 0.1, 0, 40)
-    step = make_train_step(loss_of(net), optimizer, ema, extra_emas=others)
+    step = make_train_step(loss_of(net), optimizer, ema, extra_emas=extra_emas)
     path, decayed = [], net.place.asnumpy()
     for n in range(1, 21):
         step(Tensor(np.array([1.0, math.sin(n)], np.float32)))
@@ -75,12 +76,12 @@ def test_each_average_follows_its_own_way(fused, monkeypatch):
         decayed = decay * decayed + (1 - decay) * path[-1]
     assert abs(path[-1] - path[0]).max() > 0.5
     np.testing.assert_allclose(ema.averages[0].asnumpy(), decayed, rtol=1e-5)
-    for other, length in zip(others, (0.05, 0.2), strict=True):
+    for extra, length in zip(extra_emas, (0.05, 0.2), strict=True):
         by_steps = path[0]
         for n, place in enumerate(path[1:], 2):  # the paper's algorithm: decay (1 - 1 / n)^(gamma + 1)
             decay = (1 - 1 / n) ** (power_of_length(length) + 1)
             by_steps = decay * by_steps + (1 - decay) * place
-        np.testing.assert_allclose(other.averages[0].asnumpy(), by_steps, rtol=1e-4)
+        np.testing.assert_allclose(extra.averages[0].asnumpy(), by_steps, rtol=1e-4)
         np.testing.assert_allclose(by_steps, average(np.array(path), length), rtol=1e-9)
 
 
@@ -101,11 +102,13 @@ def test_another_length_is_made_of_two(length):
     assert np.linalg.norm(made - true) < nearest / 4
 
 
+SMALL = UnetConfig(dim=8, init_dim=8, dim_mults=(1,), use_convnext=False, resnet_block_groups=4)
+
+
 @pytest.fixture
 def run(tmp_path):
     """A run of three checkpoints with two averages of known values."""
-    config = Config(train=TrainConfig(ema_lengths=(0.05, 0.1)))
-    runtime.set_device("cpu")
+    config = Config(model=SMALL, train=TrainConfig(ema_lengths=(0.05, 0.1)))
     net, _ = config.build()
     emas = [EMA(net, length=length) for length in (0.05, 0.1)]
     for step in (10, 20, 30):
@@ -131,6 +134,6 @@ def test_load_run_makes_the_average(run):
 def test_a_run_without_averages_says_how_to_get_them(run):
     with pytest.raises(UserError, match="below 0.289"):
         load_run(run, ema_length=0.5)
-    (run / "config.json").write_text(Config().to_json())
+    (run / "config.json").write_text(Config(model=SMALL).to_json())
     with pytest.raises(UserError, match="--train.ema-lengths"):
         load_run(run, ema_length=0.1)

@@ -18,7 +18,7 @@ from ..runtime import UserError, initialise_ranks, set_device
 from .checkpoint import best_checkpoint, read_state
 from .config import Config, override
 from .presets import PRESETS
-from .runs import Run, load_network
+from .runs import Run
 from .tasks.base import Task
 
 
@@ -62,7 +62,7 @@ def train(
     run_dir = Path(run_dir)
     name = set_device(device)
     train_task(config.task(given), run_dir, name, stop or threading.Event(), on_save)
-    return Run(str(run_dir), load_network(run_dir), name, given)
+    return Run(run_dir)
 
 
 def train_task(

@@ -219,7 +219,7 @@ class ImageTask(DiffusionTask):
         batch_size = sampling.batch_size or 64
         frames, every = [], max(calls // GIF_FRAMES, 1)
         rows, picked = [], set(np.linspace(0, calls - 1, ROW_STEPS, dtype=int))
-        bar = tqdm(total=-(-plan.num // batch_size) * calls, unit="step", desc=f"{sampling.sampler} on {run.device}")
+        bar = tqdm(total=-(-plan.num // batch_size) * calls, unit="step", desc=sampling.sampler)
 
         def watch(i: int, x: Any, x_start: Any) -> None:
             bar.update()
@@ -296,9 +296,7 @@ class ImageTask(DiffusionTask):
         sampling = sampling.resolve(self)
         batch_size = min(sampling.batch_size or 100, num)
         timesteps, cond = sampling.timesteps(run.diffusion), self.conditions(num)
-        with tqdm(
-            total=-(-num // batch_size) * len(timesteps), unit="step", desc=f"{sampling.sampler} on {run.device}"
-        ) as bar:
+        with tqdm(total=-(-num // batch_size) * len(timesteps), unit="step", desc=sampling.sampler) as bar:
             options = replace(sampling, batch_size=batch_size)
             x = self.decode(run.generator.draw(options, num, self.in_order(cond), lambda *_: bar.update()))
         if bad := num - np.isfinite(x).all((1, 2, 3)).sum():

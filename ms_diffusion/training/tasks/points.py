@@ -86,7 +86,8 @@ class PointsTask(DiffusionTask):
 
     def load_data(self) -> tuple[np.ndarray, np.ndarray]:
         data = self.config.data
-        self.points = load_points(data.name, data.dir, data.num, self.config.train.seed)
+        source = data.dir if self.given_data is None else self.given_data
+        self.points = load_points(data.name, source, data.num, self.config.train.seed)
         train, self.test = self.points
         self.normalizer = Normalizer.of(train)
         return self.normalizer.normalize(train), np.zeros(len(train), np.int32)
@@ -132,7 +133,7 @@ class PointsTask(DiffusionTask):
             """Points (n, 2), and the paths of those of the first batch, (steps + 1, B, 2), in the data's units."""
             size, calls = min(sampling.batch_size, n), len(timesteps)
             path = [SeededNoise(sampling.seed, range(size))((2,))]
-            bar = tqdm(total=-(-n // size) * calls, unit="step", desc=f"{n} points on {run.device}")
+            bar = tqdm(total=-(-n // size) * calls, unit="step", desc=f"{n} points")
 
             def watch(i: int, x: Any, x_start: Any) -> None:
                 bar.update()
