@@ -237,6 +237,9 @@ def override(config: Config, **values: Any) -> Config:
             close = difflib.get_close_matches(name, owners, 1)
             raise UserError(f"unknown setting {name!r}" + (f": did you mean {close[0]!r}?" if close else ""))
         section, last = owners[name], name.split(".")[-1]
-        part = replace(getattr(config, section) if section else config, **{last: value})
+        try:
+            part: Any = replace(getattr(config, section) if section else config, **{last: value})
+        except TypeError as e:  # an earlier override has put something else in place of the section
+            raise UserError(f"{name!r} cannot be set in {getattr(config, section)!r}") from e
         config = replace(config, **{section: part}) if section else part
     return config
