@@ -120,8 +120,9 @@ class PointsTask(DiffusionTask):
 
     def render(self, run: "Run", request: Request, folder: Path) -> list[Path]:
         """Samples, all pictures of the way there and back, and scores against held-out data."""
-        for name in ("class_", "prompt", "image", "inpaint", "interpolate", "init", "denoise_row", "strength"):
-            if getattr(request, name):
+        names = "class_", "prompt", "image", "inpaint", "resample", "interpolate", "init", "strength", "denoise_row"
+        for name in names:
+            if getattr(request, name) != getattr(Request, name):
                 flag = name.strip("_").replace("_", "-")
                 raise UserError(f"--{flag} works on images, and this run draws points in the plane: leave it out")
         num = request.num or 10_000
