@@ -36,7 +36,7 @@ SHOWN = 2000  # points in a panel
 class PointsDataConfig:
     """The points in the plane to train on."""
 
-    name: Annotated[str, OneOf((*TOYS, POINTS_FILE))] = "scurve"
+    name: Annotated[str, OneOf(TOYS, (POINTS_FILE,))] = "scurve"
     """A toy distribution, or points-file for your own points."""
     dir: str | None = None
     """The points-file: .npy or .csv with two columns, or a folder that holds one such file."""
