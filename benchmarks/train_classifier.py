@@ -31,7 +31,7 @@ class Args:
     out: str = "classifier.safetensors"
     """Path of the weights, in float16."""
     epochs: Annotated[int, AT_LEAST_1] = 10
-    """Passes over the training images. They are shifted at random but not flipped: the features must tell left from right."""
+    """Passes over the training images, which are shifted but not flipped, so that the features tell left from right."""
     batch_size: Annotated[int, AT_LEAST_1] = 128
     """Images per step."""
     lr: Annotated[float, POSITIVE] = 2e-3
