@@ -43,11 +43,9 @@ class Block(nn.Cell):
 
 
 class ResnetBlock(nn.Cell):
-    """Two Blocks and a shortcut (He et al. 2015): (B, dim, H, W), time_emb (B, time_emb_dim) -> (B, dim_out, H, W).
-
-    The time embedding is added between the two Blocks. With `scale_shift` it scales and shifts the norm of the first Block
-    instead (Dhariwal & Nichol 2021, section 4.3).
-    """
+    """Two Blocks and a shortcut (He et al. 2015): (B, dim, H, W), time_emb (B, time_emb_dim) -> (B, dim_out, H, W). The time
+    embedding is added between the Blocks or, with `scale_shift`, scales and shifts the norm of the first Block (Dhariwal &
+    Nichol 2021, section 4.3)."""
 
     def __init__(self, dim: int, dim_out: int, time_emb_dim: int | None = None, groups: int = 8, scale_shift: bool = False):
         super().__init__()
@@ -145,7 +143,6 @@ class UnetConfig:
         return self.patch_size * 2 ** (len(self.dim_mults) - 1)
 
     def build(self, seed: int = 0) -> "Unet":
-        """The network; see Unet for `seed` and for what is raised."""
         return Unet(self, seed)
 
 

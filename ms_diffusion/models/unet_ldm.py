@@ -67,9 +67,7 @@ class ResBlock(nn.Cell):
         self.scale_shift, self.resample = scale_shift, resample
         # The norms and Linear compute SiLU; an Identity keeps its number in the parameters' names
         self.in_layers = nn.SequentialCell(
-            GroupNorm(groups, channels, activation="silu-after"),
-            Identity(),
-            conv2d(channels, out_channels, 3, padding=1),
+            GroupNorm(groups, channels, activation="silu-after"), Identity(), conv2d(channels, out_channels, 3, padding=1)
         )
         emb_out = out_channels * 2 if scale_shift else out_channels
         self.emb_layers = nn.SequentialCell(Identity(), Linear(emb_channels, emb_out, "silu"))
@@ -305,7 +303,6 @@ class UNetModelConfig:
         return self.num_heads if size is None else channels // size
 
     def build(self, seed: int = 0) -> "UNetModel":
-        """The network; see UNetModel for `seed` and for what is raised."""
         return UNetModel(self, seed)
 
 
@@ -343,13 +340,8 @@ class UNetModel(nn.Cell):
         self.takes_context, self.takes_label = config.context_dim is not None, config.num_classes is not None
         width, emb_channels = config.model_channels, 4 * config.model_channels
         groups, levels = config.groups, len(config.channel_mult)
-        block = partial(
-            ResBlock,
-            emb_channels=emb_channels,
-            groups=groups,
-            dropout=config.dropout,
-            scale_shift=config.use_scale_shift_norm,
-        )
+        scale_shift = config.use_scale_shift_norm
+        block = partial(ResBlock, emb_channels=emb_channels, groups=groups, dropout=config.dropout, scale_shift=scale_shift)
 
         def attention(channels: int) -> nn.Cell:
             heads = config.heads(channels)
