@@ -125,14 +125,15 @@ class LatentUnet(nn.Cell):
             raise ValueError(f"condition is {condition!r}, context_dim {context_dim}: set it for class and text only")
         own = {f.name: getattr(config, f.name) for f in fields(UNetModelConfig)}
         own |= {"in_channels": config.in_channels + config.cond_channels, "use_spatial_transformer": context_dim is not None}
-        own |= {"num_classes": config.num_classes + 1 if condition == "adm" else None}
+        num_labels, dim = (config.num_classes or 0) + 1, context_dim or 0  # labels: with that for "no class"
+        own |= {"num_classes": num_labels if condition == "adm" else None}
         self.unet = UNetModel(UNetModelConfig(**own), seed)
         self.is_adm = condition == "adm"
         self.cond_stage = None
         if condition == "class":
-            self.cond_stage = ClassEmbedder(config.num_classes + 1, context_dim)
+            self.cond_stage = ClassEmbedder(num_labels, dim)
         if condition == "text":
-            self.cond_stage = TextEncoder(config.vocab_size, config.max_length, context_dim)
+            self.cond_stage = TextEncoder(config.vocab_size, config.max_length, dim)
         if self.cond_stage is not None:
             name_and_initialise(self.cond_stage, seed + 1)
         for path, cell in self.cells_and_names():

@@ -170,13 +170,13 @@ class Unet(nn.Cell):
         init_dim = config.init_dim or dim // 3 * 2
         dims = [init_dim, *[dim * m for m in config.dim_mults]]
         levels = list(zip(dims[:-1], dims[1:], strict=True))
-        time_dim = dim * 4 if config.with_time_emb else None
+        time_dim = dim * 4
         kind = (
             partial(ConvNextBlock, mult=config.convnext_mult)
             if config.use_convnext
             else partial(ResnetBlock, groups=config.resnet_block_groups, scale_shift=config.scale_shift)
         )
-        block = partial(kind, time_emb_dim=time_dim)
+        block = partial(kind, time_emb_dim=time_dim if config.with_time_emb else None)
 
         # Time: t -> (B, 4 dim)
         self.time_mlp = (

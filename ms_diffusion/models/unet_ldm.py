@@ -297,10 +297,11 @@ class UNetModelConfig:
             ValueError: the channels are not divisible among the heads.
         """
         size = self.num_head_channels
-        if channels % (self.num_heads if size is None else size):
-            what = f"num_heads {self.num_heads}" if size is None else f"num_head_channels {size}"
-            raise ValueError(f"{channels} channels are not divisible into heads by {what}: choose a divisor")
-        return self.num_heads if size is None else channels // size
+        divisor = size or self.num_heads or 1
+        if channels % divisor:
+            what = "num_head_channels" if size else "num_heads"
+            raise ValueError(f"{channels} channels are not divisible into heads by {what} {divisor}: choose a divisor")
+        return channels // divisor if size else divisor
 
     def build(self, seed: int = 0) -> "UNetModel":
         return UNetModel(self, seed)
@@ -359,7 +360,7 @@ class UNetModel(nn.Cell):
         self.time_embed = nn.SequentialCell(
             Linear(width, emb_channels), Identity(), Linear(emb_channels, emb_channels, "silu")
         )
-        self.label_emb = Embedding(config.num_classes, emb_channels) if self.takes_label else None
+        self.label_emb = Embedding(config.num_classes, emb_channels) if config.num_classes is not None else None
 
         # Down
         channels, ds = width, 1
@@ -424,7 +425,7 @@ class UNetModel(nn.Cell):
             raise ValueError(self.size_message)
 
         emb = self.time_embed(self.timestep_embedding(ops.cast(t, ms.float32)))
-        if self.takes_label:
+        if self.label_emb is not None:
             emb = emb + self.label_emb(y)
 
         # Down
