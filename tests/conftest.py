@@ -67,3 +67,18 @@ def compiled_once():
         patch.setattr(sample, "make_denoiser", make)
         patch.setattr(generation, "make_denoiser", make)
         yield
+
+
+@pytest.fixture(scope="session")
+def class_run(tmp_path_factory):
+    """A small run of images with classes and self-conditioning, 20 timesteps, loaded once: its graphs are shared."""
+    from dataclasses import replace
+
+    from runs import PIXELS, UNET, untrained
+
+    from ms_diffusion.training.runs import Run
+
+    diffusion = replace(PIXELS.diffusion, objective="eps", num_timesteps=20)
+    model = replace(UNET, num_classes=10, self_condition=True)
+    config = replace(PIXELS, model=model, diffusion=diffusion)
+    return Run(untrained(tmp_path_factory.mktemp("class") / "run", config, step=6, noise=0.05))
