@@ -95,7 +95,8 @@ def test_a_folder_goes_before_a_bundled_model_of_its_name(class_run, tmp_path, m
     assert run_folders(name) == (bundled, bundled) == run_folders(bundled / "ema.safetensors")
     shutil.copytree(class_run.home, name)
     assert run_folders(name) == (checkpoint(name, 6), Path(name))
-    assert run_folders(checkpoint(name, 6)) == (checkpoint(name, 6).resolve(), Path(name).resolve())
+    folder, home = run_folders(checkpoint(name, 6))
+    assert folder == checkpoint(name, 6) and home.samefile(name)
 
 
 def test_bundled_models(tmp_path, monkeypatch):
@@ -277,8 +278,8 @@ def test_images_are_repeated_to_the_number_that_is_drawn(photos, tmp_path):
     masked = conditional(tmp_path / "mask", photos, "mask", 4)
     plans = [masked.task.plan(masked, request("--num", num, "--seed", seed)) for num, seed in ((4, 0), (7, 0), (4, 1))]
     conds = [plan.cond["cond_image"] for plan in plans]
-    shown, known = conds[0][:, :3], conds[0][:, 3:]
-    assert set(np.unique(known)) == {-1, 1} and (shown[np.broadcast_to(known == -1, shown.shape)] == 0).all()
+    shown, hidden = conds[0][:, :3], conds[0][:, 3:]
+    assert set(np.unique(hidden)) == {-1, 1} and (shown[np.broadcast_to(hidden == 1, shown.shape)] == 0).all()
     np.testing.assert_array_equal(conds[1][:4], conds[0])  # a few are the first of many
     assert (conds[2] != conds[0]).any()
 
@@ -347,18 +348,16 @@ def test_classes_without_dropout(tmp_path):
         assert run.task.plan(run, request(*flags)).sampling.guidance == 1
 
 
-def test_a_runs_own_guidance(class_run, tmp_path):
+def test_a_runs_own_guidance(class_run):
     """It is the default, with its interval; not of interpolation, and of an edit only with a class."""
-    train = replace(class_run.config.train, sample_guidance=5.0, sample_guidance_interval=(10, 19))
-    run = Run(untrained(tmp_path / "run", replace(class_run.config, train=train)))
 
     def guidance(*flags):
-        sampling = run.task.plan(run, request("--steps", 4, *flags)).sampling
+        sampling = class_run.task.plan(class_run, request("--steps", 4, *flags)).sampling
         return sampling.guidance, sampling.guidance_interval
 
-    assert guidance() == guidance("--class", 3) == guidance("--init", "test:0", "--class", 3) == (5.0, (10, 19))
-    assert guidance("--guidance", 5) == (5.0, None) and guidance("--guidance", 1) == (1.0, None)
-    assert guidance("--guidance-interval", 0, 5) == (5.0, (0, 5))
+    assert guidance() == guidance("--class", 3) == guidance("--init", "test:0", "--class", 3) == (2.0, (10, 19))
+    assert guidance("--guidance", 2) == (2.0, None) and guidance("--guidance", 1) == (1.0, None)
+    assert guidance("--guidance-interval", 0, 5) == (2.0, (0, 5))
     assert guidance("--init", "test:0") == (1.0, None)
     assert guidance("--interpolate", "test:0", "test:1", "--class", 3) == (1.0, None)
 
