@@ -11,7 +11,7 @@ import tyro
 
 import ms_diffusion as md
 from ms_diffusion.commands import benchmark, evaluate, likelihood, sample, train
-from ms_diffusion.fields import Bounds, OneOf
+from ms_diffusion.fields import Bounds, OneOf, find_problem
 from ms_diffusion.training import config
 
 HEADER = """# Flags
@@ -67,13 +67,11 @@ def rows(cls: type, prefix: str, base: type | None = None, defaults: Any = None)
             flag = f"`{prefix}{name}`" + f", `{prefix}no-{name}`" * (hints[f.name] is bool)
             flag = f"`{name.upper()}`" if tyro.conf.Positional in parts else flag
             default = " ".join(map(str, default)) if isinstance(default, tuple) else default
-            choices = [str(value) for part in parts if get_origin(part) is Literal for value in get_args(part)]
-            choices += [each for part in parts if isinstance(part, OneOf) for each in part.names]
-            notes = [f"One of {', '.join(choices)}."] if choices else []
-            for p in (part for part in parts if isinstance(part, Bounds)):
-                notes += [f"Range: {'[('[p.low_open]}{p.low:g}, {p.high:g}{'])'[p.high_open or p.high == float('inf')]}."]
+            notes = [find_problem(float("nan"), part) for part in parts if get_origin(part) is Literal]
+            notes += [part.problem(float("nan")) for part in parts if isinstance(part, Bounds | OneOf)]
+            text = " ".join([docs[f.name], *(f"{note[0].upper()}{note[1:]}." for note in notes)])
             default = "required" if default is MISSING else f"`{default}`".replace("``", "")
-            yield f"| {flag} | {default} | {' '.join([docs[f.name], *notes])} |"
+            yield f"| {flag} | {default} | {text} |"
 
 
 def render() -> str:

@@ -215,6 +215,8 @@ def sample(
     """
     sampling = sampling_from(options)
     check_fields(sampling)
+    if num < 1:
+        raise UserError(f"num is {num}: it must be at least 1")
     sampling.check(diffusion.num_timesteps)
     return Generator(net, diffusion, shape, null_label, self_condition).draw(sampling, num, cond, callback)
 

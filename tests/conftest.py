@@ -67,3 +67,19 @@ def compiled_once():
         patch.setattr(sample, "make_denoiser", make)
         patch.setattr(generation, "make_denoiser", make)
         yield
+
+
+@pytest.fixture(scope="session")
+def class_run(tmp_path_factory):
+    """A small run of images with classes, guidance and self-conditioning, loaded once: its graphs are shared."""
+    from dataclasses import replace
+
+    from runs import PIXELS, UNET, untrained
+
+    from ms_diffusion.training.runs import Run
+
+    diffusion = replace(PIXELS.diffusion, objective="eps", num_timesteps=20)
+    model = replace(UNET, num_classes=10, self_condition=True)
+    train = replace(PIXELS.train, sample_guidance=2.0, sample_guidance_interval=(10, 19))
+    config = replace(PIXELS, model=model, diffusion=diffusion, train=train)
+    return Run(untrained(tmp_path_factory.mktemp("class") / "run", config, step=6, noise=0.05))
