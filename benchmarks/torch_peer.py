@@ -1,14 +1,11 @@
-"""The networks in PyTorch: what the tests compare with, and `benchmark --peer torch` races.
+"""The networks in PyTorch: the tests compare ours with them, `torch_work` trains them for the speed comparison.
 
-The U-Net's architecture and state-dict paths are those of Rogge & Rasul, "The Annotated Diffusion Model" (Hugging Face blog,
-2022), the MLP's those of the S-curve experiment.
-Nothing but those two needs PyTorch.
+The U-Net has the architecture and the state-dict paths of Rogge & Rasul, "The Annotated Diffusion Model" (Hugging Face blog,
+2022), `MLP` those of the S-curve experiment.
 """
 
-import copy
 import math
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -131,7 +128,7 @@ class ConvNextBlock(nn.Module):
 
 
 class Unet(nn.Module):
-    """(B, channels, H, W) and float timesteps (B,) -> (B, out_dim, H, W); labels and images follow as in `models.unet`."""
+    """(B, channels, H, W) and float timesteps (B,) -> (B, out_dim, H, W); conditions as in `models.unet.Unet`."""
 
     def __init__(
         self,
@@ -202,7 +199,7 @@ class Unet(nn.Module):
         if self.patch_size > 1:
             x = F.pixel_unshuffle(x, self.patch_size)
         x = self.init_conv(x)
-        skips, shown = [], x
+        skips, first = [], x
         for block1, block2, attention, half in self.downs:
             x = attention(block2(block1(x, emb), emb))
             skips.append(x)
@@ -211,17 +208,17 @@ class Unet(nn.Module):
         for block1, block2, attention, double in self.ups:
             x = torch.cat([x, skips.pop()], dim=1)
             x = double(attention(block2(block1(x, emb), emb)))
-        x = self.final_conv(torch.cat([x, shown], dim=1) if self.final_skip else x)
+        x = self.final_conv(torch.cat([x, first], dim=1) if self.final_skip else x)
         return F.pixel_shuffle(x, self.patch_size) if self.patch_size > 1 else x
 
 
 class MLP(nn.Module):
-    """The S-curve experiment's."""
+    """The network of the S-curve experiment."""
 
-    def __init__(self, dim=128, timesteps=100):
+    def __init__(self, dim=128, num_embeddings=100):
         super().__init__()
         self.linears = nn.ModuleList([nn.Linear(2, dim), nn.Linear(dim, dim), nn.Linear(dim, dim), nn.Linear(dim, 2)])
-        self.step_embeddings = nn.ModuleList([nn.Embedding(timesteps, dim) for _ in range(3)])
+        self.step_embeddings = nn.ModuleList([nn.Embedding(num_embeddings, dim) for _ in range(3)])
 
     def forward(self, x, t):
         for linear, embedding in zip(self.linears, self.step_embeddings, strict=False):
@@ -240,10 +237,10 @@ class ResidualBlock(nn.Module):
 
 
 class ResidualMLP(nn.Module):
-    def __init__(self, dim=128, depth=3, frequencies=4, timesteps=1000):
+    def __init__(self, dim=128, depth=3, frequencies=4, num_embeddings=1000):
         super().__init__()
         self.register_buffer("frequencies", math.pi / 2 * 2.0 ** torch.arange(frequencies), persistent=False)
-        every_t = SinusoidalPositionEmbeddings(dim)(torch.arange(timesteps, dtype=torch.float32))
+        every_t = SinusoidalPositionEmbeddings(dim)(torch.arange(num_embeddings, dtype=torch.float32))
         self.register_buffer("time_embeddings", every_t, persistent=False)
         self.time_mlp = nn.Linear(dim, dim)
         self.first = nn.Linear(2 + 4 * frequencies, dim)
@@ -257,78 +254,3 @@ class ResidualMLP(nn.Module):
         for block in self.blocks:
             x = block(x, emb)
         return self.last(F.silu(x))
-
-
-class Trainer:
-    """A network with what trains it."""
-
-    def __init__(self, kind, model: dict, device: str):
-        torch.manual_seed(0)
-        self.device = "cuda" if device == "GPU" else "cpu"
-        self.net = kind(**model).to(self.device)
-        self.ema = copy.deepcopy(self.net)
-        self.optimizer = torch.optim.Adam(self.net.parameters(), lr=1e-3)
-
-    def update(self, loss) -> float:
-        self.optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
-        self.optimizer.step()
-        with torch.no_grad():
-            torch._foreach_lerp_(list(self.ema.parameters()), list(self.net.parameters()), 0.001)
-        return loss.item()
-
-
-class PointsWork(Trainer):
-    """What `benchmark.PointsWork` does, by PyTorch in eager mode: an epoch."""
-
-    def __init__(self, model: dict, size: int, batch_size: int, device: str = "cpu"):
-        super().__init__(ResidualMLP if "depth" in model else MLP, model, device)
-        betas = torch.sigmoid(torch.linspace(-6, 6, model["timesteps"], device=self.device)) * 20 / model["timesteps"]
-        self.alphas_cumprod = torch.cumprod(1 - betas, 0)[:, None]
-        self.points, self.batch_size = torch.rand(size, 2, device=self.device) * 2 - 1, batch_size
-
-    def epoch(self):
-        order = torch.randperm(len(self.points))
-        for i in range(0, len(order), self.batch_size):
-            x = self.points[order[i : i + self.batch_size]]
-            t = torch.randint(0, len(self.alphas_cumprod), ((len(x) + 1) // 2,), device=self.device)
-            t = torch.cat([t, len(self.alphas_cumprod) - 1 - t])[: len(x)]
-            noise, alpha_bar = torch.randn_like(x), self.alphas_cumprod[t]
-            x_t = alpha_bar.sqrt() * x + (1 - alpha_bar).sqrt() * noise
-            loss = self.update(F.mse_loss(self.net(x_t, t), noise))
-        return loss
-
-
-class Work(Trainer):
-    """What `benchmark.Work` does, by PyTorch in eager mode: a training step, a forward pass, DDIM sampling."""
-
-    def __init__(self, model: dict, size: int, batch_size: int, device: str = "cpu"):
-        super().__init__(Unet, model, device)
-        betas = torch.linspace(1e-4, 0.02, 1000, device=self.device)
-        self.alphas_cumprod = torch.cumprod(1 - betas, 0)
-        shape = (batch_size, model["channels"], size, size)
-        self.x, self.noise = torch.rand(shape, device=self.device) * 2 - 1, torch.randn(shape, device=self.device)
-        self.t = torch.randint(0, len(betas), (batch_size,), device=self.device)
-
-    def step(self):
-        alpha_bar = self.alphas_cumprod[self.t].view(-1, 1, 1, 1)
-        x_t = alpha_bar.sqrt() * self.x + (1 - alpha_bar).sqrt() * self.noise
-        return self.update(F.smooth_l1_loss(self.net(x_t, self.t.float()), self.noise))
-
-    @torch.no_grad()
-    def forward(self):
-        return self.net(self.x, self.t.float()).cpu()
-
-    @torch.no_grad()
-    def sample(self, steps: int):
-        x = torch.randn_like(self.x)
-        timesteps = np.round(np.linspace(len(self.alphas_cumprod) - 1, 0, steps)).astype(int)
-        for i, t in enumerate(timesteps):
-            alpha_bar = self.alphas_cumprod[t]
-            next_alpha_bar = self.alphas_cumprod[timesteps[i + 1]] if i + 1 < steps else torch.ones_like(alpha_bar)
-            eps = self.net(x, torch.full((len(x),), float(t), device=self.device))
-            x_start = ((x - (1 - alpha_bar).sqrt() * eps) / alpha_bar.sqrt()).clamp(-1, 1)
-            eps = (x - alpha_bar.sqrt() * x_start) / (1 - alpha_bar).sqrt()
-            x = next_alpha_bar.sqrt() * x_start + (1 - next_alpha_bar).sqrt() * eps
-        return x.cpu()

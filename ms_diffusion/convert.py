@@ -1,7 +1,7 @@
-"""Weights from and to PyTorch. Our parameter names and layouts are PyTorch's own, so no table stands between them.
+"""Weights from and to PyTorch. Our parameter names and layouts are PyTorch's own, so no table of names is needed.
 
-Of the networks of latent diffusion the names are CompVis's. A LatentDiffusion holds several under one roof, and diffusers
-spells them otherwise: ``load_pretrained`` finds its way through both.
+The networks of latent diffusion have CompVis's names. A LatentDiffusion contains several networks, and diffusers uses other
+names: ``load_pretrained`` handles both.
 """
 
 import itertools
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import safetensors.numpy
 
 import mindspore as ms
@@ -22,12 +23,12 @@ NUMPY_TYPES = dict(F64="<f8", F32="<f4", F16="<f2", I64="<i8", I32="<i4", I16="<
 
 
 def load_torch_state_dict(path: str | Path) -> dict[str, np.ndarray]:
-    """The arrays of a .safetensors file, or of a PyTorch state dict (.pt, .pth, .ckpt, .bin: these need PyTorch).
+    """The arrays of a .safetensors file, or of a PyTorch state dict (.pt, .pth, .ckpt, .bin), which needs PyTorch.
 
-    A state dict may lie under "state_dict" or "model". float16 and bfloat16 are read as float32.
+    The state dict may be an entry "state_dict" or "model" of the file. float16 and bfloat16 are converted to float32.
 
     Raises:
-        UserError: the file is missing, damaged, or of another kind, or PyTorch is.
+        UserError: the file is missing, damaged or of an unknown kind, or PyTorch is missing.
     """
     path = Path(path)
     if not path.is_file():
@@ -43,16 +44,16 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
     try:
         entries = safetensors.deserialize(path.read_bytes())
     except safetensors.SafetensorError as e:
-        raise UserError(f"{path}: not a whole .safetensors file: copy or download it again") from e
+        raise UserError(f"{path}: not a complete .safetensors file: copy or download it again") from e
     return {name: decode(path, name, **entry) for name, entry in entries}
 
 
 def decode(path: Path, name: str, dtype: str, shape: list[int], data: bytes) -> np.ndarray:
-    """One tensor of a .safetensors file; bfloat16, which NumPy lacks, is the upper half of a float32."""
+    """One tensor of a .safetensors file. NumPy has no bfloat16: it is the upper half of a float32."""
     if dtype == "BF16":
         return (np.frombuffer(data, np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(shape)
     if dtype not in NUMPY_TYPES:
-        raise UserError(f"{path}: {name} is of type {dtype}, which is not read here: save it as float32")
+        raise UserError(f"{path}: {name} has the unsupported type {dtype}: save it as float32")
     array = np.frombuffer(data, NUMPY_TYPES[dtype]).reshape(shape)
     return array.astype(np.float32) if dtype == "F16" else array
 
@@ -62,20 +63,20 @@ def read_pickled(path: Path) -> dict[str, np.ndarray]:
         import torch
     except ImportError as e:
         raise UserError(
-            f"{path}: reading {path.suffix} needs PyTorch: pip install torch, or save the weights as .safetensors elsewhere"
+            f"{path}: reading {path.suffix} needs PyTorch: pip install torch, or convert the file to .safetensors elsewhere"
         ) from e
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)  # weights_only: a pickle could run any code
-    except Exception as e:  # a damaged file raises a dozen kinds
+    except Exception as e:  # a damaged file raises a dozen kinds of exceptions
         raise UserError(
-            f"{path}: not a whole PyTorch state dict: copy it again, or save model.state_dict() alone, or as .safetensors "
-            "(if you trust a file with other objects in it, torch.load(path, weights_only=False) reads it)"
+            f"{path}: not a complete PyTorch state dict: copy it again, or save only model.state_dict(), or .safetensors "
+            "(if you trust a file that contains other objects, torch.load(path, weights_only=False) reads it)"
         ) from e
     for key in ("state_dict", "model"):
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]
     if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise UserError(f"{path}: holds no state dict: save model.state_dict()")
+        raise UserError(f"{path}: contains no state dict: save model.state_dict()")
     return {
         name: (value.float() if value.dtype in (torch.float16, torch.bfloat16) else value).detach().numpy()
         for name, value in state.items()
@@ -85,19 +86,19 @@ def read_pickled(path: Path) -> dict[str, np.ndarray]:
 def load_into(
     target: nn.Cell | Iterable[Parameter],
     arrays: Mapping[str, np.ndarray],
-    mend: str = "build it with the options they were saved with",
+    advice: str = "build it with the options of the saved network",
 ) -> None:
-    """Set every parameter of ``target`` from the array of its name, also in graphs that are compiled already.
+    """Set every parameter of `target` from the array with its name, also in graphs that are already compiled.
 
     Raises:
-        UserError: names or shapes differ; then nothing is changed. It ends in `mend`, what to do then.
+        UserError: names or shapes differ; then no parameter changes. The message ends with `advice`.
     """
     parameters = {p.name: p for p in (target.get_parameters() if isinstance(target, nn.Cell) else target)}
     found = differences(parameters, arrays)
     if any(found.values()):
-        raise UserError(f"the weights are not this network's ({listed(found)}): {mend}")
+        raise UserError(f"the weights are not this network's ({listed(found)}): {advice}")
     for name, p in parameters.items():
-        # Only assign reaches a compiled graph: set_data and load_param_into_net leave the old values there.
+        # Compiled graphs see only assign: they keep the old values after set_data and load_param_into_net.
         ops.assign(p, Tensor(arrays[name].astype(ms.dtype_to_nptype(p.dtype))))
 
 
@@ -114,19 +115,19 @@ def differences(parameters: Mapping[str, Parameter], arrays: Mapping[str, np.nda
 
 
 def listed(names_of_kinds: Mapping[str, list[str]]) -> str:
-    return "; ".join(f"{kind}: {some(names)}" for kind, names in names_of_kinds.items() if names)
+    return "; ".join(f"{kind}: {first_names(names)}" for kind, names in names_of_kinds.items() if names)
 
 
-def some(names: list[str], most: int = 4) -> str:
+def first_names(names: list[str], most: int = 4) -> str:
     rest = len(names) - most
     return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
-# The names of latent diffusion
+# Names in latent diffusion
 
-FIRST_STAGE = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")  # how the names of an AutoencoderKL begin
+FIRST_STAGE = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")  # prefixes of an AutoencoderKL's names
 
-# Pieces of CompVis's names, and what diffusers has there
+# Parts of CompVis's names -> diffusers' names for them
 UNET_PIECES = {
     "time_embed.0": "time_embedding.linear_1",
     "time_embed.2": "time_embedding.linear_2",
@@ -172,7 +173,7 @@ def with_pieces(name: str, pieces: Mapping[str, str]) -> str:
 
 
 def diffusers_name(name: str, per_level: int, levels: int) -> str:
-    """What diffusers calls a parameter of a UNetModel with `per_level` blocks a level, or of an AutoencoderKL with so many
+    """diffusers' name of a parameter of a UNetModel with `per_level` blocks per level, or of an AutoencoderKL with `levels`
     levels."""
     match name.split("."):
         case ["input_blocks", block, "0", "op", end]:
@@ -185,13 +186,13 @@ def diffusers_name(name: str, per_level: int, levels: int) -> str:
         case ["output_blocks", block, layer, *rest]:
             level, i = divmod(int(block), per_level)
             name = ".".join((f"up_blocks.{level}.{'resnets' if layer == '0' else 'attentions'}.{i}", *rest))
-        case ["decoder", "up", level, *rest]:  # from the largest images to the smallest; the other way in diffusers
+        case ["decoder", "up", level, *rest]:  # from large to small images; diffusers has the reverse order
             name = ".".join((f"decoder.up_blocks.{levels - 1 - int(level)}", *rest))
     return with_pieces(name, AUTOENCODER_PIECES if name.startswith(FIRST_STAGE) else UNET_PIECES)
 
 
 def home(name: str) -> tuple[str, str]:
-    """Where CompVis's LatentDiffusion has a parameter of ours, and its name there."""
+    """Prefix and name of our parameter in CompVis's LatentDiffusion."""
     if name.startswith("cond_stage."):
         return "cond_stage_model.", name.removeprefix("cond_stage.")
     if name.startswith(FIRST_STAGE):
@@ -200,7 +201,7 @@ def home(name: str) -> tuple[str, str]:
 
 
 def names_in_files(names: Iterable[str], start: str) -> dict[str, str]:
-    """Ours by each name that a file may have for it after `start`."""
+    """Our name of a parameter by each name that a file may have for it, with the prefix `start`."""
     homes = {name: home(name) for name in names}
     alone = {name for _, name in homes.values()}
     per_level = next(i for i in itertools.count(1) if f"input_blocks.{i}.0.in_layers.0.weight" not in alone)
@@ -214,7 +215,7 @@ def names_in_files(names: Iterable[str], start: str) -> dict[str, str]:
 
 
 def with_dots(averages: Mapping[str, np.ndarray], names: Iterable[str]) -> dict[str, np.ndarray]:
-    """CompVis's moving averages by the `names` of what they average, which they bear without "model." and without dots."""
+    """CompVis's moving averages by the `names` of the weights; their own names lack "model." and the dots."""
     dotted = {f"model_ema.{name.removeprefix('model.').replace('.', '')}": name for name in names}
     counters = ("model_ema.decay", "model_ema.num_updates")
     return {dotted.get(name, name): average for name, average in averages.items() if name not in counters}
@@ -222,27 +223,27 @@ def with_dots(averages: Mapping[str, np.ndarray], names: Iterable[str]) -> dict[
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What became of the weights of a file; ``str()`` says it in a paragraph."""
+    """The result of `load_pretrained`; ``str()`` summarises it."""
 
     loaded: list[str]
     """Parameters that were set."""
     reshaped: list[str]
-    """Those of them whose shape differed by axes of length 1 alone."""
+    """Those of them whose shape differed only by axes of length 1."""
     missing: list[str]
-    """Parameters that the file lacks: left as they were."""
+    """Parameters that are not in the file: unchanged."""
     unexpected: list[str]
     """Weights that the network lacks, by the file's names."""
     misfit: list[str]
-    """Parameters of another shape, and which: left as they were."""
+    """Parameters whose shape differs in the file, with both shapes: unchanged."""
     scale_factor: float | None
-    """By what the latents are multiplied, where the file says so."""
+    """The latent scale, if the file contains it."""
 
-    def __str__(self):
+    def __str__(self) -> str:
         kinds = {
             "reshaped": self.reshaped,
-            "not in the file and left as they were": self.missing,
-            "of another shape and left as they were": self.misfit,
-            "in the file alone": self.unexpected,
+            "not in the file, unchanged": self.missing,
+            "of another shape, unchanged": self.misfit,
+            "only in the file": self.unexpected,
             "scale_factor": [] if self.scale_factor is None else [f"{self.scale_factor:g}"],
         }
         return f"{len(self.loaded)} parameters loaded" + "".join(f"; {listed({k: v})}" for k, v in kinds.items() if v)
@@ -256,22 +257,22 @@ def load_pretrained(
     partial: bool = False,
     ema: bool = False,
 ) -> LoadReport:
-    """Set an AutoencoderKL, a UNetModel or a LatentUnet from weights of CompVis latent-diffusion, of diffusers, or of ours.
+    """Load weights of CompVis latent-diffusion, of diffusers, or of ours into an AutoencoderKL, a UNetModel or a LatentUnet.
 
-    The file, which ``load_torch_state_dict`` reads, holds one network, or it is a LatentDiffusion, of which each takes its
-    part: first_stage_model, model.diffusion_model, and cond_stage_model for a LatentUnet. Of diffusers it may be an
-    AutoencoderKL or a UNet2DConditionModel as in Stable Diffusion 1. Losses, schedules and counters are left out. A weight
-    that differs by axes of length 1 alone, as a linear layer from a 1x1 convolution, is reshaped.
+    The file, see ``load_torch_state_dict``, contains one network or a LatentDiffusion. From a LatentDiffusion each network
+    takes its part: first_stage_model, model.diffusion_model, and cond_stage_model for a LatentUnet. A file of diffusers may
+    be an AutoencoderKL or a UNet2DConditionModel as in Stable Diffusion 1. Losses, schedules and counters are left out. A
+    weight whose shape differs only by axes of length 1, as a linear layer from a 1x1 convolution, is reshaped.
 
     Args:
-        part: Take what begins with this in the file, and a dot, instead of the network's part.
-        ignore_keys: Leave out what begins with one of these in the file.
-        partial: Load what fits, instead of all or nothing.
+        part: Take the weights with this prefix and a dot in the file, instead of the network's part.
+        ignore_keys: Leave out the weights with one of these prefixes in the file.
+        partial: Load the weights that fit, instead of all or none.
         ema: Take CompVis's moving average (model_ema) of each weight that has one.
 
     Raises:
-        UserError: the file cannot be read, has no moving averages of this network, or does not fit: some names or shapes
-            differ, or with `partial` all. Then nothing is changed.
+        UserError: the file cannot be read, contains no moving averages of this network, or does not fit: some names or
+            shapes differ, or with `partial` all of them. Then no parameter changes.
     """
     parameters = {p.name: p for p in net.get_parameters()}
     start = "" if part is None else f"{part}."
@@ -283,7 +284,7 @@ def load_pretrained(
     if ema:
         averages = with_dots(averages, [*known, *arrays])
         if known.keys().isdisjoint(averages):
-            raise UserError(f"{path}: holds no moving averages of this network: load its weights without ema")
+            raise UserError(f"{path}: contains no moving averages of this network: load its weights without ema")
         arrays |= averages
 
     begin = (start,)
@@ -304,10 +305,10 @@ def load_pretrained(
         weights = {name: a for name, a in weights.items() if name in parameters and a.shape == parameters[name].shape}
         parameters = {name: parameters[name] for name in weights}
         if not weights:
-            raise UserError(f"{path}: nothing in it fits this network ({listed(found)}): give another file or part")
-    mend = f"build it with the options of {path}, leave out names of the file by ignore_keys (--init-ignore), or load what "
-    mend += "fits by partial (--init-partial)"
-    load_into(parameters.values(), weights, mend)
+            raise UserError(f"{path}: no weight fits this network ({listed(found)}): give another file or part")
+    advice = f"build it with the options of {path}, leave out names of the file by ignore_keys (--init-ignore), or load the "
+    advice += "weights that fit by partial (--init-partial)"
+    load_into(parameters.values(), weights, advice)
     return LoadReport(
         loaded=list(weights),
         reshaped=reshaped,
@@ -319,18 +320,17 @@ def load_pretrained(
 
 
 def ones_differ(shape: tuple[int, ...], other: tuple[int, ...]) -> bool:
-    """Whether the shapes, of two axes at least, differ by axes of length 1 at the end."""
+    """Whether the shapes, of at least two axes, differ only by axes of length 1 at the end."""
     return shape != other and shape[:2] == other[:2] and set(shape[2:] + other[2:]) == {1}
 
 
-def save_torch_state_dict(net: nn.Cell, path: str | Path, dtype=np.float32) -> None:
-    """Write the parameters as .safetensors, for ``torch_net.load_state_dict(safetensors.torch.load_file(path))``; in float16
-    they take half the space.
+def save_torch_state_dict(net: nn.Cell, path: str | Path, dtype: npt.DTypeLike = np.float32) -> None:
+    """Write the parameters as .safetensors, for ``torch_net.load_state_dict(safetensors.torch.load_file(path))``.
 
     Raises:
         UserError: the path does not end in .safetensors.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
-        raise UserError(f"{path}: weights are written as .safetensors: give a path with that ending")
+        raise UserError(f"{path}: weights are saved as .safetensors: give a path with that ending")
     path.write_bytes(safetensors.numpy.save({p.name: p.asnumpy().astype(dtype) for p in net.get_parameters()}))

@@ -5,7 +5,7 @@ lr: Annotated[float, POSITIVE] = 1e-3
 
 import types
 import typing
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from numbers import Integral, Real
 from typing import Annotated, Any, Literal, TypeVar
@@ -42,19 +42,21 @@ FRACTION = Bounds(0, 1)
 
 @dataclass(frozen=True, eq=False)
 class OneOf:
-    """The names in a registry, also those that are added to it later."""
+    """The names in a registry, also those that are added to it later, and some more."""
 
-    names: Iterable[str]
+    registry: Iterable[str]
+    more: tuple[str, ...] = ()
 
     def problem(self, value: Any) -> str | None:
-        return None if value in list(self.names) else f"choose one of {', '.join(self.names)}"
+        names = [*self.registry, *self.more]
+        return None if value in names else f"choose one of {', '.join(names)}"
 
 
 def check_fields(config: Any, prefix: str = "--") -> None:
     """Hold every field of a dataclass, and of the dataclasses in it, to its type, its `Bounds` and its `OneOf`.
 
     Raises:
-        UserError: the first value that does not fit, by the flag that sets it.
+        UserError: the first value that does not fit, by the flag that sets it; by the field's name without `prefix`.
     """
     hints = typing.get_type_hints(type(config), include_extras=True)
     for field in fields(config):
@@ -62,7 +64,8 @@ def check_fields(config: Any, prefix: str = "--") -> None:
         if is_dataclass(value):
             check_fields(value, f"{prefix}{field.name}.")
         elif problem := find_problem(value, hints[field.name]):
-            raise UserError(f"{prefix}{field.name.replace('_', '-')} is {value!r}: {problem}")
+            name = field.name.replace("_", "-") if prefix.startswith("--") else field.name
+            raise UserError(f"{prefix}{name} is {value!r}: {problem}")
 
 
 def find_problem(value: Any, hint: Any) -> str | None:
@@ -94,36 +97,39 @@ def find_problem(value: Any, hint: Any) -> str | None:
     return None if isinstance(value, hint) else f"it must be {kinds.get(hint, hint.__name__)}"
 
 
-def from_record(cls: type[T], record: dict[str, Any], renamed: dict[str, str] | None = None, path: str = "") -> T:
+def from_record(
+    cls: type[T], record: dict[str, Any], renamed: Mapping[str, str], obsolete: Container[str] = (), path: str = ""
+) -> T:
     """An instance of the dataclass `cls` from a JSON object: lists become tuples, nested objects dataclasses.
 
-    Where a field may hold one of several dataclasses, the first that has all keys of the object is taken. A key that `cls`
-    lacks may hold null only. `renamed` has the new dotted name of each field that had another one once.
+    Where a field may hold one of several dataclasses, the first that has all keys of the object is used.
+
+    Args:
+        renamed: The new dotted name of each field that once had another.
+        obsolete: Dotted names of fields that are dropped where `cls` lacks them.
 
     Raises:
-        ValueError: an unknown key, or an object where there should be none.
+        ValueError: an unknown key, or something else where an object is expected.
     """
     if not isinstance(record, dict):
         raise ValueError(f"{path or 'it'} is not an object")
-    renamed = renamed or {}
-    record = {renamed.get(f"{path}{key}", f"{path}{key}").removeprefix(path): value for key, value in record.items()}
+    record = {renamed.get(path + key, path + key).removeprefix(path): value for key, value in record.items()}
     names = {field.name for field in fields(cls)}  # type: ignore[arg-type]
-    unknown = [key for key, value in record.items() if key not in names and value is not None]
+    unknown = [key for key in record if key not in names and path + key not in obsolete]
     if unknown:
         raise ValueError(f"unknown field {path}{unknown[0]}")
     hints = typing.get_type_hints(cls)
 
     def read(name: str, value: Any) -> Any:
-        choices: Container = typing.get_args(hints[name]) or (hints[name],)
-        dataclasses = [choice for choice in choices if is_dataclass(choice)]  # type: ignore[attr-defined]
-        if not dataclasses:
-            return tuple(value) if isinstance(value, list) else value
-        problem = None
-        for choice in dataclasses:
+        choices = [c for c in typing.get_args(hints[name]) or (hints[name],) if is_dataclass(c)]
+        problems = []
+        for choice in choices:
             try:
-                return from_record(choice, value, renamed, f"{path}{name}.")
+                return from_record(choice, value, renamed, obsolete, f"{path}{name}.")  # type: ignore[arg-type]
             except ValueError as e:
-                problem = problem or e
-        raise problem  # type: ignore[misc]
+                problems.append(e)
+        if problems:
+            raise problems[0]
+        return tuple(value) if isinstance(value, list) else value
 
     return cls(**{name: read(name, value) for name, value in record.items() if name in names})

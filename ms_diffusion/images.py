@@ -1,4 +1,7 @@
-"""Pictures on disk: grids, animations, curves. Every file is written beside its place and then renamed into it."""
+"""Grids of images, animations and curves, as pictures and as files (see `files.write`)."""
+
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -6,28 +9,28 @@ from PIL import Image, ImageDraw, ImageFont
 from .files import write
 
 GAP = 2  # pixels between the images of a grid
-CAPTION = 5  # and below each for its name
+CAPTION = 5  # pixels below each image for its caption
 
 
-def to_uint8(x) -> np.ndarray:
-    """(N, C, H, W) floats in [-1, 1], clipped -> (N, H, W, C) uint8."""
+def to_uint8(x: np.ndarray) -> np.ndarray:
+    """(N, C, H, W) floats, clipped to [-1, 1] -> (N, H, W, C) uint8."""
     x = np.asarray(x, np.float32).transpose(0, 2, 3, 1)
     return np.clip(np.round((x + 1) * 127.5), 0, 255).astype(np.uint8)
 
 
-def to_float(images) -> np.ndarray:
+def to_float(images: np.ndarray) -> np.ndarray:
     """(N, H, W, C) uint8 -> (N, C, H, W) float32 in [-1, 1]."""
     return np.asarray(images).transpose(0, 3, 1, 2).astype(np.float32, order="C") / np.float32(127.5) - np.float32(1)
 
 
-def picture_size(path) -> tuple[int, int]:
+def picture_size(path: str | Path) -> tuple[int, int]:
     """(height, width) of an image file."""
     with Image.open(path) as picture:
         return picture.height, picture.width
 
 
 def grid(images: np.ndarray, columns: int | None = None) -> np.ndarray:
-    """(N, H, W, C) uint8 -> one (H', W', C) picture, row by row, on black."""
+    """(N, H, W, C) uint8 -> one (H', W', C) uint8, row by row, on black; as many columns as rows if not given."""
     n, height, width, channels = images.shape
     columns = columns or int(np.ceil(np.sqrt(n)))
     rows = -(-n // columns)
@@ -43,35 +46,48 @@ def _picture(sheet: np.ndarray, scale: int) -> Image.Image:
     return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
 
 
-def save_grid(path, images: np.ndarray, columns: int | None = None, scale: int = 2, captions=None) -> None:
-    """Write (N, H, W, C) uint8 images as one PNG, each pixel `scale` wide, and below each its caption, if there are any."""
+def show_grid(
+    images: np.ndarray, columns: int | None = None, scale: int = 2, captions: Sequence[str] | None = None
+) -> Image.Image:
+    """One picture of images (N, H, W, C) uint8: each pixel is `scale` wide, each caption is below its image."""
     if captions is None:
-        picture = _picture(grid(images, columns), scale)
-    else:
-        picture = _picture(grid(np.pad(images, ((0, 0), (0, CAPTION), (0, 0), (0, 0))), columns), scale)
-        import matplotlib  # for its font
+        return _picture(grid(images, columns), scale)
+    import matplotlib  # for its font
 
-        font = ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", int(CAPTION * scale * 0.8))
-        draw = ImageDraw.Draw(picture)
-        height, width = images.shape[1] + CAPTION + GAP, images.shape[2] + GAP
-        columns = (picture.width // scale - GAP) // width
-        for i, caption in enumerate(captions):
-            middle, top = GAP + (i % columns + 0.5) * width, (i // columns + 1) * height - CAPTION
-            draw.text((scale * middle, scale * top), caption, "white", font, "mt")
+    picture = _picture(grid(np.pad(images, ((0, 0), (0, CAPTION), (0, 0), (0, 0))), columns), scale)
+    font = ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", int(CAPTION * scale * 0.8))
+    draw = ImageDraw.Draw(picture)
+    height, width = images.shape[1] + CAPTION + GAP, images.shape[2] + GAP
+    columns = (picture.width // scale - GAP) // width
+    for i, caption in enumerate(captions):
+        middle, top = GAP + (i % columns + 0.5) * width, (i // columns + 1) * height - CAPTION
+        draw.text((scale * middle, scale * top), caption, "white", font, "mt")
+    return picture
+
+
+def save_grid(
+    path: str | Path, images: np.ndarray, columns: int | None = None, scale: int = 2, captions: Sequence[str] | None = None
+) -> None:
+    """Write `show_grid` as a PNG file."""
+    picture = show_grid(images, columns, scale, captions)
     write(path, lambda f: picture.save(f, "PNG"))
 
 
-def save_gif(path, frames: list[np.ndarray], columns: int | None = None, scale: int = 2, milliseconds: int = 60) -> None:
-    """Write a list of (N, H, W, C) uint8 as an animated GIF of grids; the last frame stays for two seconds."""
+def save_gif(
+    path: str | Path, frames: list[np.ndarray], columns: int | None = None, scale: int = 2, milliseconds: int = 60
+) -> None:
+    """Write a list of (N, H, W, C) uint8 as an animated GIF of grids; the last frame is shown for two seconds."""
     pictures = [_picture(grid(images, columns), scale) for images in frames]
     durations = [milliseconds] * (len(pictures) - 1) + [2000]
-    options = {"duration": durations, "loop": 0, "optimize": False}  # Pillow 13's smaller palettes are up to 26 grays off
+    options = {"duration": durations, "loop": 0, "optimize": False}  # Pillow 13's optimized palettes are up to 26 grays off
     write(path, lambda f: pictures[0].save(f, "GIF", save_all=True, append_images=pictures[1:], **options))
 
 
-def save_loss_curve(path, steps, losses, scores=()) -> None:
-    """Plot the loss against the step, raw and smoothed, as PNG; `scores` are (step, FID), drawn to a scale at the right."""
-    from matplotlib.figure import Figure  # takes a second to import, and only here
+def save_loss_curve(
+    path: str | Path, steps: Sequence[int], losses: Sequence[float], scores: Sequence[tuple[int, float]] = ()
+) -> None:
+    """Write a PNG of the loss over the step, raw and smoothed; `scores` are pairs (step, FID), on an axis at the right."""
+    from matplotlib.figure import Figure  # takes a second to import
 
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
@@ -80,7 +96,9 @@ def save_loss_curve(path, steps, losses, scores=()) -> None:
         width = len(losses) // 10
         smooth = np.convolve(losses, np.ones(width) / width, "valid")
         axes.plot(steps[width - 1 :], smooth, label=f"mean of {width}")
-    axes.set(xlabel="step", ylabel="loss", yscale="log" if min(losses) > 0 else "linear")  # a learned variance goes below
+    axes.set(
+        xlabel="step", ylabel="loss", yscale="log" if min(losses) > 0 else "linear"
+    )  # a learned variance can make it negative
     axes.legend()
     if scores:
         right = axes.twinx()

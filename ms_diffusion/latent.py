@@ -1,104 +1,98 @@
 """Latent diffusion (Rombach et al. 2022): a frozen first stage between images and the latents that are diffused."""
 
-import contextlib
 import hashlib
 import itertools
+import os
+from collections.abc import Callable
 
 import numpy as np
-from tqdm import tqdm
 
 from mindspore import Tensor
 
-from .files import cache_folder, write
+from .files import cache_folder, in_batches, load_or_compute
 from .images import to_float
 from .models.autoencoder import AutoencoderKL
 from .runtime import compiled
 
-PIXELS = 100 * 32 * 32  # of a batch of images, which bounds the memory that encoding and decoding take
+PIXELS = 100 * 32 * 32  # per batch of images; bounds the memory of encoding and decoding
 
 
 class FirstStage:
-    """A trained autoencoder, frozen, and the latent scale: the diffusion sees latents times `scale`, which makes their
-    standard deviation 1 (Rombach et al. 2022, appendix G).
+    """A trained autoencoder, in evaluation mode for good, and the latent scale.
+
+    The diffusion sees latents times `scale`, which gives them standard deviation 1 (Rombach et al. 2022, appendix G).
 
     Args:
-        scale: what latents are multiplied by.
-        f: by how much a latent's H and W are smaller than an image's.
-        patch: side of overlapping patches of an image, in pixels, that are encoded and decoded one by one, for images whose
-            whole takes too much memory (`in_patches`); None is whole images.
+        scale: factor of the latents.
+        f: ratio of image size to latent size.
+        patch: side in pixels of overlapping patches that are encoded and decoded one by one (`in_patches`), for images that
+            need too much memory as a whole; None: whole images.
     """
 
     def __init__(self, autoencoder: AutoencoderKL, scale: float = 1.0, f: int = 1, patch: int | None = None):
         self.net, self.scale, self.f, self.patch = autoencoder.set_train(False), scale, f, patch
-        encode, decode = compiled(autoencoder.encode), compiled(autoencoder.decode)
-        self._encode, self._decode = lambda x: encode(Tensor(x)).asnumpy(), lambda z: decode(Tensor(z)).asnumpy()
-        if patch:
-            side = patch // f  # of a patch of latents
-            whole_encode, whole_decode, apart = self._encode, self._decode, max(side // 2, 1)
-            self._encode = lambda x: in_patches(whole_encode, x, patch, apart * f, 1 / f)
-            self._decode = lambda z: in_patches(whole_decode, z, side, apart, f)
+        self._encode_graph, self._decode_graph = compiled(autoencoder.encode), compiled(autoencoder.decode)
+        self._side = (patch or 0) // f  # of a patch of latents
+        self._stride = max(self._side // 2, 1)
+
+    def _encode(self, x: np.ndarray) -> np.ndarray:
+        def encode(x: np.ndarray) -> np.ndarray:
+            return self._encode_graph(Tensor(x)).asnumpy()
+
+        return in_patches(encode, x, self.patch, self._stride * self.f, 1 / self.f) if self.patch else encode(x)
+
+    def _decode(self, z: np.ndarray) -> np.ndarray:
+        def decode(z: np.ndarray) -> np.ndarray:
+            return self._decode_graph(Tensor(z)).asnumpy()
+
+        return in_patches(decode, z, self._side, self._stride, self.f) if self.patch else decode(z)
 
     def moments(self, images: np.ndarray) -> np.ndarray:
-        """Of images (N, H, W, C) uint8, the moments (N, 2 embed_dim, h, w) of their latents, unscaled."""
-        return batched(lambda chosen: self._encode(to_float(chosen)), images, images[0, ..., 0].size, "first stage")
+        """Images (N, H, W, C) uint8 -> the moments (N, 2 embed_dim, h, w) of their latents, not scaled."""
+        size = PIXELS // images[0, ..., 0].size
+        return in_batches(lambda batch: [self._encode(to_float(batch))], images, size, "first stage")[0]
 
-    def cached_moments(self, images: np.ndarray, folder: str | None = None) -> np.ndarray:
-        """The same, kept in a file beside the data, in `folder`, or else in the user's cache. Its name is a hash of the
-        images, of their patches and of the weights."""
-        made = hashlib.sha256(f"{images.shape} {self.patch}".encode() + images.tobytes())
+    def cached_moments(self, images: np.ndarray, folder: str | os.PathLike | None = None) -> np.ndarray:
+        """`moments`, kept in a file in `folder` or in the user's cache; its name hashes images, patch and weights."""
+        key = hashlib.sha256(f"{images.shape} {self.patch}".encode() + images.tobytes())
         for p in self.net.get_parameters():
-            made.update(p.asnumpy().tobytes())
-        path = cache_folder(folder) / f"latents-{made.hexdigest()[:16]}.npy"
-        try:
-            return np.load(path)
-        except Exception:  # none yet, or a spoilt one, which raises a dozen kinds
-            found = self.moments(images)
-        with contextlib.suppress(OSError):  # a full or read-only disk costs time alone
-            write(path, lambda f: np.save(f, found))
-        return found
+            key.update(p.asnumpy().tobytes())
+        path = cache_folder(folder) / f"latents-{key.hexdigest()[:16]}.npy"
+        return load_or_compute(path, np.load, lambda: self.moments(images), np.save)
 
     def reconstruct(self, images: np.ndarray) -> np.ndarray:
-        """What comes back of images (N, H, W, C) uint8 by way of their likeliest latents: (N, C, H, W)."""
-        moments = self.moments(images)
-        return batched(self._decode, moments[:, : moments.shape[1] // 2], images[0, ..., 0].size)
+        """Images (N, H, W, C) uint8 -> images (N, C, H, W), decoded from the means of their latents."""
+        means, size = np.split(self.moments(images), 2, 1)[0], PIXELS // images[0, ..., 0].size
+        return in_batches(lambda batch: [self._decode(batch)], means, size)[0]
 
     def decode(self, z: np.ndarray) -> np.ndarray:
         """Scaled latents (N, embed_dim, h, w) -> images (N, C, H, W), mostly in [-1, 1]."""
-        return batched(self._decode, z / np.float32(self.scale), z[0, 0].size * self.f**2)
+        size = PIXELS // (z[0, 0].size * self.f**2)
+        return in_batches(lambda batch: [self._decode(batch)], z / np.float32(self.scale), size)[0]
 
 
-def batched(fn, rows: np.ndarray, pixels: int, name: str | None = None) -> np.ndarray:
-    """fn(rows), of images with so many pixels, in batches of one size, so that it is compiled once; a bar with this `name`
-    shows how far it is."""
-    size, found = max(min(PIXELS // pixels, len(rows)), 1), []
-    for first in tqdm(range(0, len(rows), size), unit="batch", desc=name, disable=name is None):
-        chosen = rows[np.minimum(np.arange(first, first + size), len(rows) - 1)]  # the last batch is filled up
-        found.append(fn(chosen))
-    return np.concatenate(found)[: len(rows)]
+def in_patches(fn: Callable[[np.ndarray], np.ndarray], x: np.ndarray, size: int, stride: int, factor: float) -> np.ndarray:
+    """fn over overlapping patches of x (B, C, H, W), blended into one array, for images that are too large for fn.
 
-
-def in_patches(fn, x: np.ndarray, size: int, stride: int, factor: float) -> np.ndarray:
-    """fn over overlapping patches of x (B, C, H, W), laid over each other again: for an image that is larger than fn takes
-    (CompVis latent-diffusion's split_input).
-
-    Where patches meet, each counts by its distance to its own border, so that no seam shows.
+    The method is CompVis latent-diffusion's split_input. In the overlap each patch is weighted by the distance to its own
+    border, so that no seam is visible.
 
     Args:
         fn: (n, C, size, size) -> (n, C', factor size, factor size).
-        stride: from one patch to the next, at most `size`; the last ones lie at the right and bottom border.
-        factor: how much larger, or smaller, fn makes a patch; factor times stride, size, H and W must be whole.
+        stride: distance of neighbouring patches, in 1..size; the last patches lie at the right and bottom border.
+        factor: ratio of the output size to the input size of fn; factor times stride, size, H and W must be whole.
 
     Returns:
         (B, C', factor H, factor W).
 
     Raises:
-        ValueError: x is smaller than a patch, the stride is not in 1..size, or a place is not whole.
+        ValueError: x is smaller than a patch, the stride is not in 1..size, or a position is not whole.
     """
     height, width = x.shape[2:]
     if min(height, width) < size or not 1 <= stride <= size:
         raise ValueError(f"patches of {size}, {stride} apart, do not fit {height} x {width}: choose stride <= size <= both")
-    places = [sorted({*range(0, n - size, stride), n - size}) for n in (height, width)]
-    whole = [size * factor, height * factor, width * factor, *(p * factor for axis in places for p in axis)]
+    positions = [sorted({*range(0, n - size, stride), n - size}) for n in (height, width)]
+    whole = [size * factor, height * factor, width * factor, *(p * factor for axis in positions for p in axis)]
     if any(value != int(value) for value in whole):
         raise ValueError(
             f"{size}, {stride}, {height} and {width} times {factor:g} are not whole: choose multiples of {1 / factor:g}"
@@ -106,12 +100,12 @@ def in_patches(fn, x: np.ndarray, size: int, stride: int, factor: float) -> np.n
     side = int(size * factor)
     edge = np.minimum(np.arange(side), np.arange(side)[::-1]) + 1
     weight = np.minimum(edge[:, None], edge).astype(np.float32)
-    total, norm = None, np.zeros((int(height * factor), int(width * factor)), np.float32)
-    for top, left in itertools.product(*places):
+    total, norm = np.zeros(()), np.zeros((int(height * factor), int(width * factor)), np.float32)
+    for top, left in itertools.product(*positions):
         patch = fn(x[:, :, top : top + size, left : left + size])
-        if total is None:
+        if not total.shape:
             total = np.zeros((*patch.shape[:2], *norm.shape), np.float32)
-        y, x_ = int(top * factor), int(left * factor)
-        total[:, :, y : y + side, x_ : x_ + side] += weight * patch
-        norm[y : y + side, x_ : x_ + side] += weight
+        rows, columns = (slice(int(p * factor), int(p * factor) + side) for p in (top, left))
+        total[:, :, rows, columns] += weight * patch
+        norm[rows, columns] += weight
     return total / norm

@@ -1,54 +1,68 @@
-"""Pictures of diffusion in the plane: clouds of points, their scores, the paths of samplers.
+"""Pictures of diffusion in the plane: points, score fields, trajectories of samplers.
 
-Points are arrays (n, 2) in the data's own units. The panels of a picture share square axes. Points that are not finite are
-left out; a panel of nothing else stays empty.
+Points are arrays (n, 2) in the data's own units. The panels of a picture have the same square axes. Points that are not
+finite are not drawn.
 """
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
+from scipy.ndimage import gaussian_filter
 
 from .files import write
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Limits = tuple[tuple[float, float], tuple[float, float]]  # ((left, right), (bottom, top))
+
 DPI = 120
 BLUE, GRAY, DARK = "#1f4e9c", "#b8b8b8", "#222222"
-HUGE = 1e100  # what lies beyond counts as not finite: no sum or square of the rest overflows
+HUGE = 1e100  # larger numbers count as not finite, so that no sum or square overflows
 
 
-def _finite(points) -> np.ndarray:
+def _finite(points: np.ndarray) -> np.ndarray:
     points = np.asarray(points, np.float64)
     return points[(np.abs(points) < HUGE).all(-1)]  # False for nan
 
 
-def limits(*sets):
-    """Square axis limits ((left, right), (bottom, top)) with the central 99.8 % of each set's x and of its y, and 8 % more.
+def limits(*sets: np.ndarray) -> Limits:
+    """Square axis limits that hold the central 99.8 % of the x and of the y of each set of points, and 8 % margin.
 
-    Set by set, so that a few points (the ends of paths) are not the tail of many. No points at all: [-1, 1].
+    Each set counts by itself, so that a small set (the ends of trajectories) is not treated as the tail of a large one. The
+    limits of no points are [-1, 1].
     """
-    sets = [points for points in map(_finite, sets) if len(points)] or [np.array([[-1.0, -1.0], [1.0, 1.0]]) / 1.08]
-    low = np.min([np.quantile(points, 0.001, axis=0, method="lower") for points in sets], axis=0)
-    high = np.max([np.quantile(points, 0.999, axis=0, method="higher") for points in sets], axis=0)
+    finite = [points for points in map(_finite, sets) if len(points)] or [np.array([[-1.0, -1.0], [1.0, 1.0]]) / 1.08]
+    low = np.min([np.quantile(points, 0.001, axis=0, method="lower") for points in finite], axis=0)
+    high = np.max([np.quantile(points, 0.999, axis=0, method="higher") for points in finite], axis=0)
     middle, half = (low + high) / 2, 1.08 * (high - low).max() / 2
     far = np.abs(middle).max()
-    if half <= max(1e-9 * far, 1e-30):  # one point, or too narrow for ticks that differ
+    if half <= max(1e-9 * far, 1e-30):  # one point, or too narrow for distinct ticks
         half = max(0.5, 1e-3 * far)
-    return tuple((float(m - half), float(m + half)) for m in middle)
+    (left, bottom), (right, top) = (middle - half).tolist(), (middle + half).tolist()
+    return (left, right), (bottom, top)
 
 
-def grid_points(limits, n: int = 20) -> np.ndarray:
-    """(n * n, 2) float32: the centres of n x n equal cells of the limits, row by row from the bottom left."""
-    centres = (np.arange(n) + 0.5) / n
-    x, y = (low + (high - low) * centres for low, high in limits)
+def grid_points(limits: Limits, n: int = 20) -> np.ndarray:
+    """(n * n, 2) float32: the centers of n x n equal cells of the limits, row by row from the bottom left."""
+    centers = (np.arange(n) + 0.5) / n
+    x, y = (low + (high - low) * centers for low, high in limits)
     return np.stack(np.meshgrid(x, y), -1).reshape(-1, 2).astype(np.float32)
 
 
-def _figure(titles, limits, columns: int, inches: float):
-    """A figure and its axes, one for each title, `inches` wide, all with the same limits; ticks at the left and below."""
-    from matplotlib.figure import Figure  # takes a second to import, and only here and for the GIF
+def _figure(titles: Sequence[str], limits: Limits, columns: int, inches: float):
+    """A figure and one panel of `inches` for each title, all with the same limits; tick labels at the left and bottom."""
+    from matplotlib.figure import Figure  # takes a second to import
 
     n, columns = len(titles), min(columns, len(titles))
     rows = -(-n // columns)
-    figure = Figure(figsize=(columns * inches + 0.3, rows * (inches + 0.15) + 0.2), layout="compressed")
-    figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03, wspace=0.01, hspace=0.01)
+    figure = Figure(figsize=(columns * inches + 0.3, rows * (inches + 0.15) + 0.2))
+    figure.set_layout_engine("compressed", w_pad=0.03, h_pad=0.03, wspace=0.01, hspace=0.01)
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
     for i, axes in enumerate(panels[:n]):
         axes.set(xlim=limits[0], ylim=limits[1], aspect="equal")
@@ -60,34 +74,44 @@ def _figure(titles, limits, columns: int, inches: float):
         axes.spines[:].set(linewidth=0.6, color=GRAY)
     for axes in panels[n:]:
         axes.remove()
-    return figure, panels[:n]
+    return figure, list(panels[:n])
 
 
-def _save(path, figure) -> None:
+def _save(path: str | Path, figure: "Figure") -> None:
     write(path, lambda f: figure.savefig(f, format="png", dpi=DPI))
 
 
-def _dots(axes, points, color, n: int | None = None, scale: float = 1.0):
-    """The points as dots, the smaller and paler the more of them (n, by default as many as there are) are in a panel of
-    `scale` times the small panels' width; returns the artist."""
+def _dots(axes: "Axes", points: np.ndarray, color: str, n: int | None = None, scale: float = 1.0):
+    """Draw points as dots. The more points (n, by default their number), the smaller and paler the dots; `scale` is the
+    panel's width relative to the small panels."""
     points = _finite(points)
     crowd = max(n or len(points), 1) / scale**2
     alpha, size = np.clip((crowd / 100) ** -0.35, 0.15, 0.9), np.clip(6 * crowd**-0.2, 0.8, 3)
     return axes.plot(*points.T, "o", color=color, markersize=size, markeredgewidth=0, alpha=alpha)[0]
 
 
-def save_panels(path, panels, titles, columns: int = 5) -> None:
-    """Clouds of points side by side, a list of (n, 2), row by row: say noising at ten times, or its reversal. PNG."""
+def points_image(points: np.ndarray, data: np.ndarray | None = None) -> Image.Image:
+    """A picture of points (n, 2), above `data` (m, 2) in gray, whose axes hold the data, or else the points."""
+    figure, (axes,) = _figure([""], limits(points if data is None else data), 1, 3.5)
+    if data is not None:
+        _dots(axes, data, GRAY, scale=2)
+    _dots(axes, points, BLUE, scale=2)
+    figure.savefig(buffer := io.BytesIO(), format="png", dpi=DPI)
+    return Image.open(buffer)
+
+
+def save_panels(path: str | Path, panels: Sequence[np.ndarray], titles: Sequence[str], columns: int = 5) -> None:
+    """Write a PNG of sets of points (n, 2), row by row, such as the noised data at ten timesteps."""
     figure, all_axes = _figure(titles, limits(*panels), columns, 1.8)
     for axes, points in zip(all_axes, panels, strict=True):
         _dots(axes, points, BLUE)
     _save(path, figure)
 
 
-def save_samples(path, samples, data, title: str = "") -> None:
-    """Data at the left, samples at the right, both (n, 2), on axes that hold the data. PNG.
+def save_samples(path: str | Path, samples: np.ndarray, data: np.ndarray, title: str = "") -> None:
+    """Write a PNG with data at the left and samples at the right, both (n, 2), on axes that hold the data.
 
-    How many samples lie outside the axes, those that are not finite among them, is written in the right panel's corner.
+    A text in the right panel says how many samples lie outside the axes; those that are not finite count as outside.
     """
     low, high = np.transpose(bounds := limits(data))
     figure, (left, right) = _figure(["data", "samples"], bounds, 2, 3.5)
@@ -104,22 +128,26 @@ def save_samples(path, samples, data, title: str = "") -> None:
     _save(path, figure)
 
 
-def _density(points, limits, bins: int = 80) -> np.ndarray:
-    """(bins, bins), [y, x]: counts of the points, smoothed by a Gaussian of 1.5 bins, the largest 1."""
-    counts = np.histogram2d(*_finite(points).T[::-1], bins, limits[::-1])[0]
-    kernel = np.exp(-0.5 * (np.arange(-6, 7) / 1.5) ** 2)
-    for axis in (0, 1):
-        counts = np.apply_along_axis(np.convolve, axis, counts, kernel, "same")
+def _density(points: np.ndarray, limits: Limits, bins: int = 80) -> np.ndarray:
+    """(bins, bins), [y, x]: counts of the points, smoothed by a Gaussian of 1.5 bins and divided by their maximum."""
+    x, y = _finite(points).T
+    counts = gaussian_filter(np.histogram2d(y, x, bins, limits[::-1])[0], 1.5, mode="constant")
     return counts / (counts.max() or 1)
 
 
-def save_score_field(path, panels, titles, columns: int = 5, bounds=None) -> None:
-    """The points' density in orange, the score as arrows; panels: a list of (points (n, 2), grid (m, 2), score (m, 2)). PNG.
+def save_score_field(
+    path: str | Path,
+    panels: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]],
+    titles: Sequence[str],
+    columns: int = 5,
+    bounds: Limits | None = None,
+) -> None:
+    """Write a PNG with the density of points in orange and the score as arrows. Each panel is (points (n, 2), grid (m, 2),
+    score (m, 2)); the arrows are centered on the grid.
 
-    Scores near t = 0 are hundreds of times those near T: in each panel an arrow is as long as the cube root of the score's
-    length over its 95 % quantile there, at most 1, which is the space between the points of a grid that fills the panel.
-    So lengths compare within a panel only. The arrows' middles lie on the grid. `bounds` are the axes' limits, those of all
-    points if not given.
+    Scores near t = 0 are hundreds of times as large as those near T. Therefore the length of an arrow is the cube root of
+    the score's length divided by the panel's 95 % quantile, at most 1, in units of the spacing of a grid that fills the
+    panel: lengths can be compared within a panel only. `bounds` are the axes' limits, by default those of all points.
     """
     from matplotlib.colors import LinearSegmentedColormap
 
@@ -127,8 +155,8 @@ def save_score_field(path, panels, titles, columns: int = 5, bounds=None) -> Non
     bounds = bounds or limits(*(points for points, _, _ in panels))
     figure, all_axes = _figure(titles, bounds, columns, 2.4)
     for axes, (points, grid, score) in zip(all_axes, panels, strict=True):
-        look = {"origin": "lower", "cmap": colors, "vmin": 0, "vmax": 1, "interpolation": "bilinear"}
-        axes.imshow(np.sqrt(_density(points, bounds)), extent=np.ravel(bounds), **look)
+        style = {"origin": "lower", "cmap": colors, "vmin": 0, "vmax": 1, "interpolation": "bilinear"}
+        axes.imshow(np.sqrt(_density(points, bounds)), extent=(*bounds[0], *bounds[1]), **style)
         x, y, u, v = _finite(np.concatenate([grid, score], -1)).T
         if not len(x):
             continue
@@ -140,30 +168,37 @@ def save_score_field(path, panels, titles, columns: int = 5, bounds=None) -> Non
     _save(path, figure)
 
 
-def save_trajectories(path, paths, data, count: int = 12) -> None:
-    """The ways of the first `count` points from x_T (circle) to x_0 (dot), above the data (n, 2) in gray; a panel for each
-    of `paths`, name -> (steps + 1, n, 2) from x_T to x_0. A point's colour is the same in all panels. PNG.
+def save_trajectories(path: str | Path, trajectories: Mapping[str, np.ndarray], data: np.ndarray, count: int = 12) -> None:
+    """Write a PNG of the trajectories of the first `count` points from x_T (circle) to x_0 (dot), above data (n, 2) in gray.
+
+    Each of the trajectories, name -> (steps + 1, n, 2) from x_T to x_0, has a panel. A point has the same colour in all.
     """
     from matplotlib import colormaps
 
-    paths = {name: np.asarray(way, np.float64)[:, :count] for name, way in paths.items()}
-    ends = [way[i] for way in paths.values() for i in (0, -1)]  # by themselves: all of them must be seen
-    bounds = limits(data, *ends, *(way.reshape(-1, 2) for way in paths.values()))
-    figure, all_axes = _figure(list(paths), bounds, 2 if len(paths) == 4 else 3, 3.5)
-    for axes, way in zip(all_axes, paths.values(), strict=True):
+    xs = {name: np.asarray(x, np.float64)[:, :count] for name, x in trajectories.items()}
+    ends = [x[i] for x in xs.values() for i in (0, -1)]  # as sets of their own, so that all are inside the limits
+    bounds = limits(data, *ends, *(x.reshape(-1, 2) for x in xs.values()))
+    figure, all_axes = _figure(list(xs), bounds, 2 if len(xs) == 4 else 3, 3.5)
+    for axes, x in zip(all_axes, xs.values(), strict=True):
         _dots(axes, data, GRAY, scale=2)
-        for i, color in enumerate(colormaps["turbo"](np.linspace(0.05, 0.95, way.shape[1]))):
-            axes.plot(*_finite(way[:, i]).T, color=color, linewidth=0.7, alpha=0.7)
+        for i, color in enumerate(colormaps["turbo"](np.linspace(0.05, 0.95, x.shape[1]))):
+            axes.plot(*_finite(x[:, i]).T, color=color, linewidth=0.7, alpha=0.7)
             end = {"marker": "o", "color": color, "markersize": 5.5, "zorder": 3}  # above all lines
-            axes.plot(*_finite(way[:1, i]).T, **end, markerfacecolor="white")
-            axes.plot(*_finite(way[-1:, i]).T, **end, markeredgecolor="white", markeredgewidth=0.5)
+            axes.plot(*_finite(x[:1, i]).T, **end, markerfacecolor="white")
+            axes.plot(*_finite(x[-1:, i]).T, **end, markeredgecolor="white", markeredgewidth=0.5)
     _save(path, figure)
 
 
-def save_points_gif(path, frames, data=None, titles=None, milliseconds: int = 60) -> None:
-    """Points that move: frames, a list of (n, 2), as an animated GIF of 360 x 360 pixels, above `data` (n, 2) in gray.
+def save_points_gif(
+    path: str | Path,
+    frames: Sequence[np.ndarray],
+    data: np.ndarray | None = None,
+    titles: Sequence[str] | None = None,
+    milliseconds: int = 60,
+) -> None:
+    """Write moving points, a list of frames (n, 2), as an animated GIF of 360 x 360 pixels, above `data` (m, 2) in gray.
 
-    The axes hold the first frame, the last and the data. The last frame stays for two seconds.
+    The axes hold the first frame, the last frame and the data. The last frame is shown for two seconds.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -177,16 +212,16 @@ def save_points_gif(path, frames, data=None, titles=None, milliseconds: int = 60
         _dots(axes, data, GRAY, scale=2)
     dots = _dots(axes, frames[0], BLUE, max(map(len, frames)), scale=2)
 
-    def draw(i):
+    def draw(i: int) -> Image.Image:
         dots.set_data(*_finite(frames[i]).T)
         title.set_text(titles[i] if titles else "")
         canvas.draw()
         levels = np.round(np.asarray(canvas.buffer_rgba())[..., :3] / 17) * 17  # 16: few colours, white among them
         return Image.fromarray(levels.astype(np.uint8))
 
-    # One palette for all frames, of three of them: colours of its own in each would flicker.
-    some = Image.fromarray(np.concatenate([draw(i) for i in (0, len(frames) // 2, len(frames) - 1)]))
-    colors = [color for _, color in sorted(some.getcolors(some.width * some.height), reverse=True)[:255]]
+    # One palette for all frames, made from three of them: with a palette for each frame, colours would flicker
+    some = Image.fromarray(np.concatenate([np.asarray(draw(i)) for i in (0, len(frames) // 2, len(frames) - 1)]))
+    colors = [color for _, color in sorted(some.getcolors(some.width * some.height) or [], reverse=True)[:255]]
     palette = Image.new("P", (1, 1))
     palette.putpalette(np.ravel(colors).tolist())
     pictures = (draw(i).quantize(palette=palette, dither=Image.Dither.NONE) for i in range(len(frames)))

@@ -15,7 +15,10 @@ from mindspore import Tensor, ops
 
 from .fields import AT_LEAST_1, FRACTION, NON_NEGATIVE, POSITIVE, OneOf, check_fields
 from .losses import LOSSES
+from .runtime import allow_numpy_2
 from .schedules import SCHEDULES, rescale_zero_terminal_snr
+
+allow_numpy_2()
 
 OBJECTIVES = ("eps", "x0", "v")
 WEIGHTINGS = ("none", "min-snr", "p2")

@@ -1,121 +1,234 @@
-"""How samples are drawn from a run: the flags that sample.py and the evaluation share, and what they mean."""
+"""How samples are drawn from a network: the options of sampling, guidance around the denoiser, and `sample()`."""
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 
-from .data.captions import plain_captions
+from mindspore import nn
+
 from .denoiser import guide, make_denoiser, self_conditioned, with_label
-from .runtime import DEVICES, UserError
-from .samplers import SAMPLERS, SPACINGS, generate, sample_ddim, sampling_timesteps
+from .fields import AT_LEAST_1, FRACTION, NON_NEGATIVE, OneOf, check_fields
+from .process import GaussianDiffusion
+from .runtime import DEVICES, UserError, command
+from .samplers import (
+    SAMPLERS,
+    SPACINGS,
+    default_spacing,
+    generate,
+    sampler_options,
+    sampling_timesteps,
+)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Sampling:
-    """How samples are drawn from a run."""
+    """How samples are drawn."""
 
-    seed: int = 0
-    """Image i of a seed is the same whatever the number and the batch size."""
-    sampler: Literal[tuple(SAMPLERS)] = "ddim"
-    """ddpm is the ancestral sampler; the others are deterministic, dpmpp_2m and unipc good in 10 to 15 steps."""
-    steps: int = 50
-    """Steps of the sampler, at most the timesteps of training; each calls the network once (heun: twice)."""
+    seed: Annotated[int, NON_NEGATIVE] = 0
+    """Seed. Sample i of a seed is the same whatever the number of samples and the batch size."""
+    sampler: Annotated[str, OneOf(SAMPLERS)] = "ddim"
+    """ddpm is the ancestral sampler; the others are deterministic. dpmpp_2m and unipc need 10 to 15 steps."""
+    steps: Annotated[int, AT_LEAST_1] = 50
+    """Sampling steps, at most the number of timesteps. Each step calls the network once (heun: twice)."""
     spacing: Literal[SPACINGS] | None = None
-    """Where the steps lie; if not given linspace for ddpm and ddim, logsnr for the others."""
-    eta: float = 0.0
-    """Noise of ddim, from 0, none, to 1, that of ddpm."""
-    v_posterior: float | None = None
-    """Share of beta in ddpm's variance, if not the run's."""
-    guidance: float | None = None
-    """Classifier-free guidance towards the class: 0 takes no notice of it, 1 is the plain network, more sharpens; if not
-    given the run's --train.sample-guidance."""
-    guidance_rescale: float = 0.0
-    """Share of the guided x_0 that is brought back to its contrast without guidance."""
+    """Spacing of the timesteps; by default linspace for ddpm and ddim, logsnr for the others."""
+    eta: Annotated[float, FRACTION] = 0.0
+    """Noise of ddim, from 0 (none) to 1 (that of ddpm)."""
+    v_posterior: Annotated[float, FRACTION] | None = None
+    """Fraction of beta in ddpm's variance; by default the run's."""
+    guidance: Annotated[float, NON_NEGATIVE] | None = None
+    """Scale of classifier-free guidance: 0 ignores the class, 1 is the plain conditional network, larger values sharpen.
+    By default the run's --train.sample-guidance."""
+    guidance_rescale: Annotated[float, FRACTION] = 0.0
+    """How far the guided x_0 is scaled back to the contrast that it has without guidance."""
     guidance_interval: tuple[int, int] | None = None
-    """First and last timestep that are guided; if not given all, or the run's where --guidance is the run's."""
-    batch_size: int | None = None
-    """Images or points at once; if not given 64, or all points."""
+    """First and last timestep at which guidance is applied; by default all, or the run's interval with its guidance."""
+    batch_size: Annotated[int, AT_LEAST_1] | None = None
+    """Samples per batch; by default 64 images, or all points."""
     weights: Literal["ema", "model"] = "ema"
-    """The moving average, or the weights as trained."""
+    """Weights of the network: their moving average, or as trained."""
     ema_length: float | None = None
     """Length of another average, chosen after training, for a run with --train.ema-lengths: 0.1 is a tenth of the run."""
     device: Literal[DEVICES] = "auto"
-    """Where to run; auto is Ascend, then GPU, then CPU."""
+    """Device: auto is Ascend, then GPU, then CPU."""
 
-    def settle(self, config, T: int) -> None:
-        """Take from the run what is not given, and refuse what does not fit together, or not to the run."""
-        told, dropout = config.model.null_label is not None, config.train.label_dropout
-        if self.guidance is None:
-            self.guidance = config.train.sample_guidance
-            self.guidance_interval = self.guidance_interval or config.train.sample_guidance_interval
-        if self.seed < 0 or (self.batch_size is not None and self.batch_size < 1):
-            raise UserError("--seed must be at least 0, --batch-size at least 1")
-        if not 1 <= self.steps <= T:
-            raise UserError(f"--steps {self.steps}: choose from 1 to {T}, the timesteps this run was trained with")
-        if not 0 <= self.eta <= 1 or (self.eta and self.sampler != "ddim"):
-            raise UserError(f"--eta {self.eta}: choose from 0 to 1, with --sampler ddim")
-        if self.v_posterior is not None and not 0 <= self.v_posterior <= 1:
-            raise UserError(f"--v-posterior {self.v_posterior}: choose from 0 to 1")
-        if self.v_posterior is not None and self.sampler != "ddpm":
-            raise UserError(f"--v-posterior is ddpm's variance, which {self.sampler} has not: add --sampler ddpm")
-        if not told and self.guidance != 1:
-            raise UserError(
-                "this run knows no classes, which --guidance needs: train --preset quick-class, "
-                "or set --guidance and --train.sample-guidance to 1, their intervals to None"
+    def resolve(self, task: Any) -> "Sampling":
+        """These options with the run's defaults filled in.
+
+        Args:
+            task: a `training.tasks.diffusion.DiffusionTask`.
+
+        Raises:
+            UserError: an option is out of range, or does not fit the run or another option.
+        """
+        check_fields(self)
+        train, T = task.config.train, task.config.diffusion.num_timesteps
+        options = self
+        if options.guidance is None:
+            options = replace(
+                options,
+                guidance=getattr(train, "sample_guidance", 1.0),
+                guidance_interval=options.guidance_interval or getattr(train, "sample_guidance_interval", None),
             )
-        if told and not dropout and self.guidance != 1:
-            raise UserError("this run was trained with --train.label-dropout 0, which leaves no room for --guidance")
-        if not (0 <= self.guidance < np.inf and 0 <= self.guidance_rescale <= 1):
-            raise UserError("--guidance must be at least 0, --guidance-rescale in [0, 1]")
-        if self.guidance == 1 and (self.guidance_rescale or self.guidance_interval):
-            raise UserError("--guidance-rescale and --guidance-interval change nothing without --guidance: give one, say 3")
-        if self.guidance_interval and not 0 <= self.guidance_interval[0] <= self.guidance_interval[1] < T:
+        options.check(T)
+        if options.guidance != 1 and task.null_label is None:
+            flag = "--train.sample-guidance" if self.guidance is None else "--guidance"
             raise UserError(
-                "--guidance-interval {} {}, or --train.sample-guidance-interval: ".format(*self.guidance_interval)
-                + f"give two timesteps in 0 to {T - 1}, the lower one first"
+                f"{flag} is {options.guidance:g}, but this run has no classes: leave it out, or train with classes "
+                f"({command('train')} --preset quick-class)"
             )
+        if options.guidance != 1 and not train.label_dropout:
+            raise UserError(
+                "this run was trained with --train.label-dropout 0, so it has no unconditional network: leave out --guidance"
+            )
+        return options
 
-    def make_denoiser(self, net, diffusion, null: int | None, clip: bool = True):
-        """The network's denoiser, guided where it is asked to be; `null` is the label that stands for none, `clip` keeps x_0
-        in [-1, 1]."""
-        if self.v_posterior is not None:
-            diffusion.v_posterior = self.v_posterior
-        denoise = make_denoiser(diffusion, net, clip=clip and self.guidance == 1)
-        if self.guidance == 1:
-            return denoise
-        uncond = with_label(denoise, null)
-        return guide(denoise, uncond, self.guidance, self.guidance_rescale, self.guidance_interval, clip)
+    def check(self, num_timesteps: int) -> None:
+        """Refuse options that do not fit each other or the number of timesteps."""
+        if self.steps > num_timesteps:
+            raise UserError(f"--steps is {self.steps}: choose from 1 to {num_timesteps}, the run's number of timesteps")
+        known = sampler_options(SAMPLERS[self.sampler])
+        for name in ("eta", "v_posterior"):
+            if name not in known and getattr(self, name) != getattr(Sampling, name):
+                takers = [key for key, sampler in SAMPLERS.items() if name in sampler_options(sampler)]
+                flag = name.replace("_", "-")
+                raise UserError(f"--{flag} is an option of {', '.join(takers)}, not of {self.sampler}: leave it out")
+        if self.guidance in (None, 1) and (self.guidance_rescale or self.guidance_interval):
+            raise UserError("--guidance-rescale and --guidance-interval need --guidance: set it to 3, for example")
+        if self.guidance_interval:
+            first, last = self.guidance_interval
+            if not 0 <= first <= last < num_timesteps:
+                raise UserError(
+                    f"--guidance-interval is {first} {last}: give two timesteps in 0..{num_timesteps - 1}, the lower first"
+                )
 
-    def make_sampler(self, self_condition: bool = False):
-        """The sampler, a function as all in `samplers`."""
-        sampler = partial(sample_ddim, eta=self.eta) if self.sampler == "ddim" else SAMPLERS[self.sampler]
-        return self_conditioned(sampler) if self_condition else sampler
+    def make_sampler(self) -> Callable:
+        """The sampler with its options set."""
+        sampler = SAMPLERS[self.sampler]
+        return partial(sampler, **{name: getattr(self, name) for name in sampler_options(sampler) if hasattr(self, name)})
 
-    def timesteps(self, diffusion) -> list[int]:
-        spacing = self.spacing or ("linspace" if self.sampler in ("ddpm", "ddim") else "logsnr")
+    def timesteps(self, diffusion: GaussianDiffusion) -> list[int]:
+        """The timesteps of the sampler's steps, descending."""
+        spacing = self.spacing or default_spacing(SAMPLERS[self.sampler])
         return sampling_timesteps(diffusion.num_timesteps, self.steps, spacing, diffusion.alphas_cumprod)
 
 
-def in_turn(config, num: int):
-    """(labels, told): each class in turn, (num,) int32, and in a tuple what the network is told of them, these or captions;
-    (None, ()) where it is told of none."""
-    if config.classes is None:
-        return None, ()
-    labels = np.arange(num, dtype=np.int32) % config.classes
-    return labels, (plain_captions(labels) if config.is_text else labels,)
+class Generator:
+    """A network and its process, ready to draw samples; its graphs are compiled once.
+
+    Args:
+        shape: Shape of one sample, (C, H, W) or (2,).
+        null_label: The label for "no class", which guidance needs.
+        self_condition: Whether the network takes its last x_0.
+    """
+
+    def __init__(
+        self,
+        net: nn.Cell,
+        diffusion: GaussianDiffusion,
+        shape: Sequence[int],
+        null_label: int | None = None,
+        self_condition: bool = False,
+    ):
+        self.net, self.diffusion, self.shape = net, diffusion, tuple(shape)
+        self.null_label, self.self_condition = null_label, self_condition
+        self._denoisers: dict[bool, Callable] = {}
+
+    def raw_denoiser(self, clip: bool) -> Callable:
+        """denoise(x_t, t, *cond) -> x_0 without guidance, clipped to [-1, 1] or not."""
+        if clip not in self._denoisers:
+            self._denoisers[clip] = make_denoiser(self.diffusion, self.net, clip=clip)
+        return self._denoisers[clip]
+
+    def denoiser(self, sampling: Sampling) -> Callable:
+        """denoise(x_t, t, *cond) -> x_0 with the guidance of these options."""
+        clip, scale = self.diffusion.clip_denoised, 1.0 if sampling.guidance is None else sampling.guidance
+        if scale == 1:
+            return self.raw_denoiser(clip)
+        if self.null_label is None:
+            raise UserError(f"guidance is {scale:g}, but there is no null_label: leave it out, or give that label")
+        raw = self.raw_denoiser(False)
+        uncond = with_label(raw, self.null_label)
+        return guide(raw, uncond, scale, sampling.guidance_rescale, sampling.guidance_interval, clip)
+
+    def draw(
+        self,
+        sampling: Sampling,
+        num: int,
+        cond: Sequence[np.ndarray] = (),
+        callback: Callable | None = None,
+        start: np.ndarray | None = None,
+        timesteps: list[int] | None = None,
+        denoise: Callable | None = None,
+        sampler: Callable | None = None,
+    ) -> np.ndarray:
+        """`num` samples (num, *shape) float32.
+
+        Args:
+            cond: The network's conditions in its order, arrays (num, ...).
+            callback: callback(i, x, x_start) after each step.
+            start: The first x (num, *shape), at the noise level of the first timestep; by default noise.
+            timesteps, denoise, sampler: Replace those of `sampling`.
+        """
+        sampler = sampler or sampling.make_sampler()
+        return generate(
+            self_conditioned(sampler) if self.self_condition else sampler,
+            denoise or self.denoiser(sampling),
+            self.diffusion,
+            timesteps or sampling.timesteps(self.diffusion),
+            self.shape,
+            num,
+            sampling.seed,
+            sampling.batch_size or (64 if len(self.shape) > 1 else num),
+            callback,
+            cond,
+            start,
+        )
 
 
-def make_draw(sampling: Sampling, net, diffusion, config, first_stage=None):
-    """draw(num, batch_size, callback=None) -> (images (num, C, H, W), labels): each class in turn. Of latents, `first_stage`
-    decodes them."""
-    denoise = sampling.make_denoiser(net, diffusion, config.model.null_label, clip=not config.is_latent)
-    sampler, timesteps = sampling.make_sampler(config.model.self_condition), sampling.timesteps(diffusion)
+def sample(
+    net: nn.Cell,
+    diffusion: GaussianDiffusion,
+    shape: Sequence[int],
+    num: int = 64,
+    *,
+    cond: Sequence[np.ndarray] = (),
+    null_label: int | None = None,
+    self_condition: bool = False,
+    callback: Callable | None = None,
+    **options: Any,
+) -> np.ndarray:
+    """`num` samples (num, *shape) float32 from any network net(x_t, t, *cond) that predicts what `diffusion` says.
 
-    def draw(num: int, batch_size: int, callback=None):
-        labels, told = in_turn(config, num)
-        x = generate(sampler, denoise, diffusion, timesteps, config.shape, num, sampling.seed, batch_size, callback, told)
-        return first_stage.decode(x) if first_stage else x, labels
+    Args:
+        cond: Conditions in the network's order, arrays (num, ...); with guidance, labels come first.
+        null_label: The label for "no class", needed with guidance other than 1.
+        self_condition: Whether the network takes its last x_0 after the conditions.
+        callback: callback(i, x, x_start) after each step.
+        options: Fields of `Sampling`: sampler, steps, seed, guidance, batch_size, ...
 
-    return draw
+    Raises:
+        UserError: an option is unknown or out of range.
+    """
+    sampling = sampling_from(options)
+    check_fields(sampling)
+    if num < 1:
+        raise UserError(f"num is {num}: it must be at least 1")
+    sampling.check(diffusion.num_timesteps)
+    return Generator(net, diffusion, shape, null_label, self_condition).draw(sampling, num, cond, callback)
+
+
+def sampling_from(options: dict[str, Any]) -> Sampling:
+    """`Sampling` from keyword arguments.
+
+    Raises:
+        UserError: one of them is not a field of it.
+    """
+    names = [field.name for field in fields(Sampling)]
+    for name in options:
+        if name not in names:
+            raise UserError(f"unknown option {name!r}: choose from {', '.join(names)}")
+    return Sampling(**options)

@@ -1,8 +1,6 @@
-"""The point sets against their known geometry and scikit-learn's; files of points, good and bad."""
+"""Toy distributions against their geometry and scikit-learn's; files of points, valid and invalid; normalization."""
 
 import io
-import math
-import pickle
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +10,8 @@ from hypothesis import strategies as st
 from scipy import stats
 from scipy.spatial import cKDTree
 
-from ms_diffusion.data import points as toy
-from ms_diffusion.data.points import POINTS_FILE, TOYS, Normalizer, load_points, read_points
+from ms_diffusion.data.points import POINTS_FILE, TOYS, Normalizer, load_points, read_points, read_saved_points
+from ms_diffusion.files import write
 from ms_diffusion.runtime import UserError
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -25,7 +23,7 @@ def draw(name, n=N, seed=0):
 
 
 def refused(message, fn, *args):
-    """``fn`` raises a UserError of one line that holds the regular expression ``message``."""
+    """fn raises a UserError of one line that matches the regular expression."""
     with pytest.raises(UserError, match=message) as raised:
         fn(*args)
     assert "\n" not in str(raised.value) and len(str(raised.value)) < 400
@@ -49,19 +47,17 @@ def is_uniform(counts, p=1e-3):
 
 
 @pytest.mark.parametrize("name", TOYS)
-@pytest.mark.parametrize("n", [1, 2, 3, 7, 8, 9, 1001])
-def test_exact_count(name, n):
-    points = draw(name, n)
-    assert points.shape == (n, 2) and points.dtype == np.float64 and np.isfinite(points).all()
-    assert len(np.unique(points, axis=0)) == n
+def test_exact_count(name):
+    for n in (1, 8, 1001):
+        points = draw(name, n)
+        assert points.shape == (n, 2) and points.dtype == np.float64 and np.isfinite(points).all()
+        assert len(np.unique(points, axis=0)) == n
 
 
 @pytest.mark.parametrize("name", TOYS)
 def test_drawn_from_rng_alone(name):
     rng = np.random.default_rng(5)
-    np.random.seed(0)
     first, second = TOYS[name](rng, 50), TOYS[name](rng, 50)
-    np.random.seed(1)
     np.testing.assert_array_equal(first, draw(name, 50, 5))
     assert not np.isin(second, first).any() and not np.isin(draw(name, 50, 6), first).any()
 
@@ -133,12 +129,12 @@ def test_two_moons():
 
 def test_eight_gaussians():
     k = np.arange(8)
-    centres = 4 / np.sqrt(2) * np.stack([np.cos(k * np.pi / 4), np.sin(k * np.pi / 4)], 1)
+    centers = 4 / np.sqrt(2) * np.stack([np.cos(k * np.pi / 4), np.sin(k * np.pi / 4)], 1)
     points = draw("eight-gaussians")
-    distance, i = cKDTree(centres).query(points)
+    distance, i = cKDTree(centers).query(points)
     assert is_uniform(np.bincount(i, minlength=8))
     for blob in range(8):
-        off = points[i == blob] - centres[blob]
+        off = points[i == blob] - centers[blob]
         assert np.abs(off.mean(0)).max() < 0.03  # 4 standard errors; the std is 0.354
         assert np.allclose(off.std(0), 0.5 / np.sqrt(2), rtol=0.06) and abs(np.corrcoef(off.T)[0, 1]) < 0.08
         assert stats.kstest(off[:, 0] * np.sqrt(8), "norm").pvalue > 1e-3
@@ -224,11 +220,6 @@ def test_load_toys(name):
     assert [len(part) for part in load_points(name, None, 1, 3)] == [1, 2]
 
 
-def test_streams_are_apart():
-    assert len({toy.TRAIN, toy.TEST, toy.SPLIT}) == 3
-    assert min(toy.TRAIN, toy.TEST, toy.SPLIT) > 10**6  # from the words of the pipeline and the samplers
-
-
 def test_toys_take_no_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("photos").mkdir()
@@ -241,17 +232,12 @@ def test_toys_take_no_file(tmp_path, monkeypatch):
 
 
 def test_bad_names_and_numbers():
-    choices = "scurve, swiss-roll, two-moons, eight-gaussians, checkerboard, pinwheel, spiral, points-file"
-    assert (*TOYS, POINTS_FILE) == tuple(choices.split(", "))
-    for name in ("circles", "", "s_curve"):
-        refused(f"{name!r}.*{choices}", load_points, name, None, 10, 0)
-    for num in (0, -5):
-        refused(f"--data.num {num}", load_points, "spiral", None, num, 0)
-    for path in (None, ""):
-        refused("^--data.name points-file needs --data.dir, a .npy or .csv file$", load_points, POINTS_FILE, path, 10, 0)
+    refused("'circles'.*scurve, swiss-roll, .*, points-file", load_points, "circles", None, 10, 0)
+    refused("--data.num 0", load_points, "spiral", None, 0, 0)
+    refused("--data.name points-file needs --data.dir", load_points, POINTS_FILE, "", 10, 0)
 
 
-@pytest.mark.parametrize("count, held_out", [(2, 1), (3, 1), (5, 1), (9, 1), (10, 2), (14, 2), (15, 3), (100, 20)])
+@pytest.mark.parametrize("count, held_out", [(2, 1), (9, 1), (10, 2), (100, 20)])
 def test_points_file_is_split(tmp_path, count, held_out):
     points = np.random.default_rng(0).normal(size=(count, 2)) * 100 + 1000
     path = str(tmp_path / "a.npy")
@@ -263,8 +249,8 @@ def test_points_file_is_split(tmp_path, count, held_out):
     both = np.concatenate([train, test])
     np.testing.assert_array_equal(np.sort(both, 0), np.sort(points.astype(np.float32), 0))
     assert set(map(tuple, both)) == set(map(tuple, points.astype(np.float32)))  # x stays with y
-    for num in (0, 10, 10**9):  # plays no part
-        np.testing.assert_array_equal(load_points(POINTS_FILE, path, num, 0)[1], test)
+    np.testing.assert_array_equal(load_points(POINTS_FILE, path, 0, 0)[1], test)  # num is not used
+    np.testing.assert_array_equal(load_points(POINTS_FILE, points, 0, 0)[1], test)  # an array instead of a file
 
 
 def test_points_file_is_shuffled_by_the_seed(tmp_path):
@@ -283,7 +269,7 @@ clouds = st.lists(st.tuples(coordinates, coordinates), min_size=2, max_size=12).
 
 
 @given(clouds, st.sampled_from(["<f8", ">f8", "<f4", ">f4"]), st.sampled_from("CF"), st.sampled_from(["a.npy", "a.NPY"]))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_npy_round_trip(tmp_path_factory, rows, dtype, order, name):
     array = np.array(rows, dtype, order=order)
     assume(not (array == array[0]).all())
@@ -314,7 +300,7 @@ def test_npy_of_any_real_type(tmp_path, dtype):
     last=st.booleans(),
     blank=st.booleans(),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_csv_round_trip(tmp_path_factory, rows, mark, header, newline, bom, last, blank):
     lines = [header] * (header is not None) + [f"{x!r}{mark}{y!r}" for x, y in rows]
     text = newline.join(["", *lines, " "] if blank else lines) + newline * last
@@ -332,39 +318,21 @@ def test_csv_as_numpy_writes_it(tmp_path):
 
 
 def test_folder(tmp_path):
-    refused(f"{tmp_path}: .*exactly one.*not none", read_points, tmp_path)
     (tmp_path / "notes.txt").write_text("1,2\n3,4")
     (tmp_path / "._a.csv").write_bytes(b"\0")
     (tmp_path / "folder.npy").mkdir()
-    refused("exactly one.*not none", read_points, tmp_path)
+    refused(f"{tmp_path}: .*exactly one.*not none", read_points, tmp_path)
     (tmp_path / "b.csv").write_text("1,2\n3,4")
     assert read_points(tmp_path).tolist() == [[1, 2], [3, 4]]
     np.save(tmp_path / "a.npy", np.eye(2))
-    refused("exactly one.*not 2 of them, such as a.npy and b.csv", read_points, str(tmp_path))
-    for letter in "zdrchmxkw":
-        (tmp_path / f"{letter}.csv").write_text("")
-    refused("not 11 of them, such as a.npy and b.csv", load_points, POINTS_FILE, str(tmp_path), 1, 0)
+    refused("not 2, such as a.npy and b.csv", read_points, str(tmp_path))
 
 
 def test_no_file(tmp_path):
     refused("nowhere.npy: no such file", read_points, tmp_path / "nowhere.npy")
     refused("no such file", read_points, "a" * 300)  # longer than a name may be
-    (tmp_path / "link.csv").symlink_to(tmp_path / "nowhere")
-    refused("link.csv: no such file", read_points, tmp_path / "link.csv")
-    for name in ("a.txt", "a", "a.npz", ".npy"):
-        (tmp_path / name).write_text("1,2\n3,4")
-        refused(f"{name}: its name ends in neither .npy nor .csv", read_points, tmp_path / name)
-
-
-@pytest.mark.parametrize("target", ["file", "folder"])
-def test_file_that_cannot_be_read(tmp_path, monkeypatch, target):
-    np.save(tmp_path / "a.npy", np.eye(2))
-
-    def denied(*args, **options):
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(Path, "open" if target == "file" else "iterdir", denied)
-    refused(r"cannot be read \(Permission denied\)", read_points, tmp_path / "a.npy" if target == "file" else tmp_path)
+    (tmp_path / "a.npz").write_text("1,2\n3,4")
+    refused("a.npz: its name ends in neither .npy nor .csv", read_points, tmp_path / "a.npz")
 
 
 def npy(array):
@@ -373,97 +341,74 @@ def npy(array):
     return file.getvalue()
 
 
-def npz():
-    file = io.BytesIO()
-    np.savez(file, np.eye(2))
-    return file.getvalue()
-
-
 GOOD = npy(np.arange(20.0).reshape(10, 2))
-PICKLED = npy(np.array([[1, 2.0], [3, None]], object))
-STRUCTURED = npy(np.zeros(3, [("x", "f4"), ("y", "f4")]))
-WHOLE = "not a whole .npy file of numbers.*np.save"
+INVALID = "not a valid .npy file .*np.save"
 
 
 @pytest.mark.parametrize(
     "content, message",
     [
-        (b"", WHOLE),
-        (b"1,2\n3,4\n", WHOLE),
-        (GOOD[:-1], WHOLE),
-        (GOOD[:128], WHOLE),
-        (GOOD[:50], WHOLE),
-        (GOOD[:6], WHOLE),
-        (GOOD.replace(b"(10, 2)", b"(10,\n2x"), WHOLE),
-        (GOOD.replace(b"(10, 2), }       ", b"(9999999999999,2)"), WHOLE),
-        (GOOD[:8] + b"\x10\x27" + GOOD[10:] + b" " * 20_000, WHOLE),  # NumPy's own message has two lines
-        (GOOD[:8] + b"\x11\x27" + GOOD[10:] + b" " * 20_000, WHOLE),
-        (GOOD[:10] + b"?" * 118 + GOOD[128:], WHOLE),
-        (PICKLED, WHOLE + "|allow_pickle"),
-        (pickle.dumps([[1, 2], [3, 4]]), WHOLE),
-        (npz(), WHOLE + "|npz"),
-        (npz()[:60], WHOLE),
+        (b"", INVALID),
+        (b"1,2\n3,4\n", INVALID),
+        (GOOD[:-1], INVALID),
+        (GOOD[:50], INVALID),
+        (GOOD.replace(b"(10, 2), }       ", b"(9999999999999,2)"), INVALID),
+        (GOOD[:8] + b"\x10\x27" + GOOD[10:] + b" " * 20_000, INVALID),  # NumPy's own message has two lines
+        (npy(np.array([[1, 2.0], [3, None]], object)), INVALID),  # pickled
         (npy(np.eye(2) * 1j), "of type complex128; .*astype"),
-        (npy(np.array([["a", "b"], ["c", "d"]])), "of type <U1"),
-        (npy(np.array([[b"1", b"2"], [b"3", b"4"]])), r"of type \|S1"),
-        (npy(np.eye(2, dtype=bool)), "of type bool"),
-        (npy(np.array([[1, 2], [3, 4]], "datetime64[s]")), "of type datetime64"),
-        (STRUCTURED, "of type .*'x'"),
-        (npy(np.ones((4, 3))), r"shape is \(4, 3\), not \(N, 2\); choose two of the columns"),
-        (npy(np.ones((2, 5))), r"shape is \(2, 5\), not \(N, 2\); save its transpose"),
-        (npy(np.ones((2, 3))), r"shape is \(2, 3\), not \(N, 2\); choose two of the columns"),
-        (npy(np.ones((2, 1))), r"shape is \(2, 1\), not \(N, 2\); save two numbers"),
-        (npy(np.ones((5, 1))), r"shape is \(5, 1\), not \(N, 2\); save two numbers"),
-        (npy(np.ones(6)), r"shape is \(6,\), not \(N, 2\)"),
+        (npy(np.zeros(3, [("x", "f4"), ("y", "f4")])), "of type .*'x'"),
+        (npy(np.ones((4, 3))), r"shape is \(4, 3\), not \(N, 2\)"),
         (npy(np.float64(3)), r"shape is \(\), not \(N, 2\)"),
-        (npy(np.ones((4, 2, 2))), r"shape is \(4, 2, 2\), not \(N, 2\); save two numbers"),
-        (npy(np.ones((0, 2))), "too few points, 0; pass 2 or more"),
         (npy(np.ones((1, 2))), "too few points, 1; pass 2 or more"),
         (npy(np.full((7, 2), 3)), "all its 7 points are equal"),
-        (npy(np.array([[0, 1], [2, 3], [np.nan, 4], [5, 6]])), "1 of its 4 points .*first in row 2 "),
         (npy(np.array([[0, 1], [2, -np.inf], [np.nan, np.inf]])), "2 of its 3 points .*first in row 1 "),
-        (npy(np.full((3, 2), np.nan)), "3 of its 3 points .*first in row 0 "),
-        (npy(np.array([[0, 1], [2, 3], [4, -3.5e38]])), "1 of its 3 points .*beyond float32, the first in row 2 "),
+        (npy(np.array([[0, 1], [2, 3], [4, -3.5e38]])), "1 of its 3 points .*float32's range, the first in row 2 "),
         (npy(np.array([[0, 1], [2, 3], [4, np.longdouble("1e4000")]])), "1 of its 3 points .*in row 2 "),
     ],
 )
 def test_bad_npy(tmp_path, content, message):
     (tmp_path / "a.npy").write_bytes(content)
-    for path in (tmp_path / "a.npy", tmp_path):
-        refused(f"--data.dir {tmp_path}/a.npy: .*({message})", read_points, path)
+    refused(f"--data.dir {tmp_path}/a.npy: .*({message})", read_points, tmp_path)
+
+
+def test_an_archive_of_arrays_is_refused(tmp_path):
+    np.savez(tmp_path / "a.npz", np.eye(2))
+    (tmp_path / "a.npz").rename(tmp_path / "a.npy")
+    refused(f"{INVALID}|npz", read_points, tmp_path)
 
 
 @pytest.mark.parametrize(
     "content, message",
     [
-        ("", "holds no numbers"),
         ("\n \n\n", "holds no numbers"),
         ("x,y\n", "holds no numbers"),
-        ("x,y\n1,2\n3,four\n5,6", "line 3: 'four' is no number"),
-        ("x,y\n\n\n1,2\n3,\n", "line 5: '' is no number"),
-        ("1,2\n3,4,\n", "line 2: '' is no number"),
-        ("x\ny\n1,2", "line 2: 'y' is no number"),
-        ("1,x\n2,3", "line 1: 'x' is no number"),
-        ("x y\n1,5;2,5\n", "line 2: '1,5' is no number"),
-        ("1 2\n3,4 5", "line 2: '4 5' is no number"),
-        ("1 2\n3 " + "z" * 1000, "line 2: 'z{30}' is no number"),
-        ("1 2\n3 \0\x1b[0m\0", r"line 2: '\\x00\\x1b\[0m\\x00' is no number"),
-        ("x,y\n1,2\n3\n", "line 3: 1 numbers, where line 2 has 2"),
-        ("1,2\n1,2,3\n", "line 2: 3 numbers, where line 1 has 2"),
-        (",x,y\n0,1,2\n1,3,4\n", r"shape is \(2, 3\), not \(N, 2\); choose two of the columns"),
-        ("0,1,2\n1,3,4\n2,3,4\n", r"shape is \(3, 3\), not \(N, 2\); choose two of the columns"),
-        ("1\n2\n3\n", r"shape is \(3, 1\), not \(N, 2\); save two numbers"),
-        ("x,y\n1,2", "too few points, 1"),
-        ("x,y\n1,2\n1,2\n1.0,2e0", "all its 3 points are equal"),
+        ("x,y\n1,2\n3,four\n5,6", "line 3: .*'four'"),
+        ("x,y\n\n\n1,2\n3,\n", "line 5: .*''"),
+        ("x\ny\n1,2", "line 2: .*'y'"),
+        ("1,x\n2,3", "line 1: .*'x'"),
+        ("x y\n1,5;2,5\n", "line 2: .*'1,5'"),
+        ("1 2\n3 " + "z" * 1000, "line 2: .*zzz"),
+        ("x,y\n1,2\n3\n", "line 3: .* 2 to 1"),
+        (",x,y\n0,1,2\n1,3,4\n", r"shape is \(2, 3\), not \(N, 2\)"),
+        ("1\n2\n3\n", r"shape is \(3, 1\), not \(N, 2\)"),
         ("x,y\n1,2\n1,nan\ninf,2", r"2 of its 3 points are NaN.*first in row 1 \(counted from 0\)"),
-        ("x,y\n1,2\n1,1e39", "1 of its 2 points .*beyond float32, the first in row 1 "),
         (b"\x93NUMPY", "not a text file in UTF-8"),
-        ("x,y\n1,2\n3,4".encode("utf-16"), "not a text file in UTF-8"),
     ],
 )
 def test_bad_csv(tmp_path, content, message):
     (tmp_path / "a.csv").write_bytes(content if isinstance(content, bytes) else content.encode())
     refused(f"--data.dir {tmp_path}/a.csv: .*{message}", read_points, tmp_path / "a.csv")
+
+
+def test_saved_points_come_back(tmp_path):
+    train, test = load_points("spiral", None, 7, 0)
+    write(tmp_path / "points.npz", lambda f: np.savez(f, train=train, test=test))
+    for found, expected in zip(read_saved_points(tmp_path / "points.npz"), (train, test), strict=True):
+        np.testing.assert_array_equal(found, expected)
+    write(tmp_path / "points.npz", lambda f: np.savez(f, train=train, test=np.zeros(3)))
+    refused("points.npz cannot be read: delete it", read_saved_points, tmp_path / "points.npz")
+    (tmp_path / "points.npz").unlink()
+    refused("points.npz cannot be read: delete it", read_saved_points, tmp_path / "points.npz")
 
 
 def test_points_at_the_edge_of_float32(tmp_path):
@@ -472,73 +417,74 @@ def test_points_at_the_edge_of_float32(tmp_path):
     parts = load_points(POINTS_FILE, str(tmp_path), 1, 0)
     assert all(np.isfinite(part).all() for part in parts)
     everything = np.concatenate(parts)
-    frame = Normalizer.of(everything)
-    assert np.abs(frame.to_unit(everything)).max() == 1
-    np.testing.assert_array_equal(frame.to_points(frame.to_unit(everything))[:, 0], everything[:, 0])
+    normalizer = Normalizer.of(everything)
+    assert np.abs(normalizer.normalize(everything)).max() == 1
+    np.testing.assert_array_equal(normalizer.denormalize(normalizer.normalize(everything))[:, 0], everything[:, 0])
 
 
-# The frame
+# Normalization
 
 
-def test_frame_known_values():
-    frame = Normalizer.of(np.array([[0, 10], [4, 11], [1, 12]], np.float32))
-    assert frame.centre.tolist() == [2, 11] and frame.centre.dtype == np.float64
-    assert frame.scale == 2 and type(frame.scale) is float
-    x = frame.to_unit([[0, 10], [4, 11], [1, 12], [2, 11]])
+def test_normalizer_known_values():
+    normalizer = Normalizer.of(np.array([[0, 10], [4, 11], [1, 12]], np.float32))
+    assert normalizer.center.tolist() == [2, 11] and normalizer.center.dtype == np.float64
+    assert normalizer.scale == 2 and type(normalizer.scale) is float
+    x = normalizer.normalize([[0, 10], [4, 11], [1, 12], [2, 11]])
     assert x.dtype == np.float32 and x.tolist() == [[-1, -0.5], [1, 0], [-0.5, 0.5], [0, 0]]
-    points = frame.to_points(np.array([[[1, 1], [-1, 0]]], np.float32))
+    points = normalizer.denormalize(np.array([[[1, 1], [-1, 0]]], np.float32))
     assert points.dtype == np.float32 and points.tolist() == [[[4, 13], [0, 11]]]
     with pytest.raises(AttributeError):
-        frame.scale = 3
+        normalizer.scale = 3
 
 
 singles = st.floats(-(2.0**100), 2.0**100, width=32)
 
 
 @given(st.lists(st.tuples(singles, singles), min_size=2, max_size=20))
-@settings(max_examples=200, deadline=None)
-def test_frame_properties(rows):
+@settings(max_examples=100, deadline=None)
+def test_normalizer_properties(rows):
     points = np.array(rows, np.float32)
     assume((points != points[0]).any())
-    frame = Normalizer.of(points)
-    x = frame.to_unit(points)
+    normalizer = Normalizer.of(points)
+    x = normalizer.normalize(points)
     assert x.dtype == np.float32 and x.shape == points.shape
     wide = (points.max(0) - points.min(0).astype(np.float64)).argmax()
     assert np.abs(x).max() <= 1 and x[:, wide].min() == -1 and x[:, wide].max() == 1
     assert np.allclose(x.min(0) + x.max(0), 0, atol=1e-6)  # each axis in the middle
 
     tiny = 2.0**-149
-    back = frame.to_points(x)
+    back = normalizer.denormalize(x)
     assert back.dtype == np.float32
     error = np.abs(back.astype(np.float64) - points)
-    assert (error <= 2.0**-23 * (frame.scale + np.abs(points)) + tiny).all()
+    assert (error <= 2.0**-23 * (normalizer.scale + np.abs(points)) + tiny).all()
     moved = points.astype(np.float64) - points[0]  # one scale for both axes, and no turn
-    assert np.allclose(x.astype(np.float64) - x[0], moved / frame.scale, rtol=0, atol=1e-6)
+    assert np.allclose(x.astype(np.float64) - x[0], moved / normalizer.scale, rtol=0, atol=1e-6)
 
 
-def test_frame_far_from_zero():
+def test_normalizer_far_from_zero():
     """At 1e6 neighbouring float32 are 1/16 apart: nothing beyond that is lost."""
     points = np.float32(1e6) + np.arange(32, dtype=np.float32).reshape(16, 2) / 16
-    frame = Normalizer.of(points)
-    np.testing.assert_array_equal(frame.to_points(frame.to_unit(points)), points)
-    assert len(np.unique(frame.to_unit(points)[:, 0])) == 16 and frame.scale == 15 / 16
+    normalizer = Normalizer.of(points)
+    np.testing.assert_array_equal(normalizer.denormalize(normalizer.normalize(points)), points)
+    assert len(np.unique(normalizer.normalize(points)[:, 0])) == 16 and normalizer.scale == 15 / 16
     two = points[:2] - [[0, 0], [1 / 16, 1 / 16]]  # neighbours: float32 has no number for their middle
-    np.testing.assert_array_equal(Normalizer.of(two).to_points(Normalizer.of(two).to_unit(two)), two)
+    np.testing.assert_array_equal(Normalizer.of(two).denormalize(Normalizer.of(two).normalize(two)), two)
     in_float64 = 1e6 + np.arange(32).reshape(16, 2) / 1000
-    x = Normalizer.of(in_float64).to_unit(in_float64)
+    x = Normalizer.of(in_float64).normalize(in_float64)
     assert np.allclose(np.diff(x[:, 0]), 2 / 15, atol=1e-6)
 
 
-def test_frame_of_a_line_and_of_a_point():
+def test_normalizer_of_a_line_and_of_a_point():
     line = np.array([[3, 1], [3, 5], [3, 2]], np.float32)
-    assert Normalizer.of(line).to_unit(line).tolist() == [[0, -1], [0, 1], [0, -0.5]]
+    assert Normalizer.of(line).normalize(line).tolist() == [[0, -1], [0, 1], [0, -0.5]]
     refused("the 1 points.*all equal.*--data.num", Normalizer.of, load_points("spiral", None, 1, 0)[0])
     refused("the 3 points.*all equal", Normalizer.of, np.ones((3, 2), np.float32))
 
 
-def test_frame_of_the_toys_holds_fresh_points_nearly():
+def test_normalizer_of_the_toys_holds_fresh_points_nearly():
     for name in TOYS:
         train, test = load_points(name, None, 2000, 0)
-        frame = Normalizer.of(train)
-        assert np.abs(frame.to_unit(train)).max() == 1 and np.abs(frame.to_unit(test)).max() < 1.4
-        assert math.isclose(frame.to_unit(test).std() * frame.scale, (test - frame.centre).std(), rel_tol=0.02)
+        normalizer = Normalizer.of(train)
+        assert np.abs(normalizer.normalize(train)).max() == 1 and np.abs(normalizer.normalize(test)).max() < 1.4
+        spread = normalizer.normalize(test).std() * normalizer.scale
+        assert spread == pytest.approx((test - normalizer.center).std(), rel=0.02)

@@ -1,0 +1,1 @@
+"""The programs' commands, a module each with `main(argv) -> exit code`."""

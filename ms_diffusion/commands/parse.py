@@ -1,29 +1,32 @@
-"""Command lines from dataclasses, by tyro, with errors of one line."""
+"""Command lines from dataclasses, through tyro, with errors of one line."""
 
 import contextlib
 import difflib
 import io
 import re
 import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 import tyro
 
 from ..runtime import UserError
 from . import modelarts
 
+T = TypeVar("T")
 
-def parse(cls, default=None, argv=None):
-    """An instance of the dataclass `cls` from the command line; on ModelArts, flags it does not know are passed over.
+
+def parse(cls: type[T], argv: Sequence[str], default: T | None = None, prog: str | None = None) -> T:
+    """An instance of the dataclass `cls` from the command line. On ModelArts unknown flags are ignored.
 
     Raises:
-        UserError: an unknown flag or a value that does not fit.
+        UserError: an unknown flag, or a value of the wrong type.
     """
-    argv = sys.argv[1:] if argv is None else argv
-    cls = tyro.conf.AvoidSubcommands[cls]  # a union is of the kind that the default is
+    plain: Any = tyro.conf.AvoidSubcommands[cls]  # type: ignore[valid-type]  # of a union, the default's class is used
     messages = io.StringIO()
     try:
         with contextlib.redirect_stderr(messages):
-            args, unknown = tyro.cli(cls, default=default, args=argv, return_unknown_args=True)
+            args, unknown = tyro.cli(plain, prog=prog, default=default, args=argv, return_unknown_args=True)
     except SystemExit as e:
         if not e.code:
             raise
@@ -31,19 +34,35 @@ def parse(cls, default=None, argv=None):
         raise UserError(f"{' '.join(re.sub('[│╭╮╰╯─]', ' ', text).split())} (see --help)") from e
     flags = [flag for flag in unknown if flag.startswith("-")] or unknown
     dotted = [flag for flag in flags if "." in flag]
-    if dotted or (
-        flags and not (modelarts.on_modelarts() or getattr(args, "data_url", None) or getattr(args, "train_url", None))
-    ):
+    on_platform = modelarts.on_modelarts() or getattr(args, "data_url", None) or getattr(args, "train_url", None)
+    if dotted or (flags and not on_platform):
         flag = (dotted or flags)[0].split("=")[0]
-        known = re.findall(r"--[\w.-]+", _help(cls, default))
+        known = re.findall(r"--[\w.-]+", help_text(plain, default))
         close = difflib.get_close_matches(flag.replace("_", "-"), known, 1, 0.5)
         raise UserError(f"unknown argument {flag}: " + (f"did you mean {close[0]}?" if close else "see --help"))
     if flags:
-        print(f"passing over arguments of the platform: {' '.join(unknown)}", file=sys.stderr)
+        print(f"ignoring arguments of the platform: {' '.join(unknown)}", file=sys.stderr)
     return args
 
 
-def _help(cls, default) -> str:
+def rename_flags(argv: Sequence[str], renamed: Mapping[str, str]) -> list[str]:
+    """The command line with today's names of flags; a line on stderr names each that was replaced.
+
+    Args:
+        renamed: Old dotted name of a field -> its new name.
+    """
+    flags = {f"--{old.replace('_', '-')}": f"--{new.replace('_', '-')}" for old, new in renamed.items()}
+    result = []
+    for argument in argv:
+        flag, equals, value = argument.partition("=")
+        if new := flags.get(flag.replace("_", "-")):
+            print(f"note: {flag} is now called {new}", file=sys.stderr)
+            argument = new + equals + value
+        result.append(argument)
+    return result
+
+
+def help_text(cls: Any, default: Any) -> str:
     text = io.StringIO()
     with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
         tyro.cli(cls, default=default, args=["--help"])

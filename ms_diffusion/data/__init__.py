@@ -1,1 +1,1 @@
-"""Images and labels: where they come from, and the pipeline that feeds them to training."""
+"""Data sets: images, points, captions and conditions, and the batches that training gets."""

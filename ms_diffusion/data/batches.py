@@ -1,6 +1,7 @@
 """Data sets by name, and exactly repeatable training batches of arrays in memory."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -8,35 +9,28 @@ import numpy as np
 from ..images import to_float
 from ..randomness import Stream
 from ..runtime import UserError
-from .fashion_mnist import load_fashion_mnist, load_fashion_mnist_mini
+from .fashion_mnist import CLASSES, load_fashion_mnist, load_fashion_mnist_mini
 from .image_folder import load_image_folder
 
 if TYPE_CHECKING:
     from mindspore.dataset import GeneratorDataset
 
 
+@dataclass(eq=False)
 class Batches:
     """A random-access source for MindSpore's dataset: item i is the i-th row that `make_dataset` describes."""
 
-    def __init__(
-        self,
-        images: np.ndarray,
-        labels: np.ndarray,
-        batch_size: int,
-        steps: int,
-        start_step: int,
-        seed: int,
-        flip: bool,
-        rank: int,
-        world_size: int,
-        steps_per_call: int,
-    ):
-        self.images, self.labels = images, labels
-        self.batch_size, self.steps, self.start_step = batch_size, steps, start_step
-        self.seed, self.flip, self.rank, self.world_size = seed, flip, rank, world_size
-        self.steps_per_call = steps_per_call
-        self.batches_per_epoch = len(images) // (batch_size * world_size)
-        self.epoch, self.order = -1, np.empty(0, np.int64)  # the current epoch and its permutation of the images
+    images: np.ndarray
+    labels: np.ndarray
+    batch_size: int
+    steps: int
+    start_step: int
+    seed: int
+    flip: bool
+    rank: int
+    world_size: int
+    steps_per_call: int
+    epoch = -1  # the epoch whose permutation of the images is self.order
 
     def __len__(self) -> int:
         return (self.steps - self.start_step) // self.steps_per_call
@@ -50,7 +44,7 @@ class Batches:
 
     def batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """The batch of one training step: images (B, C, H, W) in [-1, 1], or float32 data as they are, and labels (B,)."""
-        epoch, batch = divmod(step, self.batches_per_epoch)
+        epoch, batch = divmod(step, len(self.images) // (self.batch_size * self.world_size))
         if epoch != self.epoch:
             rng = np.random.default_rng((self.seed, Stream.ORDER, epoch))
             self.epoch, self.order = epoch, rng.permutation(len(self.images))
@@ -165,6 +159,10 @@ def _image_folder(directory: str | None, split: str, size: int, channels: int) -
     return load_image_folder(directory, size, channels)
 
 
+def _arrays(directory: str | None, split: str, size: int, channels: int) -> tuple[np.ndarray, np.ndarray]:
+    raise UserError("this run was trained on arrays from Python, which it does not keep: pass them again as `data`")
+
+
 def _pad(name: str, images: np.ndarray, labels: np.ndarray, size: int, channels: int) -> tuple[np.ndarray, np.ndarray]:
     _, height, width, depth = images.shape
     if size < max(height, width) or channels != depth:
@@ -182,4 +180,8 @@ DATASETS: dict[str, Loader] = {
     "fashion-mnist": _fashion_mnist,
     "fashion-mnist-mini": _fashion_mnist_mini,
     "image-folder": _image_folder,
+    "arrays": _arrays,
 }
+
+# Names of the classes of a data set, in the order of the labels; CLASS_NAMES["mine"] = names adds some
+CLASS_NAMES: dict[str, tuple[str, ...]] = {"fashion-mnist": CLASSES, "fashion-mnist-mini": CLASSES}

@@ -1,4 +1,4 @@
-"""Images that a network is shown beside x: what is left of x_0 when detail, colour or a part of it is taken away."""
+"""Images that a network is conditioned on: x_0 without detail, without colour, or without a part of it."""
 
 import numpy as np
 
@@ -6,16 +6,17 @@ KINDS = ("none", "lowres", "gray", "mask")
 
 
 def condition_channels(kind: str, channels: int) -> int:
-    """Channels of the condition that `condition_image` makes of an image with so many."""
+    """The number of channels of `condition_image` for an image with `channels` channels."""
     return {"none": 0, "lowres": channels, "gray": 1, "mask": channels + 1}[kind]
 
 
 def condition_image(kind: str, x: np.ndarray, lowres_size: int, rng: np.random.Generator) -> np.ndarray:
     """x (B, C, H, W) float32 in [-1, 1] -> (B, condition_channels, H, W) float32.
 
-    lowres: means over blocks, lowres_size of them a side, as large as x again (super-resolution, Saharia et al. 2021).
-    gray: the mean over the channels (colourisation). mask: x with a random rectangle set to 0, a quarter to three quarters a
-    side, and a channel that is 1 where x is hidden, -1 elsewhere (inpainting; both: Saharia et al. 2022, "Palette").
+    lowres: means over lowres_size x lowres_size blocks, repeated to the size of x (super-resolution, Saharia et al. 2021).
+    gray: the mean over the channels (colourisation). mask: x with a random rectangle set to 0, whose sides are a quarter to
+    three quarters of the image's, and a channel that is 1 in the rectangle and -1 elsewhere (inpainting). Both are from
+    Saharia et al. 2022, "Palette".
     """
     b, c, height, width = x.shape
     if kind == "lowres":

@@ -1,24 +1,26 @@
-"""Fashion-MNIST (Xiao et al. 2017, https://github.com/zalandoresearch/fashion-mnist): found on disk, or downloaded.
+"""Fashion-MNIST (Xiao et al. 2017, https://github.com/zalandoresearch/fashion-mnist): read from disk, or downloaded.
 
-Any set in the same four IDX files (MNIST, KMNIST, ...) loads in the same way from a folder of its own.
+Other data sets in the same four IDX files (MNIST, KMNIST, ...) load in the same way from their own folder.
 """
 
 import gzip
 import hashlib
+import io
 import math
 import os
+import shutil
 import subprocess
 import sys
 import zlib
 from http.client import HTTPException
 from pathlib import Path
 from urllib.error import HTTPError, URLError
-from urllib.request import Request, urlopen
+from urllib.request import urlopen
 
 import numpy as np
 from tqdm import tqdm
 
-from ..files import cache_folder
+from ..files import cache_folder, write
 from ..runtime import UserError
 
 FILES = {
@@ -26,7 +28,7 @@ FILES = {
     "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
 }
 CLASSES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
-# Of the official .gz files alone: others repack the same images, Debian for one.
+# Of the official .gz files only: others compress the same images anew, as Debian does
 MD5 = {
     "train-images-idx3-ubyte.gz": "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
     "train-labels-idx1-ubyte.gz": "25c81989df183df01b3e8a0aad5dffbe",
@@ -41,13 +43,13 @@ MINI = Path(__file__).parent / "fashion-mnist-mini"
 def load_fashion_mnist(split: str = "train", directory: str | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Images (N, 28, 28, 1) uint8 in 0..255 and labels (N,) int32 in 0..9; N is 60,000 for "train", 10,000 for "test".
 
-    The files, gzipped or raw, are looked for in ``directory``, in ``$MS_DIFFUSION_DATA`` (and in ``fashion-mnist`` and
-    ``FashionMNIST/raw`` below either), in the user's cache folder and where Debian's package dataset-fashion-mnist puts
-    them. Else all four are downloaded into the first of the former three that can be written; a download that was cut
-    short goes on where it ended. Of several ranks that share a disk let one come first.
+    The files, gzipped or raw, are searched in `directory`, in $MS_DIFFUSION_DATA (in both also in the subfolders
+    fashion-mnist and FashionMNIST/raw), in the user's cache folder, and in the folder of Debian's package
+    dataset-fashion-mnist. If they are in none of them, all four are downloaded to the first of the former three that can be
+    written to. If several ranks share a disk, let one of them load first.
 
     Raises:
-        UserError: ``directory`` or the split does not exist, a file is damaged, or there is none and no network.
+        UserError: `directory` or the split does not exist, a file is corrupt, or the download fails.
     """
     _check_split(split)
     if directory and not Path(directory).is_dir():
@@ -69,25 +71,33 @@ def load_fashion_mnist(split: str = "train", directory: str | None = None) -> tu
             if not (folder / name).exists():
                 _download(name, folder)
     except (URLError, ConnectionError, TimeoutError, HTTPException) as e:
+        if isinstance(e, HTTPError):
+            e.close()
         raise UserError(
-            f"Fashion-MNIST is not in {', '.join(map(str, searched))}, and {URL} cannot be reached ({e}). Either put its "
-            "four files into a folder and pass --data.dir FOLDER; or apt install dataset-fashion-mnist; or use "
-            "--preset quick or --data.name fashion-mnist-mini, which need no download"
+            f"Fashion-MNIST is not in {', '.join(map(str, searched))}, and {URL} cannot be reached ({e}). Put its four "
+            "files into a folder and pass --data.dir FOLDER, or apt install dataset-fashion-mnist, or use --preset quick or "
+            "--data.name fashion-mnist-mini, which need no download"
         ) from e
     return _load(folder, split)
 
 
 def load_fashion_mnist_mini(split: str = "train") -> tuple[np.ndarray, np.ndarray]:
-    """The subset that comes with the library, as ``load_fashion_mnist``: the first 200 ("test": 50) images of each class."""
+    """The subset in the package, in the format of `load_fashion_mnist`: the first 200 ("test": 50) images of each class."""
     _check_split(split)
     return _load(MINI, split)
+
+
+def center_crop(images: np.ndarray) -> np.ndarray:
+    """The central 28 x 28 pixels of images (N, H, W, C): those of this data set without their black border."""
+    top, left = (max(side - 28, 0) // 2 for side in images.shape[1:3])
+    return images[:, top : top + 28, left : left + 28]
 
 
 def read_idx(path: str | Path) -> np.ndarray:
     """The array, uint8 and read-only, in an IDX file (http://yann.lecun.com/exdb/mnist), gzipped or raw.
 
     Raises:
-        UserError: the file is damaged or something else.
+        UserError: the file is corrupt or not an IDX file.
     """
     path = Path(path)
     raw = path.read_bytes()
@@ -95,47 +105,47 @@ def read_idx(path: str | Path) -> np.ndarray:
         try:
             raw = gzip.decompress(raw)  # checks the CRC
         except (OSError, EOFError, zlib.error) as e:
-            raise UserError(f"{path}: damaged gzip file ({e}); delete it and fetch it again") from e
+            raise UserError(f"{path}: corrupt gzip file ({e}); delete it and download it again") from e
 
     # Two zero bytes, the type (8: uint8), the number of dimensions, each of them as big-endian uint32, the data
     if len(raw) < 4 or raw[:3] != b"\0\0\x08" or len(raw) < 4 + 4 * raw[3]:
-        raise UserError(f"{path}: not an IDX file of bytes; delete it and fetch it again")
+        raise UserError(f"{path}: not an IDX file of bytes; delete it and download it again")
     start = 4 + 4 * raw[3]
     shape = np.frombuffer(raw[4:start], ">u4").tolist()
     if len(raw) - start != math.prod(shape):
-        raise UserError(f"{path}: {len(raw) - start} bytes of data where {shape} needs {math.prod(shape)}; fetch it again")
+        raise UserError(f"{path}: {len(raw) - start} bytes for an array of shape {shape}; delete it and download it again")
     return np.frombuffer(raw, np.uint8, offset=start).reshape(shape)
 
 
-def _check_split(split):
+def _check_split(split: str) -> None:
     if split not in FILES:
         raise UserError(f"unknown split {split!r}: choose one of {', '.join(FILES)}")
 
 
-def _debian_folders():
+def _debian_folders() -> list[Path]:
     try:
         listing = subprocess.run(["dpkg", "-L", "dataset-fashion-mnist"], capture_output=True, text=True).stdout
-    except OSError:  # not a Debian
+    except OSError:  # dpkg is not installed
         return []
     return [Path(line).parent for line in listing.splitlines() if Path(line).name.startswith(FILES["train"][0])]
 
 
-def _find(folder, name):
-    """The path of the file, gzipped or raw, or None."""
+def _find(folder: Path, name: str) -> Path | None:
+    """The path of the file, gzipped or raw; None if there is neither."""
     return next((path for path in (folder / f"{name}.gz", folder / name) if path.is_file()), None)
 
 
-def _load(folder, split):
-    images_path, labels_path = (_find(folder, name) for name in FILES[split])
+def _load(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
+    images_path, labels_path = (_find(folder, name) or folder / name for name in FILES[split])
     images, labels = read_idx(images_path), read_idx(labels_path)
     if images.ndim != 3:
-        raise UserError(f"{images_path}: holds {images.ndim} dimensions where images have 3; is it another set's file?")
+        raise UserError(f"{images_path}: its array has {images.ndim} dimensions, not 3; replace it by the file of that name")
     if labels.shape != images.shape[:1]:
-        raise UserError(f"{labels_path}: labels {labels.shape} for {len(images)} images; fetch both files again")
+        raise UserError(f"{labels_path}: labels {labels.shape} for {len(images)} images; download both files again")
     return images[..., None], labels.astype(np.int32)
 
 
-def _first_writable(folders):
+def _first_writable(folders: list[Path]) -> Path:
     for folder in folders:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -143,42 +153,17 @@ def _first_writable(folders):
             continue
         if os.access(folder, os.W_OK | os.X_OK):
             return folder
-    raise UserError(f"cannot write to {', '.join(map(str, folders))}: pass --data.dir with a folder of yours")
+    raise UserError(f"cannot write to {', '.join(map(str, folders))}: pass --data.dir with a folder that you can write to")
 
 
-def _download(name, folder):
-    """Fetch one official file: into ``name.part``, from where an earlier try ended, then under its name once checked."""
-    part = folder / f"{name}.part"
-    have = part.stat().st_size if part.exists() else 0
-    request = Request(URL + name, headers={"Range": f"bytes={have}-"} if have else {})
-    try:
-        with urlopen(request, timeout=TIMEOUT) as response:
-            resumed = response.status == 206  # a server may ignore Range and send the whole file: 200
-            have = have if resumed else 0
-            length = response.headers.get("Content-Length")
-            total = have + int(length) if length else None
-            with (
-                open(part, "ab" if resumed else "wb") as file,
-                tqdm(desc=name, initial=have, total=total, unit="B", unit_scale=True) as bar,
-            ):
-                while block := response.read(1 << 16):
-                    file.write(block)
-                    bar.update(len(block))
-    except HTTPError as e:
-        e.close()
-        if e.code != 416 or not have:  # 416: there is nothing beyond what we have, it was complete
-            raise
-    else:
-        if total and part.stat().st_size < total:
-            raise UserError(f"{URL + name}: the connection ended early; run the same command again to go on from there")
-
-    if hashlib.md5(part.read_bytes(), usedforsecurity=False).hexdigest() != MD5[name]:
-        part.unlink()
-        raise UserError(f"{URL + name}: what arrived has the wrong MD5 and was removed; run the same command again")
-    os.replace(part, folder / name)
-
-
-def center_crop(images: np.ndarray) -> np.ndarray:
-    """Images (N, H, W, C) of this set without the black border of those that are larger than 28 x 28."""
-    top, left = (max(side - 28, 0) // 2 for side in images.shape[1:3])
-    return images[:, top : top + 28, left : left + 28]
+def _download(name: str, folder: Path) -> None:
+    """Download one official file, check it, and write it to the folder."""
+    buffer = io.BytesIO()  # at most 26 MB
+    with (
+        urlopen(URL + name, timeout=TIMEOUT) as response,
+        tqdm.wrapattr(response, "read", total=response.length, desc=name) as source,
+    ):
+        shutil.copyfileobj(source, buffer)
+    if hashlib.md5(buffer.getvalue(), usedforsecurity=False).hexdigest() != MD5[name]:
+        raise UserError(f"{URL + name}: the download is incomplete or corrupt (wrong MD5); run the same command again")
+    write(folder / name, lambda f: f.write(buffer.getvalue()))

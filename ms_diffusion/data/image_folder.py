@@ -1,4 +1,4 @@
-"""A folder of images of any size and kind, made into one array."""
+"""A folder of image files of any size and format, read into one array."""
 
 import sys
 from pathlib import Path
@@ -14,20 +14,21 @@ MODES = {1: "L", 3: "RGB"}
 
 
 def load_image_folder(directory: str | Path, size: int, channels: int) -> tuple[np.ndarray, np.ndarray]:
-    """Images (N, size, size, channels) uint8 in 0..255 and labels (N,) int32, of all image files below ``directory``.
+    """Images (N, size, size, channels) uint8 in 0..255 and labels (N,) int32, from all image files below `directory`.
 
-    The files come in sorted order; names that start with a dot are passed over. A label is the index of the first-level
-    subfolder among the sorted ones that hold images; a file in none has 0. See ``read_image`` for how each is read. All
-    is held in memory: N * size * size * channels bytes. A file that cannot be read is named on stderr and left out.
+    The files are in sorted order; names that start with a dot are ignored. A label is the index of the first-level subfolder
+    among the sorted subfolders that contain images; a file directly in `directory` has label 0. `read_image` says how a file
+    is read. All images are held in memory: N * size * size * channels bytes. A file that cannot be read is skipped and named
+    on stderr.
 
     Raises:
-        UserError: there is no such folder or no readable image in it, or channels is neither 1 nor 3.
+        UserError: the folder does not exist or has no readable image, or `channels` is neither 1 nor 3.
     """
     directory = Path(directory)
     if channels not in MODES:
-        raise UserError(f"images have 1 channel (gray) or 3 (RGB), not {channels}: set --model.channels to one of them")
+        raise UserError(f"images have 1 channel (gray) or 3 (RGB), not {channels}: set --model.channels to 1 or 3")
     if not directory.is_dir():
-        raise UserError(f"--data.dir {directory}: no such folder; pass the one that holds the images")
+        raise UserError(f"--data.dir {directory}: no such folder; pass the folder with the images")
     names = sorted(
         path.relative_to(directory) for path in directory.rglob("*") if path.suffix.lower() in EXTENSIONS and path.is_file()
     )
@@ -39,26 +40,27 @@ def load_image_folder(directory: str | Path, size: int, channels: int) -> tuple[
     for name in tqdm(names, desc="reading images", unit="", disable=len(names) < 1000):
         try:
             images[len(labels)] = read_image(directory / name, size, channels)
-        except Exception as e:  # PIL's decoders raise anything on a damaged file
+        except Exception as e:  # on a corrupt file PIL's decoders raise many kinds of exceptions
             tqdm.write(f"skipped {directory / name}: {e}", file=sys.stderr)
         else:
             labels.append(subfolders.index(name.parts[0]) if len(name.parts) > 1 else 0)
     if not labels:
         kinds = " ".join(sorted(kind[1:] for kind in EXTENSIONS))
-        raise UserError(f"--data.dir {directory}: no readable image in it; it should hold files of the kinds {kinds}")
+        raise UserError(f"--data.dir {directory}: no readable image in it; put files of these kinds there: {kinds}")
     return images[: len(labels)], np.array(labels, np.int32)
 
 
 def read_image(path: str | Path, size: int, channels: int) -> np.ndarray:
-    """One image (size, size, channels) uint8, gray or RGB: of an animation the first frame, upright as EXIF has it.
+    """One image file as (size, size, channels) uint8, gray or RGB.
 
-    What is transparent shows white; 16-bit gray keeps its upper byte. The shorter side is resized to ``size`` (Lanczos)
-    and the middle of the longer one kept.
+    The first frame of an animation is read. The EXIF orientation is applied, transparent pixels become white, and 16-bit
+    gray keeps its upper byte. The shorter side is resized to `size` (Lanczos), and the longer one is cropped about its
+    center.
     """
     with Image.open(path) as image:
         image = ImageOps.exif_transpose(image)
     if image.mode == "F":
-        raise ValueError("its pixels are floats, of no known range")
+        raise ValueError("its pixels are floats of unknown range")
     if image.mode.startswith("I"):  # convert() would clip 16 bits at 255
         image = Image.fromarray((np.asarray(image).astype(np.int32) >> 8).clip(0, 255).astype(np.uint8))
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:

@@ -1,19 +1,23 @@
-"""Own CPU kernels for what MindSpore's run slowly: convolution, linear layers, norms, linear attention; float32.
+"""The library's own CPU kernels for what MindSpore's run slowly: convolution, linear layers, norms, linear attention, Adam.
 
-`kernels.cc` is compiled on first use with the machine's C++ compiler ($CXX, c++, g++ or clang++) and kept in
-~/.cache/ms_diffusion/kernels, one library for each source, CPU and MindSpore version. Without a compiler, or with
-MS_DIFFUSION_KERNELS=off, `available()` is False and the layers use MindSpore's operators. `models/layers.py`,
-`models/attention.py` and `training.py` choose; nothing else knows of this package.
+All are float32. `kernels.cc` and its headers are compiled on first use with the machine's C++ compiler ($CXX, c++, g++ or
+clang++). The library is kept in the `kernels` folder of `files.cache_folder()`, one file for each source, CPU and MindSpore
+version. Without a compiler, or with MS_DIFFUSION_KERNELS=off, `available()` is False and the layers use MindSpore's
+operators. Only `models/layers.py`, `models/attention.py` and `training/step.py` use this package.
 """
 
+import contextlib
+import ctypes
 import functools
 import hashlib
+import math
 import os
 import platform
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -22,90 +26,123 @@ import mindspore as ms
 from mindspore import Tensor, nn, ops
 from mindspore.ops.signature import make_sig, sig_rw
 
-SOURCE = Path(__file__).with_name("kernels.cc")
-FLAGS = [
-    "-O3",
-    "-march=native",
-    "-std=c++17",
-    "-fopenmp-simd",
-    "-ffp-contract=fast",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-]
-FLAGS += ["-shared", "-fPIC", "-pthread"]
+from ..files import cache_folder
+from ..runtime import allow_numpy_2
+
+allow_numpy_2()
+
+# MindSpore's C++ sets OMP_NUM_THREADS=1 for child processes, where it would look like the user's choice. This mark tells them.
+MARK = "MS_DIFFUSION_OMP_NUM_THREADS_NOT_SET"
+OMP_FROM_MINDSPORE = MARK in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
+if "OMP_NUM_THREADS" not in os.environ:
+    os.environ[MARK] = "1"
+
+SOURCES = [Path(__file__).with_name("kernels.cc"), *sorted(Path(__file__).parent.glob("*.h"))]
+FLAGS = "-O3 -march=native -std=c++17 -fopenmp-simd -ffp-contract=fast -fno-math-errno -fno-trapping-math".split()
+FLAGS += "-fvisibility=hidden -shared -fPIC -pthread".split()
 
 
 def _cpu() -> str:
-    """What the compiler's -march=native depends on."""
-    try:
+    """Text that changes with the CPU features that -march=native uses."""
+    lines = []
+    with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    return platform.machine() + "".join(
-        sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))})
-    )
+    return platform.machine() + "".join(sorted({a for a in lines if a.startswith(("flags", "Features", "model name"))}))
+
+
+def cpu_quota(groups: str, mount: Path) -> float:
+    """CPUs that cgroups (v1 or v2) allow the process; infinity without a quota.
+
+    `groups` is the text of /proc/self/cgroup. The smallest quota of the process's groups and of those above them applies.
+    """
+    quota = math.inf
+    for _, controllers, path in (line.split(":", 2) for line in groups.splitlines()):
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        folder = mount / ("cpu" if controllers else "") / path.strip("/")
+        names = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if controllers else ("cpu.max",)
+        for group in (folder, *folder.parents):
+            with contextlib.suppress(OSError, ValueError):  # no such file; "max"
+                limit, period = map(int, " ".join((group / name).read_text() for name in names).split())
+                quota = min(quota, limit / period) if limit > 0 else quota
+    return quota
+
+
+def thread_count() -> int:
+    """Threads of the kernels: the smallest of the CPUs in the affinity mask, the cgroup CPU quota rounded up, and
+    OMP_NUM_THREADS (its first number) where the user has set it."""
+    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    groups = Path("/proc/self/cgroup")
+    quota = cpu_quota(groups.read_text() if groups.exists() else "", Path("/sys/fs/cgroup"))
+    wanted = "" if OMP_FROM_MINDSPORE else os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    return math.ceil(min(affinity, quota, int(wanted) if wanted.isdigit() and int(wanted) else math.inf))
 
 
 def _works(library: Path) -> bool:
-    """Whether the library loads here and its SiLU of (1,) is right: another process tries, for a spoilt file can kill it."""
-    code = (
-        "import ctypes, sys; import numpy as np; x = np.ones(1, np.float32); y = x * 0\n"
-        "data = (ctypes.c_void_p * 2)(x.ctypes.data, y.ctypes.data); one = (ctypes.c_int64 * 1)(1)\n"
-        "shapes = (ctypes.POINTER(ctypes.c_int64) * 2)(one, one); ndims = (ctypes.c_int * 2)(1, 1)\n"
-        "types = (ctypes.c_char_p * 2)(b'float32', b'float32')\n"
-        "rc = ctypes.CDLL(sys.argv[1]).silu(2, data, ndims, shapes, types, None, None)\n"
-        "sys.exit(rc or int(abs(y[0] - 0.7310586) > 1e-6))"
-    )
+    """Whether the library loads here and its SiLU of 1 is right. Another process tries it: a corrupt file can kill one."""
+    code = "import ctypes, sys; sys.exit(ctypes.CDLL(sys.argv[1]).self_test())"
     return subprocess.run([sys.executable, "-c", code, library], capture_output=True).returncode == 0
+
+
+def _build() -> Path:
+    """The compiled library.
+
+    Raises:
+        OSError: there is no compiler, it fails, the library does not run, or the cache cannot be written to.
+    """
+    compiler = next(filter(None, map(shutil.which, filter(None, [os.environ.get("CXX"), "c++", "g++", "clang++"]))), None)
+    text = "".join([*(source.read_text() for source in SOURCES), *FLAGS, _cpu(), ms.__version__])
+    path = cache_folder() / "kernels" / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.so"
+    if path.exists() and _works(path):
+        return path
+    if not compiler:
+        raise OSError("no C++ compiler was found (g++ or clang++)")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        new = Path(folder) / path.name
+        build = subprocess.run([compiler, *FLAGS, SOURCES[0], "-o", new], capture_output=True, text=True)
+        if build.returncode:
+            raise OSError(f"{compiler} failed: {(build.stderr.strip() or 'no message').splitlines()[0]}")
+        if not _works(new):
+            raise OSError(f"the library that {compiler} made does not run here")
+        os.replace(new, path)
+    return path
 
 
 @functools.cache
 def library() -> str | None:
-    """The path of the compiled library, or None, with one line on stderr, where it cannot be had."""
+    """The path of the compiled library, or None, with one line on stderr, where it cannot be built."""
     if os.environ.get("MS_DIFFUSION_KERNELS") == "off":
         return None
-    compiler = next(filter(None, map(shutil.which, filter(None, [os.environ.get("CXX"), "c++", "g++", "clang++"]))), None)
-    key = hashlib.sha256("".join([SOURCE.read_text(), *FLAGS, _cpu(), ms.__version__]).encode()).hexdigest()[:16]
-    path = Path.home() / ".cache" / "ms_diffusion" / "kernels" / f"{key}.so"
-    problem = "no C++ compiler was found (g++ or clang++)"
     try:
-        if path.exists() and _works(path):
-            return str(path)
-        if compiler:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-                new = Path(folder) / path.name
-                build = subprocess.run([compiler, *FLAGS, SOURCE, "-o", new], capture_output=True, text=True)
-                problem = f"{compiler} failed: {(build.stderr.strip() or 'no message').splitlines()[0]}"
-                if build.returncode == 0:
-                    problem = f"the library that {compiler} made does not run here"
-                    if _works(new):
-                        os.replace(new, path)
-                        return str(path)
+        path = str(_build())
+        ctypes.CDLL(path).set_threads(thread_count())
+        return path
     except OSError as e:
-        problem = str(e)
-    print(f"note: training on the CPU will be several times slower: {problem}", file=sys.stderr)
-    return None
+        print(f"note: training on the CPU will be several times slower: {e}", file=sys.stderr)
+        return None
 
 
 def available() -> bool:
-    """Whether the layers shall use these kernels: MindSpore runs on the CPU and the library is there."""
+    """Whether the layers use these kernels: MindSpore runs on the CPU and the library could be built."""
     return ms.get_context("device_target") == "CPU" and library() is not None
 
 
 def adam_available() -> bool:
-    """Whether training shall use `adam`: MindSpore 2.7 hands it copies of parameters that other operators of ours read, and
-    nothing would be trained; 2.10 hands it the parameters. Those between were not tried."""
+    """Whether training uses `adam`. MindSpore 2.7 passes it copies of the parameters that other operators of this package
+    read, so nothing would be trained; 2.10 passes the parameters themselves. The versions between were not tried."""
     return available() and tuple(map(int, ms.__version__.split(".")[:2])) >= (2, 10)
 
 
 class Operator(ops.Custom):
-    """An operator of the library; `out_shape` and `out_dtype` (the former's by default) take the inputs'.
+    """An operator of the library. `out_shape` maps the shapes of the inputs to those of the outputs, `out_dtype` the types
+    (by default, `out_shape` does both). They also check the inputs, since the library does not.
 
-    The library trusts what it is given, so shapes and types are checked here.
+    Raises:
+        TypeError: the first input is not float32.
     """
 
-    def __init__(self, name: str, out_shape, out_dtype=None):
+    def __init__(self, name: str, out_shape: Callable, out_dtype: Callable | None = None):
         def checked(*types):
             if "float32" not in repr(types[0]).lower():
                 raise TypeError(f"the CPU kernel {name} takes float32, not {types[0]}")
@@ -117,15 +154,15 @@ class Operator(ops.Custom):
         return self
 
 
-def output_shape(x, weight, stride: int, padding: int, groups: int = 1, transposed: bool = False):
-    """Of a convolution of x (B, C, H, W), all as lists.
+def output_shape(x: list, weight: list, stride: int, padding: int, groups: int = 1, transposed: bool = False) -> list:
+    """The output shape of a convolution of x (B, C, H, W); x and weight are shapes.
 
     Raises:
-        ValueError: the channels do not fit or the kernel is larger than the padded input.
+        ValueError: the channels differ or the kernel is larger than the padded input.
     """
     out, channels = (weight[1], weight[0]) if transposed else (weight[0], weight[1] * groups)
     if len(x) != 4 or x[1] != channels:
-        raise ValueError(f"a convolution of {channels} channels cannot take an input of shape {tuple(x)}: (B, C, H, W)")
+        raise ValueError(f"a convolution of {channels} channels takes an input (B, C, H, W), not one of shape {tuple(x)}")
     if transposed:
         size = [(n - 1) * stride - 2 * padding + weight[2] for n in x[2:]]
     else:
@@ -135,19 +172,19 @@ def output_shape(x, weight, stride: int, padding: int, groups: int = 1, transpos
     return [x[0], out, *size]
 
 
-def norm_shape(x, weight, *_):
-    """Of a GroupNorm of x (B, C, H, W).
+def norm_shape(x: list, weight: list, *_) -> list:
+    """The output shape of a GroupNorm of x (B, C, H, W); x and weight are shapes.
 
     Raises:
-        ValueError: the channels do not fit.
+        ValueError: the channels differ.
     """
     if len(x) != 4 or list(weight) not in ([x[1]], list(x[:2])):
-        raise ValueError(f"a GroupNorm of {weight[-1]} channels cannot take an input of shape {tuple(x)}: (B, C, H, W)")
+        raise ValueError(f"a GroupNorm of {weight[-1]} channels takes an input (B, C, H, W), not one of shape {tuple(x)}")
     return x
 
 
 class Convolution(nn.Cell):
-    """(x, weight, bias) -> convolution, or its transpose."""
+    """(x, weight, bias) -> convolution, or transposed convolution."""
 
     def __init__(self, stride: int, padding: int, groups: int, transposed: bool = False):
         super().__init__()
@@ -158,9 +195,9 @@ class Convolution(nn.Cell):
             return output_shape(x, w, stride, padding, groups, transposed)
 
         self.forward = Operator(name, shape, lambda x, w, b, s: x)
-        # PyNative would take the shape that it found for an equal operator on equal inputs (MindSpore 2.10)
+        # Without an attribute, PyNative reuses the output shape of another stride or padding (MindSpore 2.10).
         self.forward.add_prim_attr("settings", f"{stride} {padding} {groups}")
-        out = 1 if transposed else 0  # the axis of the weight that holds the outputs
+        out = 1 if transposed else 0  # the weight's axis of output channels
         self.gradient = Operator(f"{name}_gradient", lambda dy, x, w, s: (x, w, [w[out]]), lambda dy, x, w, s: (x, w, w))
 
     def construct(self, x, weight, bias):
@@ -171,8 +208,11 @@ class Convolution(nn.Cell):
 
 
 class NormConvolution(nn.Cell):
-    """(x, norm's weight, bias and settings, weight, bias) -> convolution of the normalised x, which is not kept for the
-    gradient but computed again: it takes little time and a quarter of the memory of training."""
+    """(x, norm's weight, bias and settings, weight, bias) -> convolution of the normalised x.
+
+    The gradient computes the normalised x again instead of keeping it: that takes little time and saves a quarter of the
+    memory of training.
+    """
 
     def __init__(self, stride: int, padding: int, groups: int):
         super().__init__()
@@ -198,7 +238,7 @@ class NormConvolution(nn.Cell):
 
 
 def freeze(net: nn.Cell) -> None:
-    """Spare the gradients of the weights of `net`'s convolutions, before it is compiled: they become 0."""
+    """Make the gradients of the weights of `net`'s convolutions 0, which saves time. Call it before `net` is compiled."""
     for _, cell in net.cells_and_names():
         if isinstance(cell, Convolution):
             cell.settings = Tensor([*cell.settings.asnumpy()[:3], True], ms.int32)
@@ -207,7 +247,7 @@ def freeze(net: nn.Cell) -> None:
 class Conv2d(nn.Conv2d):
     """``nn.Conv2d`` with square kernels, the same padding on all sides and pad_mode "pad"."""
 
-    def __init__(self, c_in, c_out, kernel, stride, padding, group, has_bias):
+    def __init__(self, c_in: int, c_out: int, kernel: int, stride: int, padding: int, group: int, has_bias: bool):
         super().__init__(c_in, c_out, kernel, stride, pad_mode="pad", padding=padding, group=group, has_bias=has_bias)
         self.convolution, self.in_float32 = Convolution(stride, padding, group), True
         self.norm_convolution = NormConvolution(stride, padding, group)
@@ -225,7 +265,9 @@ class Conv2d(nn.Conv2d):
 
 
 class Conv2dTranspose(nn.Conv2dTranspose):
-    def __init__(self, c_in, c_out, kernel, stride, padding):
+    """``nn.Conv2dTranspose`` with square kernels, the same padding on all sides, pad_mode "pad" and a bias."""
+
+    def __init__(self, c_in: int, c_out: int, kernel: int, stride: int, padding: int):
         super().__init__(c_in, c_out, kernel, stride, pad_mode="pad", padding=padding, has_bias=True)
         self.convolution, self.in_float32 = Convolution(stride, padding, 1, transposed=True), True
 
@@ -234,7 +276,7 @@ class Conv2dTranspose(nn.Conv2dTranspose):
 
 
 class GroupNorm(nn.Cell):
-    """(x, weight, bias) -> ``ops.group_norm``, of GELU(x) or with SiLU after it if `activation` says so."""
+    """(x, weight, bias) -> ``ops.group_norm``; `activation`: "gelu-before" (of x) or "silu-after" (of the result)."""
 
     def __init__(self, groups: int, eps: float, activation: str | None = None):
         super().__init__()
@@ -251,7 +293,7 @@ class GroupNorm(nn.Cell):
 
 
 class Activation(nn.Cell):
-    """x -> "gelu" (by the error function) or "silu" of it."""
+    """x -> "gelu" (with the error function) or "silu" of x."""
 
     def __init__(self, name: str):
         super().__init__()
@@ -266,34 +308,34 @@ class Activation(nn.Cell):
 
 
 class Linear(nn.Cell):
-    """(x (n, c), weight (o, c), bias (o), more (n, o) or None) -> f(x) weight^T + bias + more, f the `activation` before."""
+    """(x (n, c), weight (o, c), bias (o), residual (n, o) or None) -> f(x) weight^T + bias + residual; `activation` is f."""
 
     def __init__(self, activation: str | None = None):
         super().__init__()
         self.settings = Tensor([(None, "relu", "silu").index(activation)], ms.int32)
 
-        def shape(x, w, bias, *more_and_settings):
+        def shape(x, w, bias, *rest):
             if len(x) != 2 or x[1] != w[1]:
-                raise ValueError(f"a linear layer of {w[1]} inputs cannot take an input of shape {tuple(x)}: (B, {w[1]})")
+                raise ValueError(f"a linear layer of {w[1]} inputs takes an input (B, {w[1]}), not one of shape {tuple(x)}")
             y = [x[0], w[0]]
-            if bias != w[:1] or any(more != y for more in more_and_settings[:-1]):
-                raise ValueError(f"a linear layer's bias must be of shape ({w[0]},), and what it adds of shape {tuple(y)}")
+            if bias != w[:1] or any(residual != y for residual in rest[:-1]):
+                raise ValueError(f"a linear layer's bias must have the shape ({w[0]},) and its residual {tuple(y)}")
             return y
 
         self.forward = Operator("linear", shape, lambda x, *_: x)
         self.gradient = Operator("linear_gradient", lambda dy, x, w, s: (x, w, w[:1]), lambda dy, x, w, s: (x, w, w))
 
-    def construct(self, x, weight, bias, more):
-        if more is None:
+    def construct(self, x, weight, bias, residual):
+        if residual is None:
             return self.forward(x, weight, bias, self.settings)
-        return self.forward(x, weight, bias, more, self.settings)
+        return self.forward(x, weight, bias, residual, self.settings)
 
-    def bprop(self, x, weight, bias, more, out, dout):
+    def bprop(self, x, weight, bias, residual, out, dout):
         return (*self.gradient(dout, x, weight, self.settings), dout)
 
 
 class LinearAttention(nn.Cell):
-    """qkv (B, 3 h d, H, W) -> (B, h d, H, W)."""
+    """qkv (B, 3 heads d, H, W) -> (B, heads d, H, W)."""
 
     def __init__(self, heads: int):
         super().__init__()
@@ -301,7 +343,9 @@ class LinearAttention(nn.Cell):
 
         def shape(x, settings):
             if len(x) != 4 or x[1] % (3 * heads):
-                raise ValueError(f"{heads} heads cannot share an input of shape {tuple(x)}: (B, 3 heads d, H, W)")
+                raise ValueError(
+                    f"attention of {heads} heads takes an input (B, 3 heads d, H, W), not one of shape {tuple(x)}"
+                )
             return [x[0], x[1] // 3, x[2], x[3]]
 
         self.forward = Operator("linear_attention", shape, lambda x, s: x)
@@ -314,11 +358,12 @@ class LinearAttention(nn.Cell):
         return (self.gradient(dout, qkv, self.settings),)
 
 
-def adam(optimizer: nn.Adam, clip_norm: float, ema=None):
-    """update(gradients) -> their norm (): clip it at `clip_norm`, then `nn.Adam`'s step, then the `EMA`'s.
+def adam(optimizer: nn.Adam, clip_norm: float, ema=None) -> Callable:
+    """A function update(gradients) -> their norm (): it clips the norm at `clip_norm`, then takes `nn.Adam`'s step, then
+    moves the averages of `ema`.
 
-    One operator for what takes MindSpore ten for each parameter. It changes its inputs in place and says so: beside another
-    operator that does, such as a batch norm in training, it would otherwise be given copies.
+    MindSpore needs ten operators for each parameter, this function one for all. The operator declares that it changes inputs
+    in place: otherwise MindSpore passes it copies beside another such operator, for example a batch norm in training.
     """
     averages = ema.averages if ema is not None else ()
     constants = [len(optimizer.parameters), optimizer.beta1, optimizer.beta2, optimizer.eps, clip_norm]

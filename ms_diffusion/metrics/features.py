@@ -1,32 +1,33 @@
-"""Images as numbers that a Frechet distance can compare: the features of a small classifier, or of InceptionV3."""
+"""Features of images, the points that a Frechet distance compares: from a small classifier, or from InceptionV3."""
 
-import contextlib
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
-from tqdm import tqdm
 
 from mindspore import Tensor
 
-from ..files import write
+from ..files import cache_folder, in_batches, load_or_compute
 from ..images import to_float
 from ..models.classifier import BUNDLED, Classifier, load_classifier
 from ..models.inception import InceptionV3, load_inception
-from ..files import cache_folder
 from ..runtime import UserError, compiled
 
 BATCH = 250  # images at once
 
 
 class Features:
-    """`features(images)`: what the classifier that comes with the package sees in 28 x 28 gray images, {"features": (N,
-    128), "logits": (N, 10)}; or InceptionV3, given the file of its weights, in any, {"features": (N, 2048)}. float32.
+    """features(images (N, H, W, C) uint8) -> {"features": (N, 128), "logits": (N, 10)} float32 of the bundled classifier,
+    for gray images of 28 x 28; or {"features": (N, 2048)} of InceptionV3, for images of any size.
 
-    With `bar` a progress bar is shown.
+    Args:
+        inception: the file with InceptionV3's weights; None is the classifier.
+        bar: whether to show a progress bar.
 
     Raises:
-        UserError: the weights cannot be read; when called, the images are not such.
+        UserError: the weights cannot be read; in a call, the network does not take images of this shape.
     """
 
     def __init__(self, inception: str | None = None, bar: bool = False):
@@ -34,38 +35,39 @@ class Features:
         self.net = load_inception(inception) if inception else load_classifier()
         self.num = InceptionV3.features if inception else Classifier.num_features
         self.weights = Path(inception or BUNDLED).read_bytes()
-        names = ("features",) if inception else ("features", "logits")
         self.bar = bar
-        self.names, self.graph = names, compiled(self.net if inception else self.net.features_and_logits)
+        self.names = ("features",) if inception else ("features", "logits")
+        self.graph: Callable = compiled(self.net if inception else self.net.features_and_logits)
 
-    def check(self, shape) -> None:
-        """Refuse images of another shape (H, W, C) than the network takes."""
+    def check(self, shape: tuple[int, ...]) -> None:
+        """Raise a UserError if the network does not take images of this shape (H, W, C)."""
         if "logits" in self.names and tuple(shape) != (28, 28, 1):
             raise UserError(
                 "the classifier takes gray images of 28 x 28, not {} x {} x {}: give --inception WEIGHTS".format(*shape)
             )
 
     def __call__(self, images: np.ndarray) -> dict[str, np.ndarray]:
-        """Of images (N, H, W, C) uint8."""
         self.check(images.shape[1:])
-        size, found = min(BATCH, len(images)), []
-        for first in tqdm(range(0, len(images), size), unit="batch", desc=self.name, disable=not self.bar):
-            rows = np.minimum(np.arange(first, first + size), len(images) - 1)  # the last batch is filled up
-            out = self.graph(Tensor(to_float(images[rows])))
-            found.append([values.asnumpy() for values in (out if isinstance(out, tuple) else (out,))])
-        columns = zip(*found, strict=True)
-        return {name: np.concatenate(column)[: len(images)] for name, column in zip(self.names, columns, strict=True)}
+        outputs = in_batches(self._forward, images, BATCH, self.name if self.bar else None)
+        return dict(zip(self.names, outputs, strict=True))
+
+    def _forward(self, images: np.ndarray) -> list[np.ndarray]:
+        outputs = self.graph(Tensor(to_float(images)))
+        return [output.asnumpy() for output in (outputs if isinstance(outputs, tuple) else (outputs,))]
 
     def cached(self, images: np.ndarray, folder: str | None = None) -> dict[str, np.ndarray]:
-        """The same, kept in a file beside the data, in `folder`, or else in the user's cache. Its name is a hash of the
-        images and of the weights, so what was made of others is never taken for them."""
-        made = hashlib.sha256(self.weights + str(images.shape).encode() + images.tobytes()).hexdigest()
-        path = cache_folder(folder) / f"features-{made[:16]}.npz"
-        try:
-            with open(path, "rb") as file, np.load(file) as kept:
-                return {name: kept[name] for name in self.names}
-        except Exception:  # none yet, or a spoilt one, which raises a dozen kinds
-            found = self(images)
-        with contextlib.suppress(OSError):  # a full or read-only disk costs time alone
-            write(path, lambda f: np.savez(f, **found))
-        return found
+        """The same, from a cache file in `folder` or in the user's cache (`cache_folder`), which the first call writes.
+
+        The name of the file is a hash of the images and of the weights.
+        """
+        key = hashlib.sha256(self.weights + str(images.shape).encode() + images.tobytes()).hexdigest()
+        return load_or_compute(
+            cache_folder(folder) / f"features-{key[:16]}.npz",
+            load=self._read,
+            compute=lambda: self(images),
+            save=lambda file, outputs: np.savez(file, **outputs),
+        )
+
+    def _read(self, file: BinaryIO) -> dict[str, np.ndarray]:
+        with np.load(file) as arrays:
+            return {name: arrays[name] for name in self.names}

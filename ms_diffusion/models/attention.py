@@ -1,13 +1,13 @@
 """Softmax attention and linear attention over the H x W positions of a feature map."""
 
 import mindspore as ms
-from mindspore import nn, ops
+from mindspore import Tensor, nn, ops
 
 from .. import kernels
 from .layers import GroupNorm, conv2d
 
 
-def split_heads(qkv, heads: int):
+def split_heads(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """(B, 3 h d, H, W) -> q, k, v, each (B, h, d, H W), in float32."""
     b, c, height, width = qkv.shape
     parts = ops.split(ops.cast(qkv, ms.float32), c // 3, 1)
@@ -18,18 +18,18 @@ def split_heads(qkv, heads: int):
 matmul, matmul_t = ops.BatchMatMul(), ops.BatchMatMul(transpose_b=True)
 
 
-def softmax(scores, lean: bool = False):
-    """Over the last axis; `lean` is the form for layers that are recomputed.
+def softmax(scores: Tensor, lean: bool = False) -> Tensor:
+    """Softmax over the last axis; `lean` is the form for layers that are recomputed.
 
     The gradient of ``ops.softmax`` subtracts a column from a matrix, and MindSpore's CPU kernel for operands of different
-    shapes holds 16 bytes for each entry of the result as long as the graph lives (2.7 and 2.10). The lean form needs no such
-    kernel but keeps two matrices for the gradient, where ``ops.softmax`` keeps one: recomputation spares both.
+    shapes holds 16 bytes per entry of the result as long as the graph lives (2.7 and 2.10). The lean form avoids that kernel
+    but keeps two matrices for the gradient, where ``ops.softmax`` keeps one. Recomputation keeps neither.
     """
     return ops.exp(ops.log_softmax(scores, -1)) if lean else ops.softmax(scores, -1)
 
 
-def attend(q, k, v, scale: float, lean: bool = False):
-    """v weighted by softmax(scale q^T k) over the N (Vaswani et al. 2017, eq. 1): each (B, h, d, N) -> (B, h, d, N)."""
+def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, lean: bool = False) -> Tensor:
+    """v weighted by softmax(scale q^T k) over N positions (Vaswani et al. 2017, eq. 1): each (B, h, d, N) -> the same."""
     scores = matmul(q.transpose(0, 1, 3, 2) * scale, k)  # (B, h, N, N)
     return matmul_t(v, softmax(scores, lean))
 
@@ -43,7 +43,7 @@ class Attention(nn.Cell):
         self.to_qkv = conv2d(dim, 3 * heads * dim_head, 1, bias=False)
         self.to_out = conv2d(heads * dim_head, dim, 1)
 
-    def construct(self, x):
+    def construct(self, x: Tensor) -> Tensor:
         b, _, height, width = x.shape
         q, k, v = split_heads(self.to_qkv(x), self.heads)  # (B, h, d, N), N = H W
         out = attend(q, k, v, self.scale)  #                 (B, h, d, N)
@@ -60,7 +60,7 @@ class LinearAttention(nn.Cell):
         self.to_out = nn.SequentialCell(conv2d(heads * dim_head, dim, 1), GroupNorm(1, dim))
         self.kernel = kernels.LinearAttention(heads) if kernels.available() else None
 
-    def construct(self, x):
+    def construct(self, x: Tensor) -> Tensor:
         b, _, height, width = x.shape
         if self.kernel is not None:
             return self.to_out(self.kernel(ops.cast(self.to_qkv(x), ms.float32)))

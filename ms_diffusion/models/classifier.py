@@ -1,8 +1,8 @@
-"""A small classifier of 28 x 28 gray images, whose features say how near two sets of images are: no download needed."""
+"""A small classifier of 28 x 28 gray images; its features measure the distance between two sets of images offline."""
 
 from pathlib import Path
 
-from mindspore import nn, ops
+from mindspore import Tensor, nn, ops
 
 from ..convert import load_into, load_torch_state_dict
 from .layers import GroupNorm, Linear, conv2d, name_and_initialise
@@ -18,15 +18,15 @@ class ConvNorm(nn.Cell):
         self.conv = conv2d(c_in, c_out, kernel, stride, padding=1, bias=False)
         self.norm = GroupNorm(8, c_out, activation="silu-after")
 
-    def construct(self, x):
+    def construct(self, x: Tensor) -> Tensor:
         return self.norm(self.conv(x))
 
 
 class Classifier(nn.Cell):
     """Images (B, 1, 28, 28) in [-1, 1] -> logits (B, classes).
 
-    Three stages, (B, 32, 28, 28), (B, 64, 14, 14) and (B, 128, 7, 7), the later two with a shortcut over two convolutions.
-    The mean of the last over H and W is the features (B, 128), and a linear layer of these the logits.
+    Three stages, (B, 32, 28, 28), (B, 64, 14, 14) and (B, 128, 7, 7); the second and the third have a shortcut over two
+    convolutions. The features (B, 128) are the mean of the third stage over H and W; a linear layer maps them to the logits.
     """
 
     num_features = 128
@@ -39,7 +39,7 @@ class Classifier(nn.Cell):
         self.head = Linear(128, classes)
         name_and_initialise(self, seed)
 
-    def stages(self, x):
+    def stages(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The activations of all three stages."""
         x1 = self.conv1(x)
         x2 = self.down2(x1)
@@ -47,16 +47,16 @@ class Classifier(nn.Cell):
         x3 = self.down3(x2)
         return x1, x2, x3 + self.conv3(x3)
 
-    def features_and_logits(self, x):
+    def features_and_logits(self, x: Tensor) -> tuple[Tensor, Tensor]:
         features = ops.mean(self.stages(x)[2], (2, 3))
         return features, self.head(features)
 
-    def construct(self, x):
+    def construct(self, x: Tensor) -> Tensor:
         return self.features_and_logits(x)[1]
 
 
 def load_classifier(path: Path = BUNDLED) -> Classifier:
-    """The classifier that comes with the package, or another of `train_classifier`; UserError if `path` holds none."""
+    """The bundled classifier, or one of `train_classifier`, in evaluation mode; UserError if the file cannot be loaded."""
     net = Classifier()
     load_into(net, load_torch_state_dict(path))
     return net.set_train(False)

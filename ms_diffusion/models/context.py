@@ -1,44 +1,43 @@
-"""What a UNetModel is told, class or text, and the network that is told so (Rombach et al. 2022, section 3.3)."""
+"""Encoders of a class or a text, and a UNetModel that is conditioned on them (Rombach et al. 2022, section 3.3)."""
 
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 
 from mindspore import Tensor, nn, ops
 
+from ..fields import AT_LEAST_1, NON_NEGATIVE, check_fields
 from .layers import Embedding, name_and_initialise
 from .unet_ldm import CrossAttention, FeedForward, LayerNorm, UNetModel, UNetModelConfig
 
-CONDITIONS = ("none", "class", "adm", "text")
-
 
 class ClassEmbedder(nn.Cell):
-    """Labels (B,) int32 -> a context of one entry (B, 1, dim)."""
+    """Labels (B,) int32 in [0, num) -> a context with one entry (B, 1, dim)."""
 
     def __init__(self, num: int, dim: int):
         super().__init__()
         self.embedding = Embedding(num, dim)
 
-    def construct(self, labels):
+    def construct(self, labels: Tensor) -> Tensor:
         return self.embedding(labels).expand_dims(1)
 
 
 class TextBlock(nn.Cell):
-    """Self-attention and feed-forward, each normalised before and with a shortcut: (B, L, dim) -> the same."""
+    """Self-attention and feed-forward, each with a norm before it and a shortcut: (B, L, dim) -> the same."""
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
         self.norm1, self.attn = LayerNorm(dim), CrossAttention(dim, dim, heads, dim // heads)
         self.norm2, self.ff = LayerNorm(dim), FeedForward(dim)
 
-    def construct(self, x):
+    def construct(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.norm1(x))
         return x + self.ff(self.norm2(x))
 
 
 class TextEncoder(nn.Cell):
-    """A small transformer over words, trained with the network: tokens (B, L) int32 in [0, words] -> context (B, L, dim)."""
+    """A small transformer, trained with the network: tokens (B, max_length) in [0, vocab_size] -> (B, max_length, dim)."""
 
     def __init__(self, vocab_size: int, max_length: int, dim: int, depth: int = 2, heads: int = 4):
         super().__init__()
@@ -47,7 +46,7 @@ class TextEncoder(nn.Cell):
         self.blocks = nn.CellList([TextBlock(dim, heads) for _ in range(depth)])
         self.norm = LayerNorm(dim)
 
-    def construct(self, tokens):
+    def construct(self, tokens: Tensor) -> Tensor:
         x = self.token_emb(tokens) + self.pos_emb(self.positions)
         for block in self.blocks:
             x = block(x)
@@ -56,86 +55,92 @@ class TextEncoder(nn.Cell):
 
 @dataclass(frozen=True)
 class LatentUnetConfig(UNetModelConfig):
-    """What a LatentUnet is built from."""
+    """Configuration of a LatentUnet."""
 
-    in_channels: int = 2
+    in_channels: Annotated[int, AT_LEAST_1] = 2
     """Channels of a latent."""
-    model_channels: int = 48
-    """Base width; the embedding has four times as many numbers."""
-    out_channels: int = 2
-    """Channels of the output, those of a latent."""
-    num_res_blocks: int = 1
-    """ResBlocks of each level on the way down; on the way up there is one more."""
-    attention_resolutions: tuple[int, ...] = (2,)
-    """Where attention follows each ResBlock, by how far H and W are reduced there: (1, 2) is at full size and a half."""
-    channel_mult: tuple[int, ...] = (1, 2)
+    model_channels: Annotated[int, AT_LEAST_1] = 48
+    """Base width, an even number; the embedding is four times as wide."""
+    out_channels: Annotated[int, AT_LEAST_1] = 2
+    """Channels of the output; equal to those of a latent."""
+    num_res_blocks: Annotated[int, AT_LEAST_1] = 1
+    """ResBlocks per level on the way down; on the way up there is one more."""
+    attention_resolutions: tuple[Annotated[int, AT_LEAST_1], ...] = (2,)
+    """Reductions of H and W at which attention follows each ResBlock: (1, 2) is at full and at half size."""
+    channel_mult: tuple[Annotated[int, AT_LEAST_1], ...] = (1, 2)
     """Width of each level as a multiple of model_channels; H and W halve between levels."""
-    num_head_channels: int | None = 24
-    """Channels of an attention head, which then number as many as fill the width."""
-    latent_size: int = 8
+    num_head_channels: Annotated[int, AT_LEAST_1] | None = 24
+    """Channels per attention head; the number of heads follows from the width."""
+    latent_size: Annotated[int, AT_LEAST_1] = 8
     """H and W of a latent."""
-    channels: int = 1
-    """Image channels of the first stage, which makes the latents."""
-    condition: Literal[CONDITIONS] = "class"
-    """What the network is told: the class or a text by cross-attention, the class by the timestep's embedding (adm), or
-    none."""
-    num_classes: int | None = 10
-    """Classes that it is told of by class or adm; else None."""
-    context_dim: int | None = 64
-    """Numbers of each entry of the context, by class or text; else None."""
-    vocab_size: int = 0
-    """Different words of the texts."""
-    max_length: int = 0
-    """Words of a text, at most."""
-    cond_channels: int = 0
-    """Channels of an image that the network is shown beside x."""
+    channels: Annotated[int, AT_LEAST_1] = 1
+    """Channels of the images that the first stage encodes."""
+    condition: Literal["none", "class", "adm", "text"] = "class"
+    """The condition: class or text by cross-attention, adm (the class, added to the time embedding), or none."""
+    num_classes: Annotated[int, AT_LEAST_1] | None = 10
+    """Number of classes for the conditions class and adm; otherwise None."""
+    context_dim: Annotated[int, AT_LEAST_1] | None = 64
+    """Width of a context entry for the conditions class and text; otherwise None."""
+    vocab_size: Annotated[int, NON_NEGATIVE] = 0
+    """Number of different words in the texts."""
+    max_length: Annotated[int, NON_NEGATIVE] = 0
+    """Maximum number of words in a text."""
+    cond_channels: Annotated[int, NON_NEGATIVE] = 0
+    """Channels of a conditioning image that is concatenated to x."""
 
     @property
     def null_label(self) -> int | None:
-        """What stands for no condition: the label after the last, token 0, or None where there is no condition."""
+        """The value that means "no condition": label num_classes, token 0, or None for an unconditional network."""
         return {"none": None, "text": 0}.get(self.condition, self.num_classes)
+
+    @property
+    def cond_fields(self) -> tuple[str, ...]:
+        """Names of the conditions that the network takes after t, in order."""
+        first = {"none": (), "text": ("tokens",)}.get(self.condition, ("labels",))
+        return first + ("cond_image",) * (self.cond_channels > 0)
 
     def build(self, seed: int = 0) -> "LatentUnet":
         return LatentUnet(self, seed)
 
 
 class LatentUnet(nn.Cell):
-    """A UNetModel and what tells it of class or text: x (B, in_channels, H, W), t (B,) int32 -> (B, out_channels, H, W).
+    """A UNetModel with an encoder of its condition: x (B, in_channels, H, W), t (B,) int32 -> (B, out_channels, H, W).
 
-    Conditions follow t, those the network is built for, in this order: labels (B,) int32 in [0, num_classes], where
-    num_classes stands for no label, or tokens (B, L) int32, where all 0 is no text; an image (B, cond_channels, H, W) beside
-    x. So it has the five ways of CompVis's DiffusionWrapper: none, concat, crossattn, hybrid, adm.
+    The conditions of `config.cond_fields` follow t: labels (B,) int32 in [0, num_classes], where num_classes means "no
+    class", or tokens (B, max_length) int32, where all 0 means "no text"; an image (B, cond_channels, H, W), concatenated to
+    x. These are the five modes of CompVis's DiffusionWrapper: none, concat, crossattn, hybrid, adm.
 
     Raises:
-        ValueError: num_classes or context_dim do not go with the condition, or see UNetModel.
+        UserError: a field of the configuration is out of range.
+        ValueError: num_classes or context_dim do not fit the condition, and see UNetModel.
     """
 
     def __init__(self, config: LatentUnetConfig, seed: int = 0):
         super().__init__()
+        check_fields(config, "")
         condition, context_dim = config.condition, config.context_dim
         if (config.num_classes is None) != (condition in ("none", "text")):
-            raise ValueError(
-                f"condition is {condition!r}, num_classes {config.num_classes}: it goes with class and adm alone"
-            )
+            raise ValueError(f"condition is {condition!r}, num_classes {config.num_classes}: set it for class and adm only")
         if (context_dim is None) != (condition in ("none", "adm")):
-            raise ValueError(f"condition is {condition!r}, context_dim {context_dim}: it goes with class and text alone")
+            raise ValueError(f"condition is {condition!r}, context_dim {context_dim}: set it for class and text only")
         own = {f.name: getattr(config, f.name) for f in fields(UNetModelConfig)}
         own |= {"in_channels": config.in_channels + config.cond_channels, "use_spatial_transformer": context_dim is not None}
-        own |= {"num_classes": config.num_classes + 1 if condition == "adm" else None}
+        num_labels, dim = (config.num_classes or 0) + 1, context_dim or 0  # labels: with that for "no class"
+        own |= {"num_classes": num_labels if condition == "adm" else None}
         self.unet = UNetModel(UNetModelConfig(**own), seed)
         self.is_adm = condition == "adm"
         self.cond_stage = None
         if condition == "class":
-            self.cond_stage = ClassEmbedder(config.num_classes + 1, context_dim)
+            self.cond_stage = ClassEmbedder(num_labels, dim)
         if condition == "text":
-            self.cond_stage = TextEncoder(config.vocab_size, config.max_length, context_dim)
+            self.cond_stage = TextEncoder(config.vocab_size, config.max_length, dim)
         if self.cond_stage is not None:
             name_and_initialise(self.cond_stage, seed + 1)
         for path, cell in self.cells_and_names():
             for name, parameter in cell.parameters_and_names(expand=False):
                 parameter.name = f"{path}.{name}"
 
-    def construct(self, x, t, *cond):
+    def construct(self, x: Tensor, t: Tensor, *cond: Tensor) -> Tensor:
         context, y = None, None
         if self.cond_stage is not None:
             context, cond = self.cond_stage(cond[0]), cond[1:]

@@ -1,7 +1,7 @@
-"""Inception v3 for the Frechet inception distance: TensorFlow's graph of 2015 with the names that pytorch-fid gave it.
+"""Inception v3 for the Frechet inception distance: TensorFlow's graph of 2015 with pytorch-fid's parameter names.
 
-Szegedy et al. 2016, "Rethinking the Inception architecture", with the two ways in which that graph leaves the paper: its
-average pools do not count what they pad with, and the last block pools by the maximum. Written small to large.
+Szegedy et al. 2016, "Rethinking the Inception architecture". The graph differs from the paper in two ways: its average pools
+do not count the padding, and its last block uses a maximum pool. The blocks come first, then the network.
 """
 
 from pathlib import Path
@@ -13,12 +13,12 @@ from mindspore import Parameter, Tensor, nn, ops
 from ..convert import load_into, load_torch_state_dict
 from ..runtime import UserError
 
-MEND = "give pytorch-fid's pt_inception-2015-12-05-6726825d.pth"
+ADVICE = "give pytorch-fid's pt_inception-2015-12-05-6726825d.pth"
 HEAD = (1008, 2048)  # of that file; torchvision's ImageNet weights, of the same names, have 1000 classes
 
 
 class BatchNorm(nn.Cell):
-    """``torch.nn.BatchNorm2d(channels, eps=0.001)`` by its running statistics, always: (B, C, H, W) -> the same."""
+    """``torch.nn.BatchNorm2d(channels, eps=0.001)`` in evaluation mode, always: (B, C, H, W) -> the same."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -27,34 +27,34 @@ class BatchNorm(nn.Cell):
         self.running_mean = Parameter(Tensor(zeros), name="running_mean")
         self.running_var = Parameter(Tensor(ones), name="running_var")
 
-    def construct(self, x):
+    def construct(self, x: Tensor) -> Tensor:
         return ops.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=0.001)
 
 
 class ConvNorm(nn.Cell):
     """Convolution, batch normalisation, ReLU: (B, c_in, H, W) -> (B, c_out, H', W').
 
-    `padding` as TensorFlow names it: "same" keeps H and W at stride 1, "valid" is none.
+    `padding` has TensorFlow's names: "same" keeps H and W at stride 1, "valid" is no padding.
     """
 
-    def __init__(self, c_in: int, c_out: int, kernel=1, stride: int = 1, padding: str = "same"):
+    def __init__(self, c_in: int, c_out: int, kernel: int | tuple[int, int] = 1, stride: int = 1, padding: str = "same"):
         super().__init__()
         self.conv = nn.Conv2d(c_in, c_out, kernel, stride, padding, has_bias=False)
         self.bn = BatchNorm(c_out)
 
-    def construct(self, x):
+    def construct(self, x: Tensor) -> Tensor:
         return ops.relu(self.bn(self.conv(x)))
 
 
 class Block(nn.Cell):
-    """Branches side by side, the last of them `pool`, with a convolution to c_pool channels after it where that is not 0:
-    (B, c_in, H, W) -> (B, the sum of the branches' channels, H', W').
+    """Parallel branches, concatenated: (B, c_in, H, W) -> (B, sum of the branches' channels, H', W').
 
-    A branch is a list of what follows c_in in `ConvNorm`; in place of its last may stand two, side by side. They are named
-    branch_1, branch_2, ..., the two branch_3a and branch_3b, and one alone as the branch.
+    The last branch is `pool`, followed by a convolution to c_pool channels unless c_pool is 0. Every other branch is a list
+    of the arguments of its ConvNorms after c_in; the last entry may be a list of two, which are parallel. The ConvNorms are
+    named branch_1, branch_2, ..., two parallel ones branch_3a and branch_3b; a single one has the name of the branch.
     """
 
-    def __init__(self, c_in: int, pool: nn.Cell, c_pool: int = 0, **branches):
+    def __init__(self, c_in: int, pool: nn.Cell, c_pool: int = 0, **branches: list):
         super().__init__()
         self.branches = []
         for name, (*body, last) in branches.items():
@@ -67,11 +67,11 @@ class Block(nn.Cell):
             self.branches.append((path, [self.add(last_name + letter, c, *kind) for letter, kind in ends.items()]))
         self.branches.append(([pool], [self.add("branch_pool", c_in, c_pool)]) if c_pool else ([], [pool]))
 
-    def add(self, name: str, *kind) -> ConvNorm:
-        setattr(self, name, ConvNorm(*kind))
+    def add(self, name: str, *args) -> ConvNorm:
+        setattr(self, name, ConvNorm(*args))
         return getattr(self, name)
 
-    def construct(self, x):
+    def construct(self, x: Tensor) -> Tensor:
         outputs = ()
         for path, ends in self.branches:
             y = x
@@ -87,7 +87,7 @@ ROW, COLUMN = (1, 7), (7, 1)
 
 
 def average() -> nn.Cell:
-    """3 x 3 mean over those of the pixels that lie in the image: what "same" padding means to an average pool."""
+    """3 x 3 mean over the pixels inside the image: "same" padding does not count in MindSpore's average pool."""
     return nn.AvgPool2d(3, 1, "same")
 
 
@@ -104,7 +104,7 @@ def block_b(c_in: int) -> Block:
 
 
 def block_c(c_in: int, c: int) -> Block:
-    """(B, c_in, 17, 17) -> (B, 768, 17, 17), by rows and columns of 7 in c channels."""
+    """(B, c_in, 17, 17) -> (B, 768, 17, 17), with kernels of 1 x 7 and 7 x 1 in c channels."""
     double = [(c,), (c, COLUMN), (c, ROW), (c, COLUMN), (192, ROW)]
     single = [(c,), (c, ROW), (192, COLUMN)]
     return Block(c_in, average(), 192, branch1x1=[(192,)], branch7x7=single, branch7x7dbl=double)
@@ -124,9 +124,10 @@ def block_e(c_in: int, pool: nn.Cell) -> Block:
 
 
 class InceptionV3(nn.Cell):
-    """Images (B, 1 or 3, H, W) float32 in [-1, 1], of any size, gray as three equal channels -> pool3's features (B, 2048).
+    """Images (B, 1 or 3, H, W) float32 in [-1, 1], of any size -> features of pool3 (B, 2048).
 
-    The images are first resized to 299 x 299 bilinearly between the pixels' centres, without smoothing, as pytorch-fid does.
+    As in pytorch-fid, the images are first resized to 299 x 299 by bilinear interpolation between pixel centres, without
+    antialiasing. Gray images are repeated to three channels.
     """
 
     features = 2048
@@ -148,7 +149,7 @@ class InceptionV3(nn.Cell):
         for name, parameter in self.parameters_and_names():
             parameter.name, parameter.requires_grad = name, False
 
-    def construct(self, images):
+    def construct(self, images: Tensor) -> Tensor:
         x = ops.interpolate(images, size=(299, 299), mode="bilinear", align_corners=False)  # (B, 1 or 3, 299, 299)
         if x.shape[1] == 1:
             x = ops.concat((x, x, x), 1)
@@ -162,19 +163,19 @@ class InceptionV3(nn.Cell):
 
 
 def load_inception(path: str | Path) -> InceptionV3:
-    """The network with the weights of pytorch-fid's file, or of a .safetensors file of the same names.
+    """The network with the weights of pytorch-fid's file, or of a .safetensors file with the same names.
 
     Raises:
-        UserError: the file cannot be read or holds another network, such as torchvision's.
+        UserError: the file cannot be read or contains another network, such as torchvision's.
     """
     arrays = load_torch_state_dict(path)
     head = arrays.get("fc.weight")
     if head is not None and head.shape != HEAD:
-        raise UserError(f"{path}: fc.weight is {head.shape} instead of {HEAD}, so it is another network: {MEND}")
+        raise UserError(f"{path}: fc.weight is {head.shape} instead of {HEAD}, so it is another network: {ADVICE}")
     unused = [name for name in arrays if name.startswith(("fc.", "AuxLogits.")) or name.endswith(".num_batches_tracked")]
     net = InceptionV3()
     try:
-        load_into(net, {name: array for name, array in arrays.items() if name not in unused}, MEND)
+        load_into(net, {name: array for name, array in arrays.items() if name not in unused}, ADVICE)
     except UserError as e:
         raise UserError(f"{path}: {e}") from e
     return net

@@ -1,7 +1,7 @@
 """Building blocks with PyTorch's names, defaults and initialisation.
 
-B, C, H, W: batch, channels, height, width. Every parameter is called ``weight`` or ``bias``, as in PyTorch, so the path
-of a parameter in the network is its state-dict key and weights move in both directions without a table.
+B, C, H, W: batch, channels, height, width. Every parameter is called ``weight`` or ``bias``, as in PyTorch. The path of a
+parameter in the network is therefore its state-dict key, and weights move in both directions without a table of names.
 """
 
 import math
@@ -14,7 +14,9 @@ from mindspore import Parameter, Tensor, nn, ops
 from .. import kernels
 
 
-def conv2d(c_in: int, c_out: int, kernel: int, stride: int = 1, padding: int = 0, groups: int = 1, bias: bool = True):
+def conv2d(
+    c_in: int, c_out: int, kernel: int, stride: int = 1, padding: int = 0, groups: int = 1, bias: bool = True
+) -> nn.Conv2d:
     """``torch.nn.Conv2d``: (B, c_in, H, W) -> (B, c_out, H', W')."""
     if kernels.available():
         return kernels.Conv2d(c_in, c_out, kernel, stride, padding, groups, bias)
@@ -22,9 +24,9 @@ def conv2d(c_in: int, c_out: int, kernel: int, stride: int = 1, padding: int = 0
 
 
 class Linear(nn.Dense):
-    """``torch.nn.Linear`` of f(x), with `activation` f ("relu", "silu" or None), plus `more`; on the CPU in one pass.
+    """``torch.nn.Linear`` of f(x), with the `activation` f ("relu", "silu" or None), plus `addend`; one pass on the CPU.
 
-    x (B, c_in), more (B, c_out) or None -> (B, c_out).
+    x (B, c_in), addend (B, c_out) or None -> (B, c_out).
     """
 
     def __init__(self, c_in: int, c_out: int, activation: str | None = None):
@@ -32,23 +34,23 @@ class Linear(nn.Dense):
         self.before, self.in_float32 = activation, True
         self.kernel = kernels.Linear(activation) if kernels.available() else None
 
-    def construct(self, x, more=None):
+    def construct(self, x: Tensor, addend: Tensor | None = None) -> Tensor:
         if self.kernel is not None and self.in_float32:
-            return self.kernel(x, self.weight, self.bias, more)
+            return self.kernel(x, self.weight, self.bias, addend)
         if self.before == "relu":
             x = ops.relu(x)
         if self.before == "silu":
             x = ops.silu(x)
         x = super().construct(x)
-        return x if more is None else x + more
+        return x if addend is None else x + addend
 
 
-def Downsample(dim: int):
+def Downsample(dim: int) -> nn.Conv2d:
     """Halve H and W: (B, C, H, W) -> (B, C, H/2, W/2)."""
     return conv2d(dim, dim, 4, stride=2, padding=1)
 
 
-def Upsample(dim: int):
+def Upsample(dim: int) -> nn.Conv2dTranspose:
     """Double H and W by a transposed convolution: (B, C, H, W) -> (B, C, 2H, 2W)."""
     if kernels.available():
         return kernels.Conv2dTranspose(dim, dim, 4, 2, 1)
@@ -56,26 +58,26 @@ def Upsample(dim: int):
 
 
 class UpsampleNearest(nn.Cell):
-    """Repeat each pixel 2 x 2, then a 3 x 3 convolution if `with_conv`: (B, C, H, W) -> (B, C, 2H, 2W).
+    """Repeat each pixel 2 x 2, then apply a 3 x 3 convolution if `with_conv`: (B, C, H, W) -> (B, C, 2H, 2W).
 
-    `emb` and `context` are what every layer of a UNetModel is given; this one needs neither.
+    Every layer of a UNetModel takes `emb` and `context`; this one ignores them.
     """
 
     def __init__(self, channels: int, with_conv: bool = True):
         super().__init__()
         self.conv = conv2d(channels, channels, 3, padding=1) if with_conv else Identity()
 
-    def construct(self, x, emb=None, context=None):
+    def construct(self, x: Tensor, emb: Tensor | None = None, context: Tensor | None = None) -> Tensor:
         return self.conv(ops.interpolate(x, size=(2 * x.shape[2], 2 * x.shape[3]), mode="nearest"))
 
 
 class GroupNorm(nn.Cell):
-    """Group normalisation in float32 whatever the input's precision (Wu & He 2018, eq. 1): (B, C, H, W) -> the same.
+    """Group normalisation in float32, whatever the input's precision (Wu & He 2018, eq. 1): (B, C, H, W) -> the same.
 
-    `activation`: "gelu-before" normalises GELU(x), "silu-after" returns SiLU of the normalised x; in one pass on the CPU.
+    `activation` "gelu-before" normalises GELU(x), "silu-after" returns SiLU of the normalised x; one pass on the CPU.
 
     Raises:
-        ValueError: ``channels`` is not divisible by ``groups``.
+        ValueError: `channels` is not divisible by `groups`.
     """
 
     def __init__(self, groups: int, channels: int, eps: float = 1e-5, activation: str | None = None):
@@ -87,8 +89,8 @@ class GroupNorm(nn.Cell):
         self.bias = Parameter(Tensor(np.zeros(channels, np.float32)), name="bias")
         self.kernel = kernels.GroupNorm(groups, eps, activation) if kernels.available() else None
 
-    def construct(self, x, scale=None, shift=None):
-        """`scale` and `shift` (B, C), if given: the normalised x times (1 + scale), plus shift, and then the activation."""
+    def construct(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+        """With `scale` and `shift` (B, C), the activation applies to the normalised x times (1 + scale), plus shift."""
         x = ops.cast(x, ms.float32)
         if self.kernel is not None:
             if scale is None:
@@ -97,21 +99,21 @@ class GroupNorm(nn.Cell):
         if self.activation == "gelu-before":
             x = ops.gelu(x, approximate="none")
         x = ops.group_norm(x, self.groups, self.weight, self.bias, self.eps)
-        if scale is not None:
+        if scale is not None and shift is not None:
             x = x * (1 + scale).expand_dims(-1).expand_dims(-1) + shift.expand_dims(-1).expand_dims(-1)
         return ops.silu(x) if self.activation == "silu-after" else x
 
 
 def freeze(net: nn.Cell) -> nn.Cell:
-    """`net`, with parameters that are not trained."""
+    """Mark all parameters of `net` as not trainable, in place; returns `net`."""
     for p in net.get_parameters():
         p.requires_grad = False
     kernels.freeze(net)
     return net
 
 
-def norm_conv(norm: GroupNorm, conv: nn.Conv2d, x):
-    """conv(norm(x)); on the CPU as one, which spares the memory of what lies between."""
+def norm_conv(norm: GroupNorm, conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """conv(norm(x)); on the CPU as one operator, which does not store the normalised x."""
     if norm.kernel is not None and conv.in_float32:
         return conv(ops.cast(x, ms.float32), norm.weight, norm.bias, norm.kernel.settings)
     return conv(norm(x))
@@ -124,7 +126,7 @@ class GELU(nn.Cell):
         super().__init__()
         self.kernel = kernels.Activation("gelu") if kernels.available() else None
 
-    def construct(self, x):
+    def construct(self, x: Tensor) -> Tensor:
         return self.kernel(ops.cast(x, ms.float32)) if self.kernel is not None else ops.gelu(x, approximate="none")
 
 
@@ -135,14 +137,14 @@ class SiLU(nn.Cell):
         super().__init__()
         self.kernel = kernels.Activation("silu") if kernels.available() else None
 
-    def construct(self, x):
+    def construct(self, x: Tensor) -> Tensor:
         return self.kernel(ops.cast(x, ms.float32)) if self.kernel is not None else ops.silu(x)
 
 
 class Identity(nn.Cell):
     """x -> x."""
 
-    def construct(self, x):
+    def construct(self, x: Tensor) -> Tensor:
         return x
 
 
@@ -153,7 +155,7 @@ class Residual(nn.Cell):
         super().__init__()
         self.fn = fn
 
-    def construct(self, x):
+    def construct(self, x: Tensor) -> Tensor:
         return self.fn(x) + x
 
 
@@ -165,18 +167,18 @@ class PreNorm(nn.Cell):
         self.fn = fn
         self.norm = GroupNorm(1, dim)
 
-    def construct(self, x):
+    def construct(self, x: Tensor) -> Tensor:
         return self.fn(self.norm(x))
 
 
 class Embedding(nn.Cell):
-    """``torch.nn.Embedding``, drawn from N(0, 1): (B,) int32 in [0, num) -> (B, dim)."""
+    """``torch.nn.Embedding``, initialised from N(0, 1): (B,) int32 in [0, num) -> (B, dim)."""
 
     def __init__(self, num: int, dim: int):
         super().__init__()
         self.weight = Parameter(Tensor(np.zeros((num, dim), np.float32)), name="weight")
 
-    def construct(self, index):
+    def construct(self, index: Tensor) -> Tensor:
         return ops.gather(self.weight, index, 0)
 
 
@@ -188,7 +190,7 @@ class SinusoidalPositionEmbeddings(nn.Cell):
         half = dim // 2
         self.frequencies = Tensor(np.exp(-math.log(10000) * np.arange(half) / (half - 1)).astype(np.float32))
 
-    def construct(self, t):
+    def construct(self, t: Tensor) -> Tensor:
         angles = t.reshape(-1, 1) * self.frequencies.reshape(1, -1)  # (B, dim/2)
         return ops.concat((ops.sin(angles), ops.cos(angles)), -1)  #   (B, dim)
 
@@ -197,11 +199,10 @@ CONVOLUTIONS_AND_LINEAR = (nn.Conv2d, nn.Conv2dTranspose, nn.Dense)
 
 
 def name_and_initialise(net: nn.Cell, seed: int) -> None:
-    """Give each parameter its path as name and PyTorch's default values, all from one seed.
+    """Name each parameter by its path and set PyTorch's default initial values, all from one seed.
 
-    PyTorch draws weight and bias of convolutions and linear layers from U(-1/sqrt(fan_in), 1/sqrt(fan_in)), embeddings from
-    N(0, 1).
-    Nested CellLists would otherwise leave duplicate names, which ``nn.Adam`` refuses.
+    PyTorch draws weight and bias of convolutions and linear layers from U(-1/sqrt(fan_in), 1/sqrt(fan_in)), and embeddings
+    from N(0, 1). Nested CellLists would otherwise leave duplicate names, which ``nn.Adam`` refuses.
     """
     rng = np.random.default_rng(seed)
     for path, cell in net.cells_and_names():
@@ -216,8 +217,8 @@ def name_and_initialise(net: nn.Cell, seed: int) -> None:
 
 
 def set_compute_type(net: nn.Cell, dtype: ms.Type) -> None:
-    """Run convolutions and linear layers in ``dtype``; parameters, norms and softmax stay in float32."""
+    """Run convolutions and linear layers in `dtype`; parameters, norms and softmax stay in float32."""
     for _, cell in net.cells_and_names():
         if isinstance(cell, CONVOLUTIONS_AND_LINEAR):
             cell.to_float(dtype)
-            cell.in_float32 = dtype == ms.float32  # what the CPU's own kernels ask
+            cell.in_float32 = dtype == ms.float32  # our CPU kernels are for float32 alone

@@ -1,6 +1,7 @@
-"""How unlike two images look: distances between a trained network's activations (Zhang et al. 2018, eq. 1)."""
+"""Perceptual distances of images: distances between the activations of a trained network (Zhang et al. 2018, eq. 1)."""
 
 from collections import OrderedDict
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -10,33 +11,36 @@ from mindspore import Tensor, nn, ops
 
 from ..convert import load_into, load_torch_state_dict
 from ..runtime import UserError
+from .classifier import Classifier
 from .layers import Identity, conv2d, freeze, name_and_initialise
 
 STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))  # channels of VGG16's convolutions
 
 
-def unit(x):
+def unit(x: Tensor) -> Tensor:
     """x (B, C, H, W) with the channels of each position scaled to length 1.
 
-    The lpips package adds 1e-10 to the length, whose gradient at 0 is not finite; its square under the root is as small.
+    The lpips package adds 1e-10 to the length, whose gradient at 0 is not finite; 1e-20 under the root has the same effect.
     """
     x = ops.cast(x, ms.float32)
     return x / ops.sqrt(ops.square(x).sum(1, keepdims=True) + 1e-20)
 
 
-def differences(stages, x, y):
-    """Squared differences (B, C, H, W) of the unit-length activations of x and y, for each that stages(x) returns."""
+def differences(stages: Callable[[Tensor], Iterable[Tensor]], x: Tensor, y: Tensor) -> list[Tensor]:
+    """Squared differences (B, C, H, W) of the unit-length activations of x and y, for each output of stages(x)."""
     pairs = zip(stages(x), stages(y))  # noqa: B905, since a graph's zip takes no strict
     return [ops.square(unit(a) - unit(b)) for a, b in pairs]
 
 
-def classifier_distance(classifier):
-    """distance(x, y) between gray images (B, 1, 28, 28) or (B, 1, 32, 32) in [-1, 1] -> (B,) in [0, 4]: as `LPIPS`, by the
-    three stages of a `Classifier`, where no VGG16 is at hand. Channels count alike; the mean over positions and stages.
-    Of larger images the middle counts, the 28 x 28 pixels that the classifier knows; the classifier is frozen."""
+def classifier_distance(classifier: Classifier) -> Callable[[Tensor, Tensor], Tensor]:
+    """distance(x, y) between gray images (B, 1, 28, 28) or (B, 1, 32, 32) in [-1, 1] -> (B,) in [0, 4].
+
+    As `LPIPS`, without VGG16: the mean over positions and over the three stages of the classifier, with equal weights of the
+    channels. Images of 32 x 32 are cropped to their central 28 x 28 pixels. The classifier is frozen.
+    """
     freeze(classifier)
 
-    def distance(x, y):
+    def distance(x: Tensor, y: Tensor) -> Tensor:
         top, left = (x.shape[2] - 28) // 2, (x.shape[3] - 28) // 2
         x, y = [each[:, :, top : top + 28, left : left + 28] for each in (x, y)]
         d1, d2, d3 = [ops.mean(d.sum(1), (1, 2)) for d in differences(classifier.stages, x, y)]
@@ -48,7 +52,7 @@ def classifier_distance(classifier):
 class VGG16(nn.Cell):
     """The convolutions of VGG16 (Simonyan & Zisserman 2015, table 1, D): (B, 3, H, W) -> the activations before each pool.
 
-    A layer's number is torchvision's, its slice taming's.
+    The numbers of the layers are torchvision's, the names of the slices taming's.
     """
 
     def __init__(self):
@@ -63,7 +67,7 @@ class VGG16(nn.Cell):
             numbered = OrderedDict((str(n), layers[n]) for n in range(first, len(layers)))
             setattr(self, f"slice{i}", nn.SequentialCell(numbered))
 
-    def construct(self, x):
+    def construct(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         x1 = self.slice1(x)  #  (B, 64, H, W)
         x2 = self.slice2(x1)  # (B, 128, H/2, W/2)
         x3 = self.slice3(x2)  # (B, 256, H/4, W/4)
@@ -73,16 +77,16 @@ class VGG16(nn.Cell):
 
 
 def channel_weights(channels: int) -> nn.Cell:
-    """The channels' sum with learned weights: (B, channels, H, W) -> (B, 1, H, W). In PyTorch its layer 0 is a dropout."""
+    """Learned weighted sum over channels: (B, channels, H, W) -> (B, 1, H, W). In PyTorch, layer 0 is a dropout."""
     return nn.SequentialCell(OrderedDict(model=nn.SequentialCell(Identity(), conv2d(channels, 1, 1, bias=False))))
 
 
 class LPIPS(nn.Cell):
     """Images x and y, both (B, 3, H, W) or (B, 1, H, W), H and W at least 16, in [-1, 1] -> distances (B,).
 
-    Squared differences of VGG16's activations, channels at unit length, weighed by learned weights that are not negative,
-    their means over H and W summed over the five stages. All is frozen. The weights come from `load_lpips`; before it,
-    VGG16's are random and the channels' are 1.
+    VGG16's activations are scaled to unit length over the channels. Their squared differences, weighted by learned weights
+    that are not negative, are averaged over H and W and summed over the five stages. All parameters are frozen. `load_lpips`
+    loads the weights; a new network has random VGG16 weights and channel weights of 1.
 
     Raises:
         ValueError: the images are smaller than 16 pixels.
@@ -99,23 +103,23 @@ class LPIPS(nn.Cell):
             if p.name.startswith("lin"):
                 p.set_data(Tensor(np.ones(p.shape, np.float32)))
 
-    def stages(self, x):
+    def stages(self, x: Tensor) -> tuple[Tensor, ...]:
         if min(x.shape[2:]) < 16:
             raise ValueError("LPIPS needs images of at least 16 x 16 pixels: use larger ones, or classifier_distance")
-        return self.net((x - self.shift) / self.scale)  # which makes three channels of one
+        return self.net((x - self.shift) / self.scale)  # one channel broadcasts to three
 
-    def construct(self, x, y):
+    def construct(self, x: Tensor, y: Tensor) -> Tensor:
         d0, d1, d2, d3, d4 = differences(self.stages, x, y)
-        weighed = self.lin0(d0), self.lin1(d1), self.lin2(d2), self.lin3(d3), self.lin4(d4)
-        return sum([ops.mean(d, (1, 2, 3)) for d in weighed])
+        weighted = self.lin0(d0), self.lin1(d1), self.lin2(d2), self.lin3(d3), self.lin4(d4)
+        return sum([ops.mean(d, (1, 2, 3)) for d in weighted])
 
 
 def load_lpips(vgg_path: str | Path, lpips_path: str | Path) -> LPIPS:
-    """The network with torchvision's VGG16 (``features.0.weight``, ...) and the linear layers of the lpips package, version
-    0.1, for it (``lin0.model.1.weight``, ...); .pth files need PyTorch, .safetensors files of the same names do not.
+    """The network with the weights of torchvision's VGG16 (``features.0.weight``, ...) and the lpips package's linear layers
+    for it, version 0.1 (``lin0.model.1.weight``, ...). Only .pth files, not .safetensors with the same names, need PyTorch.
 
     Raises:
-        UserError: a file cannot be read or holds another network.
+        UserError: a file cannot be read or contains another network.
     """
     net = LPIPS()
     numbers = {f"features.{p.name.split('.', 2)[2]}": p.name for p in net.net.get_parameters()}

@@ -1,117 +1,122 @@
-"""Networks for points in the plane: the S-curve experiment's, and one with residual blocks that does better.
+"""Networks for points in the plane: the network of the S-curve experiment, and a better one with residual blocks.
 
-B points of 2 numbers. Written small to large.
+B is the batch size; a point has 2 coordinates.
 """
 
-from dataclasses import asdict, dataclass
-from typing import ClassVar
+from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 
 from mindspore import Tensor, nn, ops
 
+from ..fields import AT_LEAST_1, NON_NEGATIVE, Bounds, check_fields
 from .layers import Embedding, Linear, SinusoidalPositionEmbeddings, name_and_initialise
 
 
 @dataclass(frozen=True)
 class MLPConfig:
-    """What an MLP is built from."""
+    """Configuration of an MLP."""
 
-    dim: int = 128
+    dim: Annotated[int, AT_LEAST_1] = 128
     """Width of the hidden layers."""
-    num_embeddings: int = 100
-    """Timesteps that it has embeddings for; at least the diffusion's."""
+    num_embeddings: Annotated[int, AT_LEAST_1] = 100
+    """Timesteps that have an embedding; at least the diffusion's num_timesteps."""
 
-    num_classes: ClassVar[None] = None  # as a Unet's, for the programs
-    null_label: ClassVar[None] = None
-    self_condition: ClassVar[bool] = False
+    @property
+    def cond_fields(self) -> tuple[str, ...]:
+        """Names of the conditions that the network takes after t: none."""
+        return ()
 
     def build(self, seed: int = 0) -> "MLP":
-        return MLP(**asdict(self), seed=seed)
+        return MLP(self, seed)
 
 
 class MLP(nn.Cell):
-    """Four linear layers with ReLU between, each hidden one with an embedding of the timestep added: the network of the
-    S-curve experiment. x (B, 2), t (B,) int32 in [0, num_embeddings) -> (B, 2). The arguments are MLPConfig's.
+    """The network of the S-curve experiment: x (B, 2), t (B,) int32 in [0, num_embeddings) -> (B, 2).
+
+    Four linear layers with ReLU between them; an embedding of the timestep is added to each hidden layer.
 
     Raises:
-        ValueError: dim or timesteps below 1.
+        UserError: a field of the configuration is out of range.
     """
 
-    def __init__(self, dim: int = 128, num_embeddings: int = 100, seed: int = 0):
+    def __init__(self, config: MLPConfig = MLPConfig(), seed: int = 0):
         super().__init__()
-        if dim < 1 or num_embeddings < 1:
-            raise ValueError(f"an MLP of width {dim} for {num_embeddings} num_embeddings: both must be at least 1")
+        check_fields(config, "")
+        dim = config.dim
         widths = [Linear(2, dim), Linear(dim, dim, "relu"), Linear(dim, dim, "relu"), Linear(dim, 2, "relu")]
         self.linears = nn.CellList(widths)
-        self.step_embeddings = nn.CellList([Embedding(num_embeddings, dim) for _ in range(3)])
+        self.step_embeddings = nn.CellList([Embedding(config.num_embeddings, dim) for _ in range(3)])
         name_and_initialise(self, seed)
 
-    def construct(self, x, t):
+    def construct(self, x: Tensor, t: Tensor) -> Tensor:
         for i in range(3):
             x = self.linears[i](x, self.step_embeddings[i](t))  # (B, dim)
         return self.linears[3](x)  #                              (B, 2)
 
 
 class ResidualBlock(nn.Cell):
-    """Two linear layers with SiLU before each, the time embedding between them, and a shortcut (He et al. 2016, fig. 4e)."""
+    """Two linear layers, each after a SiLU, the time embedding between them, and a shortcut (He et al. 2016, fig. 4e):
+    x (B, dim), emb (B, dim) -> (B, dim)."""
 
     def __init__(self, dim: int):
         super().__init__()
         self.time = Linear(dim, dim, "silu")
         self.linear1, self.linear2 = Linear(dim, dim, "silu"), Linear(dim, dim, "silu")
 
-    def construct(self, x, emb):
+    def construct(self, x: Tensor, emb: Tensor) -> Tensor:
         return self.linear2(self.linear1(x, self.time(emb)), x)
 
 
 @dataclass(frozen=True)
 class ResidualMLPConfig:
-    """What a ResidualMLP is built from."""
+    """Configuration of a ResidualMLP."""
 
-    dim: int = 128
+    dim: Annotated[int, Bounds(4)] = 128
     """Width, an even number."""
-    depth: int = 3
-    """Residual blocks."""
-    frequencies: int = 4
-    """Sines and cosines of each coordinate: of periods 4, 2, 1, ... where the data have -1 to 1; 0 is none."""
-    num_embeddings: int = 1000
-    """Timesteps that it has embeddings for; at least the diffusion's."""
+    depth: Annotated[int, NON_NEGATIVE] = 3
+    """Number of residual blocks."""
+    frequencies: Annotated[int, NON_NEGATIVE] = 4
+    """Number of sines and of cosines per coordinate, with periods 4, 2, 1, ... for data in [-1, 1]; 0: none."""
+    num_embeddings: Annotated[int, AT_LEAST_1] = 1000
+    """Timesteps that have an embedding; at least the diffusion's num_timesteps."""
 
-    num_classes: ClassVar[None] = None
-    null_label: ClassVar[None] = None
-    self_condition: ClassVar[bool] = False
+    @property
+    def cond_fields(self) -> tuple[str, ...]:
+        """Names of the conditions that the network takes after t: none."""
+        return ()
 
     def build(self, seed: int = 0) -> "ResidualMLP":
-        return ResidualMLP(**asdict(self), seed=seed)
+        return ResidualMLP(self, seed)
 
 
 class ResidualMLP(nn.Cell):
     """Residual blocks over sines of the coordinates (Tancik et al. 2020) and of the timestep.
 
-    x (B, 2), t (B,) int32 in [0, num_embeddings) -> (B, 2). The arguments are ResidualMLPConfig's.
+    x (B, 2), t (B,) int32 in [0, num_embeddings) -> (B, 2).
 
     Raises:
-        ValueError: dim is not even and at least 4, depth or frequencies are below 0, timesteps below 1.
+        UserError: a field of the configuration is out of range.
+        ValueError: dim is odd.
     """
 
-    def __init__(self, dim: int = 128, depth: int = 3, frequencies: int = 4, num_embeddings: int = 1000, seed: int = 0):
+    def __init__(self, config: ResidualMLPConfig = ResidualMLPConfig(), seed: int = 0):
         super().__init__()
-        if dim < 4 or dim % 2 or depth < 0 or frequencies < 0 or num_embeddings < 1:
-            raise ValueError(
-                f"dim {dim} must be even, at least 4; depth {depth} and frequencies {frequencies} at least 0, timesteps "
-                f"{num_embeddings} at least 1"
-            )
-        self.frequencies = Tensor((np.pi / 2 * 2.0 ** np.arange(frequencies)).astype(np.float32))
-        every_t = Tensor(np.arange(num_embeddings, dtype=np.float32))
+        check_fields(config, "")
+        dim, num = config.dim, config.frequencies
+        if dim % 2:
+            raise ValueError(f"dim is {dim}: it must be even, for an equal number of sines and cosines")
+        self.frequencies = Tensor((np.pi / 2 * 2.0 ** np.arange(num)).astype(np.float32))
+        every_t = Tensor(np.arange(config.num_embeddings, dtype=np.float32))
         self.time_embeddings = Tensor(SinusoidalPositionEmbeddings(dim)(every_t).asnumpy())  # once: a sine takes 20 ns
         self.time_mlp = Linear(dim, dim)
-        self.first = Linear(2 + 4 * frequencies, dim)
-        self.blocks = nn.CellList([ResidualBlock(dim) for _ in range(depth)])
+        self.first = Linear(2 + 4 * num, dim)
+        self.blocks = nn.CellList([ResidualBlock(dim) for _ in range(config.depth)])
         self.last = Linear(dim, 2, "silu")
         name_and_initialise(self, seed)
 
-    def construct(self, x, t):
+    def construct(self, x: Tensor, t: Tensor) -> Tensor:
         emb = self.time_mlp(ops.gather(self.time_embeddings, t, 0))  #                (B, dim)
         angles = (x.expand_dims(-1) * self.frequencies).reshape(x.shape[0], -1)  #    (B, 2 frequencies)
         x = self.first(ops.concat((x, ops.sin(angles), ops.cos(angles)), 1))  #       (B, dim)

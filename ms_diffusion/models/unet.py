@@ -1,14 +1,16 @@
 """The U-Net of the annotated diffusion model, in pixel space (Ho et al. 2020, appendix B; Rogge & Rasul 2022).
 
-Written small to large: blocks, then the network. Parameter paths are those of the PyTorch original.
+The blocks come first, then the network. Parameter paths are those of the PyTorch original.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
+from typing import Annotated
 
 import mindspore as ms
-from mindspore import nn, ops
+from mindspore import Tensor, nn, ops
 
+from ..fields import AT_LEAST_1, NON_NEGATIVE, Bounds, check_fields
 from .attention import Attention, LinearAttention
 from .layers import (
     GELU,
@@ -36,13 +38,14 @@ class Block(nn.Cell):
         self.proj = conv2d(dim, dim_out, 3, padding=1)
         self.norm = GroupNorm(groups, dim_out, activation="silu-after")
 
-    def construct(self, x, scale=None, shift=None):
+    def construct(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
         return self.norm(self.proj(x), scale, shift)
 
 
 class ResnetBlock(nn.Cell):
-    """Two Blocks and a shortcut (He et al. 2015); the time embedding is added between them or, with `scale_shift`, scales
-    and shifts the first one's norm (Dhariwal & Nichol 2021, section 4.3)."""
+    """Two Blocks and a shortcut (He et al. 2015): (B, dim, H, W), time_emb (B, time_emb_dim) -> (B, dim_out, H, W). The time
+    embedding is added between the Blocks or, with `scale_shift`, scales and shifts the norm of the first Block (Dhariwal &
+    Nichol 2021, section 4.3)."""
 
     def __init__(self, dim: int, dim_out: int, time_emb_dim: int | None = None, groups: int = 8, scale_shift: bool = False):
         super().__init__()
@@ -53,7 +56,7 @@ class ResnetBlock(nn.Cell):
         self.block2 = Block(dim_out, dim_out, groups)
         self.res_conv = conv2d(dim, dim_out, 1) if dim != dim_out else Identity()
 
-    def construct(self, x, time_emb=None):
+    def construct(self, x: Tensor, time_emb: Tensor | None = None) -> Tensor:
         if self.mlp is None or time_emb is None:
             h = self.block1(x)
         elif self.scale_shift:
@@ -65,7 +68,8 @@ class ResnetBlock(nn.Cell):
 
 
 class ConvNextBlock(nn.Cell):
-    """Depthwise 7x7, time embedding, then a two-convolution inverted bottleneck, and a shortcut (Liu et al. 2022)."""
+    """Depthwise 7x7 convolution, time embedding, inverted bottleneck of two convolutions, shortcut (Liu et al. 2022):
+    (B, dim, H, W), time_emb (B, time_emb_dim) -> (B, dim_out, H, W)."""
 
     def __init__(self, dim: int, dim_out: int, time_emb_dim: int | None = None, mult: int = 2):
         super().__init__()
@@ -74,13 +78,13 @@ class ConvNextBlock(nn.Cell):
         self.net = nn.SequentialCell(
             GroupNorm(1, dim),
             conv2d(dim, dim_out * mult, 3, padding=1),
-            Identity(),  # the GELU is in the norm; this keeps PyTorch's parameter names
+            Identity(),  # the norm computes the GELU; this layer keeps the numbers of PyTorch's parameter names
             GroupNorm(1, dim_out * mult, activation="gelu-before"),
             conv2d(dim_out * mult, dim_out, 3, padding=1),
         )
         self.res_conv = conv2d(dim, dim_out, 1) if dim != dim_out else Identity()
 
-    def construct(self, x, time_emb=None):
+    def construct(self, x: Tensor, time_emb: Tensor | None = None) -> Tensor:
         h = self.ds_conv(x)
         if self.mlp is not None and time_emb is not None:
             h = h + self.mlp(time_emb).expand_dims(-1).expand_dims(-1)
@@ -90,43 +94,48 @@ class ConvNextBlock(nn.Cell):
 
 @dataclass(frozen=True)
 class UnetConfig:
-    """What a Unet is built from."""
+    """Configuration of a Unet."""
 
-    dim: int = 28
+    dim: Annotated[int, Bounds(4)] = 28
     """Base width: channels of the first level."""
-    init_dim: int | None = None
-    """Channels after the first convolution; None is dim // 3 * 2."""
-    out_dim: int | None = None
-    """Output channels; None is `channels`."""
-    dim_mults: tuple[int, ...] = (1, 2, 4)
+    init_dim: Annotated[int, AT_LEAST_1] | None = None
+    """Channels after the first convolution; None: dim // 3 * 2."""
+    out_dim: Annotated[int, AT_LEAST_1] | None = None
+    """Output channels; None: the image channels."""
+    dim_mults: tuple[Annotated[int, AT_LEAST_1], ...] = (1, 2, 4)
     """Width of each level as a multiple of dim; H and W halve between levels."""
-    channels: int = 1
+    channels: Annotated[int, AT_LEAST_1] = 1
     """Image channels: 1 gray, 3 RGB."""
     with_time_emb: bool = True
-    """Tell the network the timestep."""
-    resnet_block_groups: int = 8
+    """Condition the network on the timestep."""
+    resnet_block_groups: Annotated[int, AT_LEAST_1] = 8
     """Groups of GroupNorm in a ResnetBlock."""
     use_convnext: bool = True
-    """ConvNextBlock; otherwise ResnetBlock."""
-    convnext_mult: int = 2
-    """Widening inside a ConvNextBlock."""
+    """Use ConvNextBlocks instead of ResnetBlocks."""
+    convnext_mult: Annotated[int, AT_LEAST_1] = 2
+    """Width inside a ConvNextBlock as a multiple of its output width."""
     scale_shift: bool = False
-    """Let the embedding scale and shift a ResnetBlock's first norm, instead of adding it."""
+    """Scale and shift the first norm of a ResnetBlock by the time embedding, instead of adding the embedding."""
     final_skip: bool = False
-    """Show the last block what the first convolution gave, too: an image's detail needs no way through all levels."""
-    patch_size: int = 1
-    """Work on patches of this many pixels a side as channels (Luhman & Luhman 2022): 2 costs a quarter."""
-    num_classes: int | None = None
-    """Classes that the network is told of, by an embedding added to the time's; None is an unconditional network."""
-    cond_channels: int = 0
-    """Channels of an image that the network is shown beside x."""
+    """Feed the output of the first convolution to the last block too, so that detail can bypass all levels."""
+    patch_size: Annotated[int, AT_LEAST_1] = 1
+    """Turn patches of this side in pixels into channels (Luhman & Luhman 2022); 2 quarters the cost."""
+    num_classes: Annotated[int, AT_LEAST_1] | None = None
+    """Number of classes, embedded and added to the time embedding; None: an unconditional network."""
+    cond_channels: Annotated[int, NON_NEGATIVE] = 0
+    """Channels of a conditioning image that is concatenated to x."""
     self_condition: bool = False
-    """Show the network its last x_0 beside x (Chen et al. 2022)."""
+    """Concatenate the previous estimate of x_0 to x (Chen et al. 2022)."""
 
     @property
     def null_label(self) -> int | None:
-        """The label that stands for no class, or None where the network is told of none."""
+        """The label that means "no class"; None for an unconditional network."""
         return self.num_classes
+
+    @property
+    def cond_fields(self) -> tuple[str, ...]:
+        """Names of the conditions that the network takes after t, in order."""
+        return ("labels",) * (self.num_classes is not None) + ("cond_image",) * (self.cond_channels > 0)
 
     @property
     def size_multiple(self) -> int:
@@ -134,67 +143,52 @@ class UnetConfig:
         return self.patch_size * 2 ** (len(self.dim_mults) - 1)
 
     def build(self, seed: int = 0) -> "Unet":
-        return Unet(**asdict(self), seed=seed)
+        return Unet(self, seed)
 
 
 class Unet(nn.Cell):
     """Predict from a noisy image x (B, channels, H, W) at timestep t (B,) int32: -> (B, out_dim, H, W), float32.
 
-    The arguments are UnetConfig's; `seed` draws the initial weights. Conditions follow t, those the network is built for, in
-    this order: labels (B,) int32 in [0, num_classes], where num_classes stands for no label; an image (B, cond_channels, H,
-    W); the last x_0 (B, channels, H, W), or zeros.
+    The conditions of `config.cond_fields` follow t: labels (B,) int32 in [0, num_classes], where num_classes means "no
+    class"; an image (B, cond_channels, H, W). With `self_condition` the previous estimate of x_0 (B, channels, H, W) comes
+    last, or zeros. `seed` determines the initial weights.
 
     Raises:
-        ValueError: a width is not divisible by the groups, labels without time embedding, scale_shift with ConvNextBlocks.
+        UserError: a field of the configuration is out of range.
+        ValueError: num_classes without with_time_emb, scale_shift with ConvNextBlocks, or a width that is not divisible by
+            the groups.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        init_dim: int | None = None,
-        out_dim: int | None = None,
-        dim_mults: tuple[int, ...] = (1, 2, 4, 8),
-        channels: int = 3,
-        with_time_emb: bool = True,
-        resnet_block_groups: int = 8,
-        use_convnext: bool = True,
-        convnext_mult: int = 2,
-        scale_shift: bool = False,
-        final_skip: bool = False,
-        patch_size: int = 1,
-        num_classes: int | None = None,
-        cond_channels: int = 0,
-        self_condition: bool = False,
-        seed: int = 0,
-    ):
+    def __init__(self, config: UnetConfig = UnetConfig(), seed: int = 0):
         super().__init__()
-        if num_classes is not None and not (with_time_emb and num_classes > 0):
-            raise ValueError(f"num_classes is {num_classes}: it must be at least 1, and needs with_time_emb")
-        self.patch_size = patch_size
-        init_dim = init_dim or dim // 3 * 2
-        dims = [init_dim, *[dim * m for m in dim_mults]]
-        levels = list(zip(dims[:-1], dims[1:], strict=True))
-        time_dim = dim * 4 if with_time_emb else None
-        if use_convnext and scale_shift:
+        check_fields(config, "")
+        if config.num_classes is not None and not config.with_time_emb:
+            raise ValueError(f"num_classes is {config.num_classes} without a time embedding: set with_time_emb to True")
+        if config.use_convnext and config.scale_shift:
             raise ValueError("scale_shift is for ResnetBlocks: set use_convnext to False")
+        dim, self.patch_size = config.dim, config.patch_size
+        init_dim = config.init_dim or dim // 3 * 2
+        dims = [init_dim, *[dim * m for m in config.dim_mults]]
+        levels = list(zip(dims[:-1], dims[1:], strict=True))
+        time_dim = dim * 4
         kind = (
-            partial(ConvNextBlock, mult=convnext_mult)
-            if use_convnext
-            else partial(ResnetBlock, groups=resnet_block_groups, scale_shift=scale_shift)
+            partial(ConvNextBlock, mult=config.convnext_mult)
+            if config.use_convnext
+            else partial(ResnetBlock, groups=config.resnet_block_groups, scale_shift=config.scale_shift)
         )
-        block = partial(kind, time_emb_dim=time_dim)
+        block = partial(kind, time_emb_dim=time_dim if config.with_time_emb else None)
 
         # Time: t -> (B, 4 dim)
         self.time_mlp = (
             nn.SequentialCell(SinusoidalPositionEmbeddings(dim), Linear(dim, time_dim), GELU(), Linear(time_dim, time_dim))
-            if with_time_emb
+            if config.with_time_emb
             else None
         )
-        self.label_emb = Embedding(num_classes + 1, time_dim) if num_classes is not None else None
+        self.label_emb = Embedding(config.num_classes + 1, time_dim) if config.num_classes is not None else None
 
-        # Down: two blocks and linear attention a level, then half the size
-        channels_in = channels * (2 if self_condition else 1) + cond_channels
-        self.init_conv = conv2d(channels_in * patch_size**2, init_dim, 7, padding=3)
+        # Down: two blocks and linear attention per level, then half the size
+        channels_in = config.channels * (2 if config.self_condition else 1) + config.cond_channels
+        self.init_conv = conv2d(channels_in * self.patch_size**2, init_dim, 7, padding=3)
         self.downs = nn.CellList()
         for i, (c_in, c_out) in enumerate(levels):
             down = Downsample(c_out) if i < len(levels) - 1 else Identity()
@@ -206,19 +200,20 @@ class Unet(nn.Cell):
         self.mid_attn = Residual(PreNorm(dims[-1], Attention(dims[-1])))
         self.mid_block2 = block(dims[-1], dims[-1])
 
-        # Up: the same with the skip concatenated, then twice the size
+        # Up: the same over x and its skip connection, then twice the size
         self.ups = nn.CellList()
         for c_in, c_out in reversed(levels[1:]):
             attention = Residual(PreNorm(c_in, LinearAttention(c_in)))
             self.ups.append(nn.CellList([block(c_out * 2, c_in), block(c_in, c_in), attention, Upsample(c_in)]))
 
-        self.final_skip = final_skip
-        last_in = dims[1] + (init_dim if final_skip else 0)
-        self.final_conv = nn.SequentialCell(kind(last_in, dim), conv2d(dim, (out_dim or channels) * patch_size**2, 1))
+        self.final_skip = config.final_skip
+        last_in = dims[1] + (init_dim if self.final_skip else 0)
+        channels_out = (config.out_dim or config.channels) * self.patch_size**2
+        self.final_conv = nn.SequentialCell(kind(last_in, dim), conv2d(dim, channels_out, 1))
         name_and_initialise(self, seed)
 
-    def construct(self, x, t, *cond):
-        # Time. One cast here: an integer t used for indexing and arithmetic alike breaks the gradient.
+    def construct(self, x: Tensor, t: Tensor, *cond: Tensor) -> Tensor:
+        # Time. t is cast once, here: the gradient breaks where an integer t is used in both indexing and arithmetic.
         emb = self.time_mlp(ops.cast(t, ms.float32)) if self.time_mlp is not None else None
         if self.label_emb is not None:
             emb = emb + self.label_emb(cond[0])

@@ -1,7 +1,7 @@
 """The conditional U-Net of guided diffusion (Dhariwal & Nichol 2021, section 3) and latent diffusion (Rombach et al. 2022,
-section 3.3): attention at chosen resolutions, told of timestep, class and a context such as the words of a text.
+section 3.3): attention at chosen resolutions, conditioned on timestep, class and a context such as the words of a text.
 
-Written small to large: layers, transformer, then the network. Parameter paths are those of CompVis latent-diffusion, whose
+The layers come first, then the transformer, then the network. Parameter paths are those of CompVis latent-diffusion, whose
 ``TimestepEmbedSequential`` is a list here: every layer of a block takes (x, emb, context) and uses what it needs.
 B, N, L: batch, positions of the image (H W), entries of the context.
 """
@@ -9,13 +9,14 @@ B, N, L: batch, positions of the image (H W), entries of the context.
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
+from typing import Annotated
 
 import numpy as np
 
 import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 
+from ..fields import AT_LEAST_1, Bounds, check_fields
 from .attention import attend, matmul, matmul_t, softmax, split_heads
 from .layers import GELU, Embedding, GroupNorm, Identity, Linear, UpsampleNearest, conv2d, name_and_initialise, norm_conv
 
@@ -28,7 +29,7 @@ class TimestepEmbedding(nn.Cell):
         half = dim // 2
         self.frequencies = Tensor(np.exp(-math.log(10000) * np.arange(half) / half).astype(np.float32))
 
-    def construct(self, t):
+    def construct(self, t: Tensor) -> Tensor:
         angles = t.reshape(-1, 1) * self.frequencies.reshape(1, -1)  # (B, dim/2)
         return ops.concat((ops.cos(angles), ops.sin(angles)), -1)  #   (B, dim)
 
@@ -40,16 +41,16 @@ class Downsample(nn.Cell):
         super().__init__()
         self.op = conv2d(channels, channels, 3, stride=2, padding=1) if with_conv else nn.AvgPool2d(2, 2)
 
-    def construct(self, x, emb=None, context=None):
+    def construct(self, x: Tensor, emb: Tensor | None = None, context: Tensor | None = None) -> Tensor:
         return self.op(x)
 
 
 class ResBlock(nn.Cell):
-    """Two 3x3 convolutions and a shortcut, told of the embedding emb (B, emb_channels) between them.
+    """Two 3x3 convolutions and a shortcut: x (B, channels, H, W), emb (B, emb_channels) -> (B, out_channels, H', W').
 
-    The embedding is added or, with `scale_shift`, scales and shifts the second norm (Dhariwal & Nichol 2021, section 3.1);
-    `resample`, a Downsample or UpsampleNearest without convolution, works on both ways before the first convolution.
-    (B, channels, H, W) -> (B, out_channels, H', W').
+    The embedding is added between the convolutions or, with `scale_shift`, scales and shifts the second norm (Dhariwal &
+    Nichol 2021, section 3.1). `resample`, a Downsample or UpsampleNearest without convolution, applies to the shortcut and
+    before the first convolution.
     """
 
     def __init__(
@@ -64,11 +65,9 @@ class ResBlock(nn.Cell):
     ):
         super().__init__()
         self.scale_shift, self.resample = scale_shift, resample
-        # SiLU is in the norms and in Linear; an Identity keeps its number
+        # The norms and Linear compute SiLU; an Identity keeps its number in the parameters' names
         self.in_layers = nn.SequentialCell(
-            GroupNorm(groups, channels, activation="silu-after"),
-            Identity(),
-            conv2d(channels, out_channels, 3, padding=1),
+            GroupNorm(groups, channels, activation="silu-after"), Identity(), conv2d(channels, out_channels, 3, padding=1)
         )
         emb_out = out_channels * 2 if scale_shift else out_channels
         self.emb_layers = nn.SequentialCell(Identity(), Linear(emb_channels, emb_out, "silu"))
@@ -80,7 +79,7 @@ class ResBlock(nn.Cell):
         )
         self.skip_connection = conv2d(channels, out_channels, 1) if channels != out_channels else Identity()
 
-    def construct(self, x, emb, context=None):
+    def construct(self, x: Tensor, emb: Tensor, context: Tensor | None = None) -> Tensor:
         if self.resample is None:
             h = norm_conv(self.in_layers[0], self.in_layers[2], x)
         else:
@@ -96,20 +95,20 @@ class ResBlock(nn.Cell):
 
 
 class Conv1d(nn.Conv2d):
-    """``torch.nn.Conv1d`` of kernel 1 over all positions: (B, c_in, H, W) -> (B, c_out, H, W); weight (c_out, c_in, 1)."""
+    """``torch.nn.Conv1d`` with kernel 1 over all positions: (B, c_in, H, W) -> (B, c_out, H, W); weight (c_out, c_in, 1)."""
 
     def __init__(self, c_in: int, c_out: int):
         super().__init__(c_in, c_out, 1, has_bias=True)
         self.weight = Parameter(Tensor(np.zeros((c_out, c_in, 1), np.float32)), name="weight")
 
-    def construct(self, x):
+    def construct(self, x: Tensor) -> Tensor:
         return ops.conv2d(x, self.weight.expand_dims(-1), self.bias)
 
 
 class AttentionBlock(nn.Cell):
     """Multi-head self-attention over all positions, and a shortcut: (B, C, H, W) -> the same.
 
-    The channels of qkv are heads of (q, k, v); in the `new_order`, they are q, k, v of heads.
+    The channels of qkv are ordered (head, q k v, d), or (q k v, head, d) in the `new_order`.
     """
 
     def __init__(self, channels: int, heads: int, groups: int = 32, new_order: bool = False):
@@ -119,7 +118,7 @@ class AttentionBlock(nn.Cell):
         self.qkv = Conv1d(channels, 3 * channels)
         self.proj_out = Conv1d(channels, channels)
 
-    def construct(self, x, emb=None, context=None):
+    def construct(self, x: Tensor, emb: Tensor | None = None, context: Tensor | None = None) -> Tensor:
         b, c, height, width = x.shape
         qkv = self.qkv(self.norm(x))
         if self.new_order:
@@ -140,12 +139,12 @@ class LayerNorm(nn.Cell):
         self.bias = Parameter(Tensor(np.zeros(dim, np.float32)), name="bias")
         self.norm = ops.LayerNorm(begin_norm_axis=-1, begin_params_axis=-1, epsilon=1e-5)
 
-    def construct(self, x):
+    def construct(self, x: Tensor) -> Tensor:
         return self.norm(ops.cast(x, ms.float32), self.weight, self.bias)[0]
 
 
 class CrossAttention(nn.Cell):
-    """Multi-head attention of x to the context, or to x itself where there is none (Rombach et al. 2022, section 3.3).
+    """Multi-head attention from x to the context, or to x itself without a context (Rombach et al. 2022, section 3.3).
 
     x (B, N, query_dim), context (B, L, context_dim) -> (B, N, query_dim).
     """
@@ -158,12 +157,12 @@ class CrossAttention(nn.Cell):
         self.to_v = nn.Dense(context_dim, heads * dim_head, has_bias=False)
         self.to_out = nn.SequentialCell(nn.Dense(heads * dim_head, query_dim))
 
-    def heads_first(self, x):
+    def heads_first(self, x: Tensor) -> Tensor:
         """(B, n, h d) -> (B, h, n, d), in float32."""
         b, n, _ = x.shape
         return ops.cast(x, ms.float32).reshape(b, n, self.heads, -1).transpose(0, 2, 1, 3)
 
-    def construct(self, x, context=None):
+    def construct(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         if context is None:
             context = x
         q = self.heads_first(self.to_q(x))  #              (B, h, N, d)
@@ -176,32 +175,32 @@ class CrossAttention(nn.Cell):
 
 
 class GEGLU(nn.Cell):
-    """A linear layer times the GELU of another (Shazeer 2020, eq. 6): (B, N, dim) -> (B, N, dim_out)."""
+    """A linear layer times the GELU of another one (Shazeer 2020, eq. 6): (B, N, dim) -> (B, N, dim_out)."""
 
     def __init__(self, dim: int, dim_out: int):
         super().__init__()
         self.proj, self.gelu = nn.Dense(dim, 2 * dim_out), GELU()
 
-    def construct(self, x):
+    def construct(self, x: Tensor) -> Tensor:
         x, gate = ops.chunk(self.proj(x), 2, -1)
         return x * self.gelu(gate)
 
 
 class FeedForward(nn.Cell):
-    """GEGLU to four times the width, and a linear layer back: (B, N, dim) -> the same."""
+    """GEGLU to four times the width, then a linear layer back to dim: (B, N, dim) -> the same."""
 
     def __init__(self, dim: int):
         super().__init__()
         self.net = nn.SequentialCell(GEGLU(dim, 4 * dim), Identity(), nn.Dense(4 * dim, dim))  # Identity: CompVis's dropout
 
-    def construct(self, x):
+    def construct(self, x: Tensor) -> Tensor:
         return self.net(x)
 
 
 class BasicTransformerBlock(nn.Cell):
-    """Attention to x itself, attention to the context, feed-forward, each normalised before and with a shortcut.
+    """Self-attention, attention to the context, feed-forward; each has a norm before it and a shortcut.
 
-    x (B, N, dim), context (B, L, context_dim) or None, which is x itself -> (B, N, dim).
+    x (B, N, dim), context (B, L, context_dim), or None for x itself -> (B, N, dim).
     """
 
     def __init__(self, dim: int, heads: int, dim_head: int, context_dim: int | None = None):
@@ -211,7 +210,7 @@ class BasicTransformerBlock(nn.Cell):
         self.attn2 = CrossAttention(dim, context_dim or dim, heads, dim_head)
         self.norm1, self.norm2, self.norm3 = LayerNorm(dim), LayerNorm(dim), LayerNorm(dim)
 
-    def construct(self, x, context=None):
+    def construct(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         x = x + self.attn1(self.norm1(x))
         x = x + self.attn2(self.norm2(x), context)
         return x + self.ff(self.norm3(x))
@@ -220,7 +219,7 @@ class BasicTransformerBlock(nn.Cell):
 class SpatialTransformer(nn.Cell):
     """Transformer blocks over the positions of an image, and a shortcut (Rombach et al. 2022, appendix E.2.1).
 
-    x (B, C, H, W), context (B, L, context_dim) or None, which is x itself -> (B, C, H, W).
+    x (B, C, H, W), context (B, L, context_dim), or None for x itself -> (B, C, H, W).
     """
 
     def __init__(self, channels: int, heads: int, depth: int = 1, context_dim: int | None = None, groups: int = 32):
@@ -231,7 +230,7 @@ class SpatialTransformer(nn.Cell):
         self.transformer_blocks = nn.CellList(blocks)
         self.proj_out = conv2d(channels, channels, 1)
 
-    def construct(self, x, emb=None, context=None):
+    def construct(self, x: Tensor, emb: Tensor | None = None, context: Tensor | None = None) -> Tensor:
         b, c, height, width = x.shape
         h = norm_conv(self.norm, self.proj_in, x)
         h = h.reshape(b, c, height * width).transpose(0, 2, 1)  #             (B, N, C)
@@ -242,56 +241,49 @@ class SpatialTransformer(nn.Cell):
 
 @dataclass(frozen=True)
 class UNetModelConfig:
-    """What a UNetModel is built from."""
+    """Configuration of a UNetModel; the names are CompVis's."""
 
-    in_channels: int
+    in_channels: Annotated[int, AT_LEAST_1]
     """Channels of x."""
-    model_channels: int
-    """Base width; the embedding has four times as many numbers."""
-    out_channels: int
+    model_channels: Annotated[int, AT_LEAST_1]
+    """Base width, an even number; the embedding is four times as wide."""
+    out_channels: Annotated[int, AT_LEAST_1]
     """Channels of the output."""
-    num_res_blocks: int
-    """ResBlocks of each level on the way down; on the way up there is one more."""
-    attention_resolutions: tuple[int, ...]
-    """Where attention follows each ResBlock, by how far H and W are reduced there: (4, 2) is on a fourth and a half."""
-    dropout: float = 0.0
-    """Share of the activations that a ResBlock drops in training."""
-    channel_mult: tuple[int, ...] = (1, 2, 4, 8)
+    num_res_blocks: Annotated[int, AT_LEAST_1]
+    """ResBlocks per level on the way down; on the way up there is one more."""
+    attention_resolutions: tuple[Annotated[int, AT_LEAST_1], ...]
+    """Reductions of H and W at which attention follows each ResBlock: (4, 2) is at a quarter and at half of the size."""
+    dropout: Annotated[float, Bounds(0, 1, high_open=True)] = 0.0
+    """Dropout rate in ResBlocks in training."""
+    channel_mult: tuple[Annotated[int, AT_LEAST_1], ...] = (1, 2, 4, 8)
     """Width of each level as a multiple of model_channels; H and W halve between levels."""
     conv_resample: bool = True
     """Convolve where H and W are halved or doubled."""
-    num_classes: int | None = None
-    """Classes that the network is told of, by an embedding added to the timestep's; None is none."""
+    num_classes: Annotated[int, AT_LEAST_1] | None = None
+    """Number of classes, embedded and added to the time embedding; None: no class condition."""
     recompute: bool = False
-    """Compute ResBlocks and attention again for the gradient, rather than keep what lies inside: less memory, more time.
-    With the CPU's own kernels only attention is: MindSpore does not know their gradients for such."""
-    num_heads: int | None = None
-    """Attention heads, where num_head_channels is None."""
-    num_head_channels: int | None = None
-    """Channels of an attention head, which then number as many as fill the width."""
+    """Recompute ResBlocks and attention for the gradient instead of storing their activations: less memory, more time.
+    With our CPU kernels it applies to attention only: MindSpore does not find their gradients in recomputed cells."""
+    num_heads: Annotated[int, AT_LEAST_1] | None = None
+    """Number of attention heads; used where num_head_channels is None."""
+    num_head_channels: Annotated[int, AT_LEAST_1] | None = None
+    """Channels per attention head; the number of heads follows from the width."""
     use_scale_shift_norm: bool = False
-    """Let the embedding scale and shift a ResBlock's second norm, instead of adding it."""
+    """Scale and shift the second norm of a ResBlock by the embedding, instead of adding the embedding."""
     resblock_updown: bool = False
     """Halve and double H and W inside a ResBlock."""
     use_new_attention_order: bool = False
-    """Order of an AttentionBlock's channels: q, k, v of heads, instead of heads of q, k, v."""
+    """Order the channels of an AttentionBlock as (q k v, head), instead of (head, q k v)."""
     use_spatial_transformer: bool = False
-    """SpatialTransformer, which sees the context, instead of AttentionBlock."""
-    transformer_depth: int = 1
-    """Transformer blocks of a SpatialTransformer."""
-    context_dim: int | None = None
-    """Numbers of each entry of the context; None is no context."""
-    n_embed: int | None = None
+    """Use SpatialTransformers, which attend to the context, instead of AttentionBlocks."""
+    transformer_depth: Annotated[int, AT_LEAST_1] = 1
+    """Transformer blocks per SpatialTransformer."""
+    context_dim: Annotated[int, AT_LEAST_1] | None = None
+    """Width of a context entry; None: no context."""
+    n_embed: Annotated[int, AT_LEAST_1] | None = None
     """Return logits over a codebook of this many entries, instead of out_channels."""
-    groups: int = 32
+    groups: Annotated[int, AT_LEAST_1] = 32
     """Groups of GroupNorm."""
-
-    self_condition: ClassVar[bool] = False  # as a Unet's, for the programs
-    cond_channels: ClassVar[int] = 0
-
-    @property
-    def channels(self) -> int:
-        return self.in_channels
 
     @property
     def size_multiple(self) -> int:
@@ -299,12 +291,17 @@ class UNetModelConfig:
         return 2 ** (len(self.channel_mult) - 1)
 
     def heads(self, channels: int) -> int:
-        """Attention heads of a layer with this many channels; ValueError if they cannot share them."""
+        """Number of attention heads of a layer with this many channels.
+
+        Raises:
+            ValueError: the channels are not divisible among the heads.
+        """
         size = self.num_head_channels
-        if channels % (self.num_heads if size is None else size):
-            what = f"num_heads {self.num_heads}" if size is None else f"num_head_channels {size}"
-            raise ValueError(f"{channels} channels cannot be shared among heads by {what}: choose one that divides them")
-        return self.num_heads if size is None else channels // size
+        divisor = size or self.num_heads or 1
+        if channels % divisor:
+            what = "num_head_channels" if size else "num_heads"
+            raise ValueError(f"{channels} channels are not divisible into heads by {what} {divisor}: choose a divisor")
+        return channels // divisor if size else divisor
 
     def build(self, seed: int = 0) -> "UNetModel":
         return UNetModel(self, seed)
@@ -314,18 +311,20 @@ class UNetModel(nn.Cell):
     """Predict from a noisy x (B, in_channels, H, W) float32 at timestep t (B,) int32: -> (B, out_channels, H, W) float32,
     or with n_embed -> (B, n_embed, H, W).
 
-    What the network is built for must be given: context (B, L, context_dim) float32, y (B,) int32 in [0, num_classes).
-    `seed` draws the initial weights; the last convolution of each block and of the network is zero, so that a fresh block
-    is its shortcut and a fresh network returns 0.
+    A network with context_dim takes a context (B, L, context_dim) float32, one with num_classes takes y (B,) int32 in
+    [0, num_classes). `seed` determines the initial weights. The last convolution of each block and of the network is zero,
+    so that a new block returns its shortcut and a new network returns 0.
 
     Raises:
-        ValueError: when built, context_dim without use_spatial_transformer or the reverse, neither num_heads nor
+        UserError: a field of the configuration is out of range.
+        ValueError: at construction, context_dim without use_spatial_transformer or the reverse, neither num_heads nor
             num_head_channels, channels not divisible into heads or groups, an odd model_channels, recompute with dropout;
-            when called, context or y are missing or too many, or H or W are not divisible by size_multiple.
+            in a call, a missing or superfluous context or y, or H or W not divisible by size_multiple.
     """
 
     def __init__(self, config: UNetModelConfig, seed: int = 0):
         super().__init__()
+        check_fields(config, "")
         if config.use_spatial_transformer != (config.context_dim is not None):
             raise ValueError(
                 f"use_spatial_transformer is {config.use_spatial_transformer} and context_dim {config.context_dim}: "
@@ -336,27 +335,22 @@ class UNetModel(nn.Cell):
         if config.model_channels % 2:
             raise ValueError(f"model_channels is {config.model_channels}: it must be even, for as many cosines as sines")
         if config.recompute and config.dropout:
-            raise ValueError("recompute would draw dropout's masks anew for the gradient: set dropout to 0 or leave it out")
+            raise ValueError("recompute would draw new dropout masks for the gradient: set dropout or recompute to 0")
         self.size_multiple = config.size_multiple
         self.size_message = f"H and W must be divisible by {self.size_multiple}: choose another image size"
         self.takes_context, self.takes_label = config.context_dim is not None, config.num_classes is not None
         width, emb_channels = config.model_channels, 4 * config.model_channels
         groups, levels = config.groups, len(config.channel_mult)
-        block = partial(
-            ResBlock,
-            emb_channels=emb_channels,
-            groups=groups,
-            dropout=config.dropout,
-            scale_shift=config.use_scale_shift_norm,
-        )
+        scale_shift = config.use_scale_shift_norm
+        block = partial(ResBlock, emb_channels=emb_channels, groups=groups, dropout=config.dropout, scale_shift=scale_shift)
 
-        def attention(channels):
+        def attention(channels: int) -> nn.Cell:
             heads = config.heads(channels)
             if config.use_spatial_transformer:
                 return SpatialTransformer(channels, heads, config.transformer_depth, config.context_dim, groups)
             return AttentionBlock(channels, heads, groups, config.use_new_attention_order)
 
-        def resample(kind, channels):
+        def resample(kind: type[nn.Cell], channels: int) -> nn.Cell:
             if config.resblock_updown:
                 return block(channels, channels, resample=kind(channels, with_conv=False))
             return kind(channels, config.conv_resample)
@@ -366,7 +360,7 @@ class UNetModel(nn.Cell):
         self.time_embed = nn.SequentialCell(
             Linear(width, emb_channels), Identity(), Linear(emb_channels, emb_channels, "silu")
         )
-        self.label_emb = Embedding(config.num_classes, emb_channels) if self.takes_label else None
+        self.label_emb = Embedding(config.num_classes, emb_channels) if config.num_classes is not None else None
 
         # Down
         channels, ds = width, 1
@@ -388,7 +382,7 @@ class UNetModel(nn.Cell):
         # Middle
         self.middle_block = nn.CellList([block(channels, channels), attention(channels), block(channels, channels)])
 
-        # Up: each block sees the output of the one that it mirrors
+        # Up: the input of each block is concatenated with the output of its mirror image on the way down
         self.output_blocks = nn.CellList()
         for level in reversed(range(levels)):
             for i in range(config.num_res_blocks + 1):
@@ -401,7 +395,7 @@ class UNetModel(nn.Cell):
                     ds //= 2
                 self.output_blocks.append(nn.CellList(layers))
 
-        # CompVis keeps `out` beside the codebook's predictor, unused, and so its weights hold both
+        # CompVis keeps an unused `out` beside the codebook's predictor, so its weights contain both
         norm = GroupNorm(groups, channels, activation="silu-after")
         self.out = nn.SequentialCell(norm, Identity(), conv2d(channels, config.out_channels, 3, padding=1))
         self.id_predictor = (
@@ -416,22 +410,22 @@ class UNetModel(nn.Cell):
                     cell.lean = True
 
     def _initialise(self, seed: int) -> None:
-        """PyTorch's default values, and zeros where a block or the network ends, as said above."""
+        """Set PyTorch's default initial values, and zeros in the last convolution of each block and of the network."""
         name_and_initialise(self, seed)
         for p in self.get_parameters():
             if p.name.rpartition(".")[0].endswith(("out_layers.3", "proj_out")) or p.name.startswith("out.2."):
                 p.set_data(Tensor(np.zeros(p.shape, np.float32)))
 
-    def construct(self, x, t, context=None, y=None):
+    def construct(self, x: Tensor, t: Tensor, context: Tensor | None = None, y: Tensor | None = None) -> Tensor:
         if self.takes_context != (context is not None):
-            raise ValueError("context must be given to a network with context_dim, and to no other")
+            raise ValueError("context is required by a network with context_dim, and accepted by no other")
         if self.takes_label != (y is not None):
-            raise ValueError("y must be given to a network with num_classes, and to no other")
+            raise ValueError("y is required by a network with num_classes, and accepted by no other")
         if x.shape[2] % self.size_multiple != 0 or x.shape[3] % self.size_multiple != 0:
             raise ValueError(self.size_message)
 
         emb = self.time_embed(self.timestep_embedding(ops.cast(t, ms.float32)))
-        if self.takes_label:
+        if self.label_emb is not None:
             emb = emb + self.label_emb(y)
 
         # Down

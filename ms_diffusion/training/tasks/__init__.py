@@ -1,0 +1,1 @@
+"""The kinds of runs, a module each."""

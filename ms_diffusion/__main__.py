@@ -1,0 +1,42 @@
+"""The programs: `ms-diffusion COMMAND`, `python -m ms_diffusion COMMAND`, and in a clone `python train.py`, `sample.py`."""
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from . import __version__, runtime
+from .runtime import UserError
+
+COMMANDS = {
+    "train": "train a run, or continue one",
+    "sample": "draw samples from a run, or edit images with it",
+    "evaluate": "score samples against real images",
+    "likelihood": "bits per dimension of images under a run",
+    "benchmark": "time training and sampling on this machine",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0, 2 after bad input, 130 after an interruption."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    return runtime.run_program(run_command, argv)
+
+
+def run_command(argv: list[str]) -> int:
+    name = argv[0] if argv else "--help"
+    if name in ("-h", "--help"):
+        print("usage: ms-diffusion COMMAND ...; COMMAND --help lists its flags\n")
+        print("\n".join(f"  {command:18}{text}" for command, text in COMMANDS.items()))
+        return 0
+    if name == "--version":
+        print(__version__)
+        return 0
+    if name not in COMMANDS:
+        raise UserError(f"unknown command {name!r}: choose one of {', '.join(COMMANDS)}")
+    if name == "train":
+        runtime.catch_interrupts()  # must precede the import of MindSpore
+    return import_module(f".commands.{name.replace('-', '_')}", __package__).main(argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,102 @@
+"""Bits per dimension of images under a run: `likelihood runs/quick --num 64`. Lower is better."""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import numpy as np
+import tyro
+from tqdm import tqdm
+
+from mindspore import Tensor
+
+from ..denoiser import make_denoiser
+from ..fields import AT_LEAST_1, NON_NEGATIVE, check_fields
+from ..likelihood import bits_per_dim, dequantised_bits_per_dim, make_divergence, ode_log_likelihood, ode_timesteps
+from ..runtime import DEVICES, UserError, command
+from ..training.runs import load
+from .parse import parse
+
+
+@dataclass
+class Args:
+    """Bits per dimension of images under a trained run: lower is better."""
+
+    run: Annotated[str, tyro.conf.Positional]
+    """A run's folder, one of its checkpoints, or the name of a bundled model."""
+    num: Annotated[int, AT_LEAST_1] = 64
+    """Number of images from the data set."""
+    seed: Annotated[int, NON_NEGATIVE] = 0
+    """Seed that chooses the images and draws the noise."""
+    batch_size: Annotated[int, AT_LEAST_1] = 64
+    """Images per batch."""
+    split: Literal["test", "train"] = "test"
+    """Split of the data set."""
+    weights: Literal["ema", "model"] = "ema"
+    """Weights of the network: their moving average, or as trained."""
+    method: Literal["bound", "ode"] = "bound"
+    """The variational bound over all timesteps, or the probability-flow ODE."""
+    steps: int = 100
+    """Timesteps of the ODE, with two network calls each."""
+    device: Literal[DEVICES] = "auto"
+    """Device: auto is Ascend, then GPU, then CPU."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+def main(argv: Sequence[str]) -> int:
+    args = parse(Args, argv, prog=command("likelihood"))
+    check_fields(args)
+    run = load(args.run, args.weights, device=args.device)
+    pictures, conditions = run.task.likelihood_data(args.split)
+    diffusion, name, ode = run.diffusion, run.config.data.name, args.method == "ode"
+    assert diffusion
+    if ode and not 2 <= args.steps <= diffusion.num_timesteps:
+        raise UserError(
+            f"--steps is {args.steps}: choose from 2 to {diffusion.num_timesteps}, the run's number of timesteps"
+        )
+    if ode and diffusion.alphas_cumprod[-1] == 0:
+        raise UserError("the run's last timestep holds no data (zero terminal SNR), which the ODE needs: use --method bound")
+    if args.num > len(pictures):
+        raise UserError(f"--num is {args.num}: {name} has only {len(pictures)} images in its {args.split} split")
+
+    rng = np.random.default_rng(args.seed)
+    chosen = rng.permutation(len(pictures))[: args.num]
+    timesteps = ode_timesteps(diffusion, args.steps) if ode else range(diffusion.num_timesteps)
+    calls = 2 * len(timesteps) - 2 if ode else diffusion.num_timesteps
+    bar = tqdm(total=-(-args.num // args.batch_size) * calls, unit="call", desc=args.method)
+    graph = make_divergence(diffusion, run.net) if ode else make_denoiser(diffusion, run.net)
+
+    def evaluate(n: np.ndarray, cond: list[Tensor]) -> list[np.ndarray]:
+        """Images (B, C, H, W) of levels 0..255 -> the parts of their bits per dimension, (parts, B)."""
+        if ode:
+            x, probes = (n + rng.random(n.shape) - 0.5) / 127.5 - 1, rng.choice([-1.0, 1.0], n.shape)
+            log_density = ode_log_likelihood(lambda x, t: graph(x, t, probes, *cond), diffusion, x, timesteps, watch)
+            return [dequantised_bits_per_dim(log_density, n[0].size)]
+        bound = bits_per_dim(
+            lambda x, t: graph(Tensor(np.float32(x)), t, *cond).asnumpy(), diffusion, n / 127.5 - 1, rng, watch
+        )
+        return [bound.prior, bound.terms[:, 1:].sum(1), bound.terms[:, 0]]
+
+    def watch(t: int) -> None:
+        bar.update()
+
+    batches, clock = [], time.perf_counter()
+    for first in range(0, args.num, args.batch_size):
+        batch = chosen[first : first + args.batch_size]
+        cond = [Tensor(values) for values in run.task.in_order({k: v[batch] for k, v in conditions.items()})]
+        batches.append(evaluate(pictures[batch].transpose(0, 3, 1, 2), cond))
+    bar.close()
+    parts = np.concatenate(batches, 1)
+    bits = parts.sum(0)
+    error = bits.std(ddof=1) / math.sqrt(args.num) if args.num > 1 else math.nan
+    print(f"{bits.mean():.4f} +- {error:.4f} bits per dimension, mean and standard error over {args.num} images")
+    if not ode:
+        print("of which prior {:.4f}, KL terms {:.4f}, decoder (t = 0) {:.4f}".format(*parts.mean(1)))
+    print(
+        f"{args.run} at step {run.step}, {args.weights} weights; {name}, {args.split} split, seed {args.seed}; "
+        f"{args.method}, {len(timesteps)} timesteps; {time.perf_counter() - clock:.1f} s"
+    )
+    return 0

@@ -1,0 +1,62 @@
+"""Draw samples from a run, or edit images with it: `sample runs/quick --num 64 --out grid.png --gif denoise.gif`."""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from ..runtime import UserError, command
+from ..training.runs import WEIGHTS, bundled_models, default_run, load
+from ..training.tasks.base import Request
+from . import modelarts
+from .parse import parse
+
+
+@dataclass
+class Args(Request):
+    """Draw samples from a trained run, or edit images with it.
+
+    IMAGE is a file, or test:N, image N of the run's own test set. A run of points gets all its pictures and scores.
+    """
+
+    run: Annotated[str | None, tyro.conf.Positional] = None
+    """A run's folder, one of its checkpoints, or the name of a bundled model (see --list)."""
+    list_: Annotated[bool, tyro.conf.arg(name="list")] = False
+    """List the bundled models and their scores."""
+    data_url: str | None = None
+    """ModelArts: the run's folder, local or obs://."""
+    train_url: str | None = None
+    """ModelArts: folder for the results, local or obs://."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+def main(argv: Sequence[str]) -> int:
+    args = parse(Args, argv, prog=command("sample"))
+    if args.list_:
+        print("\n".join(f"{name:24} {describe(name)}" for name in bundled_models()))
+        return 0
+    if args.num is not None and args.num < 1:
+        raise UserError(f"--num is {args.num}: it must be at least 1")
+    path = modelarts.fetch(args.data_url) if args.data_url and not args.run else Path(args.run or default_run())
+    run = load(path, args.sampling.weights, args.sampling.ema_length, args.sampling.device)
+    folder = modelarts.output_folder(args.train_url) or (path if path.is_dir() else path.parent)
+    clock = time.perf_counter()
+    written = run.task.render(run, args, folder)
+    seconds = time.perf_counter() - clock
+    print(f"{run.task.noun} of step {run.step} in {seconds:.1f} s: {', '.join(map(str, written))}")
+    for file in written:
+        modelarts.publish(file, args.train_url and f"{args.train_url.rstrip('/')}/{file.name}")
+    return 0
+
+
+def describe(name: str) -> str:
+    """A line on a bundled model."""
+    scores = json.loads((WEIGHTS / name / "evaluation.json").read_text())
+    size = (WEIGHTS / name / "ema.safetensors").stat().st_size / 1e6
+    fid, floor, accuracy = scores["samples"]["fid"], scores["floor"]["fid"], scores["samples"]["class_accuracy"]
+    return f"{size:.1f} MB, FID {fid:.2f} (real images: {floor:.2f}), class accuracy {accuracy:.1%}"

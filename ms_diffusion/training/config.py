@@ -1,0 +1,242 @@
+"""What configures a run: fields with their ranges, shared by all kinds. Each kind adds its own in `tasks/`."""
+
+import difflib
+import json
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from ..data.batches import DATASETS
+from ..data.conditions import KINDS as CONDITIONS
+from ..fields import AT_LEAST_1, FRACTION, NON_NEGATIVE, POSITIVE, Bounds, OneOf, check_fields, from_record
+from ..models.classifier import Classifier
+from ..process import DiffusionConfig
+from ..randomness import TIMESTEP_SAMPLING
+from ..runtime import UserError
+from .step import power_of_length
+
+# Fields that had another name once: flags and config.json files of then are still read
+RENAMED = {
+    "diffusion.timesteps": "diffusion.num_timesteps",
+    "model.timesteps": "model.num_embeddings",
+    "model.words": "model.vocab_size",
+    "model.length": "model.max_length",
+    "train.timesteps": "train.timestep_sampling",
+    "train.betas": "train.adam_betas",
+}
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The images to train on."""
+
+    name: Annotated[str, OneOf(DATASETS)] = "fashion-mnist"
+    """Data set: fashion-mnist, fashion-mnist-mini (bundled with the package) or image-folder."""
+    dir: str | None = None
+    """Folder of the data. Fashion-MNIST is also looked for in the usual places and downloaded if it is in none."""
+    size: Annotated[int, AT_LEAST_1] = 28
+    """Height and width in pixels."""
+    flip: bool = True
+    """Flip half of the images left to right."""
+    condition: Literal[CONDITIONS] = "none"
+    """Image that conditions the network: lowres (super-resolution), gray (colorization), mask (inpainting) or none."""
+    lowres_size: Annotated[int, AT_LEAST_1] = 7
+    """Height and width of the lowres condition in pixels."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a network is trained."""
+
+    total_steps: Annotated[int, NON_NEGATIVE] = 20000
+    """Number of training steps."""
+    batch_size: Annotated[int, AT_LEAST_1] = 128
+    """Images or points per step on each device."""
+    lr: Annotated[float, POSITIVE] = 1e-3
+    """Peak learning rate of Adam, reached after the warm-up."""
+    lr_decay: bool = True
+    """Decay the learning rate to 0 along a cosine after the warm-up; otherwise keep it constant."""
+    warmup_steps: Annotated[int, NON_NEGATIVE] = 200
+    """Steps of linear warm-up."""
+    clip_norm: Annotated[float, POSITIVE] = 1.0
+    """Largest global norm of the gradients; larger gradients are scaled down to it."""
+    ema_decay: Annotated[float, Bounds(0, 1, high_open=True)] = 0.999
+    """Decay of the moving average of the weights (EMA) that samples are drawn with."""
+    seed: Annotated[int, NON_NEGATIVE] = 0
+    """Seed of every random number of the run except the masks of dropout, which MindSpore draws."""
+    log_every: Annotated[int, AT_LEAST_1] = 20
+    """Steps between two lines of metrics.jsonl."""
+    sample_every: Annotated[int, AT_LEAST_1] = 1000
+    """Steps between two preview pictures."""
+    save_every: Annotated[int, AT_LEAST_1] = 1000
+    """Steps between two checkpoints."""
+    keep_checkpoints: Annotated[int, AT_LEAST_1] = 3
+    """Number of newest checkpoints to keep."""
+    sample_num: Annotated[int, AT_LEAST_1] = 64
+    """Images or points in a preview."""
+
+
+@dataclass(frozen=True)
+class DiffusionTrainConfig(TrainConfig):
+    """How a denoiser is trained."""
+
+    steps_per_call: Annotated[int, AT_LEAST_1] = 1
+    """Training steps in one call of the compiled function. More than 1 pays off for small networks."""
+    timestep_sampling: Literal[TIMESTEP_SAMPLING] = "uniform"
+    """Distribution of the timesteps: uniform, antithetic (pairs t, T - 1 - t) or importance (by their recent losses)."""
+    offset_noise: Annotated[float, NON_NEGATIVE] = 0.0
+    """Strength of an additional noise that is constant over each channel."""
+    learn_logvar: bool = False
+    """Learn a log-variance of the error at each timestep, and weight the loss by it."""
+    ema_lengths: tuple[float, ...] = ()
+    """Lengths of additional power-function averages. With two, such as 0.05 0.1, sample --ema-length can choose any."""
+    sample_steps: Annotated[int, AT_LEAST_1] = 50
+    """Steps of the ancestral sampler for a preview. Its noise corrects a young network's errors, which DDIM keeps."""
+
+
+@dataclass(frozen=True)
+class ImageTrainConfig(DiffusionTrainConfig):
+    """How a denoiser of images or latents is trained."""
+
+    label_dropout: Annotated[float, FRACTION] = 0.1
+    """Fraction of labels replaced by "no label", so that guidance has an unconditional network."""
+    sample_guidance: Annotated[float, NON_NEGATIVE] = 1.0
+    """Default guidance scale for previews, scores and the sample command: 1 is the plain conditional network."""
+    sample_guidance_interval: tuple[int, int] | None = None
+    """First and last timestep at which that guidance is applied; by default all."""
+    score_every: Annotated[int, NON_NEGATIVE] = 0
+    """Steps between two FID scores; the best checkpoint is kept. For gray 28 x 28 images only. 0 disables scoring."""
+    score_num: Annotated[int, Bounds(Classifier.num_features + 1)] = 1000
+    """Images in such a score, drawn with dpmpp_2m in 15 steps and compared with as many training images."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run: data + model + train, and what its kind adds. Each kind is a subclass; `kind` names it in config.json."""
+
+    data: Any = field(default_factory=DataConfig)
+    model: Any = None
+    train: Any = field(default_factory=TrainConfig)
+    init_from: str | None = None
+    """File of weights to start a new run from, ours, of CompVis or of diffusers: .safetensors, or .ckpt with PyTorch."""
+    init_ema: bool = False
+    """Take CompVis's moving averages (model_ema) from that file."""
+    init_ignore: tuple[str, ...] = ()
+    """Prefixes of names in that file to leave out."""
+    init_partial: bool = False
+    """Load the weights that fit, instead of all or none."""
+    precision: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """Type of convolutions and linear layers; weights, norms and softmax stay float32. fp16 scales the loss."""
+
+    kind: ClassVar[str] = ""
+    kinds: ClassVar[dict[str, type["Config"]]] = {}
+
+    def __init_subclass__(cls) -> None:
+        if cls.kind:
+            Config.kinds[cls.kind] = cls
+
+    def task(self, data: Any = None) -> Any:
+        """The `tasks.base.Task` that knows everything about this kind of run; `data` are arrays to train on."""
+        raise NotImplementedError(f"{type(self).__name__} must define task()")
+
+    def check(self) -> None:
+        """Refuse values out of range, or that do not fit each other.
+
+        Raises:
+            UserError: names the flag, its value and what to do.
+        """
+        check_fields(self)
+        train = self.train
+        if train.total_steps == 0 and not self.init_from:
+            raise UserError("--train.total-steps is 0: it must be at least 1, except with --init-from")
+        if not self.init_from and (self.init_ignore or self.init_partial or self.init_ema):
+            raise UserError("--init-ignore, --init-partial and --init-ema apply to a file of weights: add --init-from")
+
+    def to_record(self) -> dict[str, Any]:
+        """The content of config.json."""
+        return {"kind": self.kind, **asdict(self)}
+
+    @staticmethod
+    def from_json(path: str | Path) -> "Config":
+        """Read a run's config.json.
+
+        Raises:
+            UserError: the file is missing or is no such record.
+        """
+        try:
+            return config_from_record(json.loads(Path(path).read_text()))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+            raise UserError(f"{path} is not the config.json of a run: {e}") from e
+
+
+@dataclass(frozen=True)
+class DiffusionRunConfig(Config):
+    """What all runs of a denoiser share."""
+
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    train: Any = field(default_factory=DiffusionTrainConfig)
+
+    def check(self) -> None:
+        super().check()
+        for length in self.train.ema_lengths:
+            try:
+                power_of_length(length)
+            except ValueError as e:
+                raise UserError(f"--train.ema-lengths: {e}") from e
+        if self.train.sample_steps > self.diffusion.num_timesteps:
+            raise UserError(
+                f"--train.sample-steps is {self.train.sample_steps}: choose at most {self.diffusion.num_timesteps}, "
+                "the number of timesteps"
+            )
+
+
+def config_from_record(record: dict[str, Any]) -> Config:
+    """The configuration in a config.json. A record without `kind` is of the first kind that has its model's fields.
+
+    Raises:
+        ValueError: no kind has these fields.
+    """
+    kind, record = record.get("kind"), {key: value for key, value in record.items() if key != "kind"}
+    if kind is not None:
+        if kind not in Config.kinds:
+            raise ValueError(f"unknown kind {kind!r}: choose one of {', '.join(Config.kinds)}")
+        return from_record(Config.kinds[kind], record, RENAMED)
+    # Before there was `kind`, a record had the fields of all kinds
+    trains = [DiffusionTrainConfig, *(type(cls().train) for cls in Config.kinds.values())]
+    obsolete = {"diffusion", *(f.name for cls in Config.kinds.values() for f in fields(cls))}
+    obsolete |= {f"train.{f.name}" for train in trains for f in fields(train)}
+    problems = []
+    for cls in Config.kinds.values():
+        try:
+            return from_record(cls, record, RENAMED, obsolete)
+        except ValueError as e:
+            problems.append(e)
+    raise problems[0]
+
+
+def override(config: Config, **values: Any) -> Config:
+    """The configuration with other values: override(config, lr=1e-3, total_steps=100), or by section, {"data.size": 32}.
+
+    A name without its section is looked for in train, then data, model, diffusion and the run's own fields.
+
+    Raises:
+        UserError: no field has such a name.
+    """
+    sections = [name for name in ("train", "data", "model", "diffusion") if hasattr(config, name)]
+    owners: dict[str, str] = {}
+    for section in [*sections, ""]:
+        for f in fields(getattr(config, section) if section else config):
+            owners[f"{section}.{f.name}" if section else f.name] = section
+            owners.setdefault(f.name, section)
+    for name, value in values.items():
+        name = RENAMED.get(name, name)
+        if name not in owners:
+            close = difflib.get_close_matches(name, owners, 1)
+            raise UserError(f"unknown setting {name!r}" + (f": did you mean {close[0]!r}?" if close else ""))
+        section, last = owners[name], name.split(".")[-1]
+        try:
+            part: Any = replace(getattr(config, section) if section else config, **{last: value})
+        except TypeError as e:  # an earlier override has put something else in place of the section
+            raise UserError(f"{name!r} cannot be set in {getattr(config, section)!r}") from e
+        config = replace(config, **{section: part}) if section else part
+    return config

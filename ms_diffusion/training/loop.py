@@ -1,0 +1,196 @@
+"""The training loop of every kind of run: steps, log, previews, scores, checkpoints; and its Python function, `train()`."""
+
+import json
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from mindspore import Tensor
+
+from ..files import write
+from ..images import save_loss_curve
+from ..runtime import UserError, initialise_ranks, set_device
+from .checkpoint import best_checkpoint, read_state
+from .config import Config, override
+from .presets import PRESETS
+from .runs import Run
+from .tasks.base import Task
+
+
+def train(
+    config: str | Config = "quick",
+    run_dir: str | Path | None = None,
+    data: Any = None,
+    *,
+    device: str = "auto",
+    stop: threading.Event | None = None,
+    on_save: Callable[[Path], None] | None = None,
+    **overrides: Any,
+) -> Run:
+    """Train a run, or continue one: the same call goes on where it stopped.
+
+    Args:
+        config: The name of a preset, or a configuration.
+        run_dir: Folder of the run; by default runs/PRESET.
+        data: Training data in place of the preset's: an array (N, H, W, C) uint8, (images, labels), a folder, or the name
+            of a data set. Points: an array (N, 2), a file, or a name.
+        device: auto (Ascend, then GPU, then CPU), ascend, gpu or cpu.
+        stop: Training saves a checkpoint and returns soon after this event is set.
+        on_save: Called with the run's folder after each checkpoint.
+        overrides: Values of the configuration's fields, such as total_steps=1000 or lr=1e-3.
+
+    Returns:
+        The run, ready to sample from.
+
+    Raises:
+        UserError: the configuration or the data are not valid, the folder holds another run, or training diverged.
+    """
+    if isinstance(config, str):
+        if config not in PRESETS:
+            raise UserError(f"unknown preset {config!r}: choose one of {', '.join(PRESETS)}")
+        run_dir, config = run_dir or f"runs/{config}", PRESETS[config]
+    if run_dir is None:
+        raise UserError("run_dir is missing: give the folder of the run")
+    config, given = override(config, **overrides), None
+    if data is not None:
+        config, given = config.with_data(data)
+    run_dir = Path(run_dir)
+    name = set_device(device)
+    train_task(config.task(given), run_dir, name, stop or threading.Event(), on_save)
+    return Run(run_dir)
+
+
+def train_task(
+    task: Task, run_dir: Path, device: str, stop: threading.Event, on_save: Callable[[Path], None] | None = None
+) -> tuple[int, Path | None]:
+    """Train the task to its last step, or until `stop` is set; returns the step and the last preview, if there is one."""
+    config, train = task.config, task.config.train
+    rank, world_size = initialise_ranks()
+    config.check()
+    check_same_run(run_dir, config)
+    task.start(run_dir, device, rank, world_size)
+    checkpoint, start = task.checkpoint, task.start_step
+    if start:
+        print(f"resuming at step {start} of {train.total_steps} in {run_dir}")
+    write(run_dir / "config.json", lambda f: f.write(json.dumps(config.to_record(), indent=1).encode()))
+    steps_per_epoch = max(len(task.data) // (train.batch_size * world_size), 1)
+    metrics = Metrics(run_dir / "metrics.jsonl", start) if rank == 0 else None
+
+    def save(step: int, fid: float | None = None) -> None:
+        if metrics:
+            record, epoch = config.to_record(), step // steps_per_epoch
+            checkpoint.save(step, epoch=epoch, seed=train.seed, fid=fid, config=record, **task.checkpoint_record())
+            metrics.draw(run_dir / "loss.png")
+            if on_save:
+                on_save(run_dir)
+
+    if config.init_from and not task.state:
+        save(0)
+    step, losses, preview, clock = start, [], None, time.perf_counter()
+    rates = task.optimizer.learning_rate(Tensor(np.arange(train.total_steps, dtype=np.int32))).asnumpy()
+    bar = tqdm(total=train.total_steps, initial=start, unit="step", disable=rank > 0, dynamic_ncols=True)
+    bar.set_postfix_str("compiling" if start < train.total_steps else "finished")
+    for batch in task.batches():
+        loss, norm, extras = task.advance(batch, step)
+        losses.append(loss)
+        step += task.steps_per_call
+        bar.update(task.steps_per_call)
+        last = step == train.total_steps
+        if step % train.log_every == 0 or last or stop.is_set():
+            mean = float(np.mean([value.asnumpy() for value in losses]))
+            rate = len(losses) * task.steps_per_call * train.batch_size * world_size / (time.perf_counter() - clock)
+            if not np.isfinite(mean):
+                raise UserError(
+                    f"the loss is {mean} at step {step}: resume from the last checkpoint with a lower --train.lr"
+                )
+            bar.set_postfix_str(f"loss {mean:.4f}, {rate:.0f} {task.unit}/s")
+            if metrics:
+                metrics.append(
+                    step=step,
+                    loss=mean,
+                    grad_norm=float(norm.asnumpy()),
+                    lr=float(rates[step - 1]),
+                    img_per_s=rate,
+                    epoch=step / steps_per_epoch,
+                    **{name: float(value.asnumpy()) for name, value in extras.items()},
+                )
+            losses, clock = [], time.perf_counter()
+        if stop.is_set():
+            break
+        if metrics and (step % train.sample_every == 0 or last):
+            bar.set_postfix_str("sampling")
+            preview = task.preview(step)
+            clock = time.perf_counter()
+        fid, is_best = task.score(step), False
+        if metrics and fid is not None:
+            best = best_checkpoint(run_dir)
+            metrics.append(step=step, fid=fid)
+            is_best = best is None or fid < read_state(best)["fid"]
+            clock = time.perf_counter()
+        if step % train.save_every == 0 or last or is_best:
+            save(step, fid)
+            clock = time.perf_counter()
+    bar.close()
+    if stop.is_set() and step > start:
+        save(step)
+    elif rank == 0 and not stop.is_set():
+        preview = preview or task.preview(step)
+    return step, preview
+
+
+def check_same_run(run_dir: Path, config: Config) -> None:
+    """Refuse a folder that holds another run: only the location of the data and the training options may change.
+
+    Raises:
+        UserError: names what differs.
+    """
+    record = run_dir / "config.json"
+    if not record.exists():
+        return
+    old, new = fixed_parts(Config.from_json(record)), fixed_parts(config)
+    for name in old.keys() | new.keys():
+        if old.get(name) != new.get(name):
+            raise UserError(
+                f"{run_dir} holds a run with another {name}: use another --run-dir, or the command it began with"
+            )
+
+
+def fixed_parts(config: Config) -> dict[str, Any]:
+    """What stays the same in a run."""
+    record = config.to_record()
+    fixed = {name: record.get(name) for name in ("kind", "model", "diffusion", "precision")}
+    fixed["data"] = record["data"] | {"dir": None}
+    fixed["seed"] = record["train"]["seed"]
+    return fixed | {f"--{name.replace('_', '-')}": record.get(name) for name in ("first_stage_patch", "latent_scale")}
+
+
+class Metrics:
+    """metrics.jsonl: a line of numbers every `log_every` steps. Lines after the step that a run resumes at are dropped."""
+
+    def __init__(self, path: Path, start: int):
+        self.path, self.rows = path, []
+        if path.exists():
+            for line in path.read_text().splitlines():
+                try:
+                    row = json.loads(line)
+                except ValueError:  # a crash cut the last line
+                    break
+                if row["step"] <= start:
+                    self.rows.append(row)
+        write(path, lambda f: f.write("".join(json.dumps(row) + "\n" for row in self.rows).encode()))
+
+    def append(self, **row: float) -> None:
+        self.rows.append(row)
+        with open(self.path, "a") as f:
+            f.write(json.dumps(row) + "\n")
+
+    def draw(self, path: Path) -> None:
+        steps, losses = ([row[key] for row in self.rows if "loss" in row] for key in ("step", "loss"))
+        scores = [(row["step"], row["fid"]) for row in self.rows if "fid" in row]
+        if steps:
+            save_loss_curve(path, steps, losses, scores)

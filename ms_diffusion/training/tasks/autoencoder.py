@@ -1,0 +1,281 @@
+"""The first stage of latent diffusion: an autoencoder and its discriminator, which are trained in turns (losses.py)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from PIL import Image
+
+import mindspore as ms
+from mindspore import Parameter, Tensor, nn, ops
+
+from ... import images
+from ...fields import AT_LEAST_1, NON_NEGATIVE, POSITIVE, Bounds
+from ...latent import FirstStage
+from ...losses import D_LOSSES, adaptive_weight, autoencoder_loss, discriminator_loss, generator_loss
+from ...metrics.scores import Reference, Samples, choose
+from ...models.autoencoder import AutoencoderConfig, gaussian_kl, gaussian_sample
+from ...models.classifier import load_classifier
+from ...models.discriminator import NORMS, NLayerDiscriminator
+from ...models.lpips import classifier_distance, load_lpips
+from ...randomness import Stream
+from ...runtime import UserError, command, compiled
+from ...sampling import Sampling
+from ..checkpoint import Checkpoint
+from ..config import Config, DataConfig, TrainConfig
+from ..runs import Run
+from ..step import EMA, make_optimizer, make_train_step
+from .base import Request, Task, load_initial_weights
+from .images import ImageData, check_image_size, load_training_images, show_images
+
+BETA = Bounds(0, 1, low_open=True, high_open=True)
+
+
+@dataclass(frozen=True)
+class AutoencoderTrainConfig(TrainConfig):
+    """How an autoencoder is trained against a discriminator (Rombach et al. 2022, appendix G)."""
+
+    adam_betas: tuple[Annotated[float, BETA], Annotated[float, BETA]] = (0.9, 0.999)
+    """Adam's beta_1 and beta_2, also for the discriminator."""
+    kl_weight: Annotated[float, NON_NEGATIVE] = 1e-6
+    """Weight of the KL divergence of the latents from N(0, 1)."""
+    perceptual_weight: Annotated[float, NON_NEGATIVE] = 1.0
+    """Weight of LPIPS beside the mean absolute error; 0 disables it."""
+    vgg: str | None = None
+    """torchvision's VGG16 weights for LPIPS; by default, for gray images of 28 or 32 pixels, the classifier's stages."""
+    lpips: str | None = None
+    """The linear layers of LPIPS, from the lpips package."""
+    disc_start: Annotated[int, NON_NEGATIVE] = 5000
+    """The step from which the discriminator is trained and its loss counts."""
+    disc_lr: Annotated[float, POSITIVE] = 1e-3
+    """Initial learning rate of the discriminator; it decays as the autoencoder's does."""
+    disc_weight: Annotated[float, NON_NEGATIVE] = 0.5
+    """Weight of the discriminator, relative to the gradient of the likelihood; 0 trains without one."""
+    disc_factor: Annotated[float, NON_NEGATIVE] = 1.0
+    """Factor of the discriminator's losses."""
+    disc_loss: Literal[tuple(D_LOSSES)] = "hinge"
+    """Loss of the discriminator."""
+    disc_channels: Annotated[int, AT_LEAST_1] = 32
+    """Channels after the discriminator's first convolution."""
+    disc_layers: Annotated[int, AT_LEAST_1] = 2
+    """Number of the discriminator's convolutions with a norm."""
+    disc_norm: Literal[tuple(NORMS)] = "batch"
+    """Norm of the discriminator."""
+
+
+@dataclass(frozen=True)
+class AutoencoderRunConfig(ImageData, Config):
+    """A run of an autoencoder."""
+
+    data: DataConfig = field(default_factory=lambda: DataConfig(size=32, flip=False))
+    model: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    train: AutoencoderTrainConfig = field(default_factory=AutoencoderTrainConfig)
+
+    kind = "autoencoder"
+
+    def task(self, data: Any = None) -> "AutoencoderTask":
+        return AutoencoderTask(self, data)
+
+    def check(self) -> None:
+        super().check()
+        data, train = self.data, self.train
+        check_image_size(data.size, self.model.size_multiple, "data.size")
+        if data.condition != "none":
+            raise UserError(f"--data.condition {data.condition} is for networks in pixel space: leave it out")
+        if self.precision != "fp32":
+            raise UserError(f"--precision is {self.precision}: an autoencoder is trained in fp32")
+        if train.disc_weight and data.size // 2**train.disc_layers < 3:
+            raise UserError(f"--train.disc-layers is {train.disc_layers}: too many for images of {data.size} pixels")
+        if bool(train.vgg) != bool(train.lpips):
+            raise UserError("LPIPS needs both --train.vgg and --train.lpips")
+
+
+class AutoencoderTask(Task):
+    """An AutoencoderKL on images, with LPIPS and a discriminator of patches."""
+
+    config: AutoencoderRunConfig
+
+    def __init__(self, config: AutoencoderRunConfig, data: Any = None):
+        super().__init__(config, data)
+        self.flip = config.data.flip
+        side = config.data.size // config.model.size_multiple
+        self.latent_shape = (config.model.embed_dim, side, side)
+
+    def make_networks(self, device: str) -> None:
+        config, train = self.config, self.config.train
+        net, _ = self.build()
+        self.discriminator, parameters = None, []
+        load_initial_weights(config, self.run_dir, net)
+        self.logvar = Parameter(Tensor(np.float32(0)), name="logvar")
+        adam = {"decay": train.lr_decay, "adam_betas": train.adam_betas}
+        self.optimizer = make_optimizer(
+            net, train.lr, train.warmup_steps, train.total_steps, extra_parameters=[self.logvar], **adam
+        )
+        ema = EMA(net, train.ema_decay)
+        net.set_train()
+        if train.disc_weight:
+            if train.disc_norm == "act" and self.world_size > 1:
+                raise UserError("--train.disc-norm act starts from one device's images: use batch on several devices")
+            channels, d_steps = config.model.channels, max(train.total_steps - train.disc_start, 1)
+            self.discriminator = NLayerDiscriminator(
+                channels, train.disc_channels, train.disc_layers, train.disc_norm, train.seed
+            )
+            d_optimizer = make_optimizer(self.discriminator, train.disc_lr, 0, d_steps, **adam)
+            both = (*self.discriminator.get_parameters(), *d_optimizer.get_parameters())
+            parameters = list({id(p): p for p in both}.values())
+            for p in parameters:  # the names in a checkpoint must differ
+                p.name = f"discriminator.{p.name}"
+        self.checkpoint = Checkpoint(
+            self.run_dir, net, self.optimizer, ema, keep=train.keep_checkpoints, extra_parameters=parameters
+        )
+        self.average = FirstStage(ema.net)
+
+        # The steps, compiled when first called: the first without the discriminator, until disc_start
+        distance = perceptual_distance(config)
+        options = {"clip_norm": train.clip_norm, "world_size": self.world_size}
+        likelihood, adversarial, weigh, d_loss = autoencoder_losses(net, self.discriminator, self.logvar, distance, train)
+        self.likelihood_step = make_train_step(likelihood, self.optimizer, ema, has_aux=True, **options)
+        if self.discriminator:
+            self.weigh = compiled(weigh)
+            self.adversarial_step = make_train_step(adversarial, self.optimizer, ema, has_aux=True, **options)
+            self.discriminator_step = make_train_step(d_loss, d_optimizer, **options)
+
+    def load_data(self) -> tuple[np.ndarray, np.ndarray]:
+        return load_training_images(self)
+
+    def draw_batch(self, x: np.ndarray, labels: np.ndarray, step: int) -> dict[str, np.ndarray]:
+        rng = np.random.default_rng((self.config.train.seed, Stream.NOISE, self.rank, step))
+        return {"x": x, "noise": rng.standard_normal((len(x), *self.latent_shape), np.float32)}
+
+    def advance(self, batch: dict[str, np.ndarray], step: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        train, x, noise = self.config.train, Tensor(batch["x"]), Tensor(batch["noise"])
+        if not self.discriminator or step < train.disc_start:
+            loss, norm, _ = self.likelihood_step(x, noise)
+            return loss, norm, {"logvar": self.logvar}
+        if train.disc_norm == "act":
+            self.discriminator.initialise(x)
+        weight = self.weigh(x, noise)
+        loss, norm, reconstruction = self.adversarial_step(x, noise, weight)
+        d_loss = self.discriminator_step(x, reconstruction)[0]
+        return loss, norm, {"logvar": self.logvar, "disc_weight": weight, "disc_loss": d_loss}
+
+    def preview(self, step: int) -> Path:
+        path = self.run_dir / "samples" / f"step-{step:07d}.png"
+        return save_reconstructions(path, self.average, self.data[: self.config.train.sample_num])
+
+    def next_commands(self) -> dict[str, str]:
+        return {
+            "scores": f"evaluate {self.run_dir}",
+            "diffusion": f"train --preset latent --first-stage {self.run_dir}",
+        }
+
+    def show(self, x: np.ndarray) -> Image.Image:
+        return show_images(x)
+
+    def render(self, run: Run, request: Request, folder: Path) -> list[Path]:
+        raise UserError(
+            f"{run.name} is an autoencoder: score it with {command('evaluate')}, or train on its latents with "
+            f"{command('train')} --preset latent --first-stage {run.name}"
+        )
+
+    def image_format(self) -> tuple[int, int]:
+        return self.config.data.size, self.config.model.channels
+
+    def samples_to_score(self, run: Run, sampling: Sampling, num: int, reference: Reference) -> tuple[Samples, np.ndarray]:
+        originals, labels = choose(*reference.splits["test"], num)
+        made = f"reconstructions of test images by {run.name} at step {run.step}"
+        return Samples(images.to_uint8(FirstStage(run.net).reconstruct(originals)), labels, made), originals
+
+
+def autoencoder_losses(
+    net: nn.Cell, discriminator: nn.Cell | None, logvar: Parameter, distance: Callable | None, train: AutoencoderTrainConfig
+) -> tuple[Callable, Callable, Callable, Callable]:
+    """The losses of an autoencoder `net` and its discriminator, and the weight between them (losses.py).
+
+    For images x and their reconstructions (B, C, H, W), and noise with the shape of the latents:
+
+        likelihood(x, noise) -> (loss (), reconstruction)
+        adversarial(x, noise, weight) -> the same, with the generator's loss of the discriminator
+        weigh(x, noise) -> that weight (), a constant to the loss
+        d_loss(x, reconstruction) -> the discriminator's loss ()
+
+    All but the first take the condition (B, C', H, W) of a conditional discriminator as last argument.
+
+    Args:
+        discriminator: Takes C + C' channels; None if only the likelihood is used.
+        logvar: Parameter (), the log-variance of the likelihood.
+        distance: distance(x, y) -> (B,), such as `LPIPS`, or None.
+    """
+    last_layer = ms.ParameterTuple([net.last_layer])
+
+    def nll(x, reconstruction, kl=0.0):
+        perceptual = train.perceptual_weight * distance(x, reconstruction) if distance else 0.0
+        return autoencoder_loss(x, reconstruction, kl, logvar, train.kl_weight, perceptual)
+
+    def judge(pictures, cond):
+        return discriminator(pictures if cond is None else ops.concat((pictures, cond), 1))
+
+    def likelihood(x, noise):
+        reconstruction, moments = net(x, noise)
+        return nll(x, reconstruction, gaussian_kl(moments)), reconstruction
+
+    def adversarial(x, noise, weight, cond=None):
+        loss, reconstruction = likelihood(x, noise)
+        return loss + weight * generator_loss(judge(reconstruction, cond)), reconstruction
+
+    def nll_at(h, x):
+        return nll(x, net.decoder.last(h))
+
+    def g_loss_at(h, cond):
+        return generator_loss(judge(net.decoder.last(h), cond))
+
+    nll_gradient, g_gradient = ms.grad(nll_at, None, last_layer), ms.grad(g_loss_at, None, last_layer)
+
+    def weigh(x, noise, cond=None):  # by the gradients at the decoder's last layer alone
+        h = net.decoder.features(net.post_quant_conv(gaussian_sample(net.encode(x), noise)))
+        return train.disc_factor * adaptive_weight(nll_gradient(h, x)[0], g_gradient(h, cond)[0], train.disc_weight)
+
+    def d_loss(x, reconstruction, cond=None):
+        real, fake = judge(x, cond), judge(reconstruction, cond)
+        return discriminator_loss(real, fake, train.disc_factor, D_LOSSES[train.disc_loss])
+
+    return likelihood, adversarial, weigh, d_loss
+
+
+def perceptual_distance(config: AutoencoderRunConfig) -> Callable | None:
+    """LPIPS where its weights are given, or the same distance through the bundled classifier."""
+    train = config.train
+    if not train.perceptual_weight:
+        return None
+    if train.vgg:
+        return load_lpips(train.vgg, train.lpips)
+    if (config.model.channels, config.data.size) in ((1, 28), (1, 32)):
+        return classifier_distance(load_classifier())
+    raise UserError(
+        "--train.perceptual-weight needs the weights of LPIPS for such images: give --train.vgg and --train.lpips, or set "
+        "it to 0"
+    )
+
+
+def save_reconstructions(path: Path, first_stage: FirstStage, pictures: np.ndarray) -> Path:
+    """Write a grid of images (N, H, W, C) uint8, each beside its reconstruction."""
+    pairs = np.stack([pictures, images.to_uint8(first_stage.reconstruct(pictures))], 1)
+    images.save_grid(path, pairs.reshape(-1, *pictures.shape[1:]), columns=min(16, 2 * len(pictures)))
+    return path
+
+
+def load_first_stage(run: Path, patch: int | None = None) -> FirstStage:
+    """The autoencoder of a run, for whole images or for patches of this side in pixels.
+
+    Raises:
+        UserError: there is no such run, or it is not an autoencoder's, or the patches do not fit it.
+    """
+    loaded = Run(run)
+    if not isinstance(loaded.config, AutoencoderRunConfig):
+        raise UserError(f"{run} is not the run of an autoencoder: train one with {command('train')} --preset autoencoder")
+    f = loaded.config.model.size_multiple
+    if patch is not None and patch % f:
+        raise UserError(f"--first-stage-patch is {patch}: it must be divisible by {f} for the first stage {run}")
+    return FirstStage(loaded.net, 1.0, f, patch)

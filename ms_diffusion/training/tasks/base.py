@@ -1,0 +1,253 @@
+"""What every kind of run has to know: one object, asked by the training loop, sampling, evaluation and likelihood.
+
+`config.task()` makes it. Training, sampling and scoring never ask what kind a run is: they call these methods.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import numpy as np
+import tyro
+from PIL import Image
+
+from mindspore import Tensor, nn
+
+from ...convert import LoadReport, load_pretrained
+from ...data.batches import check_enough, make_dataset
+from ...metrics.scores import Reference, Samples
+from ...process import GaussianDiffusion
+from ...runtime import UserError, command
+from ...sampling import Sampling
+from ..checkpoint import Checkpoint, checkpoints
+from ..config import Config
+
+if TYPE_CHECKING:
+    from ..runs import Run
+
+
+@dataclass
+class Request:
+    """The pictures that the sample command is asked for; its flags."""
+
+    num: int | None = None
+    """Number of images or points; by default 64 images, 8 of an edit, 10,000 points."""
+    sampling: Annotated[Sampling, tyro.conf.arg(name="")] = field(default_factory=Sampling)
+    class_: Annotated[str | None, tyro.conf.arg(name="class")] = None
+    """Class to draw, by number or name; by default each class in turn, in columns."""
+    prompt: str | None = None
+    """Caption to draw, for a run trained on captions, such as "an ankle boot"; by default one of each class in turn."""
+    image: tuple[str, ...] = ()
+    """IMAGEs to upscale, colorize or fill in, for a run with an image condition; by default its own test images."""
+    inpaint: tuple[str, str] | None = None
+    """MASK IMAGE: repaint what is white in the file MASK, or the left, right, top, bottom or center of the image."""
+    resample: int = 1
+    """RePaint for --inpaint, with --sampler ddpm: network calls per step. The paper uses 10; 1 is plain replacement."""
+    interpolate: tuple[str, str] | None = None
+    """IMAGE IMAGE: interpolate between two images through their noise."""
+    init: str | None = None
+    """IMAGE to start from (SDEdit); see --strength."""
+    strength: float | None = None
+    """How much noise is added before sampling, in (0, 1]; by default 0.6 for --init and 1 for --interpolate."""
+    out: str | None = None
+    """Path of the PNG grid; by default sample.png in the run's folder."""
+    gif: str | None = None
+    """Path of an animated GIF of the denoising."""
+    denoise_row: str | None = None
+    """Path of a PNG that shows, for the first 8 images, the predicted x_0 at ten of the steps, a row each."""
+    npz: str | None = None
+    """Path of an .npz file: `images`, uint8 (N, H, W, C), and `labels`, int32 (N,); or `points`, float32 (N, 2)."""
+
+
+class Task:
+    """One kind of run: its data, networks, batches, step, previews and scores, and how a sample becomes a picture.
+
+    Args:
+        data: Training data given as an array, in place of the data set that the configuration names.
+    """
+
+    noun = "images"  # what one sample is called
+    unit = "img"  # its abbreviation in the progress bar
+    flip = False
+    steps_per_call = 1
+    # Set by `start`
+    run_dir: Path
+    checkpoint: Checkpoint
+    optimizer: nn.Optimizer
+    data: np.ndarray
+    labels: np.ndarray
+    state: dict[str, Any] | None
+    rank: int
+    world_size: int
+
+    def __init__(self, config: Config, data: np.ndarray | None = None):
+        self.config, self.given_data = config, data
+
+    # Networks
+
+    def build(self) -> tuple[nn.Cell, GaussianDiffusion | None]:
+        """The network with its initial weights, and the process.
+
+        Raises:
+            UserError: the configuration's values do not fit together.
+        """
+        self.config.check()
+        try:
+            return self.build_parts()
+        except ValueError as e:
+            raise UserError(str(e)) from e
+
+    def build_parts(self) -> tuple[nn.Cell, GaussianDiffusion | None]:
+        return self.config.model.build(self.config.train.seed), None
+
+    # Training
+
+    def start(self, run_dir: Path, device: str = "CPU", rank: int = 0, world_size: int = 1) -> None:
+        """Make everything that training needs, and restore the newest checkpoint, whose state goes into `.state`.
+
+        Bad input is refused here, before anything is written.
+        """
+        train = self.config.train
+        self.run_dir, self.rank, self.world_size = run_dir, rank, world_size
+        self.make_networks(device)
+        self.data, self.labels = self.load_data()
+        check_enough(self.data, train.batch_size if train.total_steps else 1, world_size)
+        self.check_data()
+        self.state = self.checkpoint.load_latest()
+        self.prepare()
+
+    def make_networks(self, device: str) -> None:
+        """Set `.checkpoint`, `.optimizer` and the compiled step."""
+        raise NotImplementedError
+
+    def load_data(self) -> tuple[np.ndarray, np.ndarray]:
+        """Training data (N, ...) and labels (N,) int32."""
+        raise NotImplementedError
+
+    def check_data(self) -> None:
+        """Refuse data that the network does not fit."""
+
+    def prepare(self) -> None:
+        """What can be made only when the data and the checkpoint are there."""
+
+    @property
+    def start_step(self) -> int:
+        return self.state["step"] if self.state else 0
+
+    def batches(self) -> Iterator[dict[str, np.ndarray]]:
+        """The batches from the step after the checkpoint on: named arrays, drawn from (seed, stream, rank, step) alone.
+
+        Each is of `steps_per_call` steps, (steps_per_call, B, ...) where these are more than one.
+        """
+        train, count = self.config.train, self.steps_per_call
+        if self.start_step >= train.total_steps:
+            return
+        rows = make_dataset(
+            self.data,
+            self.labels,
+            train.batch_size,
+            train.total_steps,
+            self.start_step,
+            train.seed,
+            self.flip,
+            self.rank,
+            self.world_size,
+            count,
+        )
+        for i, (x, labels) in enumerate(rows.create_tuple_iterator(num_epochs=1, output_numpy=True)):
+            step = self.start_step + i * count
+            if count == 1:
+                yield self.draw_batch(x, labels, step)
+            else:
+                drawn = [self.draw_batch(x[k], labels[k], step + k) for k in range(count)]
+                yield {name: np.stack([batch[name] for batch in drawn]) for name in drawn[0]}
+
+    def draw_batch(self, x: np.ndarray, labels: np.ndarray, step: int) -> dict[str, np.ndarray]:
+        """What the compiled step takes, from data x (B, ...) and labels (B,)."""
+        raise NotImplementedError
+
+    def advance(self, batch: dict[str, np.ndarray], step: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Train on a batch of `batches`: loss (), gradient norm (), and other values to log, by name."""
+        raise NotImplementedError
+
+    def preview(self, step: int) -> Path:
+        """Draw samples of the averaged network; returns the picture's path."""
+        raise NotImplementedError
+
+    def score(self, step: int) -> float | None:
+        """FID of a few samples, or None where this run is not scored."""
+        return None
+
+    def checkpoint_record(self) -> dict[str, Any]:
+        """Additional content of a checkpoint's state.json."""
+        return {}
+
+    def next_commands(self) -> dict[str, str]:
+        """What a user may do when training has ended: purpose -> command and arguments."""
+        return {f"more {self.noun}": f"sample {self.run_dir}"}
+
+    # Sampling from a trained run
+
+    def open(self, home: Path, state: dict[str, Any]) -> None:
+        """Load what a run keeps beside its weights: `home` is the run's folder, `state` its checkpoint's state.json."""
+
+    def conditions(
+        self, num: int, labels: Any = None, prompt: str | None = None, pictures: np.ndarray | None = None, seed: int = 0
+    ) -> dict[str, np.ndarray]:
+        """What the network is conditioned on for `num` samples: arrays (num, ...) by the names in `cond_fields`.
+
+        Args:
+            labels: A class's number or name, or an array (num,) of numbers; by default each class in turn.
+            prompt: A caption; by default one of each class in turn.
+            pictures: Images (N, H, W, C) uint8 for an image condition; by default the run's test images.
+            seed: Draws what an image condition hides.
+
+        Raises:
+            UserError: the network is not conditioned on one that is given.
+        """
+        for name, value in {"class": labels, "prompt": prompt, "image": pictures}.items():
+            if value is not None:
+                raise UserError(f"this run is not conditioned on anything that --{name} could set: leave it out")
+        return {}
+
+    def decode(self, x: np.ndarray) -> np.ndarray:
+        """Samples of the process -> samples of the data, floats."""
+        return x
+
+    def to_output(self, x: np.ndarray) -> np.ndarray:
+        """What `decode` returns, as users keep it."""
+        return x
+
+    def show(self, x: np.ndarray) -> Image.Image:
+        """A picture of samples as `to_output` returns them."""
+        raise NotImplementedError
+
+    def render(self, run: "Run", request: Request, folder: Path) -> list[Path]:
+        """Draw what the sample command is asked for; returns the files written, pictures first."""
+        raise UserError(f"this run's {self.noun} cannot be drawn by the sample command")
+
+    # Scores
+
+    def image_format(self) -> tuple[int, int]:
+        """Height and width, and number of channels, of the images that are scored."""
+        raise UserError(f"this run's {self.noun} are scored by {command('sample')}, not by {command('evaluate')}")
+
+    def samples_to_score(
+        self, run: "Run", sampling: Sampling, num: int, reference: Reference
+    ) -> tuple[Samples, np.ndarray | None]:
+        """Images to score against `reference`, and the originals of which they are reconstructions, or None."""
+        raise NotImplementedError
+
+    def likelihood_data(self, split: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Images (N, H, W, C) uint8 of a split, and the network's conditions for them."""
+        raise UserError(f"the likelihood is that of images in pixel space, and this run is one of {self.config.kind}")
+
+
+def load_initial_weights(config: Config, run_dir: Path, net: nn.Cell) -> LoadReport | None:
+    """Give the network of a new run the weights of --init-from and print a report; None without them, or for an old run."""
+    if not config.init_from or checkpoints(run_dir):
+        return None
+    report = load_pretrained(net, config.init_from, None, config.init_ignore, config.init_partial, config.init_ema)
+    print(f"{config.init_from}: {report}")
+    return report

@@ -1,0 +1,181 @@
+"""What runs of pixels, points and latents share: noise, loss, the compiled step, samples of the average."""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+import mindspore as ms
+from mindspore import Parameter, Tensor, nn, ops
+
+from ...models.layers import set_compute_type
+from ...process import GaussianDiffusion
+from ...randomness import (
+    ImportanceTimesteps,
+    Stream,
+    antithetic_timesteps,
+    offset_noise,
+    uniform_timesteps,
+)
+from ...runtime import UserError
+from ...sampling import Generator, Sampling
+from ..checkpoint import Checkpoint
+from ..step import EMA, make_optimizer, make_train_step
+from .base import Task, load_initial_weights
+
+
+class DiffusionTask(Task):
+    """A denoiser and its process. A kind adds data, `shape`, conditions and pictures."""
+
+    shape: tuple[int, ...]  # of one x that is diffused
+    clip_denoised = True  # whether the data are known to lie in [-1, 1]
+    null_label: int | None = None  # the label or token for "no condition"; None where the network has no such condition
+    self_condition = False
+    score_every = 0
+    cond_fields: tuple[str, ...] = ()  # names of the network's conditions, in its order
+
+    def build_parts(self) -> tuple[nn.Cell, GaussianDiffusion]:
+        config: Any = self.config
+        return config.model.build(config.train.seed), config.diffusion.build(self.clip_denoised)
+
+    def generator(self, net: nn.Cell, diffusion: GaussianDiffusion) -> Generator:
+        return Generator(net, diffusion, self.shape, self.null_label, self.self_condition)
+
+    # Training
+
+    def make_networks(self, device: str) -> None:
+        config, train = self.config, self.config.train
+        self.net, self.diffusion = self.build()
+        T = self.diffusion.num_timesteps
+        self.loaded = load_initial_weights(config, self.run_dir, self.net)
+        self.preview_sampling = Sampling(sampler="ddpm", steps=train.sample_steps).resolve(self)
+
+        loss_scaler = None
+        if config.precision != "fp32":
+            if config.precision == "bf16" and device == "CPU":
+                raise UserError("MindSpore has no bf16 on the CPU: use --precision fp16 or fp32")
+            set_compute_type(self.net, {"fp16": ms.float16, "bf16": ms.bfloat16}[config.precision])
+            if config.precision == "fp16":
+                loss_scaler = ms.amp.DynamicLossScaler(scale_value=2.0**16, scale_factor=2, scale_window=2000)
+
+        ema = EMA(self.net, train.ema_decay)
+        extra_emas = [EMA(self.net, length=length) for length in train.ema_lengths]
+        self.average = self.generator(ema.net, self.diffusion)
+        self.net.set_train()  # after the averages are copied, which stay in evaluation mode
+        self.logvar = Parameter(Tensor(np.zeros(T, np.float32)), name="logvar") if train.learn_logvar else None
+        extra = [self.logvar] if train.learn_logvar else []
+        self.optimizer = make_optimizer(
+            self.net, train.lr, train.warmup_steps, train.total_steps, extra_parameters=extra, decay=train.lr_decay
+        )
+        self.importance = ImportanceTimesteps(T) if train.timestep_sampling == "importance" else None
+        parameters = self.importance.parameters if self.importance else []
+        self.checkpoint = Checkpoint(
+            self.run_dir,
+            self.net,
+            self.optimizer,
+            ema,
+            loss_scaler=loss_scaler,
+            keep=train.keep_checkpoints,
+            extra_parameters=parameters,
+            extra_emas=extra_emas,
+        )
+        self.step_parts = ema, extra_emas, loss_scaler
+
+    def prepare(self) -> None:
+        train = self.config.train
+        ema, extra_emas, loss_scaler = self.step_parts
+        if not (self.importance or extra_emas or loss_scaler):  # these need the host, or a graph of their own, each step
+            every = (
+                train.total_steps,
+                train.log_every,
+                train.sample_every,
+                train.save_every,
+                getattr(train, "score_every", 0),
+            )
+            self.steps_per_call = math.gcd(train.steps_per_call, *every, self.start_step)
+        self.train_step = make_train_step(
+            self.make_loss(),
+            self.optimizer,
+            ema,
+            clip_norm=train.clip_norm,
+            loss_scaler=loss_scaler,
+            world_size=self.world_size,
+            has_aux=self.importance is not None,
+            extra_emas=extra_emas,
+            steps_per_call=self.steps_per_call,
+        )
+
+    def make_x_start(self) -> Callable:
+        """A function for the graph, from a batch's x_start and latent_noise to the x_0 that is diffused."""
+        return lambda x_start, latent_noise: x_start
+
+    def make_loss(self) -> Callable:
+        """The loss of a batch, whose fields are the function's parameters."""
+        net, diffusion, logvar, to_x_start = self.net, self.diffusion, self.logvar, self.make_x_start()
+
+        def loss_fn(
+            x_start,
+            t,
+            noise,
+            weights=None,
+            latent_noise=None,
+            self_cond_mask=None,
+            labels=None,
+            tokens=None,
+            cond_image=None,
+        ):
+            cond = ()
+            if labels is not None:
+                cond = cond + (labels,)
+            if tokens is not None:
+                cond = cond + (tokens,)
+            if cond_image is not None:
+                cond = cond + (cond_image,)
+            x_start = to_x_start(x_start, latent_noise)
+            losses = diffusion.losses(net, x_start, t, noise, cond, logvar, self_cond_mask)
+            return ops.mean(losses) if weights is None else (ops.mean(weights * losses), losses)
+
+        return loss_fn
+
+    def draw_batch(self, x: np.ndarray, labels: np.ndarray, step: int) -> dict[str, np.ndarray]:
+        train, T = self.config.train, self.diffusion.num_timesteps
+        rng = np.random.default_rng((train.seed, Stream.NOISE, self.rank, step))
+        batch = {"x_start": x}
+        if self.importance:
+            batch["t"], batch["weights"] = self.importance.draw(rng, train.batch_size)
+        elif train.timestep_sampling == "antithetic":
+            batch["t"] = antithetic_timesteps(rng, T, train.batch_size)
+        else:
+            batch["t"] = uniform_timesteps(rng, T, train.batch_size)
+        batch["noise"] = offset_noise(rng, (train.batch_size, *self.shape), train.offset_noise)
+        return batch | self.draw_conditions(rng, batch, labels)
+
+    def draw_conditions(
+        self, rng: np.random.Generator, batch: dict[str, np.ndarray], labels: np.ndarray
+    ) -> dict[str, np.ndarray]:
+        """The other fields of a batch, drawn from `rng`."""
+        if not self.self_condition:
+            return {}
+        return {"self_cond_mask": rng.integers(0, 2, len(labels)).astype(np.float32)}
+
+    def advance(self, batch: dict[str, np.ndarray], step: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        loss, norm, *aux = self.train_step(**{name: Tensor(values) for name, values in batch.items()})
+        if self.importance:
+            self.importance.update(batch["t"], aux[0].asnumpy())
+        return loss, norm, {}
+
+    # Samples of the average
+
+    def preview_conditions(self, num: int) -> dict[str, np.ndarray]:
+        return self.conditions(num)
+
+    def draw(self, num: int, sampling: Sampling | None = None, batch_size: int = 64) -> np.ndarray:
+        """`num` samples (num, ...) of the averaged network, as floats."""
+        sampling = replace(sampling or self.preview_sampling, seed=self.config.train.seed, batch_size=batch_size)
+        return self.decode(self.average.draw(sampling, num, self.in_order(self.preview_conditions(num))))
+
+    def in_order(self, conditions: dict[str, np.ndarray]) -> list[np.ndarray]:
+        """Conditions by name -> in the network's order."""
+        return [conditions[name] for name in self.cond_fields]

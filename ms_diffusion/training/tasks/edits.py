@@ -1,0 +1,172 @@
+"""Edits of images with a run in pixel space: inpainting, image to image, interpolation, and image conditions."""
+
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mindspore import Tensor
+
+from ... import images
+from ...data.image_folder import read_image
+from ...denoiser import inpaint, with_self_conditioning
+from ...editing import invert_ddim, sample_repaint, slerp
+from ...runtime import UserError, command
+from ...samplers import SAMPLERS, SeededNoise, is_stochastic
+from .base import Request
+from .images import Plan, rms
+
+if TYPE_CHECKING:
+    from ..runs import Run
+
+EDITS = ("inpaint", "interpolate", "init")
+
+
+def plan(task: Any, run: "Run", request: Request) -> Plan:
+    """How a PixelTask draws a request.
+
+    Raises:
+        UserError: the request does not fit the run, or an image cannot be read.
+    """
+    check(task, request)
+    chosen = next((name for name in EDITS if getattr(request, name)), None)
+    if chosen is None:
+        made = task.plan_grid(run, request)
+        if "cond_image" in task.cond_fields:
+            show_conditions(task, request, made)
+        return made
+
+    # Without a class there is no direction to guide in, and a guided inversion does not lead back
+    sampling, num = request.sampling, request.num or 8
+    if sampling.guidance is None and (chosen == "interpolate" or request.class_ is None):
+        sampling = replace(sampling, guidance=1.0)
+    sampling = sampling.resolve(task)
+    label = task.null_label if request.class_ is None else request.class_
+    made = Plan(num, sampling, task.class_conditions(num, label, request.prompt), scale=4)
+    made.labels = made.cond.get("labels")
+    strength = request.strength or (0.6 if chosen == "init" else 1)
+    limit = strength * run.diffusion.num_timesteps
+    made.timesteps = [t for t in sampling.timesteps(run.diffusion) if t < limit]
+    if not made.timesteps:
+        raise UserError(f"--strength {strength} leaves none of the {sampling.steps} steps: raise one of them")
+    {"inpaint": plan_inpaint, "interpolate": plan_interpolate, "init": plan_init}[chosen](task, run, request, made)
+    return made
+
+
+def check(task: Any, request: Request) -> None:
+    chosen = [name for name in EDITS if getattr(request, name)]
+    condition, sampling = task.config.data.condition, request.sampling
+    if len(chosen) > 1:
+        raise UserError(f"choose one of --{' and --'.join(chosen)}")
+    if request.class_ is not None and task.num_classes is None:
+        raise UserError(
+            f"this run has no classes, which --class needs: train one with {command('train')} --preset quick-class"
+        )
+    if chosen and task.num_classes is not None and not task.config.train.label_dropout and request.class_ is None:
+        raise UserError("this run was trained with --train.label-dropout 0, so an edit needs a --class")
+    if condition != "none" and chosen:
+        raise UserError(f"this run is conditioned on images ({condition}): use --image, not --{chosen[0]}")
+    if condition == "none" and request.image:
+        raise UserError("this run has no image condition, which --image needs: edit with --init, --inpaint or --interpolate")
+    if request.strength is not None and not (0 < request.strength <= 1 and (request.init or request.interpolate)):
+        raise UserError(f"--strength is {request.strength}: it must be in (0, 1], with --init or --interpolate")
+    if request.resample < 1 or (request.resample > 1 and not request.inpaint):
+        raise UserError(f"--resample is {request.resample}: it must be at least 1, with --inpaint")
+    if request.resample > 1 and sampling.sampler != "ddpm":
+        raise UserError(f"--resample needs the steps of ddpm, not of {sampling.sampler}: add --sampler ddpm")
+    if request.interpolate and (is_stochastic(SAMPLERS[sampling.sampler]) or sampling.eta or sampling.steps < 2):
+        raise UserError("--interpolate needs a deterministic sampler (not ddpm, and --eta 0) and at least 2 --steps")
+
+
+def show_conditions(task: Any, request: Request, made: Plan) -> None:
+    """The conditions of the images of --image, or of test images; each sample stands between condition and original."""
+    num = made.num
+    originals = read_images(task, request.image) if request.image else images.to_float(task.test_images()[:num])
+    originals = originals[np.arange(num) % len(originals)]
+    cond = task.cond_image(originals, np.random.default_rng(made.sampling.seed))
+    made.cond["cond_image"] = cond
+
+    def arrange(x: np.ndarray) -> np.ndarray:
+        visible = np.broadcast_to(cond[:, : x.shape[1]], x.shape)  # a gray condition has one channel
+        return np.stack([visible, x, originals], 1).reshape(-1, *x.shape[1:])
+
+    made.arrange, made.columns, made.scale, made.captions = arrange, 12 if num > 3 else 3, 2, None
+
+
+def plan_inpaint(task: Any, run: "Run", request: Request, made: Plan) -> None:
+    assert request.inpaint
+    mask, image = request.inpaint
+    given, known = read_images(task, [image]), read_mask(task, mask, image)
+    made.denoise = inpaint(run.generator.denoiser(made.sampling), Tensor(given), Tensor(known))
+    if request.resample > 1:
+        made.sampler, made.calls_per_step = partial(sample_repaint, jump_n_sample=request.resample), request.resample
+        if made.sampling.v_posterior is not None:
+            made.sampler = partial(made.sampler, v_posterior=made.sampling.v_posterior)
+    made.arrange, made.columns = lambda x: np.concatenate([given, given * known, x]), min(made.num + 2, 12)
+
+
+def plan_init(task: Any, run: "Run", request: Request, made: Plan) -> None:
+    given = read_images(task, [request.init])
+    t = Tensor(np.full(made.num, made.timesteps[0], np.int32))
+    noise = SeededNoise(made.sampling.seed, range(made.num))(task.shape)
+    made.start = run.diffusion.q_sample(Tensor(given.repeat(made.num, 0)), t, Tensor(noise)).asnumpy()
+    made.arrange, made.columns = lambda x: np.concatenate([given, x]), min(made.num + 1, 12)
+
+
+def plan_interpolate(task: Any, run: "Run", request: Request, made: Plan) -> None:
+    assert request.interpolate
+    given = read_images(task, request.interpolate)
+    cond = [Tensor(values[:1].repeat(2, 0)) for values in task.in_order(made.cond)]
+    denoise = run.generator.denoiser(made.sampling)
+    denoise = with_self_conditioning(denoise) if task.self_condition else denoise
+    ends = invert_ddim(lambda x, t: denoise(x, t, *cond), Tensor(given), run.diffusion, made.timesteps).asnumpy()
+    made.start = np.stack([slerp(*ends, share) for share in np.linspace(0, 1, made.num)])
+
+    def arrange(x: np.ndarray) -> np.ndarray:
+        errors = rms(x[0], given[0]), rms(x[-1], given[1])
+        print("reconstruction error of both ends (RMS in [-1, 1]): {:.3f}, {:.3f}".format(*errors))
+        return np.concatenate([given[:1], x, given[1:]])
+
+    made.arrange, made.columns = arrange, min(made.num + 2, 12)
+
+
+def read_images(task: Any, names: Any, channels: int | None = None) -> np.ndarray:
+    """Files, or test:N for the run's test image N -> (N, C, H, W) in [-1, 1].
+
+    Raises:
+        UserError: one of them cannot be read.
+    """
+    size, channels = task.config.data.size, channels or task.config.model.channels
+    test = task.test_images() if any(name.startswith("test:") for name in names) else ()
+    found = []
+    for name in names:
+        if name.startswith("test:"):
+            number = name.removeprefix("test:")
+            if not (number.isdecimal() and int(number) < len(test)):
+                raise UserError(f"{name}: the test set has the images test:0 to test:{len(test) - 1}")
+            image = test[int(number)]
+            found.append(image if image.shape[-1] == channels else image.mean(-1, keepdims=True).astype(np.uint8))
+            continue
+        try:
+            found.append(read_image(name, size, channels))
+        except Exception as e:  # PIL's decoders raise anything on a damaged file
+            raise UserError(f"{name} cannot be read as an image: {e}") from e
+    return images.to_float(np.stack(found))
+
+
+def read_mask(task: Any, name: str, image: str) -> np.ndarray:
+    """(1, 1, H, W): 1 where the image is kept, 0 where it is repainted, which is white in the file."""
+    size = task.config.data.size
+    half, quarter = size // 2, size // 4
+    painted = {"left": np.s_[:, :half], "right": np.s_[:, half:], "top": np.s_[:half], "bottom": np.s_[half:]}
+    painted["center"] = np.s_[quarter : size - quarter, quarter : size - quarter]
+    if name in painted:
+        known = np.ones((1, 1, size, size), np.float32)
+        known[0, 0][painted[name]] = 0
+        return known
+    mask = read_images(task, [name], channels=1)
+    shapes = [(size, size) if file.startswith("test:") else images.picture_size(file) for file in (name, image)]
+    if shapes[0] != shapes[1]:
+        raise UserError("the mask {} has {} x {} pixels, the image {} {} x {}".format(name, *shapes[0], image, *shapes[1]))
+    return (mask < 0).astype(np.float32)

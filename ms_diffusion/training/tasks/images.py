@@ -1,0 +1,330 @@
+"""What runs of pixels and of latents share: images, classes, previews and scores, and the grids of the sample command."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from ... import images
+from ...data.batches import CLASS_NAMES, DATASETS, check_images, load_images
+from ...data.fashion_mnist import center_crop
+from ...files import write
+from ...metrics.distances import frechet_distance, mean_and_covariance
+from ...metrics.features import Features
+from ...metrics.scores import Reference, Samples
+from ...models.classifier import Classifier
+from ...runtime import UserError, command
+from ...sampling import Sampling
+from .base import Request
+from .diffusion import DiffusionTask
+
+if TYPE_CHECKING:
+    from ..runs import Run
+
+GIF_FRAMES = 40
+ROW_STEPS = 10
+
+
+class ImageData:
+    """What configurations of images share."""
+
+    data: Any
+    model: Any
+
+    def with_data(self, data: Any) -> tuple[Any, tuple[np.ndarray, np.ndarray] | None]:
+        """The configuration for these training data, and the arrays, if they are some.
+
+        Args:
+            data: The name of a data set, a folder of images, an array (N, H, W, C) uint8, or (images, labels).
+
+        Raises:
+            UserError: it is none of these.
+        """
+        config: Any = self
+        if isinstance(data, str | Path):
+            name = str(data)
+            chosen = {"name": name} if name in DATASETS else {"name": "image-folder", "dir": name}
+            return replace(config, data=replace(config.data, **chosen)), None
+        pictures, labels = data if isinstance(data, tuple) else (data, np.zeros(len(data), np.int32))
+        pictures, labels = np.asarray(pictures), np.asarray(labels)
+        check_images(pictures)
+        if labels.shape != pictures.shape[:1] or labels.dtype.kind not in "iu":
+            raise UserError(f"labels must be {len(pictures)} integers, these are {labels.shape} of {labels.dtype}")
+        size, channels = pictures.shape[2:]
+        config = replace(config, data=replace(config.data, name="arrays", size=size))
+        return config.with_channels(channels), (pictures, labels.astype(np.int32))
+
+    def with_channels(self, channels: int) -> Any:
+        config: Any = self
+        return replace(config, model=replace(config.model, channels=channels))
+
+
+@dataclass
+class Plan:
+    """How the grid of a request is drawn."""
+
+    num: int
+    sampling: Sampling
+    cond: dict[str, np.ndarray]
+    labels: np.ndarray | None = None
+    """Classes (num,) of the samples, if they have any."""
+    columns: int | None = None
+    gif_columns: int | None = None
+    scale: int = 2
+    captions: list[str] | None = None
+    timesteps: list[int] = field(default_factory=list)
+    start: np.ndarray | None = None
+    denoise: Callable | None = None
+    sampler: Callable | None = None
+    calls_per_step: int = 1
+    arrange: Callable[[np.ndarray], np.ndarray] = lambda x: x
+    """From the samples (num, C, H, W) to the images of the grid."""
+
+
+def load_training_images(task: Any) -> tuple[np.ndarray, np.ndarray]:
+    """The images (N, H, W, C) uint8 and labels that a task of images trains on."""
+    if task.given_data is not None:
+        return task.given_data
+    data = task.config.data
+    return load_images(data.name, data.dir, "train", data.size, task.config.model.channels)
+
+
+def show_images(x: np.ndarray) -> Image.Image:
+    """Images (N, H, W, C) uint8 as one grid."""
+    return images.show_grid(x)
+
+
+class ImageTask(DiffusionTask):
+    """Images of a data set, perhaps with classes."""
+
+    config: Any
+
+    @property
+    def num_classes(self) -> int | None:
+        """Number of classes that the network is conditioned on, by label or caption; None without."""
+        return self.config.model.num_classes
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        names = CLASS_NAMES.get(self.config.data.name)
+        return names if names and len(names) == self.num_classes else None
+
+    # Training
+
+    def load_data(self) -> tuple[np.ndarray, np.ndarray]:
+        return load_training_images(self)
+
+    def check_data(self) -> None:
+        if self.num_classes is not None and self.labels.max() >= self.num_classes:
+            highest = self.labels.max()
+            raise UserError(f"the data has labels up to {highest}: set --model.num-classes {highest + 1}")
+
+    def prepare(self) -> None:
+        train = self.config.train
+        self.originals, self.score_every = self.data, train.score_every
+        self.scored = bool(train.score_every) and self.rank == 0 and self.start_step < train.total_steps
+        if self.scored:
+            if len(self.data) <= Classifier.num_features:
+                raise UserError(f"{len(self.data)} images are too few for --train.score-every: leave it out")
+            self.features = Features()
+            chosen = np.random.default_rng(train.seed).permutation(len(self.data))[: train.score_num]
+            self.reference = self.mean_and_covariance(self.data[chosen])
+        self.prepare_data()
+        super().prepare()
+
+    def prepare_data(self) -> None:
+        """What the kind does to the data before training."""
+
+    def mean_and_covariance(self, pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return mean_and_covariance(self.features(center_crop(pictures))["features"])
+
+    def preview(self, step: int) -> Path:
+        path = self.run_dir / "samples" / f"step-{step:07d}.png"
+        images.save_grid(path, images.to_uint8(self.draw(self.config.train.sample_num)), columns=self.num_classes)
+        return path
+
+    def score(self, step: int) -> float | None:
+        train = self.config.train
+        if not self.scored or (step % train.score_every and step != train.total_steps):
+            return None
+        steps = min(15, self.diffusion.num_timesteps)
+        x = self.draw(train.score_num, replace(self.preview_sampling, sampler="dpmpp_2m", steps=steps))
+        if not np.isfinite(x).all():
+            raise UserError(
+                f"samples are not finite at step {step}: resume from the last checkpoint with a lower --train.lr"
+            )
+        return frechet_distance(*self.mean_and_covariance(images.to_uint8(x)), *self.reference)
+
+    # Samples
+
+    def conditions(
+        self, num: int, labels: Any = None, prompt: str | None = None, pictures: np.ndarray | None = None, seed: int = 0
+    ) -> dict[str, np.ndarray]:
+        if pictures is not None:
+            raise UserError("this run has no image condition, which --image needs: leave it out")
+        return self.class_conditions(num, labels, prompt)
+
+    def class_conditions(self, num: int, labels: Any = None, prompt: str | None = None) -> dict[str, np.ndarray]:
+        """The class or caption of each sample."""
+        if prompt is not None:
+            raise UserError(
+                f"this run was not trained on captions, which --prompt needs: {command('train')} --preset latent-text"
+            )
+        if self.num_classes is None:
+            if labels is not None:
+                raise UserError(
+                    f"this run has no classes, which --class needs: train one with {command('train')} --preset quick-class"
+                )
+            return {}
+        return {"labels": self.label_array(labels, num)}
+
+    def label_array(self, labels: Any, num: int) -> np.ndarray:
+        """Labels (num,) int32 from a class's number or name, or an array of numbers; each class in turn from None."""
+        if labels is None:
+            return np.arange(num, dtype=np.int32) % self.num_classes
+        if isinstance(labels, str):
+            labels = self.class_number(labels)
+        labels = np.asarray(labels)
+        if labels.dtype.kind not in "iu" or labels.shape not in ((), (num,)):
+            raise UserError(f"labels must be one or {num} whole numbers or a class name, these are {labels.shape}")
+        highest = self.num_classes if self.null_label == self.num_classes else self.num_classes - 1
+        if (wrong := labels[(labels < 0) | (labels > highest)]).size:
+            raise UserError(f"class {wrong.flat[0]}: choose from 0 to {self.num_classes - 1}")
+        return np.broadcast_to(labels, num).astype(np.int32)
+
+    def class_number(self, name: str) -> int:
+        """The class of a number or name on the command line."""
+        if name.isdecimal() and int(name) < (self.num_classes or 0):
+            return int(name)
+        names = [each.lower() for each in self.class_names or ()]
+        if name.lower() in names:
+            return names.index(name.lower())
+        choices = f"from 0 to {self.num_classes - 1}" + (f", or one of {', '.join(self.class_names)}" if names else "")
+        raise UserError(f"--class {name}: choose {choices}")
+
+    def to_output(self, x: np.ndarray) -> np.ndarray:
+        return images.to_uint8(x)
+
+    def show(self, x: np.ndarray) -> Image.Image:
+        return show_images(x)
+
+    def render(self, run: "Run", request: Request, folder: Path) -> list[Path]:
+        plan = self.plan(run, request)
+        sampling = plan.sampling
+        calls = len(plan.timesteps) * plan.calls_per_step
+        batch_size = sampling.batch_size or 64
+        frames, every = [], max(calls // GIF_FRAMES, 1)
+        rows, picked = [], set(np.linspace(0, calls - 1, ROW_STEPS, dtype=int))
+        bar = tqdm(total=-(-plan.num // batch_size) * calls, unit="step", desc=sampling.sampler)
+
+        def watch(i: int, x: Any, x_start: Any) -> None:
+            bar.update()
+            if bar.n > calls:  # the first batch alone
+                return
+            if request.gif and (i % every == 0 or i == calls - 1):
+                frames.append(images.to_uint8(self.decode(x.asnumpy())))
+            if request.denoise_row and i in picked:
+                rows.append(images.to_uint8(self.decode(x_start.asnumpy()[:8])))
+
+        cond = self.in_order(plan.cond)
+        x = run.generator.draw(sampling, plan.num, cond, watch, plan.start, plan.timesteps, plan.denoise, plan.sampler)
+        x = self.decode(x)
+        bar.close()
+
+        out = Path(request.out or folder / "sample.png")
+        images.save_grid(out, images.to_uint8(plan.arrange(x)), plan.columns, plan.scale, plan.captions)
+        written = [out]
+        if request.gif:
+            images.save_gif(request.gif, frames, plan.gif_columns)
+            written.append(Path(request.gif))
+        if request.denoise_row:
+            images.save_grid(request.denoise_row, np.stack(rows, 1).reshape(-1, *rows[0].shape[1:]), len(rows))
+            written.append(Path(request.denoise_row))
+        if request.npz:
+            classes = plan.labels is not None and plan.labels.max() < self.num_classes
+            labels = {"labels": plan.labels} if classes else {}
+            write(request.npz, lambda f: np.savez_compressed(f, images=images.to_uint8(x), **labels))
+            written.append(Path(request.npz))
+        return written
+
+    def plan(self, run: "Run", request: Request) -> Plan:
+        """How to draw a request for new images.
+
+        Raises:
+            UserError: the request does not fit the run.
+        """
+        for name in ("inpaint", "interpolate", "init", "image"):
+            if getattr(request, name):
+                raise UserError(f"--{name} works on pixels, which this run does not draw: leave it out")
+        return self.plan_grid(run, request)
+
+    def plan_grid(self, run: "Run", request: Request) -> Plan:
+        if request.strength is not None:
+            raise UserError(f"--strength is {request.strength}: it needs --init or --interpolate")
+        if request.resample != 1:
+            raise UserError(f"--resample is {request.resample}: it needs --inpaint")
+        if request.prompt is not None and request.class_ is not None:
+            raise UserError("choose one of --prompt and --class")
+        sampling, num = request.sampling.resolve(self), request.num or 64
+        plan = Plan(num, sampling, self.class_conditions(num, request.class_, request.prompt))
+        plan.timesteps = sampling.timesteps(run.diffusion)
+        if self.num_classes is not None and request.prompt is None:
+            plan.labels = self.label_array(request.class_, num)
+            if request.class_ is None and num % self.num_classes == 0:
+                plan.columns = plan.gif_columns = self.num_classes
+            if request.class_ is None and self.class_names:
+                plan.captions, plan.scale = [self.caption(label) for label in plan.labels], 3
+        return plan
+
+    def caption(self, label: int) -> str:
+        """What is written below an image of this class."""
+        assert self.class_names
+        return self.class_names[label]
+
+    # Scores
+
+    def image_format(self) -> tuple[int, int]:
+        return self.config.data.size, self.config.model.channels
+
+    def samples_to_score(
+        self, run: "Run", sampling: Sampling, num: int, reference: Reference
+    ) -> tuple[Samples, np.ndarray | None]:
+        sampling = sampling.resolve(self)
+        batch_size = min(sampling.batch_size or 100, num)
+        timesteps, cond = sampling.timesteps(run.diffusion), self.conditions(num)
+        with tqdm(total=-(-num // batch_size) * len(timesteps), unit="step", desc=sampling.sampler) as bar:
+            options = replace(sampling, batch_size=batch_size)
+            x = self.decode(run.generator.draw(options, num, self.in_order(cond), lambda *_: bar.update()))
+        if bad := num - np.isfinite(x).all((1, 2, 3)).sum():
+            raise UserError(f"{bad} of {num} samples are not finite, so training has diverged: use an earlier checkpoint")
+        made = f"{sampling.sampler}, {len(timesteps)} steps, guidance {sampling.guidance:g}"
+        if sampling.guidance_interval:
+            made += " from t = {} to {}".format(*sampling.guidance_interval)
+        made = f"{run.name} at step {run.step}, {sampling.weights} weights; {made}, seed {sampling.seed}"
+        labels = None if self.num_classes is None else self.label_array(None, num)
+        return Samples(images.to_uint8(x), labels, made), None
+
+
+def check_scored(config: Any) -> None:
+    """Refuse --train.score-every for images that the classifier does not take."""
+    if config.train.score_every and not (
+        config.data.name.startswith("fashion-mnist") or (config.model.channels, config.data.size) == (1, 28)
+    ):
+        raise UserError("--train.score-every is for gray images of 28 x 28 pixels: leave it out")
+
+
+def check_image_size(size: int, multiple: int, flag: str) -> None:
+    """Refuse sizes that the network would change."""
+    if size < multiple or size % multiple:
+        fit = max(round(size / multiple), 1) * multiple
+        raise UserError(f"--{flag} is {size}: it must be divisible by {multiple} for this network, such as {fit}")
+
+
+def rms(a: np.ndarray, b: np.ndarray) -> float:
+    """Root mean square of a - b."""
+    return math.sqrt(np.mean((a - b) ** 2))

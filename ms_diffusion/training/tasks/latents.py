@@ -1,0 +1,205 @@
+"""Latent diffusion (Rombach et al. 2022): a denoiser on the latents of a trained autoencoder, its first stage."""
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+
+from mindspore import Tensor
+
+from ...data.captions import CAPTIONS, LENGTH, NAMES, WORDS, draw_captions, plain_captions, tokens
+from ...fields import AT_LEAST_1, POSITIVE
+from ...files import write
+from ...latent import FirstStage
+from ...models.autoencoder import gaussian_sample
+from ...models.context import LatentUnetConfig
+from ...randomness import Stream, drop_labels
+from ...runtime import UserError, command
+from ..checkpoint import read_state
+from ..config import Config, DataConfig, DiffusionRunConfig, ImageTrainConfig
+from ..runs import run_folders
+from .autoencoder import load_first_stage, save_reconstructions
+from .images import ImageData, ImageTask, check_image_size, check_scored
+
+
+@dataclass(frozen=True)
+class LatentConfig(ImageData, DiffusionRunConfig):
+    """A run of latents."""
+
+    data: DataConfig = field(default_factory=lambda: DataConfig(size=32, flip=False))
+    model: LatentUnetConfig = field(default_factory=LatentUnetConfig)
+    train: ImageTrainConfig = field(default_factory=ImageTrainConfig)
+    first_stage: str | None = None
+    """Run of the autoencoder whose latents are learned; the new run keeps a copy of it."""
+    latent_scale: Annotated[float, POSITIVE] | None = None
+    """Factor of the latents; by default 1 / the standard deviation of the latents of a first batch."""
+    first_stage_patch: Annotated[int, AT_LEAST_1] | None = None
+    """Side in pixels of the overlapping patches that the first stage works on one by one; by default whole images."""
+
+    kind = "latents"
+
+    def task(self, data: Any = None) -> "LatentTask":
+        return (LatentTask if self.model.condition != "text" else CaptionTask)(self, data)
+
+    def check(self) -> None:
+        super().check()
+        data, model, patch = self.data, self.model, self.first_stage_patch
+        check_image_size(model.latent_size, model.size_multiple, "model.latent-size")
+        check_scored(self)
+        if model.out_channels != model.in_channels or model.n_embed:
+            raise UserError(
+                "the network predicts latents: set --model.out-channels to --model.in-channels, and leave out n-embed"
+            )
+        if patch is not None and patch > data.size:
+            raise UserError(f"--first-stage-patch is {patch}: choose at most the size of the images, {data.size}")
+        if data.condition != "none":
+            raise UserError(f"--data.condition {data.condition} is for networks in pixel space: leave it out")
+        if model.cond_channels:
+            raise UserError(f"--model.cond-channels is {model.cond_channels}: it must be 0, there is no image condition")
+        if data.flip:
+            raise UserError("latents are computed once, of images that are not flipped: add --data.no-flip")
+        if model.condition == "text":
+            if not data.name.startswith("fashion-mnist"):
+                raise UserError(f"captions exist for Fashion-MNIST only, not for {data.name}: use --preset latent")
+            if (model.vocab_size, model.max_length) != (len(WORDS), LENGTH):
+                raise UserError(f"the captions need --model.vocab-size {len(WORDS)} --model.max-length {LENGTH}")
+
+
+class LatentTask(ImageTask):
+    """A UNetModel on latents, conditioned on the class or nothing."""
+
+    config: LatentConfig
+    clip_denoised = False
+    first_stage: FirstStage
+
+    def __init__(self, config: LatentConfig, data: Any = None):
+        super().__init__(config, data)
+        model = config.model
+        self.shape = (model.in_channels, model.latent_size, model.latent_size)
+        self.null_label, self.cond_fields = model.null_label, model.cond_fields
+
+    def prepare_data(self) -> None:
+        """Encode the images, and find the scale of the latents."""
+        config, state = self.config, self.state
+        self.first_stage = resolve_first_stage(config, self.run_dir, self.rank)
+        self.data = self.first_stage.cached_moments(self.originals, config.data.dir)
+        if state and "latent_scale" not in state:
+            raise UserError(
+                f"the checkpoint of step {self.start_step} in {self.run_dir} has no latent_scale: remove it, or use another "
+                "--run-dir"
+            )
+        known = state["latent_scale"] if state else config.latent_scale or (self.loaded and self.loaded.scale_factor)
+        self.first_stage.scale = known or scale_of(self.data, config.train)
+        if self.rank == 0 and not state:
+            path = self.run_dir / "samples" / "first-stage.png"
+            save_reconstructions(path, self.first_stage, self.originals[: config.train.sample_num])
+
+    def checkpoint_record(self) -> dict[str, Any]:
+        return {"latent_scale": self.first_stage.scale}
+
+    def make_x_start(self) -> Any:
+        scale = self.first_stage.scale
+        return lambda moments, noise: scale * gaussian_sample(moments, noise)
+
+    def draw_conditions(
+        self, rng: np.random.Generator, batch: dict[str, np.ndarray], labels: np.ndarray
+    ) -> dict[str, np.ndarray]:
+        drawn = {"latent_noise": rng.standard_normal(batch["noise"].shape, np.float32)}
+        if self.null_label is not None:
+            dropout = self.config.train.label_dropout
+            drawn[self.cond_fields[0]] = drop_labels(rng, self.draw_labels(rng, labels), dropout, self.null_label)
+        return drawn
+
+    def draw_labels(self, rng: np.random.Generator, labels: np.ndarray) -> np.ndarray:
+        """What the network is conditioned on for images of these classes."""
+        return labels
+
+    def open(self, home: Path, state: dict[str, Any]) -> None:
+        scale = state.get("latent_scale")
+        if scale is None or not (home / "first_stage").exists():
+            missing = "latent_scale in its state.json" if scale is None else "first_stage beside its config.json"
+            raise UserError(f"the run in {home} has no {missing}: copy the whole run")
+        self.first_stage = load_first_stage(home / "first_stage", self.config.first_stage_patch)
+        self.first_stage.scale = scale
+
+    def decode(self, x: np.ndarray) -> np.ndarray:
+        return self.first_stage.decode(x)
+
+
+class CaptionTask(LatentTask):
+    """A UNetModel on latents, conditioned on captions of Fashion-MNIST's classes."""
+
+    @property
+    def num_classes(self) -> int | None:
+        return len(CAPTIONS)
+
+    def draw_labels(self, rng: np.random.Generator, labels: np.ndarray) -> np.ndarray:
+        return draw_captions(rng, labels)
+
+    def class_conditions(self, num: int, labels: Any = None, prompt: str | None = None) -> dict[str, np.ndarray]:
+        if prompt is not None:
+            return {"tokens": tokens([prompt] * num)}
+        if isinstance(labels, np.ndarray) and labels.ndim == 2:
+            return {"tokens": labels}
+        return {"tokens": plain_captions(self.label_array(labels, num))}
+
+    def caption(self, label: int) -> str:
+        return NAMES[label][0]
+
+
+def resolve_first_stage(config: LatentConfig, run: Path, rank: int = 0) -> FirstStage:
+    """The first stage that a run of latents has kept, or the one of --first-stage, of which it (rank 0) keeps a copy.
+
+    Raises:
+        UserError: there is none, or another one, or one whose latents the network does not take.
+    """
+    kept, given = run / "first_stage", config.first_stage
+    is_kept = (kept / "state.json").exists()  # which is written last
+    if is_kept and given and not Path(given).exists():
+        given = None  # it was needed only for the copy
+    if not given and not is_kept:
+        raise UserError(
+            "no autoencoder is given: add --first-stage runs/autoencoder, the run of "
+            f"{command('train')} --preset autoencoder"
+        )
+    if given:
+        folder, home = run_folders(Path(given))
+        hashes = [read_state(f)["sha256"]["ema.safetensors"] for f in (folder, *[kept] * is_kept)]
+        if len(set(hashes)) > 1:
+            raise UserError(f"--first-stage {given} is not the first stage that the run in {run} has kept: leave it out")
+    source = kept if is_kept else Path(given or "")
+    first_stage = load_first_stage(source, config.first_stage_patch)
+    model, autoencoder = config.model, Config.from_json(run_folders(source)[1] / "config.json").model
+    f = autoencoder.size_multiple
+    if config.data.size % f:
+        raise UserError(
+            f"--data.size is {config.data.size}: the first stage {source} takes sizes divisible by {f}, such as "
+            f"{model.latent_size * f}"
+        )
+    size = config.data.size // f
+    made, taken = (autoencoder.embed_dim, size, size), (model.in_channels, model.latent_size, model.latent_size)
+    if made != taken or autoencoder.channels != model.channels:
+        raise UserError(
+            f"the first stage {source} makes latents {made} of images with {autoencoder.channels} channels, the network "
+            f"takes {taken} and {model.channels}: set --model.in-channels, --model.out-channels, --model.latent-size, "
+            "--model.channels and --data.size to fit"
+        )
+    if not is_kept and rank == 0:
+        state = {"step": read_state(folder)["step"], "sha256": {}}
+        for path in (home / "config.json", folder / "ema.safetensors"):
+            content = path.read_bytes()
+            state["sha256"][path.name] = hashlib.sha256(content).hexdigest()
+            write(kept / path.name, lambda file, content=content: file.write(content))
+        write(kept / "state.json", lambda file: file.write(json.dumps(state, indent=1).encode()))
+    return first_stage
+
+
+def scale_of(moments: np.ndarray, train: ImageTrainConfig) -> float:
+    """1 / the standard deviation of a first batch's latents (Rombach et al. 2022, appendix G)."""
+    rng = np.random.default_rng((train.seed, Stream.NOISE))
+    batch = moments[rng.permutation(len(moments))[: train.batch_size]]
+    noise = rng.standard_normal((len(batch), batch.shape[1] // 2, *batch.shape[2:]), np.float32)
+    return float(1 / gaussian_sample(Tensor(batch), Tensor(noise)).asnumpy().std())

@@ -1,0 +1,112 @@
+"""Images in pixel space: the annotated U-Net, with classes, image conditions and edits."""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ...data.batches import load_images
+from ...data.conditions import condition_channels, condition_image
+from ...images import to_float
+from ...models.unet import UnetConfig
+from ...randomness import Stream, drop_labels
+from ...runtime import UserError
+from ..config import DataConfig, DiffusionRunConfig, ImageTrainConfig
+from . import edits
+from .base import Request
+from .images import ImageData, ImageTask, Plan, check_image_size, check_scored
+
+if TYPE_CHECKING:
+    from ..runs import Run
+
+
+@dataclass(frozen=True)
+class PixelConfig(ImageData, DiffusionRunConfig):
+    """A run of images in pixel space."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: UnetConfig = field(default_factory=UnetConfig)
+    train: ImageTrainConfig = field(default_factory=ImageTrainConfig)
+
+    kind = "pixels"
+
+    def task(self, data: Any = None) -> "PixelTask":
+        return PixelTask(self, data)
+
+    def check(self) -> None:
+        super().check()
+        data, model = self.data, self.model
+        check_image_size(data.size, model.size_multiple, "data.size")
+        check_scored(self)
+        needed = condition_channels(data.condition, model.channels)
+        if model.cond_channels != needed:
+            raise UserError(f"--data.condition {data.condition} has {needed} channels: set --model.cond-channels {needed}")
+        if data.condition == "lowres" and (data.lowres_size > data.size or data.size % data.lowres_size):
+            raise UserError(f"--data.lowres-size is {data.lowres_size}: it must divide the image size {data.size}")
+
+
+class PixelTask(ImageTask):
+    """A U-Net on images."""
+
+    config: PixelConfig
+
+    def __init__(self, config: PixelConfig, data: Any = None):
+        super().__init__(config, data)
+        model = config.model
+        self.shape = (model.channels, config.data.size, config.data.size)
+        self.null_label, self.self_condition = model.null_label, model.self_condition
+        self.cond_fields, self.flip = model.cond_fields, config.data.flip
+
+    def draw_conditions(
+        self, rng: np.random.Generator, batch: dict[str, np.ndarray], labels: np.ndarray
+    ) -> dict[str, np.ndarray]:
+        drawn = super().draw_conditions(rng, batch, labels)
+        if self.null_label is not None:
+            drawn["labels"] = drop_labels(rng, labels, self.config.train.label_dropout, self.null_label)
+        if "cond_image" in self.cond_fields:
+            drawn["cond_image"] = self.cond_image(batch["x_start"], rng)
+        return drawn
+
+    def cond_image(self, x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """The image condition (B, cond_channels, H, W) of images x (B, C, H, W)."""
+        return condition_image(self.config.data.condition, x, self.config.data.lowres_size, rng)
+
+    def preview_conditions(self, num: int) -> dict[str, np.ndarray]:
+        cond = self.class_conditions(num)
+        if "cond_image" in self.cond_fields:
+            originals = to_float(self.originals[np.arange(num) % len(self.originals)])
+            cond["cond_image"] = self.cond_image(originals, np.random.default_rng((self.config.train.seed, Stream.NOISE)))
+        return cond
+
+    def conditions(
+        self, num: int, labels: Any = None, prompt: str | None = None, pictures: np.ndarray | None = None, seed: int = 0
+    ) -> dict[str, np.ndarray]:
+        if "cond_image" not in self.cond_fields:
+            return super().conditions(num, labels, prompt, pictures)
+        originals = self.test_images()[:num] if pictures is None else pictures
+        originals = to_float(originals[np.arange(num) % len(originals)])
+        cond = {"cond_image": self.cond_image(originals, np.random.default_rng(seed))}
+        return self.class_conditions(num, labels, prompt) | cond
+
+    def test_images(self) -> np.ndarray:
+        """The run's test images (N, H, W, C) uint8."""
+        data = self.config.data
+        return load_images(data.name, data.dir, "test", data.size, self.config.model.channels)[0]
+
+    def plan(self, run: "Run", request: Request) -> Plan:
+        return edits.plan(self, run, request)
+
+    def samples_to_score(self, run: "Run", *args: Any) -> Any:
+        if "cond_image" in self.cond_fields:
+            raise UserError(
+                f"{run.name} is conditioned on images ({self.config.data.condition}): evaluate the .npz file that the "
+                "sample command writes"
+            )
+        return super().samples_to_score(run, *args)
+
+    def likelihood_data(self, split: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        if "cond_image" in self.cond_fields or self.self_condition:
+            raise UserError("the likelihood is not defined for a network with an image condition or self-conditioning")
+        data = self.config.data
+        pictures, labels = load_images(data.name, data.dir, split, data.size, self.config.model.channels)
+        return pictures, {} if self.null_label is None else {"labels": labels}

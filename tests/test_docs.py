@@ -1,0 +1,34 @@
+"""The documentation: links lead somewhere, both READMEs say the same, flags.md is what the dataclasses say."""
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [*ROOT.glob("README*.md"), *(ROOT / "docs").glob("*.md")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_pictures_exist(page):
+    text = page.read_text()
+    targets = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'<img src="([^"]+)"', text)
+    local = [target for target in targets if not target.startswith("http")]
+    for path, _, anchor in (target.partition("#") for target in local):
+        linked = page.parent / path if path else page
+        assert linked.exists(), path
+        titles = re.findall(r"^#+ (.+)$", linked.read_text(), re.MULTILINE) if anchor else []
+        assert not anchor or anchor in [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles], anchor
+
+
+def test_both_readmes_have_the_same_figures_commands_and_pictures():
+    english, chinese = ((ROOT / name).read_text() for name in ("README.md", "README_zh.md"))
+    for pattern in (r"(?<![\w.])\d[\d,.]*\d", r"docs/[\w.-]+", r"^    python .*", r"`[^`\n]*[./-][^`\n]*`"):
+        assert set(re.findall(pattern, english, re.MULTILINE)) == set(re.findall(pattern, chinese, re.MULTILINE))
+    assert max(text.count("\n") for text in (english, chinese)) <= 150
+
+
+def test_flags_are_those_of_the_dataclasses():
+    made = runpy.run_path(str(ROOT / "docs" / "make_flags.py"))["render"]()
+    assert made == (ROOT / "docs" / "flags.md").read_text(), "run python -m docs.make_flags"
