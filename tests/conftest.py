@@ -1,11 +1,30 @@
 """The tests run on the CPU, with every warning an error; ``--slow`` adds those marked ``slow``."""
 
+import contextlib
+import ctypes
+import gc
+
 import pytest
 
 from ms_diffusion import runtime
 
 runtime.set_device("cpu")
 runtime.catch_interrupts = lambda: None  # tests train in this process, and Ctrl-C is pytest's
+
+
+@pytest.fixture(scope="module", autouse=True)
+def free_memory(request):
+    """Clear a module's own functools caches and free its graphs, which MindSpore keeps when their functions are gone."""
+    yield
+    import mindspore as ms
+
+    for value in list(vars(request.module).values()):
+        if getattr(value, "__module__", None) == request.module.__name__ and hasattr(value, "cache_clear"):
+            value.cache_clear()
+    gc.collect()
+    ms.ms_memory_recycle()
+    with contextlib.suppress(AttributeError):  # glibc alone has it
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def pytest_addoption(parser):
@@ -22,3 +41,19 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if "slow" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs --slow"))
+
+
+@pytest.fixture(scope="session")
+def class_run(tmp_path_factory):
+    """A small run of images with classes, guidance and self-conditioning, loaded once: its graphs are shared."""
+    from dataclasses import replace
+
+    from runs import PIXELS, UNET, untrained
+
+    from ms_diffusion.training.runs import Run
+
+    diffusion = replace(PIXELS.diffusion, objective="eps", num_timesteps=20)
+    model = replace(UNET, num_classes=10, self_condition=True)
+    train = replace(PIXELS.train, sample_guidance=2.0, sample_guidance_interval=(10, 19))
+    config = replace(PIXELS, model=model, diffusion=diffusion, train=train)
+    return Run(untrained(tmp_path_factory.mktemp("class") / "run", config, step=6, noise=0.05))

@@ -81,15 +81,15 @@ def load_points(name: str, path: str | np.ndarray | None, num: int, seed: int) -
     """Training points (N, 2) and test points (M, 2), float32 in the data's own units.
 
     For a toy distribution, N = `num` and M = 2 `num`, with independent random numbers. For "points-file", a fifth of the
-    points in the file `path`, or in the array `path`, (at least one), chosen at random by the seed, is held out as the test
-    set; `num` is not used.
+    points in the file or array `path` (at least one), chosen at random by the seed, is held out as the test set; `num` is
+    not used.
 
     Raises:
         UserError: the set does not exist, `num` is below 1, `path` is missing, or is a file though `name` is a toy
             distribution; or `read_points` fails.
     """
     if name == POINTS_FILE:
-        if path is None:
+        if path is None or (isinstance(path, str) and not path):
             raise UserError(f"--data.name {POINTS_FILE} needs --data.dir, a .npy or .csv file")
         points = check_points(path, "data") if isinstance(path, np.ndarray) else read_points(path)
         points = points.astype(np.float32)

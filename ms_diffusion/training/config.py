@@ -4,7 +4,7 @@ import difflib
 import json
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from ..data.batches import DATASETS
 from ..data.conditions import KINDS as CONDITIONS
@@ -14,9 +14,6 @@ from ..process import DiffusionConfig
 from ..randomness import TIMESTEP_SAMPLING
 from ..runtime import UserError
 from .step import power_of_length
-
-if TYPE_CHECKING:
-    from .tasks.base import Task
 
 # Fields that had another name once: flags and config.json files of then are still read
 RENAMED = {
@@ -138,9 +135,13 @@ class Config:
         if cls.kind:
             Config.kinds[cls.kind] = cls
 
-    def task(self) -> "Task":
-        """The object that knows everything about this kind of run."""
+    def task(self, data: Any = None) -> Any:
+        """The `tasks.base.Task` that knows everything about this kind of run; `data` are arrays to train on."""
         raise NotImplementedError(f"{type(self).__name__} must define task()")
+
+    def with_data(self, data: Any) -> tuple[Any, Any]:
+        """The configuration for training data that a user passes to `train`, and the data as its task takes them."""
+        raise UserError(f"runs of {self.kind} take no data from Python: leave out data")
 
     def check(self) -> None:
         """Refuse values out of range, or that do not fit each other.

@@ -36,7 +36,7 @@ SHOWN = 2000  # points in a panel
 class PointsDataConfig:
     """The points in the plane to train on."""
 
-    name: Annotated[str, OneOf((*TOYS, POINTS_FILE))] = "scurve"
+    name: Annotated[str, OneOf(TOYS, (POINTS_FILE,))] = "scurve"
     """A toy distribution, or points-file for your own points."""
     dir: str | None = None
     """The points-file: .npy or .csv with two columns, or a folder that holds one such file."""
@@ -120,8 +120,9 @@ class PointsTask(DiffusionTask):
 
     def render(self, run: "Run", request: Request, folder: Path) -> list[Path]:
         """Samples, all pictures of the way there and back, and scores against held-out data."""
-        for name in ("class_", "prompt", "image", "inpaint", "interpolate", "init", "denoise_row", "strength"):
-            if getattr(request, name):
+        names = "class_", "prompt", "image", "inpaint", "resample", "interpolate", "init", "strength", "denoise_row"
+        for name in names:
+            if getattr(request, name) != getattr(Request, name):
                 flag = name.strip("_").replace("_", "-")
                 raise UserError(f"--{flag} works on images, and this run draws points in the plane: leave it out")
         num = request.num or 10_000
