@@ -116,7 +116,7 @@ class Config:
 
     data: Any = field(default_factory=DataConfig)
     model: Any = None
-    train: Any = field(default_factory=TrainConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
     init_from: str | None = None
     """File of weights to start a new run from, ours, of CompVis or of diffusers: .safetensors, or .ckpt with PyTorch."""
     init_ema: bool = False
@@ -178,7 +178,7 @@ class DiffusionRunConfig(Config):
     """What all runs of a denoiser share."""
 
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
-    train: Any = field(default_factory=DiffusionTrainConfig)
+    train: DiffusionTrainConfig = field(default_factory=DiffusionTrainConfig)
 
     def check(self) -> None:
         super().check()
