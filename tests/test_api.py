@@ -29,27 +29,30 @@ def tiny(preset, **values):
 def readme(tmp_path_factory):
     """What the README's example leaves in its variables, after few steps of a small network with classes; and its output."""
     text = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL).group(1)
-    for number, smaller in {
+    smaller = {
         "total_steps=500": "total_steps=2",
-        "num=1000": "num=130",
+        "steps=15": "steps=3",
+        "num=1000": "num=130, steps=2, batch_size=64",  # the graph of run.sample
         "dim=28": "dim=8, dim_mults=(1,)",
-    }.items():
+    }
+    for number, other in smaller.items():
         assert number in text
-        text = text.replace(number, smaller)
-    text = re.sub(r"steps=15\b", "steps=3", text)
+        text = text.replace(number, other)
+    training, loading, later = text.partition("run = md.load(")
     variables, out, folder = {}, io.StringIO(), tmp_path_factory.mktemp("readme")
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
         patch.chdir(folder)
         patch.setitem(md.PRESETS, "quick", tiny("quick-class", **NET))
-        exec(text, variables)
-        variables["run"].home = variables["run"].home.resolve()
+        exec(training, variables)
+        variables["trained"] = variables["run"]
+        exec(loading + later, variables)
     return variables, out.getvalue(), folder
 
 
 @pytest.fixture(scope="module")
 def run(readme):
-    """The run of the README's example, as it was loaded."""
-    return readme[0]["run"]
+    """The run that the README's example trains."""
+    return readme[0]["trained"]
 
 
 def test_the_example_of_the_readme(readme):
@@ -58,7 +61,7 @@ def test_the_example_of_the_readme(readme):
         assert min(picture.size) > 8 * 28
     scores = ast.literal_eval(out.splitlines()[-1])
     assert {"protocol", "samples", "floor"} <= set(scores)
-    assert scores["samples"]["fid"] > 1 > scores["floor"]["fid"] > 0
+    assert scores["samples"]["fid"] > scores["floor"]["fid"] > 0
     assert variables["x"].shape == (16, 1, 28, 28) and variables["x"].dtype == np.float32
     assert variables["run"].step == 2 and (folder / "runs/mine/checkpoints/step-0000002").is_dir()
 
@@ -109,21 +112,22 @@ def test_labels(run):
 )
 def test_bad_options_of_sample(run, options, word):
     with pytest.raises(md.UserError, match=word):
-        run.sample(**options)
+        run.sample(**{"steps": 2} | options)
 
 
-def test_load(run, tmp_path):
-    for which in (run.home, run.home / "checkpoints/step-0000002", run.home / "checkpoints/step-0000002/ema.safetensors"):
+def test_load(readme, run, tmp_path):
+    folder = readme[2] / "runs/mine"
+    for which in (folder, folder / "checkpoints/step-0000002", folder / "checkpoints/step-0000002/ema.safetensors"):
         again = md.load(which)
-        assert again.step == 2 and again.config == run.config and again.device == "CPU" and not again.net.training
-    model = md.load(run.home, weights="model")
+        assert again.step == 2 and again.config == run.config and not again.net.training
+    model = md.load(folder, weights="model")
     weights = [{p.name: p.asnumpy() for p in each.net.get_parameters()} for each in (run, model)]
     assert any((weights[0][name] != weights[1][name]).any() for name in weights[0])
     for wrong in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(md.UserError, match=str(wrong)):
             md.load(wrong)
     with pytest.raises(md.UserError, match="--train.ema-lengths"):
-        md.load(run.home, ema_length=0.1)
+        md.load(folder, ema_length=0.1)
 
 
 def test_the_bundled_model():
@@ -145,9 +149,10 @@ def test_train_on_arrays(tmp_path):
     assert saved == [tmp_path / "run"] and run.step == 2
     assert (run.config.data.name, run.config.data.size, run.config.model.channels) == ("arrays", 8, 3)
     assert run.sample(4, steps=1).shape == (4, 8, 8, 3)
-    for words in ("arrays from Python", "Python"):
-        with pytest.raises(md.UserError, match=words):
-            run.evaluate(200)
+    with pytest.raises(md.UserError, match="28 x 28"):
+        run.evaluate(200)
+    with pytest.raises(md.UserError, match="arrays from Python"):
+        md.load_images("arrays", None, "test", 8, 3)
     task = md.load(tmp_path / "run").config.task((images, labels))
     np.testing.assert_array_equal(task.load_data()[0], images)
 
@@ -157,7 +162,7 @@ def test_train_on_points(tmp_path):
     config = tiny("scurve", dim=8, depth=1, steps_per_call=1, objective="v")
     run = md.train(config, tmp_path / "run", points, total_steps=2)
     x = run.sample(64, steps=2)
-    assert x.shape == (64, 2) and np.isfinite(x).all() and x[:, 0].std() > 20 * x[:, 1].std()  # in the data's units
+    assert x.shape == (64, 2) and np.isfinite(x).all() and 40 < x[:, 0].mean() < 160  # in the data's units
     assert isinstance(run.show(x), Image.Image) and isinstance(run.config, PointsConfig)
     kept = np.load(tmp_path / "run/points.npz")
     np.testing.assert_allclose(np.sort(np.concatenate([kept["train"], kept["test"]]), 0), np.sort(points, 0), rtol=1e-6)
