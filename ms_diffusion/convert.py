@@ -41,7 +41,6 @@ def load_torch_state_dict(path: str | Path) -> dict[str, np.ndarray]:
 
 
 def read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of a .safetensors file."""
     try:
         entries = safetensors.deserialize(path.read_bytes())
     except safetensors.SafetensorError as e:
@@ -60,7 +59,6 @@ def decode(path: Path, name: str, dtype: str, shape: list[int], data: bytes) -> 
 
 
 def read_pickled(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of a file that PyTorch wrote."""
     try:
         import torch
     except ImportError as e:
@@ -105,7 +103,6 @@ def load_into(
 
 
 def differences(parameters: Mapping[str, Parameter], arrays: Mapping[str, np.ndarray]) -> dict[str, list[str]]:
-    """Names that are missing in or unexpected among the arrays, and those with another shape."""
     return {
         "missing": [name for name in parameters if name not in arrays],
         "unexpected": [name for name in arrays if name not in parameters],
@@ -118,12 +115,10 @@ def differences(parameters: Mapping[str, Parameter], arrays: Mapping[str, np.nda
 
 
 def listed(names_of_kinds: Mapping[str, list[str]]) -> str:
-    """A line with the first names of each kind."""
     return "; ".join(f"{kind}: {first_names(names)}" for kind, names in names_of_kinds.items() if names)
 
 
 def first_names(names: list[str], most: int = 4) -> str:
-    """The first names, and the number of the others."""
     rest = len(names) - most
     return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
 
@@ -171,7 +166,6 @@ OLDER_PIECES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "pr
 
 
 def with_pieces(name: str, pieces: Mapping[str, str]) -> str:
-    """`name` with its parts replaced by the table."""
     dotted = f".{name}"
     for piece, other in pieces.items():
         dotted = dotted.replace(f".{piece}.", f".{other}.")

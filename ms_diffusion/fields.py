@@ -42,12 +42,14 @@ FRACTION = Bounds(0, 1)
 
 @dataclass(frozen=True, eq=False)
 class OneOf:
-    """The names in a registry, also those that are added to it later."""
+    """The names in a registry, also those that are added to it later, and some more."""
 
-    names: Iterable[str]
+    registry: Iterable[str]
+    more: tuple[str, ...] = ()
 
     def problem(self, value: Any) -> str | None:
-        return None if value in list(self.names) else f"choose one of {', '.join(self.names)}"
+        names = [*self.registry, *self.more]
+        return None if value in names else f"choose one of {', '.join(names)}"
 
 
 def check_fields(config: Any, prefix: str = "--") -> None:

@@ -100,7 +100,7 @@ def in_patches(fn: Callable[[np.ndarray], np.ndarray], x: np.ndarray, size: int,
     side = int(size * factor)
     edge = np.minimum(np.arange(side), np.arange(side)[::-1]) + 1
     weight = np.minimum(edge[:, None], edge).astype(np.float32)
-    total, norm = np.float32(0), np.zeros((int(height * factor), int(width * factor)), np.float32)
+    total, norm = np.zeros(()), np.zeros((int(height * factor), int(width * factor)), np.float32)
     for top, left in itertools.product(*positions):
         patch = fn(x[:, :, top : top + size, left : left + size])
         if not total.shape:

@@ -2,11 +2,10 @@
 
 Errors are computed per element: (pred, target) of any shape -> the same shape.
 
-An autoencoder and its discriminator have one optimizer each, whose steps alternate (Rombach et al. 2022, appendix G).
-
-1. The autoencoder and logvar minimise `autoencoder_loss` + weight * `generator_loss`. The weight is `adaptive_weight` of
-   the gradients at the decoder's last layer. It is computed before the step and is a constant in it.
-2. The discriminator minimises `discriminator_loss`, where the reconstructions of the first step are constants.
+An autoencoder and its discriminator have one optimizer each, whose steps alternate (Rombach et al. 2022, appendix G). The
+autoencoder and logvar minimise `autoencoder_loss` + weight * `generator_loss`. The weight, `adaptive_weight` of gradients at
+the decoder's last layer, is computed before the step and is constant in it. Then the discriminator minimises
+`discriminator_loss`, where the reconstructions of the first step are constants.
 """
 
 from collections.abc import Callable
@@ -33,16 +32,8 @@ def huber(pred: Tensor, target: Tensor) -> Tensor:
 LOSSES = {"l1": l1, "l2": l2, "huber": huber}
 
 
-# The autoencoder
-
-
 def autoencoder_loss(
-    x: Tensor,
-    reconstruction: Tensor,
-    kl: Tensor | float,
-    logvar: Tensor,
-    kl_weight: float,
-    perceptual: Tensor | float = 0.0,
+    x: Tensor, reconstruction: Tensor, kl: Tensor | float, logvar: Tensor, kl_weight: float, perceptual: Tensor | float = 0.0
 ) -> Tensor:
     """All but the adversarial part: the negative log-likelihood of x, summed over an image, plus kl_weight KL: ().
 
@@ -75,11 +66,7 @@ def adaptive_weight(nll_grads: Tensor, g_grads: Tensor, disc_weight: float = 1.0
 
 
 def norm(x: Tensor) -> Tensor:
-    """Euclidean norm: ()."""
     return ops.sqrt(ops.square(x).sum())
-
-
-# The discriminator
 
 
 def hinge_d_loss(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
@@ -96,10 +83,7 @@ D_LOSSES = {"hinge": hinge_d_loss, "vanilla": vanilla_d_loss}
 
 
 def discriminator_loss(
-    logits_real: Tensor,
-    logits_fake: Tensor,
-    disc_factor: float,
-    d_loss: Callable[[Tensor, Tensor], Tensor] = hinge_d_loss,
+    logits_real: Tensor, logits_fake: Tensor, disc_factor: float, d_loss: Callable[..., Tensor] = hinge_d_loss
 ) -> Tensor:
     """disc_factor times one of `D_LOSSES`: ()."""
     return disc_factor * d_loss(logits_real, logits_fake)

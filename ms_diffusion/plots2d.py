@@ -7,12 +7,17 @@ finite are not drawn.
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
 from .files import write
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Limits = tuple[tuple[float, float], tuple[float, float]]  # ((left, right), (bottom, top))
 
@@ -72,11 +77,11 @@ def _figure(titles: Sequence[str], limits: Limits, columns: int, inches: float):
     return figure, list(panels[:n])
 
 
-def _save(path: str | Path, figure) -> None:
+def _save(path: str | Path, figure: "Figure") -> None:
     write(path, lambda f: figure.savefig(f, format="png", dpi=DPI))
 
 
-def _dots(axes, points: np.ndarray, color: str, n: int | None = None, scale: float = 1.0):
+def _dots(axes: "Axes", points: np.ndarray, color: str, n: int | None = None, scale: float = 1.0):
     """Draw points as dots. The more points (n, by default their number), the smaller and paler the dots; `scale` is the
     panel's width relative to the small panels."""
     points = _finite(points)

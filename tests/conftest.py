@@ -1,12 +1,30 @@
 """The tests run on the CPU, with every warning an error; ``--slow`` adds those marked ``slow``."""
 
+import contextlib
 import copy
+import ctypes
+import gc
 
 import pytest
 
 from ms_diffusion import runtime
 
 runtime.set_device("cpu")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def free_memory(request):
+    """Clear a module's own functools caches and free its graphs, which MindSpore keeps when their functions are gone."""
+    yield
+    import mindspore as ms
+
+    for value in list(vars(request.module).values()):
+        if getattr(value, "__module__", None) == request.module.__name__ and hasattr(value, "cache_clear"):
+            value.cache_clear()
+    gc.collect()
+    ms.ms_memory_recycle()
+    with contextlib.suppress(AttributeError):  # glibc alone has it
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def pytest_addoption(parser):

@@ -1,4 +1,4 @@
-"""The KL autoencoder held to networks written here in PyTorch, and its Gaussian to float64 formulas and to chance."""
+"""The KL autoencoder against PyTorch networks written here; its Gaussian against float64 formulas and Monte Carlo."""
 
 import functools
 import math
@@ -17,6 +17,7 @@ from ms_diffusion.convert import load_into
 from ms_diffusion.models import layers
 from ms_diffusion.models.autoencoder import (
     AutoencoderConfig,
+    AutoencoderKL,
     Decoder,
     Downsample,
     Encoder,
@@ -28,11 +29,12 @@ from ms_diffusion.models.autoencoder import (
     mean_and_logvar,
     normal_kl,
 )
-from ms_diffusion.runtime import compiled
+from ms_diffusion.runtime import UserError, compiled
 
 TOLERANCE = 1e-4  # relative to the largest entry
 every_mode = pytest.mark.parametrize("mode", ["graph", "pynative"])
 
+TINY = dict(ch=4, ch_mult=(1,), num_res_blocks=1, resolution=8, z_channels=3, embed_dim=2, groups=2, attention="none")
 SMALL = dict(ch=8, ch_mult=(1, 2), num_res_blocks=1, resolution=8, z_channels=3, embed_dim=2, groups=4)
 CONFIGS = {
     "vanilla": AutoencoderConfig(**SMALL, attn_resolutions=(4,)),
@@ -371,9 +373,15 @@ def test_names_of_the_original():
     assert "encoder.mid.attn_1.to_qkv.weight" in shapes_of(CONFIGS["linear"].build())
 
 
-@pytest.mark.parametrize("levels", [1, 2, 3])
+def test_the_constructor_takes_the_configuration():
+    config = AutoencoderConfig(**TINY)
+    first, second = values(AutoencoderKL(config, 3)), values(config.build(3))
+    assert first.keys() == second.keys() and all(np.array_equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("levels", [1, 3])
 def test_z_is_smaller_by_f(levels):
-    config = AutoencoderConfig(**SMALL | dict(ch_mult=(1,) * levels, resolution=12), channels=2)
+    config = AutoencoderConfig(**TINY | dict(ch_mult=(1,) * levels, resolution=12), channels=2)
     net, x = config.build(), Tensor(images(config, 3, 12))
     size = 12 // 2 ** (levels - 1)
     assert config.size_multiple == 2 ** (levels - 1)
@@ -416,7 +424,7 @@ def test_seed_decides_the_weights():
 
 
 def test_float16_stays_close():
-    config = CONFIGS["vanilla"]
+    config = AutoencoderConfig(**TINY)
     net, half = config.build(), config.build()
     layers.set_compute_type(half, ms.float16)
     x, noise = Tensor(images(config, 2)), Tensor(noise_of(config, 2))
@@ -429,20 +437,16 @@ def test_float16_stays_close():
 
 
 @every_mode
-def test_dropout_in_training_alone(mode):
-    config = AutoencoderConfig(**SMALL, dropout=0.5)
-    net, plain = config.build(), AutoencoderConfig(**SMALL).build()
+def test_dropout_only_in_training(mode):
+    config = AutoencoderConfig(**TINY, dropout=0.5)
+    net, plain = config.build(), AutoencoderConfig(**TINY).build()
     x = Tensor(images(config, 2))
-
-    def outputs(net, train, times):
-        net.set_train(train)
-        function = compiled(net) if mode == "graph" else net
-        return [function(x)[0].asnumpy() for _ in range(times)]
-
-    kept, again = outputs(net, False, 2)
-    np.testing.assert_array_equal(kept, again)
-    np.testing.assert_allclose(kept, outputs(plain, True, 1)[0], atol=1e-5)
-    first, second = outputs(net, True, 2)
+    kept = plain(x)[0].asnumpy()
+    np.testing.assert_array_equal(plain.set_train()(x)[0].asnumpy(), kept)
+    np.testing.assert_allclose(net.set_train(False)(x)[0].asnumpy(), kept, atol=1e-5)
+    net.set_train()
+    function = compiled(net) if mode == "graph" else net
+    first, second = (function(x)[0].asnumpy() for _ in range(2))
     assert abs(first - kept).max() > 1e-2 and abs(first - second).max() > 1e-2
 
 
@@ -464,14 +468,16 @@ def test_dropout_stands_before_the_second_convolution():
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (dict(resolution=30, ch_mult=(1, 2, 4)), "resolution of 30 cannot be halved 2 times: choose .* divisible by 4"),
+        (dict(resolution=30, ch_mult=(1, 2, 4)), "resolution of 30 cannot be halved 2 times: choose a multiple of 4"),
         (dict(ch=12, groups=8), "12 channels are not divisible into 8 groups"),
-        (dict(attention="quadratic"), "unknown attention 'quadratic': choose vanilla, linear or none"),
+        (dict(attention="quadratic"), "attention is 'quadratic': choose one of vanilla, linear, none"),
+        (dict(dropout=-0.1), r"dropout is -0.1: it must be in \[0, 1\)"),
+        (dict(embed_dim=0), "embed_dim is 0: it must be at least 1"),
     ],
     ids=str,
 )
 def test_bad_configurations_are_refused(options, said):
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises((ValueError, UserError), match=said):
         AutoencoderConfig(**SMALL | options).build()
 
 
@@ -496,11 +502,8 @@ def kl64(moments, other):
     return (np.log(s2 / s1) + (s1**2 + (m1 - m2) ** 2) / (2 * s2**2) - 0.5).sum((1, 2, 3))
 
 
-shapes = st.tuples(st.sampled_from([1, 13]), st.integers(1, 3), st.integers(1, 3))
-
-
-@settings(deadline=None, max_examples=25)
-@given(st.integers(0, 2**32 - 2), shapes)
+@settings(deadline=None, max_examples=10)
+@given(st.integers(0, 2**32 - 2), st.sampled_from([(1, 3, 1), (13, 2, 3)]))
 def test_kl_and_nll_like_float64(seed, shape):
     moments, other = draw_moments(seed, *shape), draw_moments(seed + 1, *shape)
     mean, logvar = halves(moments)
@@ -516,7 +519,7 @@ def test_kl_and_nll_like_float64(seed, shape):
 
 
 def test_kl_is_the_mean_of_the_log_ratio():
-    """Over samples of the first, by the samples, the KL divergences and the likelihoods themselves."""
+    """Over samples of the first Gaussian."""
     n = 20_000
     rng = np.random.default_rng(0)
     shape = (1, 2, 2, 2)

@@ -1,4 +1,4 @@
-"""The losses of an autoencoder and its discriminator, held to float64 formulas, and to PyTorch as a training has them."""
+"""The losses of an autoencoder and its discriminator against float64 formulas, and against a training in PyTorch."""
 
 import numpy as np
 import pytest
@@ -24,12 +24,11 @@ from ms_diffusion.losses import (
 from ms_diffusion.models.autoencoder import AutoencoderConfig
 from ms_diffusion.models.discriminator import NLayerDiscriminator
 from ms_diffusion.runtime import compiled
-from ms_diffusion.training.presets import AutoencoderTrainConfig
-from ms_diffusion.training.tasks.everything import autoencoder_losses
+from ms_diffusion.training.tasks.autoencoder import AutoencoderTrainConfig, autoencoder_losses
 
 TOLERANCE = 1e-4
-seeds, batches, scales = st.integers(0, 2**32 - 1), st.sampled_from([1, 2, 13]), st.sampled_from([0.1, 1, 30])
-quick = settings(deadline=None, max_examples=20)
+seeds, batches, scales = st.integers(0, 2**32 - 1), st.sampled_from([1, 13]), st.sampled_from([0.1, 1, 30])
+quick = settings(deadline=None, max_examples=10)
 
 
 def tensors(*arrays):

@@ -1,4 +1,4 @@
-"""The network that is told class or text: its ways of being told, in graph mode and PyNative, batch 1 and 13."""
+"""The network conditioned on a class or a text: every kind of condition, in graph mode and PyNative, batch 1 and 13."""
 
 from dataclasses import replace
 
@@ -11,24 +11,25 @@ from mindspore import Tensor
 from ms_diffusion.models.context import LatentUnetConfig, TextEncoder
 from ms_diffusion.models.layers import name_and_initialise
 from ms_diffusion.models.unet_ldm import UNetModel
-from ms_diffusion.runtime import compiled
+from ms_diffusion.runtime import UserError, compiled
 
-SMALL = dict(model_channels=8, groups=4, num_res_blocks=1, attention_resolutions=(2,), num_head_channels=8, latent_size=4)
+SMALL = dict(model_channels=8, groups=4, channel_mult=(1,), attention_resolutions=(), num_head_channels=8, latent_size=4)
 CONFIGS = {
     "none": LatentUnetConfig(**SMALL, condition="none", num_classes=None, context_dim=None),
     "class": LatentUnetConfig(**SMALL, num_classes=3, context_dim=6),
     "adm": LatentUnetConfig(**SMALL, condition="adm", num_classes=3, context_dim=None),
-    "text": LatentUnetConfig(**SMALL, condition="text", num_classes=None, context_dim=8, words=5, length=3),
+    "text": LatentUnetConfig(**SMALL, condition="text", num_classes=None, context_dim=8, vocab_size=5, max_length=3),
 }
-TOLD = {  # two things to tell, and nothing
+VALUES = {  # two conditions, and the null condition
+    "none": [None],
     "class": (0, 2, 3),
     "adm": (0, 2, 3),
     "text": ([1, 2, 0], [2, 1, 0], [0, 0, 0]),
 }
 
 
-def awake(config, seed=0):
-    """The network, its zeros filled."""
+def without_zeros(config, seed=0):
+    """The network, its zeros replaced by random weights."""
     net, rng = config.build(seed), np.random.default_rng(seed)
     for p in net.get_parameters():
         if not p.asnumpy().any():
@@ -42,29 +43,28 @@ def inputs(config, batch):
     return Tensor(x), Tensor(rng.integers(0, 1000, batch).astype(np.int32))
 
 
-@pytest.mark.parametrize("batch", [1, 13])
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_it_hears_what_it_is_told(kind, batch):
-    """Each thing makes an answer of its own, of its row alone; graph and PyNative agree."""
+def test_each_condition_changes_the_output(kind):
+    """The outputs for all conditions differ, each row depends on itself alone, and graph and PyNative agree."""
     config = CONFIGS[kind]
-    net = awake(config)
-    x, t = inputs(config, batch)
+    net = without_zeros(config)
+    x, t = inputs(config, 13)
     graph = compiled(net)
-    answers = []
-    for told in TOLD.get(kind, [None]):
-        cond = () if told is None else (Tensor(np.array([told] * batch, np.int32)),)
-        out = net(x, t, *cond).asnumpy()
+    outputs = []
+    for value in VALUES[kind]:
+        cond = () if value is None else (Tensor(np.array([value] * 13, np.int32)),)
+        out = graph(x, t, *cond).asnumpy()
         assert out.shape == x.shape and np.isfinite(out).all()
-        np.testing.assert_allclose(graph(x, t, *cond).asnumpy(), out, atol=1e-5)
-        answers.append(out)
-    for i, a in enumerate(answers):
-        assert all(abs(a - b).reshape(batch, -1).max(1).min() > 1e-4 for b in answers[:i])
+        np.testing.assert_allclose(net(x[:1], t[:1], *[c[:1] for c in cond]).asnumpy(), out[:1], atol=1e-5)
+        outputs.append(out)
+    for i, a in enumerate(outputs):
+        assert all(abs(a - b).reshape(13, -1).max(1).min() > 1e-4 for b in outputs[:i])
 
 
-def test_an_image_beside_x_is_the_unets():
-    """concat and hybrid: the same as the U-Net on more channels."""
+def test_an_image_is_concatenated_to_x():
+    """CompVis's concat and hybrid."""
     config = replace(CONFIGS["class"], cond_channels=1)
-    net = awake(config)
+    net = without_zeros(config)
     x, t = inputs(config, 2)
     image, labels = Tensor(np.ones((2, 1, 4, 4), np.float32)), Tensor(np.array([0, 3], np.int32))
     out = net(x, t, labels, image).asnumpy()
@@ -74,12 +74,16 @@ def test_an_image_beside_x_is_the_unets():
     assert isinstance(net.unet, UNetModel) and context.shape == (2, 1, 6)
 
 
-def test_the_null_label():
+def test_the_conditions_and_the_null_label():
     assert [CONFIGS[kind].null_label for kind in ("none", "class", "adm", "text")] == [None, 3, 3, 0]
+    fields = {kind: replace(config, cond_channels=1).cond_fields for kind, config in CONFIGS.items()}
+    image = ("cond_image",)
+    assert fields == {"none": image, "class": ("labels", *image), "adm": ("labels", *image), "text": ("tokens", *image)}
+    assert CONFIGS["text"].cond_fields == ("tokens",) and CONFIGS["none"].cond_fields == ()
 
 
-def test_words_have_places():
-    net = TextEncoder(words=5, length=3, dim=8, heads=2)
+def test_the_order_of_words_counts():
+    net = TextEncoder(vocab_size=5, max_length=3, dim=8, heads=2)
     name_and_initialise(net, 0)
     a, b = net(Tensor(np.array([[1, 2, 3], [3, 2, 1]], np.int32))).asnumpy()
     assert a.shape == (3, 8) and abs(a - b[::-1]).max() > 1e-3
@@ -98,14 +102,16 @@ def test_names_and_seeds(kind):
 
 
 @pytest.mark.parametrize(
-    "kind, change, words",
+    "kind, change, message",
     [
         ("class", dict(num_classes=None), "num_classes None"),
         ("text", dict(num_classes=3), "num_classes 3"),
         ("class", dict(context_dim=None), "context_dim None"),
         ("adm", dict(context_dim=4), "context_dim 4"),
+        ("none", dict(condition="image"), "condition is 'image': choose one of none, class, adm, text"),
+        ("text", dict(max_length=-1), "max_length is -1: it must be at least 0"),
     ],
 )
-def test_what_does_not_go_together(kind, change, words):
-    with pytest.raises(ValueError, match=words):
+def test_bad_configurations_are_refused(kind, change, message):
+    with pytest.raises((ValueError, UserError), match=message):
         replace(CONFIGS[kind], **change).build()

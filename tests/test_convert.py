@@ -11,12 +11,12 @@ import mindspore as ms
 from mindspore import Tensor
 
 from ms_diffusion.convert import load_into, load_torch_state_dict, save_torch_state_dict
-from ms_diffusion.models.unet import Unet
+from ms_diffusion.models.unet import UnetConfig
 from ms_diffusion.runtime import UserError, compiled
 
 
 def small_unet(seed=0):
-    return Unet(8, dim_mults=(1, 2), channels=1, seed=seed)
+    return UnetConfig(dim=8, dim_mults=(1,)).build(seed)
 
 
 def values(net) -> dict[str, np.ndarray]:
@@ -47,7 +47,7 @@ def test_pytorch_loads_what_we_write(tmp_path):
 
     from benchmarks.torch_peer import Unet as Twin
 
-    net, twin = small_unet(), Twin(8, dim_mults=(1, 2))
+    net, twin = small_unet(), Twin(8, dim_mults=(1,))
     save_torch_state_dict(net, str(tmp_path / "net.safetensors"))
     twin.load_state_dict(load_file(tmp_path / "net.safetensors"))
     x, t, _ = draw_batch(2, 8)
@@ -62,7 +62,7 @@ def test_we_load_what_pytorch_writes(tmp_path, suffix, key):
     torch = pytest.importorskip("torch")
     from benchmarks.torch_peer import Unet as Twin
 
-    state = Twin(8, dim_mults=(1, 2)).state_dict()
+    state = Twin(8, dim_mults=(1,)).state_dict()
     path = tmp_path / f"net{suffix}"
     torch.save(state if key is None else {key: state, "epoch": 3}, path)
     net = small_unet()
@@ -132,7 +132,7 @@ def test_loading_some_parameters_keeps_their_type():
     assert (mean.dtype, mean.asnumpy().tolist()) == (ms.float32, [0.5])
 
 
-# Errors: one line, what is wrong, how to mend it
+# Errors: one line, what is wrong, what to do
 
 
 def complaint(function, *args) -> str:
@@ -155,9 +155,9 @@ def test_names_and_shapes_are_strict():
     assert_same(values(net), before)  # nothing was half loaded
 
 
-def test_the_complaint_ends_in_how_to_mend_it():
+def test_the_message_ends_with_advice():
     net, weights = small_unet(), {"weight": np.zeros(3)}
-    assert complaint(load_into, net, weights).endswith("): build it with the options they were saved with")
+    assert complaint(load_into, net, weights).endswith("): build it with the options of the saved network")
     before = values(net)
     assert complaint(load_into, net, weights, "give others").endswith("): give others")
     assert complaint(load_into, net.get_parameters(), weights, "give others").endswith("): give others")
@@ -183,14 +183,14 @@ def test_damaged_safetensors(tmp_path):
     path = tmp_path / "net.safetensors"
     for data in (whole[:-8], whole[:20], b"", b"<html>not found</html>", whole + b"\0"):
         path.write_bytes(data)
-        assert "not a whole .safetensors file" in complaint(load_torch_state_dict, path)
+        assert "not a complete .safetensors file" in complaint(load_torch_state_dict, path)
 
 
-def test_strange_number_type_in_safetensors(tmp_path):
+def test_unsupported_number_type_in_safetensors(tmp_path):
     path = tmp_path / "net.safetensors"
     header = b'{"a":{"dtype":"F8_E4M3","shape":[1],"data_offsets":[0,1]}}'
     path.write_bytes(len(header).to_bytes(8, "little") + header + b"\0")
-    assert "a is of type F8_E4M3" in complaint(load_torch_state_dict, path)
+    assert "a has the unsupported type F8_E4M3" in complaint(load_torch_state_dict, path)
 
 
 def test_damaged_pytorch_file(tmp_path):
@@ -200,20 +200,20 @@ def test_damaged_pytorch_file(tmp_path):
     whole = path.read_bytes()
     for data in (whole[:-8], whole[:20], b"", b"<html>not found</html>", b"PK\x03\x04"):
         path.write_bytes(data)
-        assert "not a whole PyTorch state dict" in complaint(load_torch_state_dict, path)
+        assert "not a complete PyTorch state dict" in complaint(load_torch_state_dict, path)
 
 
 def test_pytorch_file_without_state_dict(tmp_path):
     torch = pytest.importorskip("torch")
     for content in (3, [torch.zeros(2)], {"epoch": 3, "a": torch.zeros(2)}):
         torch.save(content, tmp_path / "net.pt")
-        assert "holds no state dict" in complaint(load_torch_state_dict, tmp_path / "net.pt")
+        assert "contains no state dict" in complaint(load_torch_state_dict, tmp_path / "net.pt")
 
 
 def test_a_pickle_cannot_run_code(tmp_path):
     torch = pytest.importorskip("torch")
     torch.save({"a": Creates(tmp_path / "ran")}, tmp_path / "net.pt")
-    assert "save model.state_dict() alone" in complaint(load_torch_state_dict, tmp_path / "net.pt")
+    assert "save only model.state_dict()" in complaint(load_torch_state_dict, tmp_path / "net.pt")
     assert not (tmp_path / "ran").exists()
 
 

@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from make_golden import draw_weights, uniform
 
-import mindspore as ms
 from mindspore import Tensor
 
 from ms_diffusion.convert import load_pretrained, save_torch_state_dict
@@ -118,10 +117,10 @@ def net_of(kind):
 
 
 def fresh(kind):
-    """A network whose weights are those of no file."""
+    """A network whose weights are all 0.5."""
     net = net_of(kind)
     for p in net.get_parameters():
-        ms.ops.assign(p, Tensor(np.full(p.shape, 0.5, np.float32)))
+        p.set_data(Tensor(np.full(p.shape, 0.5, np.float32)))
     return net
 
 
@@ -186,7 +185,7 @@ def test_a_unet_alone_is_the_latent_unets(tmp_path):
     assert_same(found, prefixed("unet.", drawn("unet")))
 
 
-def test_a_latent_unet_that_is_told_nothing_leaves_the_files_condition(tmp_path):
+def test_an_unconditional_latent_unet_ignores_the_condition_of_the_file(tmp_path):
     net = LatentUnetConfig(**UNET | dict(context_dim=None), condition="none", num_classes=None).build()
     weights = draw_weights({p.name: p.shape for p in net.get_parameters()})
     of_unet = {name.removeprefix("unet."): value for name, value in weights.items()}
@@ -207,7 +206,7 @@ def test_an_autoencoder_with_its_loss(tmp_path, ema):
 
 
 def test_moving_averages_alone(tmp_path):
-    """What they do not cover is taken as it is; what is not ours has no other name."""
+    """Weights without an average are loaded as they are; unknown averages keep their names."""
     averages = averaged(prefixed("diffusion_model.", drawn("unet", -1)))
     frozen = "model.diffusion_model.out.2.bias"
     del averages["model_ema.diffusion_modelout2bias"]
@@ -220,7 +219,7 @@ def test_moving_averages_alone(tmp_path):
 
 def test_no_moving_averages_of_this_network(tmp_path):
     path = write(tmp_path / "a.safetensors", latent_diffusion())
-    message = "holds no moving averages of this network: load its weights without ema"
+    message = "contains no moving averages of this network: load its weights without ema"
     assert message in complaint(fresh("autoencoder"), path, ema=True)
     assert message in complaint(fresh("unet"), write(tmp_path / "b.safetensors", drawn("unet")), ema=True)
     assert all((value == 0.5).all() for value in values(net_of("unet")).values())
@@ -257,8 +256,8 @@ def test_partial_loads_what_fits_and_reports_the_rest(tmp_path):
         "out.2.bias (2, 1) instead of (2,)",
     ]
     assert str(report) == (
-        f"{len(report.loaded)} parameters loaded; reshaped: middle_block.1.proj_in.weight; not in the file and left as they "
-        f"were: out.0.bias; of another shape and left as they were: {', '.join(report.misfit)}; in the file alone: "
+        f"{len(report.loaded)} parameters loaded; reshaped: middle_block.1.proj_in.weight; not in the file, unchanged: "
+        f"out.0.bias; of another shape, unchanged: {', '.join(report.misfit)}; only in the file: "
         "model.diffusion_model.extra.weight; scale_factor: 0.18215"
     )
 
@@ -275,7 +274,7 @@ def test_all_or_nothing(tmp_path):
 
 def test_nothing_fits(tmp_path):
     path = write(tmp_path / "a.safetensors", drawn("autoencoder"))
-    assert "nothing in it fits this network (missing: " in complaint(fresh("unet"), path, partial=True)
+    assert "no weight fits this network (missing: " in complaint(fresh("unet"), path, partial=True)
     assert "missing: " in complaint(fresh("unet"), path)
     assert all((value == 0.5).all() for value in values(net_of("unet")).values())
 
@@ -297,7 +296,7 @@ def test_checkpoint_of_lightning_objects(tmp_path):
     torch = pytest.importorskip("torch")
     torch.save({"state_dict": {"a": torch.ones(1)}, "callbacks": [CONFIGS["unet"]]}, tmp_path / "a.ckpt")
     message = complaint(fresh("unet"), tmp_path / "a.ckpt")
-    assert "or as .safetensors" in message and "weights_only=False" in message
+    assert "or .safetensors" in message and "weights_only=False" in message
 
 
 # diffusers: its networks, and its own reading of CompVis's names

@@ -1,4 +1,4 @@
-"""Inception v3, held to a network written here in PyTorch, by way of its files."""
+"""Inception v3 against a PyTorch network written here, through its files."""
 
 import functools
 from types import SimpleNamespace
@@ -193,15 +193,19 @@ def test_safetensors_with_another_head_are_the_same(drawn, tmp_path):
         np.testing.assert_array_equal(value, drawn.state[name].numpy())
 
 
-def test_our_own_file_without_pytorch(tmp_path):
-    net = InceptionV3()
-    save_torch_state_dict(net, tmp_path / "net.safetensors")
+@pytest.fixture(scope="module")
+def fresh():
+    return InceptionV3()
+
+
+def test_our_own_file_without_pytorch(fresh, tmp_path):
+    save_torch_state_dict(fresh, tmp_path / "net.safetensors")
     again = values(load_inception(tmp_path / "net.safetensors"))
-    for name, value in values(net).items():
+    for name, value in values(fresh).items():
         np.testing.assert_array_equal(again[name], value)
 
 
-# Errors: one line, what is wrong, how to mend it
+# Errors: one line, what is wrong, what to do
 
 
 def complaint(path) -> str:
@@ -213,9 +217,9 @@ def complaint(path) -> str:
     return message
 
 
-def test_another_network_is_refused(tmp_path):
+def test_another_network_is_refused(fresh, tmp_path):
     path = tmp_path / "net.safetensors"
-    arrays = values(InceptionV3())
+    arrays = values(fresh)
     del arrays["Mixed_6e.branch7x7_2.conv.weight"]
     arrays["Conv2d_1a_3x3.conv.weight"] = arrays["Conv2d_1a_3x3.conv.weight"][:, :1].copy()
     arrays["layer.weight"] = np.zeros(3, np.float32)
@@ -229,14 +233,14 @@ def test_another_network_is_refused(tmp_path):
 
 def test_torchvisions_weights_are_refused(tmp_path):
     path = tmp_path / "net.safetensors"
-    path.write_bytes(safetensors.numpy.save({**values(InceptionV3()), "fc.weight": np.zeros((1000, 2048), np.float32)}))
+    path.write_bytes(safetensors.numpy.save({"fc.weight": np.zeros((1000, 2048), np.float32)}))
     assert "fc.weight is (1000, 2048) instead of (1008, 2048)" in complaint(path)
 
 
 def test_no_weights_at_all(tmp_path):
     assert "no such file" in complaint(tmp_path / "none.pth")
     (tmp_path / "net.safetensors").write_bytes(b"<html>not found</html>")
-    assert "not a whole .safetensors file" in complaint(tmp_path / "net.safetensors")
+    assert "not a complete .safetensors file" in complaint(tmp_path / "net.safetensors")
     (tmp_path / "net.txt").write_bytes(b"")
     assert "unknown kind of weights" in complaint(tmp_path / "net.txt")
 
@@ -244,6 +248,6 @@ def test_no_weights_at_all(tmp_path):
 def test_no_weights_in_a_pytorch_file(tmp_path):
     torch = pytest.importorskip("torch")
     (tmp_path / "net.pth").write_bytes(b"<html>not found</html>")
-    assert "not a whole PyTorch state dict" in complaint(tmp_path / "net.pth")
+    assert "not a complete PyTorch state dict" in complaint(tmp_path / "net.pth")
     torch.save([1.0], tmp_path / "net.pth")
-    assert "holds no state dict" in complaint(tmp_path / "net.pth")
+    assert "contains no state dict" in complaint(tmp_path / "net.pth")

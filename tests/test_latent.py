@@ -13,38 +13,47 @@ from ms_diffusion.latent import FirstStage, in_patches
 from ms_diffusion.models.autoencoder import AutoencoderConfig
 
 CONFIG = AutoencoderConfig(
-    ch=8, ch_mult=(1, 2), num_res_blocks=1, channels=1, resolution=8, z_channels=3, embed_dim=2, groups=4
+    ch=4, ch_mult=(1, 2), num_res_blocks=1, channels=1, resolution=8, z_channels=3, embed_dim=2, groups=2, attention="none"
 )
 IMAGES = np.random.default_rng(0).integers(0, 256, (13, 8, 8, 1)).astype(np.uint8)
 
 
 @pytest.fixture(scope="module")
 def stage():
-    return FirstStage(CONFIG.build(0), scale=2.5)
+    """With batches of 5 images, so that all tests share two graphs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(latent, "PIXELS", 8 * 8 * 5)
+        yield FirstStage(CONFIG.build(0), scale=2.5, f=2)
 
 
-def test_moments_are_the_encoders_whatever_the_batch(stage, monkeypatch):
+def test_moments_are_the_encoders_in_batches_that_do_not_divide(stage):
     expected = stage.net.encode(Tensor(to_float(IMAGES))).asnumpy()
-    for size in (100, 5):
-        monkeypatch.setattr(latent, "PIXELS", 8 * 8 * size)
-        np.testing.assert_allclose(stage.moments(IMAGES), expected, atol=1e-5)
+    np.testing.assert_allclose(stage.moments(IMAGES), expected, atol=1e-5)
     assert expected.shape == (13, 4, 4, 4)
 
 
 def test_decode_takes_scaled_latents(stage):
-    z = np.random.default_rng(1).standard_normal((3, 2, 4, 4)).astype(np.float32)
+    z = np.random.default_rng(1).standard_normal((7, 2, 4, 4)).astype(np.float32)
     expected = stage.net.decode(Tensor(z)).asnumpy()
     np.testing.assert_allclose(stage.decode(2.5 * z), expected, atol=1e-5)
-    assert expected.shape == (3, 1, 8, 8)
+    assert expected.shape == (7, 1, 8, 8)
 
 
-def test_reconstructions_go_by_the_mean(stage):
+def test_reconstructions_decode_the_mean(stage):
     mean = stage.moments(IMAGES)[:, :2]
     np.testing.assert_allclose(stage.reconstruct(IMAGES), stage.net.decode(Tensor(mean)).asnumpy(), atol=1e-5)
 
 
-def test_kept_moments(stage, tmp_path, monkeypatch):
-    """Of these images and weights alone; a spoilt file is made again."""
+def test_in_patches_it_agrees_with_the_network(stage):
+    patched = FirstStage(stage.net, f=2, patch=4)
+    moments = in_patches(lambda x: stage.net.encode(Tensor(x)).asnumpy(), to_float(IMAGES[:5]), 4, 2, 1 / 2)
+    np.testing.assert_allclose(patched.moments(IMAGES[:5]), moments, atol=1e-5)
+    images = in_patches(lambda z: stage.net.decode(Tensor(z)).asnumpy(), moments[:, :2], 2, 1, 2)
+    np.testing.assert_allclose(patched.reconstruct(IMAGES[:5]), images, atol=1e-5)
+
+
+def test_cached_moments(stage, tmp_path, monkeypatch):
+    """The file is for these images, weights and patches only; a corrupt one is computed again."""
     found = stage.cached_moments(IMAGES, tmp_path)
     (file,) = tmp_path.iterdir()
     with monkeypatch.context() as patch:
@@ -53,9 +62,13 @@ def test_kept_moments(stage, tmp_path, monkeypatch):
     file.write_bytes(file.read_bytes()[:50])
     np.testing.assert_array_equal(stage.cached_moments(IMAGES, tmp_path), found)
     assert np.load(file).shape == found.shape
-    stage.cached_moments(IMAGES[:12], tmp_path)
-    FirstStage(CONFIG.build(1)).cached_moments(IMAGES, tmp_path)
-    FirstStage(stage.net, f=2, patch=4).cached_moments(IMAGES, tmp_path)
+    monkeypatch.setattr(FirstStage, "moments", lambda *_: found)
+    for other, images in (
+        (stage, IMAGES[:12]),
+        (FirstStage(CONFIG.build(1)), IMAGES),
+        (FirstStage(stage.net, f=2, patch=4), IMAGES),
+    ):
+        other.cached_moments(images, tmp_path)
     assert len(list(tmp_path.iterdir())) == 4
 
 
@@ -79,9 +92,9 @@ def smaller(x):
     st.sampled_from([1, 2, 0.5]),
     st.integers(1, 3),
 )
-def test_what_works_on_places_is_the_same_in_patches(half, apart, more_h, more_w, factor, channels):
+def test_a_local_function_is_the_same_in_patches(half, apart, extra_h, extra_w, factor, channels):
     size, stride = 2 * half, 2 * min(apart, half)
-    shape = (2, channels, size + 2 * more_h, size + 2 * more_w)
+    shape = (2, channels, size + 2 * extra_h, size + 2 * extra_w)
     x = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
     fn = {1: np.negative, 2: larger, 0.5: smaller}[factor]
     seen = []
@@ -95,7 +108,7 @@ def test_what_works_on_places_is_the_same_in_patches(half, apart, more_h, more_w
 
 
 def test_a_patch_counts_less_towards_its_border():
-    """Two patches that answer 0 and 1: where they meet, a straight way from one to the other."""
+    """Two patches with the values 0 and 1 are blended linearly where they overlap."""
     answers = iter((0, 1))
     line = in_patches(lambda x: np.full_like(x, next(answers)), np.zeros((1, 1, 8, 12), np.float32), 8, 4, 1)[0, 0]
     assert (line[:, :4] == 0).all() and (line[:, 8:] == 1).all()

@@ -1,4 +1,4 @@
-"""LPIPS, held to a network written here in PyTorch by way of its files, and the classifier's distance."""
+"""LPIPS against a PyTorch network written here, through its files, and the classifier's distance."""
 
 import functools
 from types import SimpleNamespace
@@ -158,7 +158,7 @@ def test_loaded_values(loaded):
 
 
 def test_activations_that_are_all_0_have_a_finite_gradient():
-    """As of an image of the mean colour, where there is no bias: the length's own gradient is not."""
+    """The gradient of the length is not finite there. An image of the mean colour has such activations without biases."""
     net = LPIPS()
     for p in net.get_parameters():
         if p.name.endswith("bias"):
@@ -193,7 +193,7 @@ def test_other_files_are_refused(loaded, tmp_path):
     assert "no such file" in complaint(none, none, loaded.lpips)
     assert "no such file" in complaint(none, loaded.vgg, none)
     path.write_bytes(b"<html>")
-    assert "not a whole .safetensors file" in complaint(path, path, loaded.lpips)
+    assert "not a complete .safetensors file" in complaint(path, path, loaded.lpips)
 
     vgg = dict(files()["vgg"])
     vgg["features.30.weight"] = vgg.pop("features.28.weight")
@@ -215,7 +215,7 @@ def test_other_files_are_refused(loaded, tmp_path):
 # Without VGG16
 
 
-@settings(deadline=None, max_examples=25)
+@settings(deadline=None, max_examples=15)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 3), st.integers(1, 8), st.floats(-3, 3))
 def test_differences_are_of_unit_vectors(seed, batch, channels, scale):
     rng = np.random.default_rng(seed)

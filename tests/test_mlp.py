@@ -1,7 +1,8 @@
-"""Networks for points in the plane against PyTorch and float64 formulas, and what trains and samples with them."""
+"""Networks for points in the plane against PyTorch and float64 formulas, their training, and sampling with them."""
 
+import functools
 import math
-from dataclasses import asdict
+from dataclasses import astuple, replace
 
 import numpy as np
 import pytest
@@ -17,27 +18,34 @@ from ms_diffusion.denoiser import make_denoiser
 from ms_diffusion.models import layers
 from ms_diffusion.models.mlp import MLP, MLPConfig, ResidualMLP, ResidualMLPConfig
 from ms_diffusion.process import OBJECTIVES, DiffusionConfig, predict
+from ms_diffusion.runtime import UserError
 from ms_diffusion.samplers import SAMPLERS, generate, sampling_timesteps
-from ms_diffusion.schedules import SCHEDULES
 from ms_diffusion.training.step import make_optimizer, make_train_step
 
-NETS = {  # name -> (network, its config, options)
-    "MLP": (MLP, MLPConfig, dict(dim=19, timesteps=9)),
-    "narrow MLP": (MLP, MLPConfig, dict(dim=1, timesteps=1)),
-    "residual": (ResidualMLP, ResidualMLPConfig, dict(dim=18, depth=2, frequencies=3, timesteps=9)),
-    "no frequencies": (ResidualMLP, ResidualMLPConfig, dict(dim=6, depth=1, frequencies=0, timesteps=5)),
-    "no blocks": (ResidualMLP, ResidualMLPConfig, dict(dim=4, depth=0, frequencies=1, timesteps=1)),
+NETS = {
+    "MLP": MLPConfig(dim=19, num_embeddings=9),
+    "narrow MLP": MLPConfig(dim=1, num_embeddings=1),
+    "residual": ResidualMLPConfig(dim=18, depth=2, frequencies=3, num_embeddings=9),
+    "no frequencies": ResidualMLPConfig(dim=6, depth=1, frequencies=0, num_embeddings=5),
+    "no blocks": ResidualMLPConfig(dim=4, depth=0, frequencies=1, num_embeddings=1),
 }
 every_net = pytest.mark.parametrize("name", NETS)
 
 
 def build(name, seed=0):
-    kind, _, options = NETS[name]
-    return kind(**options, seed=seed)
+    return NETS[name].build(seed)
+
+
+def twin_of(name):
+    """The network in PyTorch."""
+    from benchmarks import torch_peer
+
+    config = NETS[name]
+    return getattr(torch_peer, type(config).__name__.removesuffix("Config"))(*astuple(config))
 
 
 def points(batch, T):
-    """x in [-1, 1] and beyond, timesteps from the last one down, the target."""
+    """x in [-2, 2], timesteps from the last one down, the target."""
     rng = np.random.default_rng(batch)
     t = (T - 1 - np.arange(batch) % T).astype(np.int32)
     return rng.uniform(-2, 2, (batch, 2)).astype(np.float32), t, rng.standard_normal((batch, 2), np.float32)
@@ -45,7 +53,7 @@ def points(batch, T):
 
 @pytest.fixture(params=["kernels", "mindspore"])
 def operators(request, monkeypatch):
-    """Build networks of the CPU's own kernels, then of MindSpore's operators."""
+    """Build networks with our CPU kernels, then with MindSpore's operators."""
     if request.param == "mindspore":
         monkeypatch.setattr(kernels, "available", lambda: False)
     elif kernels.library() is None:
@@ -61,10 +69,7 @@ def operators(request, monkeypatch):
 def test_output_and_gradients_like_pytorch(name, mode, operators):
     """Of the mean squared loss; PyTorch in float64."""
     torch = pytest.importorskip("torch")
-    from benchmarks import torch_peer
-
-    kind, _, options = NETS[name]
-    net, twin = build(name), getattr(torch_peer, kind.__name__)(**options).double()
+    net, twin = build(name), twin_of(name).double()
     load_into(net, draw_weights(shapes_of(net)))
     assert {type(cell.kernel) for _, cell in net.cells_and_names() if isinstance(cell, layers.Linear)} == {
         kernels.Linear if operators == "kernels" else type(None)
@@ -72,7 +77,7 @@ def test_output_and_gradients_like_pytorch(name, mode, operators):
     twin.load_state_dict({p.name: torch.from_numpy(p.asnumpy()) for p in net.get_parameters()})
     gradient = gradient_function(net)
     for batch in (1, 13):
-        x, t, target = points(batch, options["timesteps"])
+        x, t, target = points(batch, NETS[name].num_embeddings)
         reference = twin(torch.from_numpy(x).double(), torch.from_numpy(t).long())
         cotangent = (reference.detach() - torch.from_numpy(target)) / batch
         twin.zero_grad()
@@ -89,10 +94,7 @@ def test_output_and_gradients_like_pytorch(name, mode, operators):
 @every_net
 def test_names_and_shapes_are_those_of_pytorch(name):
     pytest.importorskip("torch")
-    from benchmarks import torch_peer
-
-    kind, _, options = NETS[name]
-    net, twin = build(name), getattr(torch_peer, kind.__name__)(**options)
+    net, twin = build(name), twin_of(name)
     assert shapes_of(net) == {key: tuple(value.shape) for key, value in twin.state_dict().items()}
     assert len(net.trainable_params()) == len(shapes_of(net))  # no name twice
 
@@ -126,9 +128,9 @@ def mlp_formula(net, x, t):
     return layer("linears.3", x)
 
 
-def residual_formula(net, x, t, dim, depth, frequencies, timesteps):
+def residual_formula(net, x, t, dim, depth, frequencies, num_embeddings):
     layer = weights_of(net)
-    emb = layer("time_mlp", sinusoids(timesteps, dim)[t])
+    emb = layer("time_mlp", sinusoids(num_embeddings, dim)[t])
     waves = [f(np.pi / 2 * 2**k * x[:, i]) for f in (np.sin, np.cos) for i in range(2) for k in range(frequencies)]
     x = layer("first", np.concatenate([x, np.reshape(waves, (-1, len(x))).T], 1))
     for i in range(depth):
@@ -139,20 +141,22 @@ def residual_formula(net, x, t, dim, depth, frequencies, timesteps):
 
 @every_net
 def test_outputs_are_the_formulas(name, operators):
-    kind, _, options = NETS[name]
-    net, (x, t, _) = build(name), points(13, options["timesteps"])
-    wanted = mlp_formula(net, x, t) if kind is MLP else residual_formula(net, x.astype(np.float64), t, **options)
+    config = NETS[name]
+    net, (x, t, _) = build(name), points(13, config.num_embeddings)
+    x64 = x.astype(np.float64)
+    wanted = mlp_formula(net, x64, t) if type(net) is MLP else residual_formula(net, x64, t, *astuple(config))
     np.testing.assert_allclose(net(Tensor(x), Tensor(t)).asnumpy(), wanted, atol=3e-6)
 
 
 @pytest.mark.parametrize(("dim", "T", "tolerance"), [(4, 1, 1e-7), (128, 100, 1e-5), (6, 1000, 1e-4)])
 def test_time_embeddings_are_sinusoids(dim, T, tolerance):
-    np.testing.assert_allclose(ResidualMLP(dim, 0, 0, T).time_embeddings.asnumpy(), sinusoids(T, dim), atol=tolerance)
+    net = ResidualMLPConfig(dim, 0, 0, T).build()
+    np.testing.assert_allclose(net.time_embeddings.asnumpy(), sinusoids(T, dim), atol=tolerance)
 
 
 def test_periods_are_4_2_1():
-    """And so on: without the coordinates themselves, x may move by 4 in either, but by no less; two sines see less of it."""
-    net = ResidualMLP(12, depth=1, frequencies=2, timesteps=3)
+    """Without the coordinates themselves the output has period 4 in both; without the sines of period 4, period 2."""
+    net = ResidualMLPConfig(12, depth=1, frequencies=2, num_embeddings=3).build()
     load_into(net, draw_weights(shapes_of(net)))
     weight = net.first.weight.asnumpy().copy()
     weight[:, :2] = 0
@@ -174,7 +178,7 @@ def test_periods_are_4_2_1():
 
 @pytest.mark.parametrize("name", ["MLP", "residual"])
 def test_each_timestep_counts(name):
-    net, T = build(name), NETS[name][2]["timesteps"]
+    net, T = build(name), NETS[name].num_embeddings
     x, t = np.tile(np.float32([0.3, -0.7]), (T, 1)), np.arange(T, dtype=np.int32)
     outputs = net(Tensor(x), Tensor(t)).asnumpy()
     for i in range(T):
@@ -183,7 +187,7 @@ def test_each_timestep_counts(name):
 
 
 def test_without_blocks_no_timestep_counts():
-    net = ResidualMLP(8, depth=0, frequencies=2, timesteps=5)
+    net = ResidualMLPConfig(8, depth=0, frequencies=2, num_embeddings=5).build()
     x, t, _ = points(5, 5)
     np.testing.assert_array_equal(net(Tensor(x), Tensor(t)).asnumpy(), net(Tensor(x), Tensor(t * 0)).asnumpy())
 
@@ -201,10 +205,10 @@ def test_float16_stays_close(name, operators):
 # Initialisation
 
 
-@pytest.mark.parametrize("net", [MLP(120, 90), ResidualMLP(96, 2, 3, 10)], ids=["MLP", "residual"])
-def test_initial_weights_follow_pytorch(net):
+@pytest.mark.parametrize("config", [MLPConfig(120, 90), ResidualMLPConfig(96, 2, 3, 10)], ids=["MLP", "residual"])
+def test_initial_weights_follow_pytorch(config):
     """Linear layers U(-1, 1) / sqrt(inputs): mean 0, variance 1/3, fourth moment 1/5. Embeddings N(0, 1): 0, 1, 3."""
-    counted = 0
+    net, counted = config.build(), 0
     for path, cell in net.cells_and_names():
         moments = {layers.Linear: (1 / 3, 1 / 5), layers.Embedding: (1, 3)}.get(type(cell))
         for p in cell.get_parameters(expand=False) if moments else ():
@@ -229,47 +233,37 @@ def test_seed_decides_the_weights(name):
         np.testing.assert_array_equal(values, again[key])
         assert (values != other[key]).any(), key
     flat = [values.ravel()[0] for values in first.values()]
-    assert len(set(flat)) == len(flat)  # nothing is drawn twice
-
-
-@every_net
-def test_config_builds_it(name):
-    _, config, options = NETS[name]
-    config = config(**options)
-    net = config.build(seed=3)
-    assert asdict(config) == options and config.num_classes is None and config.self_condition is False
-    for a, b in zip(net.get_parameters(), build(name, 3).get_parameters(), strict=True):
-        assert a.name == b.name
-        np.testing.assert_array_equal(a.asnumpy(), b.asnumpy())
+    assert len(set(flat)) == len(flat)  # no number is drawn twice
 
 
 def test_parameter_counts():
-    """Of the networks that the presets have."""
+    """Of the networks that the presets have; the constructors have the defaults of the configurations."""
     square = 128 * 128 + 128
-    for config, count in [
-        (MLPConfig(), 3 * 128 + 2 * square + 2 * 128 + 2 + 3 * 100 * 128),
-        (ResidualMLPConfig(), 19 * 128 + (1 + 3 * 3) * square + 2 * 128 + 2),
+    for config, net, count in [
+        (MLPConfig(), MLP(), 3 * 128 + 2 * square + 2 * 128 + 2 + 3 * 100 * 128),
+        (ResidualMLPConfig(), ResidualMLP(), 19 * 128 + (1 + 3 * 3) * square + 2 * 128 + 2),
     ]:
-        assert sum(p.size for p in config.build().trainable_params()) == count
+        assert config.cond_fields == ()
+        for network in (net, config.build()):
+            assert sum(p.size for p in network.trainable_params()) == count
 
 
 @pytest.mark.parametrize(
-    ("kind", "options"),
+    ("kind", "options", "message"),
     [
-        (MLP, {"dim": 0}),
-        (MLP, {"timesteps": 0}),
-        (ResidualMLP, {"dim": 2}),
-        (ResidualMLP, {"dim": 7}),
-        (ResidualMLP, {"depth": -1}),
-        (ResidualMLP, {"frequencies": -1}),
-        (ResidualMLP, {"timesteps": 0}),
+        ("MLP", {"dim": 0}, "at least 1"),
+        ("MLP", {"num_embeddings": 0}, "at least 1"),
+        ("residual", {"dim": 2}, "at least 4"),
+        ("residual", {"dim": 7}, "even"),
+        ("residual", {"depth": -1}, "at least 0"),
+        ("residual", {"frequencies": -1}, "at least 0"),
+        ("residual", {"num_embeddings": 0}, "at least 1"),
     ],
 )
-def test_bad_sizes_are_refused(kind, options):
-    (name, value), config = *options.items(), {MLP: MLPConfig, ResidualMLP: ResidualMLPConfig}[kind]
-    for make in (kind, lambda **options: config(**options).build()):
-        with pytest.raises(ValueError, match={"dim": f"(width|dim) {value}"}.get(name, str(value))):
-            make(**options)
+def test_bad_sizes_are_refused(kind, options, message):
+    ((name, value),) = options.items()
+    with pytest.raises((ValueError, UserError), match=f"^{name} is {value}: it must be {message}"):
+        replace(NETS[kind], **options).build()
 
 
 # Diffusion of points
@@ -279,12 +273,15 @@ def alpha_bars(diffusion, t):
     return diffusion.alphas_cumprod[t][:, None]
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@functools.cache
+def small_net():
+    return ResidualMLPConfig(8, 1, 1, num_embeddings=60).build()
+
+
 @pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.filterwarnings("ignore:alpha_bar_T")
-def test_losses_of_points_are_the_formula(objective, schedule):
-    diffusion = DiffusionConfig(num_timesteps=60, schedule=schedule, objective=objective, loss="l2").build()
-    net = ResidualMLP(8, 1, 1, timesteps=60)
+def test_losses_of_points_are_the_formula(objective):
+    diffusion = DiffusionConfig(num_timesteps=60, schedule="cosine", objective=objective, loss="l2").build()
+    net = small_net()
     for batch in (1, 13):
         x, t, noise = points(batch, 60)
         a, b = np.sqrt(alpha_bars(diffusion, t)), np.sqrt(1 - alpha_bars(diffusion, t))
@@ -296,13 +293,9 @@ def test_losses_of_points_are_the_formula(objective, schedule):
         assert loss.shape == () and loss.asnumpy() == pytest.approx(losses.mean(), rel=1e-5)
 
 
-LEARNT = [("MLP", "eps", "sigmoid"), ("residual", "x0", "cosine"), ("MLP", "v", "linear"), ("residual", "eps", "quadratic")]
-
-
-@pytest.mark.parametrize(("name", "objective", "schedule"), LEARNT)
+@pytest.mark.parametrize(("name", "objective", "schedule"), [("MLP", "eps", "sigmoid"), ("residual", "x0", "cosine")])
 def test_training_lowers_the_loss_of_points(name, objective, schedule):
-    kind = NETS[name][0]
-    net = kind(dim=32, timesteps=60)
+    net = replace(NETS[name], dim=32, num_embeddings=60).build()
     diffusion = DiffusionConfig(num_timesteps=60, schedule=schedule, objective=objective, loss="l2").build()
 
     def loss_fn(x, t, noise):
@@ -315,18 +308,20 @@ def test_training_lowers_the_loss_of_points(name, objective, schedule):
     assert losses == sorted(losses, reverse=True) and losses[-1] < 0.4 * losses[0], losses
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
-@pytest.mark.parametrize("objective", OBJECTIVES)
-def test_samplers_draw_points(objective, sampler):
+@functools.cache
+def denoiser_of(objective):
     diffusion = DiffusionConfig(num_timesteps=60, schedule="cosine", objective=objective, loss="l2").build()
-    denoise = make_denoiser(diffusion, ResidualMLP(8, 1, 1, timesteps=60))
-    timesteps = sampling_timesteps(60, 5)
-    first, again, more = (
-        generate(sampler, denoise, diffusion, timesteps, (2,), num, batch_size=size)
-        for num, size in ((5, 5), (5, 5), (8, 5))
+    return diffusion, make_denoiser(diffusion, small_net())
+
+
+@pytest.mark.parametrize(("objective", "name"), [*(("v", name) for name in SAMPLERS), ("eps", "ddim"), ("x0", "ddim")])
+def test_samplers_draw_points(objective, name):
+    diffusion, denoise = denoiser_of(objective)
+    first, again, others = (
+        generate(SAMPLERS[name], denoise, diffusion, sampling_timesteps(60, 5), (2,), num, batch_size=5) for num in (5, 5, 8)
     )
     assert first.shape == (5, 2) and first.dtype == np.float32 and np.isfinite(first).all()
     np.testing.assert_array_equal(first, again)
-    np.testing.assert_allclose(more[:5], first, atol=1e-5)  # a point is the same in any batch
-    assert more.shape == (8, 2) and np.isfinite(more).all()
-    assert len(np.unique(more.round(5), axis=0)) > 1
+    np.testing.assert_allclose(others[:5], first, atol=1e-5)  # a point is the same in any batch
+    assert others.shape == (8, 2) and np.isfinite(others).all()
+    assert len(np.unique(others.round(5), axis=0)) > 1

@@ -172,6 +172,8 @@ def test_fields_of_several_steps_by_name():
 
     optimizer = make_optimizer(net, LR, WARMUP, STEPS)
     losses, norms, _, _ = reference(values(optimizer.parameters), batches(2))
+    with pytest.raises(ValueError, match="set it to 1"):
+        make_train_step(loss_fn, optimizer, steps_per_call=2, has_aux=True)
     loss, norm = make_train_step(loss_fn, optimizer, steps_per_call=2)(x=Tensor(x), y=Tensor(y))
     assert (float(loss), float(norm)) == pytest.approx((np.mean(losses), norms[1]), rel=1e-4)
 

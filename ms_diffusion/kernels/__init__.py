@@ -27,6 +27,9 @@ from mindspore import Tensor, nn, ops
 from mindspore.ops.signature import make_sig, sig_rw
 
 from ..files import cache_folder
+from ..runtime import allow_numpy_2
+
+allow_numpy_2()
 
 # MindSpore's C++ sets OMP_NUM_THREADS=1 for child processes, where it would look like the user's choice. This mark tells them.
 MARK = "MS_DIFFUSION_OMP_NUM_THREADS_NOT_SET"

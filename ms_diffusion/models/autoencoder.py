@@ -180,7 +180,6 @@ class AutoencoderConfig:
         return 2 ** (len(self.ch_mult) - 1)
 
     def build(self, seed: int = 0) -> "AutoencoderKL":
-        """The network; see AutoencoderKL for `seed` and for what is raised."""
         return AutoencoderKL(self, seed)
 
 

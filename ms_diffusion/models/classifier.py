@@ -48,7 +48,6 @@ class Classifier(nn.Cell):
         return x1, x2, x3 + self.conv3(x3)
 
     def features_and_logits(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Features (B, 128) and logits (B, classes)."""
         features = ops.mean(self.stages(x)[2], (2, 3))
         return features, self.head(features)
 
@@ -57,11 +56,7 @@ class Classifier(nn.Cell):
 
 
 def load_classifier(path: Path = BUNDLED) -> Classifier:
-    """The bundled classifier, or one that `train_classifier` wrote, in evaluation mode.
-
-    Raises:
-        UserError: the file is missing or damaged, or holds another network.
-    """
+    """The bundled classifier, or one of `train_classifier`, in evaluation mode; UserError if the file cannot be loaded."""
     net = Classifier()
     load_into(net, load_torch_state_dict(path))
     return net.set_train(False)

@@ -37,8 +37,7 @@ class TextBlock(nn.Cell):
 
 
 class TextEncoder(nn.Cell):
-    """A small transformer over words, trained with the network: tokens (B, max_length) int32 in [0, vocab_size] -> context
-    (B, max_length, dim). Token 0 is padding."""
+    """A small transformer, trained with the network: tokens (B, max_length) in [0, vocab_size] -> (B, max_length, dim)."""
 
     def __init__(self, vocab_size: int, max_length: int, dim: int, depth: int = 2, heads: int = 4):
         super().__init__()
@@ -101,7 +100,6 @@ class LatentUnetConfig(UNetModelConfig):
         return first + ("cond_image",) * (self.cond_channels > 0)
 
     def build(self, seed: int = 0) -> "LatentUnet":
-        """The network; see LatentUnet for `seed` and for what is raised."""
         return LatentUnet(self, seed)
 
 
@@ -110,15 +108,14 @@ class LatentUnet(nn.Cell):
 
     The conditions of `config.cond_fields` follow t: labels (B,) int32 in [0, num_classes], where num_classes means "no
     class", or tokens (B, max_length) int32, where all 0 means "no text"; an image (B, cond_channels, H, W), concatenated to
-    x. These are the five modes of CompVis's DiffusionWrapper: none, concat, crossattn, hybrid, adm. `seed` determines the
-    initial weights.
+    x. These are the five modes of CompVis's DiffusionWrapper: none, concat, crossattn, hybrid, adm.
 
     Raises:
         UserError: a field of the configuration is out of range.
         ValueError: num_classes or context_dim do not fit the condition, and see UNetModel.
     """
 
-    def __init__(self, config: LatentUnetConfig = LatentUnetConfig(), seed: int = 0):
+    def __init__(self, config: LatentUnetConfig, seed: int = 0):
         super().__init__()
         check_fields(config, "")
         condition, context_dim = config.condition, config.context_dim
@@ -128,14 +125,15 @@ class LatentUnet(nn.Cell):
             raise ValueError(f"condition is {condition!r}, context_dim {context_dim}: set it for class and text only")
         own = {f.name: getattr(config, f.name) for f in fields(UNetModelConfig)}
         own |= {"in_channels": config.in_channels + config.cond_channels, "use_spatial_transformer": context_dim is not None}
-        own |= {"num_classes": config.num_classes + 1 if condition == "adm" else None}
+        num_labels, dim = (config.num_classes or 0) + 1, context_dim or 0  # labels: with that for "no class"
+        own |= {"num_classes": num_labels if condition == "adm" else None}
         self.unet = UNetModel(UNetModelConfig(**own), seed)
         self.is_adm = condition == "adm"
         self.cond_stage = None
         if condition == "class":
-            self.cond_stage = ClassEmbedder(config.num_classes + 1, context_dim)
+            self.cond_stage = ClassEmbedder(num_labels, dim)
         if condition == "text":
-            self.cond_stage = TextEncoder(config.vocab_size, config.max_length, context_dim)
+            self.cond_stage = TextEncoder(config.vocab_size, config.max_length, dim)
         if self.cond_stage is not None:
             name_and_initialise(self.cond_stage, seed + 1)
         for path, cell in self.cells_and_names():

@@ -10,8 +10,8 @@ from .layers import conv2d, name_and_initialise
 class BatchNorm(nn.Cell):
     """``torch.nn.BatchNorm2d`` (Ioffe & Szegedy 2015): (B, C, H, W) -> the same.
 
-    Training mode normalises by the statistics of the batch and updates the running ones; evaluation mode normalises by the
-    running ones. PyTorch's ``num_batches_tracked`` is left out: nothing uses it.
+    Training mode normalises by the batch's statistics and updates the running ones, which evaluation mode uses. PyTorch's
+    ``num_batches_tracked`` is left out: nothing uses it.
     """
 
     def __init__(self, channels: int):
@@ -67,21 +67,18 @@ class NLayerDiscriminator(nn.Cell):
     Args:
         channels: channels of the images plus those of the condition.
         ndf: channels after the first convolution; each following convolution doubles them, up to 8 ndf.
-        n_layers: number of convolutions with a norm. The first convolution of the network and all of these but the last
-            halve H and W.
+        n_layers: number of convolutions with a norm. The first convolution and all of these but the last halve H and W.
         norm: "batch" or "act".
         seed: determines the initial weights: N(0, 0.02), N(1, 0.02) for norms, PyTorch's defaults for biases.
 
     Raises:
-        ValueError: `norm` is unknown, or `n_layers` is below 1.
+        ValueError: `norm` is unknown.
     """
 
     def __init__(self, channels: int, ndf: int, n_layers: int, norm: str = "batch", seed: int = 0):
         super().__init__()
         if norm not in NORMS:
             raise ValueError(f"norm is {norm!r}: choose one of {', '.join(NORMS)}")
-        if n_layers < 1:
-            raise ValueError(f"n_layers is {n_layers}: it must be at least 1")
         layers, width = [conv2d(channels, ndf, 4, 2, 1), nn.LeakyReLU(0.2)], ndf
         for n in range(1, n_layers + 1):
             c_in, width = width, ndf * min(2**n, 8)

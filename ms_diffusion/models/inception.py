@@ -50,9 +50,8 @@ class Block(nn.Cell):
     """Parallel branches, concatenated: (B, c_in, H, W) -> (B, sum of the branches' channels, H', W').
 
     The last branch is `pool`, followed by a convolution to c_pool channels unless c_pool is 0. Every other branch is a list
-    of the arguments of its ConvNorms after c_in. The last entry of a list may be a list of two, which are parallel.
-    The ConvNorms are named branch_1, branch_2, ...; two parallel ones branch_3a and branch_3b; a single one has the name of
-    the branch.
+    of the arguments of its ConvNorms after c_in; the last entry may be a list of two, which are parallel. The ConvNorms are
+    named branch_1, branch_2, ..., two parallel ones branch_3a and branch_3b; a single one has the name of the branch.
     """
 
     def __init__(self, c_in: int, pool: nn.Cell, c_pool: int = 0, **branches: list):
@@ -69,7 +68,6 @@ class Block(nn.Cell):
         self.branches.append(([pool], [self.add("branch_pool", c_in, c_pool)]) if c_pool else ([], [pool]))
 
     def add(self, name: str, *args) -> ConvNorm:
-        """Register ConvNorm(*args) under this name."""
         setattr(self, name, ConvNorm(*args))
         return getattr(self, name)
 
@@ -128,7 +126,7 @@ def block_e(c_in: int, pool: nn.Cell) -> Block:
 class InceptionV3(nn.Cell):
     """Images (B, 1 or 3, H, W) float32 in [-1, 1], of any size -> features of pool3 (B, 2048).
 
-    The images are first resized to 299 x 299, as in pytorch-fid: bilinear interpolation between pixel centres, without
+    As in pytorch-fid, the images are first resized to 299 x 299 by bilinear interpolation between pixel centres, without
     antialiasing. Gray images are repeated to three channels.
     """
 

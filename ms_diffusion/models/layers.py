@@ -99,7 +99,7 @@ class GroupNorm(nn.Cell):
         if self.activation == "gelu-before":
             x = ops.gelu(x, approximate="none")
         x = ops.group_norm(x, self.groups, self.weight, self.bias, self.eps)
-        if scale is not None:
+        if scale is not None and shift is not None:
             x = x * (1 + scale).expand_dims(-1).expand_dims(-1) + shift.expand_dims(-1).expand_dims(-1)
         return ops.silu(x) if self.activation == "silu-after" else x
 

@@ -35,8 +35,8 @@ def differences(stages: Callable[[Tensor], Iterable[Tensor]], x: Tensor, y: Tens
 def classifier_distance(classifier: Classifier) -> Callable[[Tensor, Tensor], Tensor]:
     """distance(x, y) between gray images (B, 1, 28, 28) or (B, 1, 32, 32) in [-1, 1] -> (B,) in [0, 4].
 
-    A substitute for `LPIPS` without VGG16: the mean over positions and over the three stages of the classifier, with equal
-    weights of the channels. Images of 32 x 32 are cropped to their central 28 x 28 pixels. The classifier is frozen.
+    As `LPIPS`, without VGG16: the mean over positions and over the three stages of the classifier, with equal weights of the
+    channels. Images of 32 x 32 are cropped to their central 28 x 28 pixels. The classifier is frozen.
     """
     freeze(classifier)
 
@@ -77,8 +77,7 @@ class VGG16(nn.Cell):
 
 
 def channel_weights(channels: int) -> nn.Cell:
-    """Weighted sum over the channels, with learned weights: (B, channels, H, W) -> (B, 1, H, W). PyTorch's layer 0 is a
-    dropout."""
+    """Learned weighted sum over channels: (B, channels, H, W) -> (B, 1, H, W). In PyTorch, layer 0 is a dropout."""
     return nn.SequentialCell(OrderedDict(model=nn.SequentialCell(Identity(), conv2d(channels, 1, 1, bias=False))))
 
 
@@ -105,7 +104,6 @@ class LPIPS(nn.Cell):
                 p.set_data(Tensor(np.ones(p.shape, np.float32)))
 
     def stages(self, x: Tensor) -> tuple[Tensor, ...]:
-        """The activations of VGG16's five stages."""
         if min(x.shape[2:]) < 16:
             raise ValueError("LPIPS needs images of at least 16 x 16 pixels: use larger ones, or classifier_distance")
         return self.net((x - self.shift) / self.scale)  # one channel broadcasts to three
@@ -117,10 +115,8 @@ class LPIPS(nn.Cell):
 
 
 def load_lpips(vgg_path: str | Path, lpips_path: str | Path) -> LPIPS:
-    """The network with the weights of torchvision's VGG16 (``features.0.weight``, ...) and of the linear layers for VGG16 in
-    the lpips package, version 0.1 (``lin0.model.1.weight``, ...).
-
-    .pth files need PyTorch; .safetensors files with the same names do not.
+    """The network with the weights of torchvision's VGG16 (``features.0.weight``, ...) and the lpips package's linear layers
+    for it, version 0.1 (``lin0.model.1.weight``, ...). Only .pth files, not .safetensors with the same names, need PyTorch.
 
     Raises:
         UserError: a file cannot be read or contains another network.

@@ -1,6 +1,6 @@
 """Networks for points in the plane: the network of the S-curve experiment, and a better one with residual blocks.
 
-B is the batch size; a point has 2 coordinates. The blocks come first, then the network.
+B is the batch size; a point has 2 coordinates.
 """
 
 from dataclasses import dataclass
@@ -29,15 +29,13 @@ class MLPConfig:
         return ()
 
     def build(self, seed: int = 0) -> "MLP":
-        """The network; see MLP."""
         return MLP(self, seed)
 
 
 class MLP(nn.Cell):
     """The network of the S-curve experiment: x (B, 2), t (B,) int32 in [0, num_embeddings) -> (B, 2).
 
-    Four linear layers with ReLU between them. An embedding of the timestep is added to each hidden layer. `seed` determines
-    the initial weights.
+    Four linear layers with ReLU between them; an embedding of the timestep is added to each hidden layer.
 
     Raises:
         UserError: a field of the configuration is out of range.
@@ -90,14 +88,13 @@ class ResidualMLPConfig:
         return ()
 
     def build(self, seed: int = 0) -> "ResidualMLP":
-        """The network; see ResidualMLP."""
         return ResidualMLP(self, seed)
 
 
 class ResidualMLP(nn.Cell):
     """Residual blocks over sines of the coordinates (Tancik et al. 2020) and of the timestep.
 
-    x (B, 2), t (B,) int32 in [0, num_embeddings) -> (B, 2). `seed` determines the initial weights.
+    x (B, 2), t (B,) int32 in [0, num_embeddings) -> (B, 2).
 
     Raises:
         UserError: a field of the configuration is out of range.

@@ -43,11 +43,9 @@ class Block(nn.Cell):
 
 
 class ResnetBlock(nn.Cell):
-    """Two Blocks and a shortcut (He et al. 2015): (B, dim, H, W), time_emb (B, time_emb_dim) -> (B, dim_out, H, W).
-
-    The time embedding is added between the two Blocks. With `scale_shift` it scales and shifts the norm of the first Block
-    instead (Dhariwal & Nichol 2021, section 4.3).
-    """
+    """Two Blocks and a shortcut (He et al. 2015): (B, dim, H, W), time_emb (B, time_emb_dim) -> (B, dim_out, H, W). The time
+    embedding is added between the Blocks or, with `scale_shift`, scales and shifts the norm of the first Block (Dhariwal &
+    Nichol 2021, section 4.3)."""
 
     def __init__(self, dim: int, dim_out: int, time_emb_dim: int | None = None, groups: int = 8, scale_shift: bool = False):
         super().__init__()
@@ -145,7 +143,6 @@ class UnetConfig:
         return self.patch_size * 2 ** (len(self.dim_mults) - 1)
 
     def build(self, seed: int = 0) -> "Unet":
-        """The network; see Unet for `seed` and for what is raised."""
         return Unet(self, seed)
 
 
@@ -173,13 +170,13 @@ class Unet(nn.Cell):
         init_dim = config.init_dim or dim // 3 * 2
         dims = [init_dim, *[dim * m for m in config.dim_mults]]
         levels = list(zip(dims[:-1], dims[1:], strict=True))
-        time_dim = dim * 4 if config.with_time_emb else None
+        time_dim = dim * 4
         kind = (
             partial(ConvNextBlock, mult=config.convnext_mult)
             if config.use_convnext
             else partial(ResnetBlock, groups=config.resnet_block_groups, scale_shift=config.scale_shift)
         )
-        block = partial(kind, time_emb_dim=time_dim)
+        block = partial(kind, time_emb_dim=time_dim if config.with_time_emb else None)
 
         # Time: t -> (B, 4 dim)
         self.time_mlp = (

@@ -67,9 +67,7 @@ class ResBlock(nn.Cell):
         self.scale_shift, self.resample = scale_shift, resample
         # The norms and Linear compute SiLU; an Identity keeps its number in the parameters' names
         self.in_layers = nn.SequentialCell(
-            GroupNorm(groups, channels, activation="silu-after"),
-            Identity(),
-            conv2d(channels, out_channels, 3, padding=1),
+            GroupNorm(groups, channels, activation="silu-after"), Identity(), conv2d(channels, out_channels, 3, padding=1)
         )
         emb_out = out_channels * 2 if scale_shift else out_channels
         self.emb_layers = nn.SequentialCell(Identity(), Linear(emb_channels, emb_out, "silu"))
@@ -299,13 +297,13 @@ class UNetModelConfig:
             ValueError: the channels are not divisible among the heads.
         """
         size = self.num_head_channels
-        if channels % (self.num_heads if size is None else size):
-            what = f"num_heads {self.num_heads}" if size is None else f"num_head_channels {size}"
-            raise ValueError(f"{channels} channels are not divisible into heads by {what}: choose a divisor")
-        return self.num_heads if size is None else channels // size
+        divisor = size or self.num_heads or 1
+        if channels % divisor:
+            what = "num_head_channels" if size else "num_heads"
+            raise ValueError(f"{channels} channels are not divisible into heads by {what} {divisor}: choose a divisor")
+        return channels // divisor if size else divisor
 
     def build(self, seed: int = 0) -> "UNetModel":
-        """The network; see UNetModel for `seed` and for what is raised."""
         return UNetModel(self, seed)
 
 
@@ -343,13 +341,8 @@ class UNetModel(nn.Cell):
         self.takes_context, self.takes_label = config.context_dim is not None, config.num_classes is not None
         width, emb_channels = config.model_channels, 4 * config.model_channels
         groups, levels = config.groups, len(config.channel_mult)
-        block = partial(
-            ResBlock,
-            emb_channels=emb_channels,
-            groups=groups,
-            dropout=config.dropout,
-            scale_shift=config.use_scale_shift_norm,
-        )
+        scale_shift = config.use_scale_shift_norm
+        block = partial(ResBlock, emb_channels=emb_channels, groups=groups, dropout=config.dropout, scale_shift=scale_shift)
 
         def attention(channels: int) -> nn.Cell:
             heads = config.heads(channels)
@@ -367,7 +360,7 @@ class UNetModel(nn.Cell):
         self.time_embed = nn.SequentialCell(
             Linear(width, emb_channels), Identity(), Linear(emb_channels, emb_channels, "silu")
         )
-        self.label_emb = Embedding(config.num_classes, emb_channels) if self.takes_label else None
+        self.label_emb = Embedding(config.num_classes, emb_channels) if config.num_classes is not None else None
 
         # Down
         channels, ds = width, 1
@@ -432,7 +425,7 @@ class UNetModel(nn.Cell):
             raise ValueError(self.size_message)
 
         emb = self.time_embed(self.timestep_embedding(ops.cast(t, ms.float32)))
-        if self.takes_label:
+        if self.label_emb is not None:
             emb = emb + self.label_emb(y)
 
         # Down

@@ -131,6 +131,7 @@ def train_task(
             best = best_checkpoint(run_dir)
             metrics.append(step=step, fid=fid)
             is_best = best is None or fid < read_state(best)["fid"]
+            clock = time.perf_counter()
         if step % train.save_every == 0 or last or is_best:
             save(step, fid)
             clock = time.perf_counter()

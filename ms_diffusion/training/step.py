@@ -155,9 +155,13 @@ def make_train_step(
         has_aux: loss_fn returns (loss, aux), and the step (loss, gradient norm, aux).
         extra_emas: averages of the network besides `ema`.
         steps_per_call: K > 1 makes K steps per call, with batches that have an additional first axis (K, ...), and returns
-            the mean loss and the last gradient norm. For small networks, whose steps take less time than a call. It needs
-            float32, and neither has_aux nor extra_emas.
+            the mean loss and the last gradient norm. For small networks, whose steps take less time than a call.
+
+    Raises:
+        ValueError: steps_per_call above 1 with loss_scaler, has_aux or extra_emas.
     """
+    if steps_per_call > 1 and (loss_scaler is not None or has_aux or extra_emas):
+        raise ValueError("steps_per_call above 1 works without loss_scaler, has_aux and extra_emas only: set it to 1")
     fields = inspect.signature(loss_fn)
     parameters = optimizer.parameters
     reduce_gradients = nn.DistributedGradReducer(parameters, mean=True, degree=world_size) if world_size > 1 else None

@@ -36,7 +36,7 @@ SHOWN = 2000  # points in a panel
 class PointsDataConfig:
     """The points in the plane to train on."""
 
-    name: Annotated[str, OneOf((*TOYS, POINTS_FILE))] = "scurve"
+    name: Annotated[str, OneOf(TOYS, (POINTS_FILE,))] = "scurve"
     """A toy distribution, or points-file for your own points."""
     dir: str | None = None
     """The points-file: .npy or .csv with two columns, or a folder that holds one such file."""
@@ -86,7 +86,8 @@ class PointsTask(DiffusionTask):
 
     def load_data(self) -> tuple[np.ndarray, np.ndarray]:
         data = self.config.data
-        self.points = load_points(data.name, data.dir, data.num, self.config.train.seed)
+        source = data.dir if self.given_data is None else self.given_data
+        self.points = load_points(data.name, source, data.num, self.config.train.seed)
         train, self.test = self.points
         self.normalizer = Normalizer.of(train)
         return self.normalizer.normalize(train), np.zeros(len(train), np.int32)
