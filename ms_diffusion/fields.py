@@ -94,7 +94,7 @@ def find_problem(value: Any, hint: Any) -> str | None:
     if hint is int:
         return None if isinstance(value, Integral) and not isinstance(value, bool) else "it must be a whole number"
     kinds = {str: "text", bool: "True or False"}
-    return None if isinstance(value, hint) else f"it must be {kinds.get(hint, hint.__name__)}"
+    return None if hint is Any or isinstance(value, hint) else f"it must be {kinds.get(hint, hint.__name__)}"
 
 
 def from_record(

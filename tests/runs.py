@@ -27,7 +27,7 @@ PIXELS = replace(PRESETS["quick"], data=MINI, model=UNET, train=replace(PRESETS[
 
 
 def untrained(run, config, step=0, noise=0.0, **record):
-    """A run's folder with initial weights, to which normal noise of a size is added: zeros would hide what a network takes."""
+    """A run's folder with initial weights; the average's get normal noise, since zeros would hide what a network takes."""
     (net, _), rng = config.task().build(), np.random.default_rng(0)
     ema = EMA(net)
     for p in ema.net.get_parameters():
