@@ -1,35 +1,48 @@
-"""How far off each sampler is after so many network calls: python -m ms_diffusion.benchmark --samplers.
+"""Measure the error of each sampler against its number of network calls: ``python -m benchmarks.sampler_errors``.
 
-The data are a mixture of Gaussians in the plane, for which E[x_0 | x_t], what a perfect network answers, is a formula: all
-error is the sampler's. float64 numpy throughout, for a sampler only adds and scales. x (n, d): n points of d numbers.
+The data are a mixture of Gaussians in the plane. Its E[x_0 | x_t], the answer of a perfect network, is a formula, so the
+whole error is the sampler's. Everything is float64 NumPy, because a sampler only adds and scales. x (n, d): n points of d
+numbers. The figures are the same on every machine.
 """
 
+import json
 import math
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
+from ms_diffusion.commands.parse import parse
+from ms_diffusion.files import write
 from ms_diffusion.metrics.distances import sliced_wasserstein
-from ms_diffusion.samplers import SAMPLERS, sampling_timesteps
+from ms_diffusion.runtime import run_program
+from ms_diffusion.samplers import SAMPLERS, is_stochastic, sampling_timesteps
 from ms_diffusion.schedules import linear_beta_schedule
 
-CALLS = (5, 8, 10, 15, 20, 30, 50, 100, 200)  # of the network, at most
-ORDER_CALLS = (50, 100, 200)  # where errors fall as a power of the calls
-SOLVERS = {name: (sampler, 0.0) for name, sampler in SAMPLERS.items() if name != "ddpm"}  # (sampler, v_posterior)
-DDPM, DDIM = SAMPLERS["ddpm"], SAMPLERS["ddim"]
-STOCHASTIC = {"ddpm v=0": (DDPM, 0.0), "ddpm v=1": (DDPM, 1.0), "ddim eta=1": (partial(DDIM, eta=1.0), 0.0)}
+CALLS = (5, 8, 10, 15, 20, 30, 50, 100, 200)  # limits on the number of network calls
+ORDER_CALLS = (50, 100, 200)  # where errors fall as a power of the number of calls
+SOLVERS = {name: sampler for name, sampler in SAMPLERS.items() if not is_stochastic(sampler)}
+STOCHASTIC = {
+    "ddpm v=0": partial(SAMPLERS["ddpm"], v_posterior=0.0),
+    "ddpm v=1": partial(SAMPLERS["ddpm"], v_posterior=1.0),
+    "ddim eta=1": partial(SAMPLERS["ddim"], eta=1.0),
+}
 TEXTS = {
     "ode": """\
-Solvers: RMS distance from the exact solution of the probability-flow ODE for the same x_T, at so many network calls.
-Data: a mixture of Gaussians in [-1, 1]^2. Network: its exact denoiser. Linear schedule, T = 1000. * is the best of a column.
-The step from t = 0 to data costs {floor:.1e}; trailing takes it from t = T / steps.
-The reference is {reference_error:.0e} off. Order: errors fall as calls^-order, from 50 to 200 calls at T = 100,000.
+Solvers: RMS distance from the exact solution of the probability-flow ODE for the same x_T, by number of network calls.
+Data: a mixture of Gaussians in [-1, 1]^2. Network: its exact denoiser. Linear schedule, T = 1000. * marks a column's best.
+The step from t = 0 to the data has an error of {floor:.1e}; with trailing it starts at t = T / steps.
+The reference has an error of {reference_error:.0e}. Order: errors fall as calls^-order, from 50 to 200 calls at T = 100,000.
 """,
     "data": """
-Distributions: sliced Wasserstein-1 distance of 20,000 samples from as many data; at 1000 calls all timesteps are taken.
-Reached: at so many calls it is one that fresh data have, {floor:.4f} on average, {floor_most:.4f} at most.
+Distributions: sliced Wasserstein-1 distance between 20,000 samples and as many data; 1000 calls use all timesteps.
+Reached: number of calls at which the distance is that of new data: {floor:.4f} on average, {floor_most:.4f} at most.
 """,
 }
 
@@ -42,13 +55,13 @@ class Mixture:
     means: np.ndarray
     stds: np.ndarray
 
-    def sample(self, rng, n: int) -> np.ndarray:
-        """n draws -> (n, d)."""
+    def sample(self, rng: np.random.Generator, n: int) -> np.ndarray:
+        """n draws (n, d)."""
         k = rng.choice(len(self.weights), n, p=self.weights)
         return self.means[k] + self.stds[k, None] * rng.standard_normal((n, self.means.shape[1]))
 
-    def posterior_mean(self, x, alpha_bar: float) -> np.ndarray:
-        """E[x_0 | x_t = x] (n, d): the regression of each component, weighted by its share in the density at x."""
+    def posterior_mean(self, x: np.ndarray, alpha_bar: float) -> np.ndarray:
+        """E[x_0 | x_t = x] (n, d): each component's regression, weighted by the component's share of the density at x."""
         alpha = math.sqrt(alpha_bar)
         variance = alpha_bar * self.stds**2 + 1 - alpha_bar  # (K,) of x_t
         gain = alpha * self.stds**2 / variance
@@ -58,8 +71,8 @@ class Mixture:
         share /= share.sum(0)  # (K, n)
         return share.T @ ((1 - gain * alpha)[:, None] * self.means) + (gain @ share)[:, None] * x
 
-    def denoiser(self, diffusion):
-        """`denoise(x_t, t) -> x_0`, as a sampler takes it."""
+    def denoiser(self, diffusion: Any) -> Callable:
+        """The denoise(x_t, t) -> x_0 that a sampler takes."""
         return lambda x, t: self.posterior_mean(x, float(diffusion.alphas_cumprod[t]))
 
 
@@ -70,14 +83,17 @@ DATA = Mixture(
 )
 
 
-def process(T: int = 1000, v_posterior: float = 0.0):
-    """What a sampler needs of a diffusion with the linear schedule."""
-    return SimpleNamespace(T=T, v_posterior=v_posterior, alphas_cumprod=np.cumprod(1 - linear_beta_schedule(T)))
+def process(num_timesteps: int = 1000) -> SimpleNamespace:
+    """What a sampler needs of a diffusion process, with the linear schedule."""
+    alphas_cumprod = np.cumprod(1 - linear_beta_schedule(num_timesteps))
+    return SimpleNamespace(num_timesteps=num_timesteps, alphas_cumprod=alphas_cumprod, v_posterior=0.0)
 
 
-def solve_ode(mixture: Mixture, x, alpha_bar: float, alpha_bar_end: float, steps: int) -> np.ndarray:
-    """The probability-flow ODE from alpha_bar to alpha_bar_end, by the classical Runge-Kutta method: dy/du = y - E[x_0 | x],
-    y = x / alpha, u = log(sigma / alpha) (Karras et al. 2022, eqs. 1 and 3)."""
+def solve_ode(mixture: Mixture, x: np.ndarray, alpha_bar: float, alpha_bar_end: float, steps: int) -> np.ndarray:
+    """The solution of the probability-flow ODE from alpha_bar to alpha_bar_end, by the classical Runge-Kutta method.
+
+    dy/du = y - E[x_0 | x] with y = x / alpha, u = log(sigma / alpha) (Karras et al. 2022, eqs. 1 and 3).
+    """
 
     def slope(y, u):
         alpha_bar = 1 / (1 + math.exp(2 * u))
@@ -94,32 +110,41 @@ def solve_ode(mixture: Mixture, x, alpha_bar: float, alpha_bar_end: float, steps
     return y * math.sqrt(alpha_bar_end)
 
 
-def rms(a, b) -> float:
-    """Root of the mean squared distance of points (n, d) from their partners."""
+def rms(a: np.ndarray, b: np.ndarray) -> float:
+    """Root of the mean squared distance between points (n, d), pair by pair."""
     return math.sqrt(((a - b) ** 2).sum(1).mean())
 
 
-def count_calls(sampler, diffusion, timesteps) -> int:
-    calls = []
+def count_calls(sampler: Callable, diffusion: Any, timesteps: list[int]) -> int:
+    """How often the sampler calls the network."""
+    calls: list[int] = []
     sampler(lambda x, t: calls.append(t) or x, np.zeros(1), diffusion, timesteps, np.zeros_like)
     return len(calls)
 
 
-def choose_timesteps(sampler, diffusion, spacing: str, calls: int) -> tuple[list[int], int]:
-    """The most timesteps on which the sampler calls the network no more than `calls` times, and how often it does."""
+def choose_timesteps(sampler: Callable, diffusion: Any, spacing: str, calls: int) -> tuple[list[int], int]:
+    """As many timesteps as `calls` network calls allow, and the calls that the sampler makes for them."""
     steps = calls
     while True:
         timesteps = sampling_timesteps(diffusion.num_timesteps, steps, spacing, diffusion.alphas_cumprod)
         made = count_calls(sampler, diffusion, timesteps)
         if made <= calls:
             return timesteps, made
-        steps -= max(1, (made - calls) // 2)  # a timestep costs two calls at most
+        steps -= max(1, (made - calls) // 2)  # a timestep takes at most two calls
 
 
-def measure_calls(sampler, mixture, x, diffusion, spacing, allowed, distance) -> dict:
-    """The calls made and the distance of the samples from the truth, for each number of calls allowed."""
+def measure_calls(
+    sampler: Callable,
+    mixture: Mixture,
+    x: np.ndarray,
+    diffusion: Any,
+    spacing: str,
+    allowed: Iterable[int],
+    distance: Callable[[np.ndarray], float],
+) -> dict[str, Any]:
+    """For each limit on the calls: the calls made and the distance of the samples from the truth."""
     rng, denoise = np.random.default_rng(1), mixture.denoiser(diffusion)
-    record = {"allowed": list(allowed), "calls": [], "errors": []}
+    record: dict[str, list] = {"allowed": list(allowed), "calls": [], "errors": []}
     for n in allowed:
         timesteps, calls = choose_timesteps(sampler, diffusion, spacing, n)
         samples = sampler(denoise, x, diffusion, timesteps, lambda x: rng.standard_normal(x.shape))
@@ -128,19 +153,27 @@ def measure_calls(sampler, mixture, x, diffusion, spacing, allowed, distance) ->
     return record
 
 
-def fit_order(calls, errors) -> float:
-    """p where the errors fall as calls^-p, by least squares."""
+def fit_order(calls: Sequence[int], errors: Sequence[float]) -> float:
+    """The p for which the errors fall as calls^-p, by least squares."""
     return -float(np.polyfit(np.log(calls), np.log(errors), 1)[0])
 
 
-def measure_ode(mixture=DATA, n=2000, spacings=("linspace", "trailing", "karras", "logsnr"), allowed=CALLS) -> list[dict]:
-    """RMS distance of each solver from the exact solution for the same n x_T, at T = 1000; `floor` is what the step from
-    t = 0 to data costs. The order is fitted at T = 100,000, the same curve of alpha_bar, with that step in the truth."""
+def measure_ode(
+    mixture: Mixture = DATA,
+    n: int = 2000,
+    spacings: Sequence[str] = ("linspace", "trailing", "karras", "logsnr"),
+    allowed: Iterable[int] = CALLS,
+) -> list[dict[str, Any]]:
+    """RMS distance of each solver from the exact solution for the same n x_T, at T = 1000.
+
+    `floor` is the error of the step from t = 0 to the data. The order is fitted at T = 100,000, on the same curve of
+    alpha_bar, against a solution that contains this step.
+    """
     x = np.random.default_rng(0).standard_normal((n, 2))
     coarse, fine = process(), process(100_000)
 
     def solve(diffusion, steps):
-        """Data by a sampler's last step from the exact x at t = 0, and exact data."""
+        """Data by a sampler's last step from the exact x at t = 0, and the exact data."""
         at_0 = solve_ode(mixture, x, *diffusion.alphas_cumprod[[-1, 0]], steps)
         return mixture.denoiser(diffusion)(at_0, 0), solve_ode(mixture, at_0, diffusion.alphas_cumprod[0], 1 - 1e-10, steps)
 
@@ -148,7 +181,7 @@ def measure_ode(mixture=DATA, n=2000, spacings=("linspace", "trailing", "karras"
     common = {"measure": "ode", "floor": rms(stepped, truth), "reference_error": rms(solve(coarse, 500)[1], truth)}
     records = []
     for spacing in spacings:
-        for name, (sampler, _) in SOLVERS.items():
+        for name, sampler in SOLVERS.items():
             errors = measure_calls(sampler, mixture, x, coarse, spacing, allowed, partial(rms, truth))
             falling = measure_calls(sampler, mixture, x, fine, spacing, ORDER_CALLS, partial(rms, fine_stepped))
             order = fit_order(falling["calls"], falling["errors"])
@@ -156,9 +189,17 @@ def measure_ode(mixture=DATA, n=2000, spacings=("linspace", "trailing", "karras"
     return records
 
 
-def measure_data(mixture=DATA, n=20_000, spacings=("linspace", "trailing", "logsnr"), allowed=CALLS) -> list[dict]:
-    """Sliced Wasserstein-1 distance of n samples from n data at T = 1000; `floor` is that of fresh data, the mean and the
-    most of 20 draws, `reached` the first number of calls at which a sampler is no farther."""
+def measure_data(
+    mixture: Mixture = DATA,
+    n: int = 20_000,
+    spacings: Sequence[str] = ("linspace", "trailing", "logsnr"),
+    allowed: Iterable[int] = CALLS,
+) -> list[dict[str, Any]]:
+    """Sliced Wasserstein-1 distance between n samples and n data at T = 1000.
+
+    `floor` and `floor_most` are the mean and the maximum for 20 sets of new data, `reached` is the smallest number of calls
+    at which a sampler is within that maximum.
+    """
     rng = np.random.default_rng(0)
     x, data = rng.standard_normal((n, 2)), mixture.sample(rng, n)
     fresh = [sliced_wasserstein(data, mixture.sample(rng, n)) for _ in range(20)]
@@ -166,23 +207,18 @@ def measure_data(mixture=DATA, n=20_000, spacings=("linspace", "trailing", "logs
 
     records = []
     for spacing in spacings:
-        for name, (sampler, v_posterior) in (STOCHASTIC | SOLVERS).items():
-            also = [1000] if name in STOCHASTIC and spacing == spacings[-1] else []  # all timesteps, the same in any spacing
-            diffusion, distance = process(v_posterior=v_posterior), partial(sliced_wasserstein, data)
-            errors = measure_calls(sampler, mixture, x, diffusion, spacing, [*allowed, *also], distance)
+        for name, sampler in (STOCHASTIC | SOLVERS).items():
+            also = [1000] if name in STOCHASTIC and spacing == spacings[-1] else []  # all timesteps: the same in any spacing
+            distance = partial(sliced_wasserstein, data)
+            errors = measure_calls(sampler, mixture, x, process(), spacing, [*allowed, *also], distance)
             good = [calls for calls, error in zip(errors["calls"], errors["errors"], strict=True) if error <= max(fresh)]
             reached = good[0] if good else None
             records.append({"sampler": name, "spacing": spacing, **errors, "reached": reached, **common})
     return records
 
 
-def measure_samplers() -> list[dict]:
-    """A record for each sampler and spacing of both measures: "ode", a solver's error, and "data", a distribution's."""
-    return measure_ode() + measure_data()
-
-
-def print_table(records: list[dict]) -> None:
-    """A table for each measure, a row for each record; * marks the least error of a column."""
+def print_table(records: list[dict[str, Any]]) -> None:
+    """Print one table per measure and one row per record; * marks the smallest error of a column."""
     for measure, last in (("ode", "order"), ("data", "reached")):
         rows = [r for r in records if r["measure"] == measure]
         allowed = max((r["allowed"] for r in rows), key=len)
@@ -195,10 +231,8 @@ def print_table(records: list[dict]) -> None:
             print(f"{r['sampler']:12}{r['spacing']:9}{cells:{9 * len(allowed)}}{end:>8}")
 
 
-def draw(records: list[dict], path) -> None:
-    """Errors over network calls on logarithmic axes: the solvers' on two spacings, and the distances from the data."""
-    from matplotlib.figure import Figure
-
+def draw(records: list[dict[str, Any]], path: str | Path) -> None:
+    """Draw errors over network calls on logarithmic axes: the solvers' with two spacings, and distances from the data."""
     figure, lines = Figure(figsize=(14, 4.5), layout="constrained"), {}
     left, middle, right = figure.subplots(1, 3)
     middle.sharey(left)
@@ -219,3 +253,33 @@ def draw(records: list[dict], path) -> None:
     lines["floor"] = lines.pop("floor")  # last in the legend
     figure.legend(lines.values(), lines.keys(), loc="outside right upper")
     figure.savefig(path, dpi=100)
+
+
+@dataclass
+class Args:
+    """Print the error of each sampler against its number of network calls."""
+
+    picture: str | None = None
+    """Also draw the errors in this PNG."""
+    json: str | None = None
+    """Also write all figures to this file."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+def main(argv: Sequence[str]) -> int:
+    args = parse(Args, argv)
+    for path in filter(None, (args.picture, args.json)):
+        Path(path).absolute().parent.mkdir(parents=True, exist_ok=True)
+    records = measure_ode() + measure_data()
+    print_table(records)
+    if args.picture:
+        draw(records, args.picture)
+    if args.json:
+        text = json.dumps({"records": records}, indent=1)
+        write(args.json, lambda file: file.write(text.encode()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_program(main, sys.argv[1:]))

@@ -10,28 +10,33 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 import tyro
 
 import ms_diffusion as md
-from ms_diffusion.commands import train_classifier
-from ms_diffusion.fields import Bounds, OneOf
-from ms_diffusion.sampling import Sampling
+from ms_diffusion.commands import benchmark, evaluate, likelihood, sample, train
+from ms_diffusion.fields import Bounds, OneOf, find_problem
+from ms_diffusion.training import config
 
 HEADER = """# Flags
 
 Written by `python -m docs.make_flags`. `python train.py --preset NAME --help` prints the defaults of a preset.
 """
 TABLES = [  # title, dataclass, prefix of its flags, base class with a table of its own
-    ("train", md.Config, "--"),
+    ("train", train.Args, "--"),
+    ("train: latents", md.LatentConfig, "--", md.Config),
     ("train: images", md.DataConfig, "--data."),
-    ("train: points", md.PointsConfig, "--data."),
+    ("train: points", md.PointsDataConfig, "--data."),
     ("train: diffusion", md.DiffusionConfig, "--diffusion."),
-    ("train: training", md.TrainConfig, "--train."),
-    ("train: training of an autoencoder", md.AutoencoderTrainConfig, "--train.", md.TrainConfig),
     ("train: U-Net (images)", md.UnetConfig, "--model."),
     ("train: U-Net (latents)", md.LatentUnetConfig, "--model."),
     ("train: autoencoder", md.AutoencoderConfig, "--model."),
     ("train: residual MLP (points)", md.ResidualMLPConfig, "--model."),
     ("train: MLP (points, preset scurve-seed)", md.MLPConfig, "--model."),
-    ("sample, evaluate: sampling", Sampling, "--"),
-    ("train-classifier", train_classifier.Args, "--"),
+    ("train: training, all kinds of runs", config.TrainConfig, "--train."),
+    ("train: training of diffusion models", config.DiffusionTrainConfig, "--train.", config.TrainConfig),
+    ("train: training on images and latents", config.ImageTrainConfig, "--train.", config.DiffusionTrainConfig),
+    ("train: training of autoencoders", md.AutoencoderTrainConfig, "--train.", config.TrainConfig),
+    ("sample", sample.Args, "--"),
+    ("evaluate", evaluate.Args, "--"),
+    ("likelihood", likelihood.Args, "--"),
+    ("benchmark", benchmark.Args, "--"),
 ]
 
 
@@ -39,7 +44,7 @@ def field_docs(cls: type) -> dict[str, str]:
     """The string below each field of a dataclass and of its bases."""
     body = [n for c in reversed(cls.__mro__) if is_dataclass(c) for n in ast.parse(inspect.getsource(c)).body[0].body]
     pairs = [(a, b) for a, b in zip(body, body[1:], strict=False) if type(a) is ast.AnnAssign and type(b) is ast.Expr]
-    return {field.target.id: " ".join(ast.literal_eval(text.value).split()) for field, text in pairs}
+    return {field.target.id: " ".join(ast.literal_eval(text.value).replace("|", "\\|").split()) for field, text in pairs}
 
 
 def unfold(hint: Any) -> list:
@@ -62,13 +67,11 @@ def rows(cls: type, prefix: str, base: type | None = None, defaults: Any = None)
             flag = f"`{prefix}{name}`" + f", `{prefix}no-{name}`" * (hints[f.name] is bool)
             flag = f"`{name.upper()}`" if tyro.conf.Positional in parts else flag
             default = " ".join(map(str, default)) if isinstance(default, tuple) else default
-            choices = [str(value) for part in parts if get_origin(part) is Literal for value in get_args(part)]
-            choices += [each for part in parts if isinstance(part, OneOf) for each in part.names]
-            notes = [f"One of {', '.join(choices)}."] if choices else []
-            for p in (part for part in parts if isinstance(part, Bounds)):
-                notes += [f"Range: {'[('[p.low_open]}{p.low:g}, {p.high:g}{'])'[p.high_open or p.high == float('inf')]}."]
-            text = " ".join([docs[f.name], *notes]).replace("|", "\\|")
-            yield f"| {flag} | {'required' if default is MISSING else f'`{default}`'} | {text} |".replace("``", "")
+            notes = [find_problem(float("nan"), part) for part in parts if get_origin(part) is Literal]
+            notes += [part.problem(float("nan")) for part in parts if isinstance(part, Bounds | OneOf)]
+            text = " ".join([docs[f.name], *(f"{note[0].upper()}{note[1:]}." for note in notes)])
+            default = "required" if default is MISSING else f"`{default}`".replace("``", "")
+            yield f"| {flag} | {default} | {text} |"
 
 
 def render() -> str:

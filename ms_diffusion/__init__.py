@@ -78,9 +78,10 @@ if TYPE_CHECKING:  # the public names; below, the same lines say where each is f
     )
     from .runtime import UserError as UserError, compiled as compiled, set_device as set_device
     from .samplers import (
-        SAMPLERS as SAMPLERS, SPACINGS as SPACINGS, SeededNoise as SeededNoise, generate as generate, sample_ddim as sample_ddim,
-        sample_ddpm as sample_ddpm, sample_dpmpp_2m as sample_dpmpp_2m, sample_heun as sample_heun, sample_plms as sample_plms,
-        sample_unipc as sample_unipc, sampling_timesteps as sampling_timesteps
+        SAMPLERS as SAMPLERS, SPACINGS as SPACINGS, SeededNoise as SeededNoise, generate as generate,
+        sample_ddim as sample_ddim, sample_ddpm as sample_ddpm, sample_dpmpp_2m as sample_dpmpp_2m,
+        sample_heun as sample_heun, sample_plms as sample_plms, sample_unipc as sample_unipc,
+        sampling_timesteps as sampling_timesteps
     )
     from .sampling import Sampling as Sampling, sample as sample
     from .schedules import (

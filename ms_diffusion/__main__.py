@@ -13,7 +13,6 @@ COMMANDS = {
     "evaluate": "score samples against real images",
     "likelihood": "bits per dimension of images under a run",
     "benchmark": "time training and sampling on this machine",
-    "train-classifier": "train the classifier that the evaluation uses",
 }
 
 

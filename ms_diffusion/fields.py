@@ -42,12 +42,14 @@ FRACTION = Bounds(0, 1)
 
 @dataclass(frozen=True, eq=False)
 class OneOf:
-    """The names in a registry, also those that are added to it later."""
+    """The names in a registry, also those that are added to it later, and some more."""
 
-    names: Iterable[str]
+    registry: Iterable[str]
+    more: tuple[str, ...] = ()
 
     def problem(self, value: Any) -> str | None:
-        return None if value in list(self.names) else f"choose one of {', '.join(self.names)}"
+        names = [*self.registry, *self.more]
+        return None if value in names else f"choose one of {', '.join(names)}"
 
 
 def check_fields(config: Any, prefix: str = "--") -> None:
@@ -92,7 +94,7 @@ def find_problem(value: Any, hint: Any) -> str | None:
     if hint is int:
         return None if isinstance(value, Integral) and not isinstance(value, bool) else "it must be a whole number"
     kinds = {str: "text", bool: "True or False"}
-    return None if isinstance(value, hint) else f"it must be {kinds.get(hint, hint.__name__)}"
+    return None if hint is Any or isinstance(value, hint) else f"it must be {kinds.get(hint, hint.__name__)}"
 
 
 def from_record(

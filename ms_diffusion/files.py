@@ -40,10 +40,10 @@ def sync_folder(folder: Path) -> None:
     os.close(descriptor)
 
 
-def cache_folder(beside: str | os.PathLike | None = None) -> Path:
-    """The folder `beside` if it can be written to, else ms_diffusion in the user's cache ($XDG_CACHE_HOME or ~/.cache)."""
-    if beside and os.access(beside, os.W_OK | os.X_OK):
-        return Path(beside)
+def cache_folder(folder: str | os.PathLike | None = None) -> Path:
+    """`folder` if it exists and can be written to, else ms_diffusion in the user's cache ($XDG_CACHE_HOME or ~/.cache)."""
+    if folder and os.access(folder, os.W_OK | os.X_OK):
+        return Path(folder)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ms_diffusion"
 
 

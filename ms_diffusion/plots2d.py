@@ -18,7 +18,6 @@ from .files import write
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
 
 Limits = tuple[tuple[float, float], tuple[float, float]]  # ((left, right), (bottom, top))
 
@@ -56,7 +55,7 @@ def grid_points(limits: Limits, n: int = 20) -> np.ndarray:
     return np.stack(np.meshgrid(x, y), -1).reshape(-1, 2).astype(np.float32)
 
 
-def _figure(titles: Sequence[str], limits: Limits, columns: int, inches: float) -> "tuple[Figure, Sequence[Axes]]":
+def _figure(titles: Sequence[str], limits: Limits, columns: int, inches: float):
     """A figure and one panel of `inches` for each title, all with the same limits; tick labels at the left and bottom."""
     from matplotlib.figure import Figure  # takes a second to import
 
@@ -82,7 +81,7 @@ def _save(path: str | Path, figure: "Figure") -> None:
     write(path, lambda f: figure.savefig(f, format="png", dpi=DPI))
 
 
-def _dots(axes: "Axes", points: np.ndarray, color: str, n: int | None = None, scale: float = 1.0) -> "Line2D":
+def _dots(axes: "Axes", points: np.ndarray, color: str, n: int | None = None, scale: float = 1.0):
     """Draw points as dots. The more points (n, by default their number), the smaller and paler the dots; `scale` is the
     panel's width relative to the small panels."""
     points = _finite(points)

@@ -15,7 +15,10 @@ from mindspore import Tensor, ops
 
 from .fields import AT_LEAST_1, FRACTION, NON_NEGATIVE, POSITIVE, OneOf, check_fields
 from .losses import LOSSES
+from .runtime import allow_numpy_2
 from .schedules import SCHEDULES, rescale_zero_terminal_snr
+
+allow_numpy_2()
 
 OBJECTIVES = ("eps", "x0", "v")
 WEIGHTINGS = ("none", "min-snr", "p2")
@@ -86,11 +89,8 @@ class GaussianDiffusion:
             raise ValueError("betas must be a list of numbers between 0 and 1")
         if objective == "eps" and betas[-1] == 1:
             raise ValueError("betas end in 1 (zero terminal SNR), where eps does not determine x_0: use objective v or x0")
-        for name, value, known in (
-            ("objective", objective, OBJECTIVES),
-            ("loss", loss, LOSSES),
-            ("weighting", weighting, WEIGHTINGS),
-        ):
+        choices = {"objective": OBJECTIVES, "loss": LOSSES, "weighting": WEIGHTINGS}
+        for (name, known), value in zip(choices.items(), (objective, loss, weighting), strict=True):
             if value not in known:
                 raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(known)}")
         if not 0 <= v_posterior <= 1:
@@ -128,7 +128,7 @@ class GaussianDiffusion:
         if v_posterior == 0 and self.num_timesteps > 1:
             self.lvlb_weights[0] = self.lvlb_weights[1]
         if original_elbo_weight > 0 and not np.isfinite(self.lvlb_weights).all():
-            raise ValueError("a single step has no variance to weigh by: use more timesteps, or no original_elbo_weight")
+            raise ValueError("original_elbo_weight needs a variance above 0 at each timestep: use more timesteps")
         if weighting == "min-snr":
             weights = np.minimum(snr, gamma or 5) * in_x0
         elif weighting == "p2":
@@ -138,7 +138,7 @@ class GaussianDiffusion:
         self.simple_weights = l_simple_weight * weights
         self.elbo_weights = original_elbo_weight * self.lvlb_weights if original_elbo_weight else np.zeros(len(betas))
 
-        def device(values):
+        def device(values: np.ndarray) -> Tensor:
             return Tensor(values.astype(np.float32))
 
         self._sqrt_alphas_cumprod = device(np.sqrt(self.alphas_cumprod))
@@ -205,7 +205,7 @@ class GaussianDiffusion:
     # The reverse process and its loss
 
     def p_mean_variance(self, net: Net, x_t: Tensor, t: Tensor, cond: Cond = None) -> tuple[Tensor, ...]:
-        """Mean, variance and log-variance of p(x_{t-1} | x_t), eq. 11, and the predicted x_0 behind them."""
+        """Mean, variance and log-variance of p(x_{t-1} | x_t), eq. 11, and the predicted x_0 that they are computed from."""
         x_start = self.predict_start(predict(net, x_t, t, cond), x_t, t)
         if self.clip_denoised:
             x_start = ops.clamp(x_start, -1.0, 1.0)
@@ -222,7 +222,7 @@ class GaussianDiffusion:
         logvar: Tensor | None = None,
         self_cond_mask: Tensor | None = None,
     ) -> Tensor:
-        """The weighted error (B,) of the network's prediction at x_t: eq. 14, with the weights of `weighting` etc.
+        """The weighted error (B,) of the network's prediction at x_t: eq. 14 with the weights of the constructor.
 
         Args:
             cond: conditions (B, ...), passed to the network after t.

@@ -5,6 +5,8 @@ Importing this module makes the settings that must precede ``import mindspore``.
 
 import contextlib
 import errno
+import functools
+import io
 import os
 import signal
 import sys
@@ -52,6 +54,7 @@ def set_device(device: str = "auto") -> str:
     """
     import mindspore as ms
 
+    allow_numpy_2()
     if device not in DEVICES:
         raise UserError(f"unknown device {device!r}: choose one of {', '.join(DEVICES)}")
     kinds = {"ascend": "Ascend", "gpu": "GPU", "cpu": "CPU"}
@@ -61,6 +64,21 @@ def set_device(device: str = "auto") -> str:
             ms.set_device(kinds[name], None if name == "cpu" else card)
             return kinds[name]
     raise UserError(f"no {kinds[device]} device is usable here: check its driver, or run with --device auto or --device cpu")
+
+
+@functools.cache
+def allow_numpy_2() -> None:
+    """Let MindSpore's operators work beside NumPy 2; call it before the first operator.
+
+    MindSpore 2.10 is compiled against NumPy 1. Its first operator that reads a Python number or shape looks up NumPy's C
+    interface, raises SystemError and prints a page; every later one works. So this makes such a call, with a wrong shape,
+    which fails in any case and before the device is used. NumPy scalars, such as np.int64(2), are still no arguments for
+    operators.
+    """
+    from mindspore import Tensor
+
+    with contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(TypeError, SystemError, ImportError):
+        Tensor([0.0]).reshape("")
 
 
 def compiled(fn: Callable) -> Callable:

@@ -75,8 +75,9 @@ class Sampling:
             )
         options.check(T)
         if options.guidance != 1 and task.null_label is None:
+            flag = "--train.sample-guidance" if self.guidance is None else "--guidance"
             raise UserError(
-                f"--guidance is {options.guidance:g}, but this run has no classes: leave it out, or train with classes "
+                f"{flag} is {options.guidance:g}, but this run has no classes: leave it out, or train with classes "
                 f"({command('train')} --preset quick-class)"
             )
         if options.guidance != 1 and not train.label_dropout:
@@ -181,7 +182,7 @@ class Generator:
             self.shape,
             num,
             sampling.seed,
-            sampling.batch_size or 64,
+            sampling.batch_size or (64 if len(self.shape) > 1 else num),
             callback,
             cond,
             start,
@@ -214,6 +215,8 @@ def sample(
     """
     sampling = sampling_from(options)
     check_fields(sampling)
+    if num < 1:
+        raise UserError(f"num is {num}: it must be at least 1")
     sampling.check(diffusion.num_timesteps)
     return Generator(net, diffusion, shape, null_label, self_condition).draw(sampling, num, cond, callback)
 

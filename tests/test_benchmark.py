@@ -1,131 +1,125 @@
-"""The benchmark counts, judges and refuses as it says; its figures are for a quiet machine, not for tests."""
+"""The benchmark counts, judges and refuses as documented; its figures need a quiet machine and are not tested."""
 
 import json
-import math
-import subprocess
-import sys
-from dataclasses import asdict
-from pathlib import Path
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 
-import mindspore
-
-from benchmarks import speed as benchmark
+from benchmarks import cost, speed
+from ms_diffusion import __main__ as program
+from ms_diffusion.commands import benchmark, workers
+from ms_diffusion.commands.benchmark import MEASURES, ImageWork, PointsWork, count_operations, measure_images
 from ms_diffusion.models.mlp import MLPConfig, ResidualMLPConfig
 from ms_diffusion.process import DiffusionConfig
+from ms_diffusion.runtime import run_program
 from ms_diffusion.training.presets import PRESETS
 
-
-def run(*arguments, cwd):
-    return subprocess.run(
-        [sys.executable, "-m", "ms_diffusion.benchmark", *arguments],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        env={**benchmark.os.environ, "PYTHONPATH": str(Path(benchmark.__file__).parents[1])},
-    )
+MODELS = pytest.mark.parametrize("model", [MLPConfig(8, 60), ResidualMLPConfig(8, 1, 1, 60)], ids=["MLP", "residual"])
 
 
-@pytest.mark.parametrize("name", [name for name in benchmark.PRESET_NAMES if not PRESETS[name].is_points])
+@pytest.mark.parametrize("name", [name for name, measure in MEASURES.items() if measure is measure_images])
 def test_operations_are_those_that_pytorch_counts(name):
     torch = pytest.importorskip("torch")
     from torch.utils.flop_counter import FlopCounterMode
 
     from benchmarks.torch_peer import Unet
 
-    model = asdict(PRESETS[name].model)
     with FlopCounterMode(display=False) as counter:
-        Unet(**model)(torch.zeros(1, 1, 28, 28), torch.zeros(1))
-    assert benchmark.count_operations(model, 28) == counter.get_total_flops()
+        Unet(**asdict(PRESETS[name].model))(torch.zeros(1, 1, 28, 28), torch.zeros(1))
+    assert count_operations(PRESETS[name]) == counter.get_total_flops()
 
 
 def test_verdict_is_the_median_ratio_or_none_when_the_rounds_disagree():
-    assert benchmark.verdict(benchmark.ratio({"mindspore": [1.0]})) == ""
-    steady = benchmark.ratio({"mindspore": [1.0, 2.0, 1.0], "torch": [1.5, 3.0, 1.6]})
-    assert steady == pytest.approx((1.5, 0.05 / 1.5))  # the quartiles are 1.5 and 1.55
-    assert "1.50x PyTorch's speed" in benchmark.verdict(steady)
-    assert "no verdict" in benchmark.verdict(benchmark.ratio({"mindspore": [1.0, 1.0, 1.0], "torch": [1.0, 1.2, 1.5]}))
+    assert workers.ratio({"mindspore": [1.0]}) is None and workers.verdict({"mindspore": [1.0]}) == ""
+    steady = {"mindspore": [1.0, 2.0, 1.0], "PyTorch": [1.5, 3.0, 1.6]}
+    assert workers.ratio(steady) == pytest.approx((1.5, 0.05 / 1.5))  # the quartiles are 1.5 and 1.55
+    assert "1.50x the speed of PyTorch" in workers.verdict(steady)
+    assert "no verdict" in workers.verdict({"mindspore": [1.0, 1.0, 1.0], "PyTorch": [1.0, 1.2, 1.5]})
+
+
+def test_workers_are_timed_in_turns(monkeypatch):
+    calls = []
+
+    class Timer:
+        def __init__(self, name, seconds):
+            self.name, self.seconds = name, seconds
+
+        def time(self, *call):
+            calls.append((self.name, *call))
+            return self.seconds
+
+    times = workers.alternate({"fast": Timer("fast", 0.5), "slow": Timer("slow", 2.0)}, 2, "sample", 3)
+    assert times == {"fast": [0.5, 0.5], "slow": [2.0, 2.0]}
+    one_round = ["fast"] * 3 + ["slow"]  # a long call needs no warm-up
+    assert calls == [(name, "sample", 3) for name in ["fast", "slow", *one_round, *one_round]]
 
 
 def test_cost_is_drawn(tmp_path):
     records = [
         {"varied": varied, varied: value, "step": 0.02 * value, "forward": 0.01 * value}
-        for varied, values in benchmark.SWEEPS.items()
+        for varied, values in cost.SWEEPS.items()
         for value in values
     ]
-    benchmark.draw_cost(records, tmp_path / "cost.png")
+    cost.draw(records, tmp_path / "cost.png")
     assert (tmp_path / "cost.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("peer", ["none", pytest.param("torch", marks=pytest.mark.slow)])
-def test_a_short_run(peer, tmp_path):
+def test_a_short_run(peer, tmp_path, capsys):
+    """Of images and points."""
     if peer == "torch":
         pytest.importorskip("torch")
-    arguments = "--presets quick --batch-sizes 2 --rounds 2 --sampling-steps 3 --json out.json --device cpu --peer"
-    result = run(*arguments.split(), peer, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert "first step" in result.stdout and "DDIM-3, 64 images" in result.stdout
-    (record,) = json.loads((tmp_path / "out.json").read_text())["records"]
-    sides = {"mindspore"} if peer == "none" else {"mindspore", "torch"}
-    for name in ("step", "forward", "ddim-3"):
-        assert set(record[name]["seconds"]) == sides
-        assert all(s > 0 for seconds in record[name]["seconds"].values() for s in seconds)
-        assert (record[name]["ratio"] is None) == (peer == "none")
-    assert set(record["memory"]) == sides and min(record["memory"].values()) > 50
+    arguments = "--presets quick scurve-seed --batch-sizes 2 --rounds 1 --sampling-steps 3 --device cpu --json"
+    arguments = [*arguments.split(), str(tmp_path / "out.json"), "--peer", peer]
+    assert run_program(speed.main, arguments) == 0, capsys.readouterr().err
+    printed = capsys.readouterr().out
+    assert "first step" in printed and "DDIM-3, 64 images" in printed and ("PyTorch" in printed) == (peer == "torch")
+    images, points = json.loads((tmp_path / "out.json").read_text())["records"]
+    names = {"mindspore", "PyTorch"} if peer == "torch" else {"mindspore"}
+    for timed in (images["step"], images["forward"], images["ddim-3"], points["epoch"]):
+        assert set(timed["seconds"]) == names
+        assert all(len(rounds) == 1 and rounds[0] > 0 for rounds in timed["seconds"].values())
+        assert (timed["ratio"] is None) == (peer == "none")
+    assert set(images["memory"]) == names and min(images["memory"].values()) > 50
+    ms = points["epoch"]["seconds"]["mindspore"][0] * 1e3
+    line = f"scurve-seed: an epoch of 10000 points, batch 128: {ms:.1f} ms, {ms / 79 * 1e3:.0f} us a step\n"
+    assert line in printed
 
 
-@pytest.mark.parametrize("peer", ["none", pytest.param("torch", marks=pytest.mark.slow)])
-def test_a_short_run_of_points(peer, tmp_path):
-    if peer == "torch":
-        pytest.importorskip("torch")
-    presets = ["scurve-seed"] if peer == "none" else ["scurve", "scurve-seed"]
-    arguments = ["--presets", *presets, *"--rounds 1 --json out.json --device cpu --peer".split(), peer]
-    result = run(*arguments, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
+@pytest.mark.slow
+def test_runs_are_timed_beside_each_other(tmp_path, capsys):
+    runs = ["fashion-mnist-large", "fashion-mnist-large"]
+    arguments = ["--runs", *runs[:1], "--sampling-steps", "2", "3", "--rounds", "1", "--json", str(tmp_path / "out.json")]
+    assert run_program(benchmark.main, arguments) == 0, capsys.readouterr().err
     records = json.loads((tmp_path / "out.json").read_text())["records"]
-    assert [record["preset"] for record in records] == presets
-    for record in records:
-        batch_size, seconds = PRESETS[record["preset"]].train.batch_size, record["epoch"]["seconds"]
-        assert record["batch_size"] == batch_size
-        assert set(seconds) == ({"mindspore"} if peer == "none" else {"mindspore", "torch"})
-        assert all(len(rounds) == 1 and rounds[0] > 0 for rounds in seconds.values())
-        ours = seconds["mindspore"][0]
-        line = f"{record['preset']}: an epoch of 10000 points, batch {batch_size}: {ours * 1e3:.1f} ms, "
-        assert line + f"{ours / math.ceil(10000 / batch_size) * 1e6:.0f} us a step\n" in result.stdout
-        if peer == "none":
-            assert record["epoch"]["ratio"] is None and "PyTorch" not in result.stdout
-        else:
-            assert record["epoch"]["ratio"] == [pytest.approx(seconds["torch"][0] / ours), 0]
-            assert f"{seconds['torch'][0] / ours:.2f}x PyTorch's speed" in result.stdout
+    assert [(r["run"], r["steps"], len(r["rounds"])) for r in records] == [(runs[0], 2, 1), (runs[0], 3, 1)]
+    assert "1.00x the first's speed" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("model", [MLPConfig(8, 60), ResidualMLPConfig(8, 1, 1, 60)], ids=["MLP", "residual"])
-def test_an_epoch_of_points(model):
-    """Of 300 in batches of 128, the last of them filled up: each point once, and then anew."""
-    work = benchmark.PointsWork(asdict(model), 300, 128)
-    seen = []
+def test_an_epoch_of_points():
+    """Each epoch has other batches; all are full, so the last has points of its own."""
+    config = replace(PRESETS["scurve"], data=replace(PRESETS["scurve"].data, num=300), model=ResidualMLPConfig(8, 1, 1))
+    work, batches = PointsWork(config, 128), []
+    advance = work.task.advance
 
-    def train_steps(x, t, noise, run=work.train_steps):
-        seen.append(x.asnumpy())
-        assert x.shape == noise.shape == (3, 128, 2) and t.shape == (3, 128) and t.dtype == mindspore.int32
-        assert 0 <= t.asnumpy().min() and t.asnumpy().max() < 60 and abs(x.asnumpy()).max() <= 1
-        return run(x, t, noise)
+    def watch(batch, step):
+        batches.append(batch)
+        return advance(batch, step)
 
-    work.train_steps = train_steps
-    losses = [work.epoch() for _ in range(4)]
-    assert np.isfinite(losses).all() and len(set(losses)) == 4
-    assert [len(np.unique(x.reshape(-1, 2), axis=0)) for x in seen] == [300] * 4
-    assert (seen[0] != seen[1]).any()
+    work.task.advance = watch
+    losses = [work.epoch() for _ in range(3)]
+    assert np.isfinite(losses).all() and len(set(losses)) == 3
+    points = [batch["x_start"].reshape(-1, 2) for batch in batches]
+    assert [len(np.unique(x, axis=0)) for x in points] == [384] * 3 and (points[0] != points[1]).any()
 
 
-@pytest.mark.parametrize("model", [MLPConfig(8, 60), ResidualMLPConfig(8, 1, 1, 60)], ids=["MLP", "residual"])
+@MODELS
 def test_peer_learns_points(model):
     torch = pytest.importorskip("torch")
-    from benchmarks import torch_peer
+    from benchmarks import torch_work
 
-    work = torch_peer.PointsWork(asdict(model), 300, 128)
+    work = torch_work.PointsWork(asdict(model), 300, 128)
     before, rows = [p.detach().clone() for p in work.net.parameters()], []
     work.net.register_forward_hook(lambda net, inputs, output: rows.append(len(output)))
     assert np.isfinite([work.epoch(), work.epoch()]).all() and rows == [128, 128, 44] * 2
@@ -136,31 +130,39 @@ def test_peer_learns_points(model):
     assert torch.equal(work.points.clamp(-1, 1), work.points)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ("--rounds 0", "--rounds"),
-        ("--batch-sizes 0", "--batch-sizes"),
-        ("--json nowhere/out.json", "no folder"),
-        ("--presets tiny", "presets"),
-        ("--device tpu", "device"),
-    ],
-)
-def test_bad_input_is_one_line(arguments, message, tmp_path):
-    result = run(*arguments.split(), cwd=tmp_path)
-    assert result.returncode == 2
-    assert message in result.stderr and result.stderr.count("\n") == 1
-
-
 def test_peer_samples_as_ours_do():
     torch = pytest.importorskip("torch")
-    from benchmarks import torch_peer
+    from benchmarks import torch_work
 
-    model = asdict(PRESETS["quick"].model)
-    peer, ours = torch_peer.Work(model, 8, 2, "CPU"), benchmark.Work(model, 8, 2)
+    config = replace(PRESETS["quick"], data=replace(PRESETS["quick"].data, size=8))
+    peer, ours = torch_work.ImageWork(asdict(config.model), 8, 2), ImageWork(config, 2)
     assert peer.sample(3).shape == ours.sample(3).shape == (2, 1, 8, 8)
     assert peer.forward().shape == ours.forward().shape
     assert np.isfinite([peer.step(), ours.step()]).all() and torch.isfinite(peer.sample(3)).all()
     before = [p.detach().clone() for p in peer.net.parameters()]
     peer.step()
     assert all((p != q).any() for p, q in zip(peer.net.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--rounds 0", "--rounds"),
+        ("--batch-sizes 0", "--batch-sizes"),
+        ("--json nowhere/out.json", "does not exist"),
+        ("--presets tiny", "--presets"),
+        ("--device tpu", "device"),
+        ("--runs nowhere", "nowhere"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert program.main(["benchmark", *arguments.split()]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_a_failed_worker_is_reported(capfd):
+    with workers.Workers(broken=workers.Worker(int, "x")) as broken, pytest.raises(workers.UserError, match="step failed"):
+        broken["broken"].time("step")
+    assert "ValueError" in capfd.readouterr().err

@@ -15,7 +15,6 @@ import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 
 from ms_diffusion.runtime import UserError, compiled
-from ms_diffusion.training import checkpoint as module
 from ms_diffusion.training.checkpoint import Checkpoint, best_checkpoint, checkpoints, read_state, read_weights
 from ms_diffusion.training.step import EMA, make_optimizer, make_train_step
 
@@ -48,8 +47,11 @@ class Run:
         self.ema = EMA(self.net, 0.9)
         self.optimizer = make_optimizer(self.net, 0.1, 1, 20)
         self.scaler = ms.amp.DynamicLossScaler(scale_value=2.0**4, scale_factor=2, scale_window=2)
-        self.train_step = make_train_step(squared_error(self.net), self.optimizer, self.ema, 1.0, self.scaler)
-        self.checkpoint = Checkpoint(folder, self.net, self.optimizer, self.ema, self.scaler, keep)
+        self.train_step = make_train_step(squared_error(self.net), self.optimizer, self.ema, loss_scaler=self.scaler)
+        self.checkpoint = self.checkpoints(folder, keep)
+
+    def checkpoints(self, folder, keep=3):
+        return Checkpoint(folder, self.net, self.optimizer, self.ema, loss_scaler=self.scaler, keep=keep)
 
     def train(self, *steps):
         return [float(self.train_step(batch(step))[0].asnumpy()) for step in steps]
@@ -84,7 +86,7 @@ def trained(tmp_path_factory):
 
 @pytest.fixture
 def folder(trained, tmp_path):
-    """A copy of those checkpoints to spoil."""
+    """A copy of those checkpoints to damage."""
     return shutil.copytree(trained[0], tmp_path / "run")
 
 
@@ -125,6 +127,13 @@ def test_graphs_that_have_run_see_what_is_loaded(trained, folder):
 def test_no_checkpoint_is_none(tmp_path):
     assert Run(tmp_path).checkpoint.load_latest() is None
     assert checkpoints(tmp_path / "nowhere") == []
+
+
+def test_two_parameters_of_one_name_are_refused(tmp_path):
+    run, extra = Run(tmp_path), [Parameter(Tensor([1.0]), name=name) for name in ("kept", "twice", "twice")]
+    Checkpoint(tmp_path, run.net, run.optimizer, extra_parameters=extra[:2])
+    with pytest.raises(ValueError, match="two parameters are named twice"):
+        Checkpoint(tmp_path, run.net, run.optimizer, extra_parameters=extra)
 
 
 def test_only_the_newest_stay(tmp_path):
@@ -179,8 +188,8 @@ def test_the_newest_is_what_training_goes_on_from(tmp_path):
     assert Checkpoint(tmp_path, Net()).load_latest()["step"] == 4
 
 
-@pytest.mark.parametrize("text", [b"", b"garbage", b"\xff\xfe\x00", b"[1]", b"{}", b'{"step": 2, "fid": 1.0}'])
-def test_a_spoilt_state_has_no_score(tmp_path, text):
+@pytest.mark.parametrize("text", [b"garbage", b'{"step": 2, "fid": 1.0}'])
+def test_a_corrupt_state_has_no_score(tmp_path, text):
     saved(tmp_path, 9.0, 1.0, 5.0, 7.0)
     (step_folder(tmp_path, 2) / "state.json").write_bytes(text)
     assert best_checkpoint(tmp_path) == step_folder(tmp_path, 3)
@@ -210,7 +219,7 @@ def test_files_are_plain_arrays_and_json_with_true_hashes(folder):
     assert list(safetensors.numpy.load_file(files[0])) == ["scale", "weight"]  # the network's names, without "ema."
 
 
-# Spoilt files
+# Corrupt files
 
 
 def truncate(file):
@@ -234,26 +243,23 @@ def writes(text):
     return garbage
 
 
-SPOIL = [
+DAMAGE = [
     *[(how, name) for how in (truncate, flip_a_bit, remove) for name in ("model", "ema", "optimizer")],
     (truncate, "state"),
-    *[
-        (writes(text), "state")
-        for text in (b"", b"garbage", b"\xff\xfe\x00", b"[1]", b"3", b"{}", b'{"step": "3", "sha256": {}}')
-    ],
+    *[(writes(text), "state") for text in (b"garbage", b"\xff\xfe\x00", b"[1]", b'{"step": "3", "sha256": {}}')],
     (writes(b'{"step": 3, "sha256": 3}'), "state"),
 ]
 
 
-def spoil(run_dir, step, how, name):
+def damage(run_dir, step, how, name):
     how(step_folder(run_dir, step) / (f"{name}.json" if name == "state" else f"{name}.safetensors"))
 
 
-@pytest.mark.parametrize("how, name", SPOIL)
-def test_a_spoilt_newest_falls_back_to_the_one_before(trained, folder, capsys, how, name):
+@pytest.mark.parametrize("how, name", DAMAGE)
+def test_a_corrupt_checkpoint_is_skipped_and_the_previous_one_is_used(trained, folder, capsys, how, name):
     _, run, states, _ = trained
-    spoil(folder, 3, how, name)
-    checkpoint = Checkpoint(folder, run.net, run.optimizer, run.ema, run.scaler)
+    damage(folder, 3, how, name)
+    checkpoint = run.checkpoints(folder)
     assert checkpoint.load_latest()["step"] == 2
     assert_same(run.state(), states[2])
     err = capsys.readouterr().err
@@ -262,17 +268,17 @@ def test_a_spoilt_newest_falls_back_to_the_one_before(trained, folder, capsys, h
 
 def test_a_folder_without_state_is_no_checkpoint(trained, folder):
     _, run, _, _ = trained
-    spoil(folder, 3, remove, "state")
-    assert Checkpoint(folder, run.net, run.optimizer, run.ema, run.scaler).load_latest()["step"] == 2
+    damage(folder, 3, remove, "state")
+    assert run.checkpoints(folder).load_latest()["step"] == 2
 
 
-def test_all_spoilt(trained, folder, capsys):
+def test_all_corrupt(trained, folder, capsys):
     _, run, _, _ = trained
     before = run.state()
     for step in (1, 2, 3):
-        spoil(folder, step, flip_a_bit, "optimizer")
+        damage(folder, step, flip_a_bit, "optimizer")
     with pytest.raises(UserError, match="no checkpoint in .* can be read"):
-        Checkpoint(folder, run.net, run.optimizer, run.ema, run.scaler).load_latest()
+        run.checkpoints(folder).load_latest()
     assert capsys.readouterr().err.count("warning:") == 3
     assert_same(run.state(), before)
 
@@ -289,29 +295,25 @@ def test_a_foreign_network_is_named(folder, net, named):
 # A full disk
 
 
-def full(*_):
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def no_space_for(name):
-    write = module._write_synced
-    return lambda path, data: full() if path.name == name else write(path, data)
-
-
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json", "fsync"])
-def test_a_full_disk_leaves_the_earlier_checkpoint(trained, folder, monkeypatch, name):
+@pytest.mark.parametrize("synced", [0, 1, 2, 3, 4], ids=["model", "ema", "optimizer", "state", "folder"])
+def test_a_full_disk_leaves_the_earlier_checkpoint(trained, folder, monkeypatch, synced):
+    """The disk is full when the file after `synced` others is synced; or, at the last, the folder."""
     _, run, states, _ = trained
-    checkpoint = Checkpoint(folder, run.net, run.optimizer, run.ema, run.scaler)
+    checkpoint, calls = run.checkpoints(folder), iter(range(5))
+
+    def fsync(_):
+        if next(calls) == synced:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     with monkeypatch.context() as patch:
-        if name == "fsync":
-            patch.setattr(os, "fsync", full)
-        else:
-            patch.setattr(module, "_write_synced", no_space_for(name))
+        patch.setattr(os, "fsync", fsync)
         with pytest.raises(UserError, match="No space left on device"):
             checkpoint.save(4)
-    assert sorted(os.listdir(folder / "checkpoints")) == [f"step-000000{i}" for i in (1, 2, 3)]
-    assert checkpoint.load_latest()["step"] == 3
-    assert_same(run.state(), states[3])
+    whole = synced == 4  # the rename came before
+    assert sorted(os.listdir(folder / "checkpoints")) == [f"step-000000{i}" for i in (1, 2, 3, 4)[: 3 + whole]]
+    if not whole:
+        assert checkpoint.load_latest()["step"] == 3
+        assert_same(run.state(), states[3])
 
 
 def test_a_file_that_the_system_refuses_to_grow(tmp_path):

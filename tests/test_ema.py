@@ -1,5 +1,6 @@
 """Averages of power functions, and their length chosen after training: Karras et al. 2024, section 3."""
 
+import json
 import math
 
 import numpy as np
@@ -9,11 +10,14 @@ from hypothesis import strategies as st
 
 from mindspore import Parameter, Tensor, nn
 
-from ms_diffusion import kernels, runtime
+from ms_diffusion import kernels
+from ms_diffusion.models.unet import UnetConfig
 from ms_diffusion.runtime import UserError
 from ms_diffusion.training.checkpoint import Checkpoint, checkpoints
-from ms_diffusion.training.presets import Config, TrainConfig, load_run
+from ms_diffusion.training.config import ImageTrainConfig
+from ms_diffusion.training.runs import Run
 from ms_diffusion.training.step import EMA, average_after_training, make_optimizer, make_train_step, power_of_length
+from ms_diffusion.training.tasks.pixels import PixelConfig
 
 
 class Walk(nn.Cell):
@@ -60,13 +64,13 @@ def loss_of(net):
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_each_average_follows_its_own_way(fused, monkeypatch):
+def test_each_average_has_its_own_decay(fused, monkeypatch):
     if not fused:
         monkeypatch.setattr(kernels, "available", lambda: False)
     net = Walk()
-    ema, others = EMA(net, 0.9), [EMA(net, length=length) for length in (0.05, 0.2)]
+    ema, extra_emas = EMA(net, 0.9), [EMA(net, length=length) for length in (0.05, 0.2)]
     optimizer = make_optimizer(net, 0.1, 0, 40)
-    step = make_train_step(loss_of(net), optimizer, ema, extra_emas=others)
+    step = make_train_step(loss_of(net), optimizer, ema, extra_emas=extra_emas)
     path, decayed = [], net.place.asnumpy()
     for n in range(1, 21):
         step(Tensor(np.array([1.0, math.sin(n)], np.float32)))
@@ -75,12 +79,12 @@ def test_each_average_follows_its_own_way(fused, monkeypatch):
         decayed = decay * decayed + (1 - decay) * path[-1]
     assert abs(path[-1] - path[0]).max() > 0.5
     np.testing.assert_allclose(ema.averages[0].asnumpy(), decayed, rtol=1e-5)
-    for other, length in zip(others, (0.05, 0.2), strict=True):
+    for extra, length in zip(extra_emas, (0.05, 0.2), strict=True):
         by_steps = path[0]
         for n, place in enumerate(path[1:], 2):  # the paper's algorithm: decay (1 - 1 / n)^(gamma + 1)
             decay = (1 - 1 / n) ** (power_of_length(length) + 1)
             by_steps = decay * by_steps + (1 - decay) * place
-        np.testing.assert_allclose(other.averages[0].asnumpy(), by_steps, rtol=1e-4)
+        np.testing.assert_allclose(extra.averages[0].asnumpy(), by_steps, rtol=1e-4)
         np.testing.assert_allclose(by_steps, average(np.array(path), length), rtol=1e-9)
 
 
@@ -101,36 +105,38 @@ def test_another_length_is_made_of_two(length):
     assert np.linalg.norm(made - true) < nearest / 4
 
 
+SMALL = UnetConfig(dim=8, init_dim=8, dim_mults=(1,), use_convnext=False, resnet_block_groups=4)
+
+
 @pytest.fixture
 def run(tmp_path):
     """A run of three checkpoints with two averages of known values."""
-    config = Config(train=TrainConfig(ema_lengths=(0.05, 0.1)))
-    runtime.set_device("cpu")
-    net, _ = config.build()
+    config = PixelConfig(model=SMALL, train=ImageTrainConfig(ema_lengths=(0.05, 0.1)))
+    net = SMALL.build()
     emas = [EMA(net, length=length) for length in (0.05, 0.1)]
     for step in (10, 20, 30):
         for i, each in enumerate(emas):
             each.averages[0].set_data(Tensor(np.full(each.averages[0].shape, 100 * i + step, np.float32)))
         Checkpoint(tmp_path, net, None, EMA(net), extra_emas=emas).save(step)
-    (tmp_path / "config.json").write_text(config.to_json())
+    (tmp_path / "config.json").write_text(json.dumps(config.to_record()))
     return tmp_path
 
 
-def test_load_run_makes_the_average(run):
+def test_a_run_makes_the_average(run):
     coefficients = average_after_training([10, 10, 20, 20, 30, 30], [0.05, 0.1] * 3, 30, 0.08)
-    net, _, _, step = load_run(run, ema_length=0.08)
-    first = next(iter(net.get_parameters()))
+    loaded = Run(run, ema_length=0.08)
+    first = next(iter(loaded.net.get_parameters()))
     expected = coefficients @ [10, 110, 20, 120, 30, 130]
     np.testing.assert_allclose(first.asnumpy(), np.full(first.shape, expected), rtol=1e-5)
-    assert step == 30 and 30 < expected < 130
-    net, _, _, step = load_run(checkpoints(run)[1], ema_length=0.05)  # of an earlier checkpoint, from those up to it
-    first = next(iter(net.get_parameters()))
+    assert loaded.step == 30 and 30 < expected < 130
+    loaded = Run(checkpoints(run)[1], ema_length=0.05)  # of an earlier checkpoint, from those up to it
+    first = next(iter(loaded.net.get_parameters()))
     np.testing.assert_allclose(first.asnumpy(), np.full(first.shape, 20.0), rtol=1e-5)
 
 
 def test_a_run_without_averages_says_how_to_get_them(run):
     with pytest.raises(UserError, match="below 0.289"):
-        load_run(run, ema_length=0.5)
-    (run / "config.json").write_text(Config().to_json())
+        Run(run, ema_length=0.5)
+    (run / "config.json").write_text(json.dumps(PixelConfig(model=SMALL).to_record()))
     with pytest.raises(UserError, match="--train.ema-lengths"):
-        load_run(run, ema_length=0.1)
+        Run(run, ema_length=0.1)

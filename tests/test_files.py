@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ms_diffusion.files import cache_folder, load_or_compute, sync_folder, write, write_synced
+from ms_diffusion.files import cache_folder, in_batches, load_or_compute, sync_folder, write, write_synced
 
 
 def files(folder):
@@ -73,3 +73,23 @@ def test_load_or_compute(tmp_path):
     path.write_bytes(path.read_bytes()[:-1])
     assert load_or_compute(path, np.load, compute, np.save).tolist() == [0, 1, 2] and len(calls) == 4
     assert load_or_compute(path, np.load, compute, np.save).tolist() == [0, 1, 2] and len(calls) == 4
+
+
+def test_in_batches(capsys):
+    """Batches of one size, the last one filled up; the arrays have as many rows as there are."""
+    sizes = []
+
+    def fn(rows):
+        sizes.append(len(rows))
+        return 2 * rows, rows.sum(1)
+
+    rows = np.arange(39.0).reshape(13, 3)
+    for size, expected in ((5, [5, 5, 5]), (13, [13]), (100, [13])):
+        doubled, sums = in_batches(fn, rows, size)
+        np.testing.assert_array_equal(doubled, 2 * rows)
+        np.testing.assert_array_equal(sums, rows.sum(1))
+        assert sizes == expected
+        sizes.clear()
+    assert capsys.readouterr().err == ""
+    in_batches(fn, rows, 5, "bar")
+    assert "bar: 100%" in capsys.readouterr().err

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import special, stats
 
 from mindspore import Parameter, Tensor, nn
 
@@ -156,7 +157,6 @@ def test_the_levels_share_all_mass(mean, log_std):
 @given(n=st.integers(0, 255), mean=st.floats(-2, 2), log_std=st.floats(-7, 4))
 def test_levels_match_scipy(n, mean, log_std):
     """log-masses from 0 to -100,000 and beyond, by the tails of SciPy's normal distribution."""
-    stats, special = pytest.importorskip("scipy.stats"), pytest.importorskip("scipy.special")
     norm, x = stats.norm(mean, math.exp(log_std)), n / 127.5 - 1
     low, high = (-math.inf if n == 0 else x - 1 / 255), (math.inf if n == 255 else x + 1 / 255)
     if x < mean:  # the mirror image

@@ -250,6 +250,7 @@ def test_points_file_is_split(tmp_path, count, held_out):
     np.testing.assert_array_equal(np.sort(both, 0), np.sort(points.astype(np.float32), 0))
     assert set(map(tuple, both)) == set(map(tuple, points.astype(np.float32)))  # x stays with y
     np.testing.assert_array_equal(load_points(POINTS_FILE, path, 0, 0)[1], test)  # num is not used
+    np.testing.assert_array_equal(load_points(POINTS_FILE, points, 0, 0)[1], test)  # an array instead of a file
 
 
 def test_points_file_is_shuffled_by_the_seed(tmp_path):

@@ -66,7 +66,7 @@ def main(argv: Sequence[str]) -> int:
     chosen = rng.permutation(len(pictures))[: args.num]
     timesteps = ode_timesteps(diffusion, args.steps) if ode else range(diffusion.num_timesteps)
     calls = 2 * len(timesteps) - 2 if ode else diffusion.num_timesteps
-    bar = tqdm(total=-(-args.num // args.batch_size) * calls, unit="call", desc=f"{args.method} on {run.device}")
+    bar = tqdm(total=-(-args.num // args.batch_size) * calls, unit="call", desc=args.method)
     graph = make_divergence(diffusion, run.net) if ode else make_denoiser(diffusion, run.net)
 
     def evaluate(n: np.ndarray, cond: list[Tensor]) -> list[np.ndarray]:
@@ -97,6 +97,6 @@ def main(argv: Sequence[str]) -> int:
         print("of which prior {:.4f}, KL terms {:.4f}, decoder (t = 0) {:.4f}".format(*parts.mean(1)))
     print(
         f"{args.run} at step {run.step}, {args.weights} weights; {name}, {args.split} split, seed {args.seed}; "
-        f"{args.method}, {len(timesteps)} timesteps; {time.perf_counter() - clock:.1f} s on {run.device}"
+        f"{args.method}, {len(timesteps)} timesteps; {time.perf_counter() - clock:.1f} s"
     )
     return 0

@@ -49,7 +49,7 @@ class Worker:
             print(json.dumps((method, *args)), file=self.process.stdin, flush=True)
         except BrokenPipeError:
             pass
-        for line in self.process.stdout:
+        for line in self.process.stdout or ():
             if line.startswith('{"seconds"'):
                 answer = json.loads(line)
                 self.memory = answer["memory"]

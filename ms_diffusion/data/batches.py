@@ -1,6 +1,7 @@
 """Data sets by name, and exactly repeatable training batches of arrays in memory."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,28 +16,21 @@ if TYPE_CHECKING:
     from mindspore.dataset import GeneratorDataset
 
 
+@dataclass(eq=False)
 class Batches:
     """A random-access source for MindSpore's dataset: item i is the i-th row that `make_dataset` describes."""
 
-    def __init__(
-        self,
-        images: np.ndarray,
-        labels: np.ndarray,
-        batch_size: int,
-        steps: int,
-        start_step: int,
-        seed: int,
-        flip: bool,
-        rank: int,
-        world_size: int,
-        steps_per_call: int,
-    ):
-        self.images, self.labels = images, labels
-        self.batch_size, self.steps, self.start_step = batch_size, steps, start_step
-        self.seed, self.flip, self.rank, self.world_size = seed, flip, rank, world_size
-        self.steps_per_call = steps_per_call
-        self.batches_per_epoch = len(images) // (batch_size * world_size)
-        self.epoch, self.order = -1, np.empty(0, np.int64)  # the current epoch and its permutation of the images
+    images: np.ndarray
+    labels: np.ndarray
+    batch_size: int
+    steps: int
+    start_step: int
+    seed: int
+    flip: bool
+    rank: int
+    world_size: int
+    steps_per_call: int
+    epoch = -1  # the epoch whose permutation of the images is self.order
 
     def __len__(self) -> int:
         return (self.steps - self.start_step) // self.steps_per_call
@@ -50,7 +44,7 @@ class Batches:
 
     def batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """The batch of one training step: images (B, C, H, W) in [-1, 1], or float32 data as they are, and labels (B,)."""
-        epoch, batch = divmod(step, self.batches_per_epoch)
+        epoch, batch = divmod(step, len(self.images) // (self.batch_size * self.world_size))
         if epoch != self.epoch:
             rng = np.random.default_rng((self.seed, Stream.ORDER, epoch))
             self.epoch, self.order = epoch, rng.permutation(len(self.images))

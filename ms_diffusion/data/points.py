@@ -77,27 +77,29 @@ POINTS_FILE = "points-file"
 SUFFIXES = (".npy", ".csv")
 
 
-def load_points(name: str, path: str | None, num: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def load_points(name: str, path: str | np.ndarray | None, num: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Training points (N, 2) and test points (M, 2), float32 in the data's own units.
 
     For a toy distribution, N = `num` and M = 2 `num`, with independent random numbers. For "points-file", a fifth of the
-    points in the file `path` (at least one), chosen at random by the seed, is held out as the test set; `num` is not used.
+    points in the file or array `path` (at least one), chosen at random by the seed, is held out as the test set; `num` is
+    not used.
 
     Raises:
         UserError: the set does not exist, `num` is below 1, `path` is missing, or is a file though `name` is a toy
             distribution; or `read_points` fails.
     """
     if name == POINTS_FILE:
-        if not path:
+        if path is None or (isinstance(path, str) and not path):
             raise UserError(f"--data.name {POINTS_FILE} needs --data.dir, a .npy or .csv file")
-        points = read_points(path).astype(np.float32)
+        points = check_points(path, "data") if isinstance(path, np.ndarray) else read_points(path)
+        points = points.astype(np.float32)
         points = points[np.random.default_rng((seed, Stream.POINTS_SPLIT)).permutation(len(points))]
         held_out = max(1, len(points) // 5)
         return points[held_out:], points[:held_out]
 
     if name not in TOYS:
         raise UserError(f"unknown set of points {name!r}: choose one of {', '.join([*TOYS, POINTS_FILE])}")
-    if path and (os.path.isfile(path) or str(path).lower().endswith(SUFFIXES)):
+    if isinstance(path, str) and (os.path.isfile(path) or path.lower().endswith(SUFFIXES)):
         raise UserError(f"--data.name {name} reads no file: to use {path}, set --data.name {POINTS_FILE}")
     if num < 1:
         raise UserError(f"--data.num {num}: set the number of points to train on to 1 or more")
@@ -141,8 +143,11 @@ def read_points(path: str | Path) -> np.ndarray:
     where, suffix = f"--data.dir {path}", path.suffix.lower()
     if suffix not in SUFFIXES:
         raise UserError(f"{where}: its name ends in neither .npy nor .csv; save the points as one of them")
-    points = _read_npy(path) if suffix == ".npy" else _read_csv(path)
+    return check_points(_read_npy(path) if suffix == ".npy" else _read_csv(path), where)
 
+
+def check_points(points: np.ndarray, where: str) -> np.ndarray:
+    """The points (N, 2) as float64; the errors of `read_points` start with `where`."""
     if points.dtype.kind not in "fiu":
         raise UserError(f"{where}: its numbers are of type {points.dtype}; save real ones, by points.astype(float)")
     if points.ndim != 2 or points.shape[1] != 2:

@@ -27,10 +27,15 @@ from mindspore import Tensor, nn, ops
 from mindspore.ops.signature import make_sig, sig_rw
 
 from ..files import cache_folder
+from ..runtime import allow_numpy_2
 
-# MindSpore's C++ sets OMP_NUM_THREADS=1 in the environment of child processes, where it would look like the user's choice.
+allow_numpy_2()
+
+# MindSpore's C++ sets OMP_NUM_THREADS=1, which looks like the user's choice in a child process. This mark tells the child.
+MARK = "MS_DIFFUSION_OMP_NUM_THREADS_NOT_SET"
+OMP_FROM_MINDSPORE = MARK in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
 if "OMP_NUM_THREADS" not in os.environ:
-    os.unsetenv("OMP_NUM_THREADS")
+    os.environ[MARK] = "1"
 
 SOURCES = [Path(__file__).with_name("kernels.cc"), *sorted(Path(__file__).parent.glob("*.h"))]
 FLAGS = "-O3 -march=native -std=c++17 -fopenmp-simd -ffp-contract=fast -fno-math-errno -fno-trapping-math".split()
@@ -69,20 +74,13 @@ def thread_count() -> int:
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     groups = Path("/proc/self/cgroup")
     quota = cpu_quota(groups.read_text() if groups.exists() else "", Path("/sys/fs/cgroup"))
-    wanted = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    wanted = "" if OMP_FROM_MINDSPORE else os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
     return math.ceil(min(affinity, quota, int(wanted) if wanted.isdigit() and int(wanted) else math.inf))
 
 
 def _works(library: Path) -> bool:
     """Whether the library loads here and its SiLU of 1 is right. Another process tries it: a corrupt file can kill one."""
-    code = (
-        "import ctypes, sys; import numpy as np; x = np.ones(1, np.float32); y = x * 0\n"
-        "data = (ctypes.c_void_p * 2)(x.ctypes.data, y.ctypes.data); one = (ctypes.c_int64 * 1)(1)\n"
-        "shapes = (ctypes.POINTER(ctypes.c_int64) * 2)(one, one); ndims = (ctypes.c_int * 2)(1, 1)\n"
-        "types = (ctypes.c_char_p * 2)(b'float32', b'float32')\n"
-        "rc = ctypes.CDLL(sys.argv[1]).silu(2, data, ndims, shapes, types, None, None)\n"
-        "sys.exit(rc or int(abs(y[0] - 0.7310586) > 1e-6))"
-    )
+    code = "import ctypes, sys; sys.exit(ctypes.CDLL(sys.argv[1]).self_test())"
     return subprocess.run([sys.executable, "-c", code, library], capture_output=True).returncode == 0
 
 
@@ -202,7 +200,7 @@ class Convolution(nn.Cell):
         out = 1 if transposed else 0  # the weight's axis of output channels
         self.gradient = Operator(f"{name}_gradient", lambda dy, x, w, s: (x, w, [w[out]]), lambda dy, x, w, s: (x, w, w))
 
-    def construct(self, x, weight, bias):
+    def construct(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return self.forward(x, weight, bias, self.settings)
 
     def bprop(self, x, weight, bias, out, dout):
@@ -231,7 +229,7 @@ class NormConvolution(nn.Cell):
             lambda dy, x, g, h, n, w, s: (x, g, h, w, w),
         )
 
-    def construct(self, x, norm_weight, norm_bias, norm_settings, weight, bias):
+    def construct(self, x: Tensor, norm_weight, norm_bias, norm_settings, weight: Tensor, bias: Tensor) -> Tensor:
         return self.forward(x, norm_weight, norm_bias, norm_settings, weight, bias, self.settings)
 
     def bprop(self, x, norm_weight, norm_bias, norm_settings, weight, bias, out, dout):
@@ -256,7 +254,7 @@ class Conv2d(nn.Conv2d):
         if not has_bias:
             self.zeros = Tensor(np.zeros(c_out, np.float32))
 
-    def construct(self, x, norm_weight=None, norm_bias=None, norm_settings=None):
+    def construct(self, x: Tensor, norm_weight=None, norm_bias=None, norm_settings=None) -> Tensor:
         """The convolution of x, or of GroupNorm(x)."""
         if not self.in_float32:
             return super().construct(x)
@@ -273,7 +271,7 @@ class Conv2dTranspose(nn.Conv2dTranspose):
         super().__init__(c_in, c_out, kernel, stride, pad_mode="pad", padding=padding, has_bias=True)
         self.convolution, self.in_float32 = Convolution(stride, padding, 1, transposed=True), True
 
-    def construct(self, x):
+    def construct(self, x: Tensor) -> Tensor:
         return self.convolution(x, self.weight, self.bias) if self.in_float32 else super().construct(x)
 
 
@@ -287,7 +285,7 @@ class GroupNorm(nn.Cell):
         self.forward = Operator("group_norm", norm_shape, lambda x, w, b, s: x)
         self.gradient = Operator("group_norm_gradient", lambda dy, x, w, b, s: (x, w, b))
 
-    def construct(self, x, weight, bias):
+    def construct(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return self.forward(x, weight, bias, self.settings)
 
     def bprop(self, x, weight, bias, out, dout):
@@ -302,7 +300,7 @@ class Activation(nn.Cell):
         self.forward = Operator(name, lambda x: x)
         self.gradient = Operator(f"{name}_gradient", lambda x, dy: x)
 
-    def construct(self, x):
+    def construct(self, x: Tensor) -> Tensor:
         return self.forward(x)
 
     def bprop(self, x, out, dout):
@@ -327,7 +325,7 @@ class Linear(nn.Cell):
         self.forward = Operator("linear", shape, lambda x, *_: x)
         self.gradient = Operator("linear_gradient", lambda dy, x, w, s: (x, w, w[:1]), lambda dy, x, w, s: (x, w, w))
 
-    def construct(self, x, weight, bias, residual):
+    def construct(self, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> Tensor:
         if residual is None:
             return self.forward(x, weight, bias, self.settings)
         return self.forward(x, weight, bias, residual, self.settings)
@@ -353,7 +351,7 @@ class LinearAttention(nn.Cell):
         self.forward = Operator("linear_attention", shape, lambda x, s: x)
         self.gradient = Operator("linear_attention_gradient", lambda dy, x, s: x)
 
-    def construct(self, qkv):
+    def construct(self, qkv: Tensor) -> Tensor:
         return self.forward(qkv, self.settings)
 
     def bprop(self, qkv, out, dout):

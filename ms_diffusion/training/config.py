@@ -4,7 +4,7 @@ import difflib
 import json
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from ..data.batches import DATASETS
 from ..data.conditions import KINDS as CONDITIONS
@@ -14,9 +14,6 @@ from ..process import DiffusionConfig
 from ..randomness import TIMESTEP_SAMPLING
 from ..runtime import UserError
 from .step import power_of_length
-
-if TYPE_CHECKING:
-    from .tasks.base import Task
 
 # Fields that had another name once: flags and config.json files of then are still read
 RENAMED = {
@@ -119,7 +116,7 @@ class Config:
 
     data: Any = field(default_factory=DataConfig)
     model: Any = None
-    train: Any = field(default_factory=TrainConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
     init_from: str | None = None
     """File of weights to start a new run from, ours, of CompVis or of diffusers: .safetensors, or .ckpt with PyTorch."""
     init_ema: bool = False
@@ -138,9 +135,13 @@ class Config:
         if cls.kind:
             Config.kinds[cls.kind] = cls
 
-    def task(self) -> "Task":
-        """The object that knows everything about this kind of run."""
+    def task(self, data: Any = None) -> Any:
+        """The `tasks.base.Task` that knows everything about this kind of run; `data` are arrays to train on."""
         raise NotImplementedError(f"{type(self).__name__} must define task()")
+
+    def with_data(self, data: Any) -> tuple[Any, Any]:
+        """The configuration for training data that a user passes to `train`, and the data as its task takes them."""
+        raise UserError(f"runs of {self.kind} take no data from Python: leave out data")
 
     def check(self) -> None:
         """Refuse values out of range, or that do not fit each other.
@@ -177,7 +178,7 @@ class DiffusionRunConfig(Config):
     """What all runs of a denoiser share."""
 
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
-    train: Any = field(default_factory=DiffusionTrainConfig)
+    train: DiffusionTrainConfig = field(default_factory=DiffusionTrainConfig)
 
     def check(self) -> None:
         super().check()
@@ -237,6 +238,9 @@ def override(config: Config, **values: Any) -> Config:
             close = difflib.get_close_matches(name, owners, 1)
             raise UserError(f"unknown setting {name!r}" + (f": did you mean {close[0]!r}?" if close else ""))
         section, last = owners[name], name.split(".")[-1]
-        part = replace(getattr(config, section) if section else config, **{last: value})
+        try:
+            part: Any = replace(getattr(config, section) if section else config, **{last: value})
+        except TypeError as e:  # an earlier override has put something else in place of the section
+            raise UserError(f"{name!r} cannot be set in {getattr(config, section)!r}") from e
         config = replace(config, **{section: part}) if section else part
     return config

@@ -1,6 +1,5 @@
 """Trained runs: where they are, how one is loaded, and what can be done with it in Python."""
 
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -8,12 +7,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mindspore import nn
-
 from ..convert import load_into
 from ..metrics.features import Features
 from ..metrics.scores import Reference
-from ..process import GaussianDiffusion
 from ..runtime import UserError, command, set_device
 from ..sampling import Generator, sampling_from
 from .checkpoint import checkpoints, read_state, read_weights
@@ -63,78 +59,58 @@ def run_folders(run: str | Path) -> tuple[Path, Path]:
     return found[-1], run
 
 
-@dataclass
-class Loaded:
-    """The network of a run at one checkpoint."""
-
-    net: nn.Cell
-    diffusion: GaussianDiffusion | None
-    config: Config
-    task: Any
-    state: dict[str, Any]
-    home: Path
-
-
-def load_network(run: str | Path, weights: str = "ema", ema_length: float | None = None) -> Loaded:
-    """The network of a run's folder at its newest checkpoint, or of the given checkpoint.
+class Run:
+    """A trained run: `md.load("runs/mine")`, or what `md.train` returns.
 
     Args:
+        path: A run's folder, for its newest checkpoint; one of its checkpoints; or the name of a bundled model.
         weights: "ema", the moving average, or "model", as trained.
         ema_length: Use the average of this length instead, computed from those that the run's checkpoints keep
             (`average_after_training`).
 
+    Attributes:
+        net, diffusion: The network in evaluation mode and its process (None for an autoencoder).
+        config, task, step: Its configuration, its kind, and the step of the checkpoint.
+
     Raises:
         UserError: there is no such run, or it cannot be read, or it keeps no averages.
     """
-    folder, home = run_folders(run)
-    config = Config.from_json(home / "config.json")
-    state = read_state(folder)
-    arrays = read_weights(folder, weights) if ema_length is None else average(home, config, state["step"], ema_length)
-    task = config.task()
-    net, diffusion = task.build()
-    load_into(net, arrays)
-    return Loaded(net.set_train(False), diffusion, config, task, state, home)
 
+    def __init__(self, path: str | Path, weights: str = "ema", ema_length: float | None = None):
+        self.name, (folder, self.home) = str(path), run_folders(path)
+        self.config = Config.from_json(self.home / "config.json")
+        state = read_state(folder)
+        self.step = state["step"]
+        arrays = read_weights(folder, weights) if ema_length is None else self.average(ema_length)
+        self.task: Any = self.config.task()
+        self.net, self.diffusion = self.task.build()
+        load_into(self.net, arrays)
+        self.net.set_train(False)
+        self.task.open(self.home, state)
 
-def average(run: Path, config: Config, step: int, length: float) -> dict[str, np.ndarray]:
-    """The weights' average of this length at a step, from the averages in the run's checkpoints.
+    def average(self, length: float) -> dict[str, np.ndarray]:
+        """The weights' average of this length, from the averages in the run's checkpoints up to its step.
 
-    Raises:
-        UserError: the run keeps none, or the length is out of range.
-    """
-    kept_lengths = getattr(config.train, "ema_lengths", ())
-    if not kept_lengths:
-        raise UserError("this run keeps no averages for --ema-length: train with --train.ema-lengths 0.05 0.1")
-    kept = [(read_state(folder)["step"], each, folder) for folder in checkpoints(run) for each in kept_lengths]
-    kept = [row for row in kept if row[0] <= step]
-    if not kept:
-        raise UserError("this run has no checkpoint with averages for --ema-length: leave it out")
-    steps, lengths, folders = zip(*kept, strict=True)
-    try:
-        coefficients = average_after_training(steps, lengths, step, length)
-    except ValueError as e:
-        raise UserError(f"--ema-length: {e}") from e
-    total: dict[str, Any] = {}
-    for coefficient, each, folder in zip(coefficients, lengths, folders, strict=True):
-        for name, values in read_weights(folder, f"ema-{each:g}").items():
-            total[name] = total.get(name, 0) + np.float32(coefficient) * values
-    return total
-
-
-class Run:
-    """A trained run: `md.load("runs/mine")`, or what `md.train` returns.
-
-    Attributes:
-        name: What it was loaded by.
-        net, diffusion, config, task, step: The network in evaluation mode, its process, configuration, kind and step.
-    """
-
-    def __init__(self, name: str, loaded: Loaded, device: str, given_data: Any = None):
-        self.name, self.device = name, device
-        self.net, self.diffusion, self.config, self.task = loaded.net, loaded.diffusion, loaded.config, loaded.task
-        self.home, self.step = loaded.home, loaded.state["step"]
-        self.task.given_data = given_data
-        self.task.open(loaded.home, loaded.state)
+        Raises:
+            UserError: the run keeps none, or the length is out of range.
+        """
+        lengths = getattr(self.config.train, "ema_lengths", ())
+        if not lengths:
+            raise UserError("this run keeps no averages for --ema-length: train with --train.ema-lengths 0.05 0.1")
+        kept = [(read_state(folder)["step"], each, folder) for folder in checkpoints(self.home) for each in lengths]
+        kept = [row for row in kept if row[0] <= self.step]
+        if not kept:
+            raise UserError("this run has no checkpoint with averages for --ema-length: leave it out")
+        steps, lengths, folders = zip(*kept, strict=True)
+        try:
+            coefficients = average_after_training(steps, lengths, self.step, length)
+        except ValueError as e:
+            raise UserError(f"--ema-length: {e}") from e
+        total: dict[str, Any] = {}
+        for coefficient, each, folder in zip(coefficients, lengths, folders, strict=True):
+            for name, values in read_weights(folder, f"ema-{each:g}").items():
+                total[name] = total.get(name, 0) + np.float32(coefficient) * values
+        return total
 
     @cached_property
     def generator(self) -> Generator:
@@ -219,10 +195,10 @@ class Run:
 
 
 def load(run: str | Path, weights: str = "ema", ema_length: float | None = None, device: str = "auto") -> Run:
-    """A trained run: a folder, one of its checkpoints, or the name of a bundled model; see `load_network`.
+    """The trained run in a folder, at one of its checkpoints, or a bundled model; the arguments are those of `Run`.
 
     Raises:
-        UserError: it cannot be loaded.
+        UserError: it cannot be loaded, or there is no such device.
     """
-    chosen = set_device(device)
-    return Run(str(run), load_network(run, weights, ema_length), chosen)
+    set_device(device)
+    return Run(run, weights, ema_length)

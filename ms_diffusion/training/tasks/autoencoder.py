@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -25,13 +25,10 @@ from ...runtime import UserError, command, compiled
 from ...sampling import Sampling
 from ..checkpoint import Checkpoint
 from ..config import Config, DataConfig, TrainConfig
-from ..runs import load_network
+from ..runs import Run
 from ..step import EMA, make_optimizer, make_train_step
 from .base import Request, Task, load_initial_weights
 from .images import ImageData, check_image_size, load_training_images, show_images
-
-if TYPE_CHECKING:
-    from ..runs import Run
 
 BETA = Bounds(0, 1, low_open=True, high_open=True)
 
@@ -177,7 +174,7 @@ class AutoencoderTask(Task):
     def show(self, x: np.ndarray) -> Image.Image:
         return show_images(x)
 
-    def render(self, run: "Run", request: Request, folder: Path) -> list[Path]:
+    def render(self, run: Run, request: Request, folder: Path) -> list[Path]:
         raise UserError(
             f"{run.name} is an autoencoder: score it with {command('evaluate')}, or train on its latents with "
             f"{command('train')} --preset latent --first-stage {run.name}"
@@ -186,7 +183,7 @@ class AutoencoderTask(Task):
     def image_format(self) -> tuple[int, int]:
         return self.config.data.size, self.config.model.channels
 
-    def samples_to_score(self, run: "Run", sampling: Sampling, num: int, reference: Reference) -> tuple[Samples, np.ndarray]:
+    def samples_to_score(self, run: Run, sampling: Sampling, num: int, reference: Reference) -> tuple[Samples, np.ndarray]:
         originals, labels = choose(*reference.splits["test"], num)
         made = f"reconstructions of test images by {run.name} at step {run.step}"
         return Samples(images.to_uint8(FirstStage(run.net).reconstruct(originals)), labels, made), originals
@@ -275,7 +272,7 @@ def load_first_stage(run: Path, patch: int | None = None) -> FirstStage:
     Raises:
         UserError: there is no such run, or it is not an autoencoder's, or the patches do not fit it.
     """
-    loaded = load_network(run)
+    loaded = Run(run)
     if not isinstance(loaded.config, AutoencoderRunConfig):
         raise UserError(f"{run} is not the run of an autoencoder: train one with {command('train')} --preset autoencoder")
     f = loaded.config.model.size_multiple

@@ -241,7 +241,7 @@ class Task:
 
     def likelihood_data(self, split: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Images (N, H, W, C) uint8 of a split, and the network's conditions for them."""
-        raise UserError(f"the likelihood in bits per dimension is of images in pixel space, not of this run's {self.noun}")
+        raise UserError(f"the likelihood is that of images in pixel space, and this run is one of {self.config.kind}")
 
 
 def load_initial_weights(config: Config, run_dir: Path, net: nn.Cell) -> LoadReport | None:

@@ -43,7 +43,7 @@ def plan(task: Any, run: "Run", request: Request) -> Plan:
         sampling = replace(sampling, guidance=1.0)
     sampling = sampling.resolve(task)
     label = task.null_label if request.class_ is None else request.class_
-    made = Plan(num, sampling, task.class_conditions(num, label) if task.num_classes is not None else {}, scale=4)
+    made = Plan(num, sampling, task.class_conditions(num, label, request.prompt), scale=4)
     made.labels = made.cond.get("labels")
     strength = request.strength or (0.6 if chosen == "init" else 1)
     limit = strength * run.diffusion.num_timesteps

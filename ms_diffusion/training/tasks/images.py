@@ -74,6 +74,7 @@ class Plan:
     labels: np.ndarray | None = None
     """Classes (num,) of the samples, if they have any."""
     columns: int | None = None
+    gif_columns: int | None = None
     scale: int = 2
     captions: list[str] | None = None
     timesteps: list[int] = field(default_factory=list)
@@ -192,8 +193,8 @@ class ImageTask(DiffusionTask):
         if labels.dtype.kind not in "iu" or labels.shape not in ((), (num,)):
             raise UserError(f"labels must be one or {num} whole numbers or a class name, these are {labels.shape}")
         highest = self.num_classes if self.null_label == self.num_classes else self.num_classes - 1
-        if labels.size and not 0 <= labels.min() <= labels.max() <= highest:
-            raise UserError(f"class {labels.max()}: choose from 0 to {self.num_classes - 1}")
+        if (wrong := labels[(labels < 0) | (labels > highest)]).size:
+            raise UserError(f"class {wrong.flat[0]}: choose from 0 to {self.num_classes - 1}")
         return np.broadcast_to(labels, num).astype(np.int32)
 
     def class_number(self, name: str) -> int:
@@ -219,7 +220,7 @@ class ImageTask(DiffusionTask):
         batch_size = sampling.batch_size or 64
         frames, every = [], max(calls // GIF_FRAMES, 1)
         rows, picked = [], set(np.linspace(0, calls - 1, ROW_STEPS, dtype=int))
-        bar = tqdm(total=-(-plan.num // batch_size) * calls, unit="step", desc=f"{sampling.sampler} on {run.device}")
+        bar = tqdm(total=-(-plan.num // batch_size) * calls, unit="step", desc=sampling.sampler)
 
         def watch(i: int, x: Any, x_start: Any) -> None:
             bar.update()
@@ -239,7 +240,7 @@ class ImageTask(DiffusionTask):
         images.save_grid(out, images.to_uint8(plan.arrange(x)), plan.columns, plan.scale, plan.captions)
         written = [out]
         if request.gif:
-            images.save_gif(request.gif, frames, plan.columns if plan.labels is not None else None)
+            images.save_gif(request.gif, frames, plan.gif_columns)
             written.append(Path(request.gif))
         if request.denoise_row:
             images.save_grid(request.denoise_row, np.stack(rows, 1).reshape(-1, *rows[0].shape[1:]), len(rows))
@@ -275,7 +276,7 @@ class ImageTask(DiffusionTask):
         if self.num_classes is not None and request.prompt is None:
             plan.labels = self.label_array(request.class_, num)
             if request.class_ is None and num % self.num_classes == 0:
-                plan.columns = self.num_classes
+                plan.columns = plan.gif_columns = self.num_classes
             if request.class_ is None and self.class_names:
                 plan.captions, plan.scale = [self.caption(label) for label in plan.labels], 3
         return plan
@@ -296,9 +297,7 @@ class ImageTask(DiffusionTask):
         sampling = sampling.resolve(self)
         batch_size = min(sampling.batch_size or 100, num)
         timesteps, cond = sampling.timesteps(run.diffusion), self.conditions(num)
-        with tqdm(
-            total=-(-num // batch_size) * len(timesteps), unit="step", desc=f"{sampling.sampler} on {run.device}"
-        ) as bar:
+        with tqdm(total=-(-num // batch_size) * len(timesteps), unit="step", desc=sampling.sampler) as bar:
             options = replace(sampling, batch_size=batch_size)
             x = self.decode(run.generator.draw(options, num, self.in_order(cond), lambda *_: bar.update()))
         if bad := num - np.isfinite(x).all((1, 2, 3)).sum():

@@ -36,7 +36,7 @@ SHOWN = 2000  # points in a panel
 class PointsDataConfig:
     """The points in the plane to train on."""
 
-    name: Annotated[str, OneOf((*TOYS, POINTS_FILE))] = "scurve"
+    name: Annotated[str, OneOf(TOYS, (POINTS_FILE,))] = "scurve"
     """A toy distribution, or points-file for your own points."""
     dir: str | None = None
     """The points-file: .npy or .csv with two columns, or a folder that holds one such file."""
@@ -86,7 +86,8 @@ class PointsTask(DiffusionTask):
 
     def load_data(self) -> tuple[np.ndarray, np.ndarray]:
         data = self.config.data
-        self.points = load_points(data.name, data.dir, data.num, self.config.train.seed)
+        source = data.dir if self.given_data is None else self.given_data
+        self.points = load_points(data.name, source, data.num, self.config.train.seed)
         train, self.test = self.points
         self.normalizer = Normalizer.of(train)
         return self.normalizer.normalize(train), np.zeros(len(train), np.int32)
@@ -119,8 +120,9 @@ class PointsTask(DiffusionTask):
 
     def render(self, run: "Run", request: Request, folder: Path) -> list[Path]:
         """Samples, all pictures of the way there and back, and scores against held-out data."""
-        for name in ("class_", "prompt", "image", "inpaint", "interpolate", "init", "denoise_row", "strength"):
-            if getattr(request, name):
+        names = "class_", "prompt", "image", "inpaint", "resample", "interpolate", "init", "strength", "denoise_row"
+        for name in names:
+            if getattr(request, name) != getattr(Request, name):
                 flag = name.strip("_").replace("_", "-")
                 raise UserError(f"--{flag} works on images, and this run draws points in the plane: leave it out")
         num = request.num or 10_000
@@ -132,7 +134,7 @@ class PointsTask(DiffusionTask):
             """Points (n, 2), and the paths of those of the first batch, (steps + 1, B, 2), in the data's units."""
             size, calls = min(sampling.batch_size, n), len(timesteps)
             path = [SeededNoise(sampling.seed, range(size))((2,))]
-            bar = tqdm(total=-(-n // size) * calls, unit="step", desc=f"{n} points on {run.device}")
+            bar = tqdm(total=-(-n // size) * calls, unit="step", desc=f"{n} points")
 
             def watch(i: int, x: Any, x_start: Any) -> None:
                 bar.update()
