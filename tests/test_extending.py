@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import numpy as np
 import pytest
 from PIL import Image
-from test_train_command import call
+from runs import call
 
 from mindspore import nn, ops
 
