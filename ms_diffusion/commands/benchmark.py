@@ -42,8 +42,9 @@ class Work:
     def __init__(self, config: Any, batch_size: int, data: Any = None, steps_per_call: int = 1):
         every = dict.fromkeys(("total_steps", "log_every", "sample_every", "save_every"), steps_per_call * 10**6)
         train = replace(config.train, batch_size=batch_size, steps_per_call=steps_per_call, **every)
-        self.task, self.folder = replace(config, train=train).task(data), TemporaryDirectory()
-        self.task.start(Path(self.folder.name))
+        self.task = replace(config, train=train).task(data)
+        with TemporaryDirectory() as folder:
+            self.task.start(Path(folder))
         self.batches = Batches(self.task.data, self.task.labels, batch_size, 10**9, 0, 0, False, 0, 1, 1)
 
     def draw_batch(self, step: int) -> dict[str, np.ndarray]:

@@ -56,12 +56,12 @@ def train(
         run_dir, config = run_dir or f"runs/{config}", PRESETS[config]
     if run_dir is None:
         raise UserError("run_dir is missing: give the folder of the run")
-    config, given = override(config, **overrides), None
+    chosen, given = override(config, **overrides), None
     if data is not None:
-        config, given = config.with_data(data)
+        chosen, given = chosen.with_data(data)
     run_dir = Path(run_dir)
     name = set_device(device)
-    train_task(config.task(given), run_dir, name, stop or threading.Event(), on_save)
+    train_task(chosen.task(given), run_dir, name, stop or threading.Event(), on_save)
     return Run(run_dir)
 
 

@@ -249,7 +249,7 @@ def perceptual_distance(config: AutoencoderRunConfig) -> Callable | None:
     train = config.train
     if not train.perceptual_weight:
         return None
-    if train.vgg:
+    if train.vgg and train.lpips:
         return load_lpips(train.vgg, train.lpips)
     if (config.model.channels, config.data.size) in ((1, 28), (1, 32)):
         return classifier_distance(load_classifier())

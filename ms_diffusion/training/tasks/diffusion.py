@@ -29,6 +29,9 @@ from .base import Task, load_initial_weights
 class DiffusionTask(Task):
     """A denoiser and its process. A kind adds data, `shape`, conditions and pictures."""
 
+    config: Any
+    net: nn.Cell
+    diffusion: GaussianDiffusion
     shape: tuple[int, ...]  # of one x that is diffused
     clip_denoised = True  # whether the data are known to lie in [-1, 1]
     null_label: int | None = None  # the label or token for "no condition"; None where the network has no such condition
@@ -37,7 +40,7 @@ class DiffusionTask(Task):
     cond_fields: tuple[str, ...] = ()  # names of the network's conditions, in its order
 
     def build_parts(self) -> tuple[nn.Cell, GaussianDiffusion]:
-        config: Any = self.config
+        config = self.config
         return config.model.build(config.train.seed), config.diffusion.build(self.clip_denoised)
 
     def generator(self, net: nn.Cell, diffusion: GaussianDiffusion) -> Generator:
@@ -47,7 +50,9 @@ class DiffusionTask(Task):
 
     def make_networks(self, device: str) -> None:
         config, train = self.config, self.config.train
-        self.net, self.diffusion = self.build()
+        self.net, diffusion = self.build()
+        assert diffusion
+        self.diffusion = diffusion
         T = self.diffusion.num_timesteps
         self.loaded = load_initial_weights(config, self.run_dir, self.net)
         self.preview_sampling = Sampling(sampler="ddpm", steps=train.sample_steps).resolve(self)

@@ -105,7 +105,7 @@ class ImageTask(DiffusionTask):
     config: Any
 
     @property
-    def num_classes(self) -> int | None:
+    def num_classes(self) -> Any:
         """Number of classes that the network is conditioned on, by label or caption; None without."""
         return self.config.model.num_classes
 
@@ -204,7 +204,7 @@ class ImageTask(DiffusionTask):
         names = [each.lower() for each in self.class_names or ()]
         if name.lower() in names:
             return names.index(name.lower())
-        choices = f"from 0 to {self.num_classes - 1}" + (f", or one of {', '.join(self.class_names)}" if names else "")
+        choices = f"from 0 to {self.num_classes - 1}" + (f", or one of {', '.join(self.class_names or ())}" if names else "")
         raise UserError(f"--class {name}: choose {choices}")
 
     def to_output(self, x: np.ndarray) -> np.ndarray:
@@ -246,9 +246,10 @@ class ImageTask(DiffusionTask):
             images.save_grid(request.denoise_row, np.stack(rows, 1).reshape(-1, *rows[0].shape[1:]), len(rows))
             written.append(Path(request.denoise_row))
         if request.npz:
-            classes = plan.labels is not None and plan.labels.max() < self.num_classes
-            labels = {"labels": plan.labels} if classes else {}
-            write(request.npz, lambda f: np.savez_compressed(f, images=images.to_uint8(x), **labels))
+            arrays = {"images": images.to_uint8(x)}
+            if plan.labels is not None and plan.labels.max() < self.num_classes:
+                arrays["labels"] = plan.labels
+            write(request.npz, lambda f: np.savez_compressed(f, **arrays))
             written.append(Path(request.npz))
         return written
 

@@ -133,7 +133,7 @@ class CaptionTask(LatentTask):
     """A UNetModel on latents, conditioned on captions of Fashion-MNIST's classes."""
 
     @property
-    def num_classes(self) -> int | None:
+    def num_classes(self) -> Any:
         return len(CAPTIONS)
 
     def draw_labels(self, rng: np.random.Generator, labels: np.ndarray) -> np.ndarray:
@@ -166,7 +166,7 @@ def resolve_first_stage(config: LatentConfig, run: Path, rank: int = 0) -> First
             f"{command('train')} --preset autoencoder"
         )
     if given:
-        folder, home = run_folders(Path(given))
+        folder = run_folders(Path(given))[0]
         hashes = [read_state(f)["sha256"]["ema.safetensors"] for f in (folder, *[kept] * is_kept)]
         if len(set(hashes)) > 1:
             raise UserError(f"--first-stage {given} is not the first stage that the run in {run} has kept: leave it out")
@@ -188,6 +188,7 @@ def resolve_first_stage(config: LatentConfig, run: Path, rank: int = 0) -> First
             "--model.channels and --data.size to fit"
         )
     if not is_kept and rank == 0:
+        folder, home = run_folders(source)
         state = {"step": read_state(folder)["step"], "sha256": {}}
         for path in (home / "config.json", folder / "ema.safetensors"):
             content = path.read_bytes()
