@@ -41,6 +41,16 @@ AT_LEAST_1 = Bounds(1)
 FRACTION = Bounds(0, 1)
 
 
+class NotEmpty:
+    """A tuple with at least one value."""
+
+    def problem(self, value: Any) -> str | None:
+        return None if value else "give at least one value"
+
+
+NOT_EMPTY = NotEmpty()
+
+
 @dataclass(frozen=True, eq=False)
 class OneOf:
     """The names in a registry, also those that are added to it later, and some more."""
@@ -73,7 +83,7 @@ def find_problem(value: Any, hint: Any) -> str | None:
     """What is wrong with a value of this type, or None."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
-        checks = [m for m in args[1:] if isinstance(m, Bounds | OneOf)]
+        checks = [m for m in args[1:] if isinstance(m, Bounds | OneOf | NotEmpty)]
         return find_problem(value, args[0]) or next(filter(None, (c.problem(value) for c in checks)), None)
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:

@@ -209,13 +209,16 @@ def test_data_that_cannot_be_trained_on(tmp_path, data, word):
 def test_bad_arguments_of_train(tmp_path):
     for config, values, word in (
         ("quik", {}, "quik"),
-        (md.PRESETS["quick"], {}, "run_dir"),
         ("quick", {"total_step": 1}, "total_steps"),
         ("quick", {"lr": -1.0}, "--train.lr"),
+        ("quick", {"cond_channels": "x"}, "--model.cond-channels"),
+        ("autoencoder", {"ch_mult": 4}, "--model.ch-mult"),
         ("quick", {"device": "tpu"}, "tpu"),
     ):
         with pytest.raises(md.UserError, match=word):
-            md.train(config, tmp_path / "run" if config == "quick" else None, **values)
+            md.train(config, tmp_path / "run", **values)
+    with pytest.raises(md.UserError, match="run_dir"):
+        md.train(md.PRESETS["quick"])
     assert not (tmp_path / "run").exists()
 
 

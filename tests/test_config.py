@@ -86,6 +86,9 @@ def test_what_the_presets_are():
         (PIXELS, {"flip": "yes"}, "--data.flip", "yes"),
         (PIXELS, {"sample_guidance_interval": (1, 2, 3)}, "--train.sample-guidance-interval", "(1, 2, 3)"),
         (PIXELS, {"dim_mults": (1, 0)}, "--model.dim-mults", "(1, 0)"),
+        (PIXELS, {"dim_mults": ()}, "--model.dim-mults", "()"),
+        (AUTOENCODER, {"ch_mult": ()}, "--model.ch-mult", "()"),
+        (LATENT, {"channel_mult": ()}, "--model.channel-mult", "()"),
         (PIXELS, {"model": None}, "--model", "None"),
         (AUTOENCODER, {"adam_betas": (0.9, 1.0)}, "--train.adam-betas", "(0.9, 1.0)"),
         (POINTS, {"data.name": "nonsense"}, "--data.name", "nonsense"),
@@ -151,6 +154,7 @@ def test_values_that_fit_together():
         (LATENT, {"num_classes": None}, "condition"),
         (LATENT, {"context_dim": None}, "context_dim"),
         (AUTOENCODER, {"resolution": 30}, "30"),
+        (PRESETS["latent-text"], {"context_dim": 2}, "context_dim is 2"),
     ],
 )
 def test_networks_and_processes_that_cannot_be_built(config, values, word):

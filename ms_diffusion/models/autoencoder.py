@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 
-from ..fields import AT_LEAST_1, Bounds, check_fields
+from ..fields import AT_LEAST_1, NOT_EMPTY, Bounds, check_fields
 from .attention import attend, matmul, matmul_t, split_heads
 from .layers import GroupNorm, Identity, UpsampleNearest, conv2d, name_and_initialise, norm_conv
 
@@ -141,7 +141,7 @@ class AutoencoderConfig:
 
     ch: Annotated[int, AT_LEAST_1] = 128
     """Base width: channels after the encoder's first convolution."""
-    ch_mult: tuple[Annotated[int, AT_LEAST_1], ...] = (1, 2, 4, 4)
+    ch_mult: Annotated[tuple[Annotated[int, AT_LEAST_1], ...], NOT_EMPTY] = (1, 2, 4, 4)
     """Width of each level as a multiple of ch; H and W halve between levels."""
     num_res_blocks: Annotated[int, AT_LEAST_1] = 2
     """ResnetBlocks per level of the encoder; the decoder has one more per level."""

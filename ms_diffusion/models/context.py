@@ -7,7 +7,7 @@ import numpy as np
 
 from mindspore import Tensor, nn, ops
 
-from ..fields import AT_LEAST_1, NON_NEGATIVE, check_fields
+from ..fields import AT_LEAST_1, NON_NEGATIVE, NOT_EMPTY, check_fields
 from .layers import Embedding, name_and_initialise
 from .unet_ldm import CrossAttention, FeedForward, LayerNorm, UNetModel, UNetModelConfig
 
@@ -41,6 +41,8 @@ class TextEncoder(nn.Cell):
 
     def __init__(self, vocab_size: int, max_length: int, dim: int, depth: int = 2, heads: int = 4):
         super().__init__()
+        if dim < heads:
+            raise ValueError(f"context_dim is {dim}: for a text it must be at least {heads}, the number of heads")
         self.token_emb, self.pos_emb = Embedding(vocab_size + 1, dim), Embedding(max_length, dim)
         self.positions = Tensor(np.arange(max_length, dtype=np.int32))
         self.blocks = nn.CellList([TextBlock(dim, heads) for _ in range(depth)])
@@ -67,7 +69,7 @@ class LatentUnetConfig(UNetModelConfig):
     """ResBlocks per level on the way down; on the way up there is one more."""
     attention_resolutions: tuple[Annotated[int, AT_LEAST_1], ...] = (2,)
     """Reductions of H and W at which attention follows each ResBlock: (1, 2) is at full and at half size."""
-    channel_mult: tuple[Annotated[int, AT_LEAST_1], ...] = (1, 2)
+    channel_mult: Annotated[tuple[Annotated[int, AT_LEAST_1], ...], NOT_EMPTY] = (1, 2)
     """Width of each level as a multiple of model_channels; H and W halve between levels."""
     num_head_channels: Annotated[int, AT_LEAST_1] | None = 24
     """Channels per attention head; the number of heads follows from the width."""

@@ -10,7 +10,7 @@ from typing import Annotated
 import mindspore as ms
 from mindspore import Tensor, nn, ops
 
-from ..fields import AT_LEAST_1, NON_NEGATIVE, Bounds, check_fields
+from ..fields import AT_LEAST_1, NON_NEGATIVE, NOT_EMPTY, Bounds, check_fields
 from .attention import Attention, LinearAttention
 from .layers import (
     GELU,
@@ -102,7 +102,7 @@ class UnetConfig:
     """Channels after the first convolution; None: dim // 3 * 2."""
     out_dim: Annotated[int, AT_LEAST_1] | None = None
     """Output channels; None: the image channels."""
-    dim_mults: tuple[Annotated[int, AT_LEAST_1], ...] = (1, 2, 4)
+    dim_mults: Annotated[tuple[Annotated[int, AT_LEAST_1], ...], NOT_EMPTY] = (1, 2, 4)
     """Width of each level as a multiple of dim; H and W halve between levels."""
     channels: Annotated[int, AT_LEAST_1] = 1
     """Image channels: 1 gray, 3 RGB."""

@@ -16,7 +16,7 @@ import numpy as np
 import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 
-from ..fields import AT_LEAST_1, Bounds, check_fields
+from ..fields import AT_LEAST_1, NOT_EMPTY, Bounds, check_fields
 from .attention import attend, matmul, matmul_t, softmax, split_heads
 from .layers import GELU, Embedding, GroupNorm, Identity, Linear, UpsampleNearest, conv2d, name_and_initialise, norm_conv
 
@@ -255,7 +255,7 @@ class UNetModelConfig:
     """Reductions of H and W at which attention follows each ResBlock: (4, 2) is at a quarter and at half of the size."""
     dropout: Annotated[float, Bounds(0, 1, high_open=True)] = 0.0
     """Dropout rate in ResBlocks in training."""
-    channel_mult: tuple[Annotated[int, AT_LEAST_1], ...] = (1, 2, 4, 8)
+    channel_mult: Annotated[tuple[Annotated[int, AT_LEAST_1], ...], NOT_EMPTY] = (1, 2, 4, 8)
     """Width of each level as a multiple of model_channels; H and W halve between levels."""
     conv_resample: bool = True
     """Convolve where H and W are halved or doubled."""

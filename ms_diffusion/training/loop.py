@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from mindspore import Tensor
 
+from ..fields import check_fields
 from ..files import write
 from ..images import save_loss_curve
 from ..runtime import UserError, initialise_ranks, set_device
@@ -57,6 +58,7 @@ def train(
     if run_dir is None:
         raise UserError("run_dir is missing: give the folder of the run")
     chosen, given = override(config, **overrides), None
+    check_fields(chosen)  # the types of values from Python; whether they fit the data is checked with the data
     if data is not None:
         chosen, given = chosen.with_data(data)
     run_dir = Path(run_dir)
