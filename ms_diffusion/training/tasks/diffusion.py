@@ -23,7 +23,7 @@ from ...runtime import UserError
 from ...sampling import Generator, Sampling
 from ..checkpoint import Checkpoint
 from ..step import EMA, make_optimizer, make_train_step
-from .base import Task, load_initial_weights
+from .base import Arrays, Task, load_initial_weights
 
 
 class DiffusionTask(Task):
@@ -144,7 +144,7 @@ class DiffusionTask(Task):
 
         return loss_fn
 
-    def draw_batch(self, x: np.ndarray, labels: np.ndarray, step: int) -> dict[str, np.ndarray]:
+    def draw_batch(self, x: np.ndarray, labels: np.ndarray, step: int) -> Arrays:
         train, T = self.config.train, self.diffusion.num_timesteps
         rng = np.random.default_rng((train.seed, Stream.NOISE, self.rank, step))
         batch = {"x_start": x}
@@ -157,15 +157,13 @@ class DiffusionTask(Task):
         batch["noise"] = offset_noise(rng, (train.batch_size, *self.shape), train.offset_noise)
         return batch | self.draw_conditions(rng, batch, labels)
 
-    def draw_conditions(
-        self, rng: np.random.Generator, batch: dict[str, np.ndarray], labels: np.ndarray
-    ) -> dict[str, np.ndarray]:
+    def draw_conditions(self, rng: np.random.Generator, batch: Arrays, labels: np.ndarray) -> Arrays:
         """The other fields of a batch, drawn from `rng`."""
         if not self.self_condition:
             return {}
         return {"self_cond_mask": rng.integers(0, 2, len(labels)).astype(np.float32)}
 
-    def advance(self, batch: dict[str, np.ndarray], step: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def advance(self, batch: Arrays, step: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         loss, norm, *aux = self.train_step(**{name: Tensor(values) for name, values in batch.items()})
         if self.importance:
             self.importance.update(batch["t"], aux[0].asnumpy())
@@ -173,7 +171,7 @@ class DiffusionTask(Task):
 
     # Samples of the average
 
-    def preview_conditions(self, num: int) -> dict[str, np.ndarray]:
+    def preview_conditions(self, num: int) -> Arrays:
         return self.conditions(num)
 
     def draw(self, num: int, sampling: Sampling | None = None, batch_size: int = 64) -> np.ndarray:
@@ -181,6 +179,6 @@ class DiffusionTask(Task):
         sampling = replace(sampling or self.preview_sampling, seed=self.config.train.seed, batch_size=batch_size)
         return self.decode(self.average.draw(sampling, num, self.in_order(self.preview_conditions(num))))
 
-    def in_order(self, conditions: dict[str, np.ndarray]) -> list[np.ndarray]:
+    def in_order(self, conditions: Arrays) -> list[np.ndarray]:
         """Conditions by name -> in the network's order."""
         return [conditions[name] for name in self.cond_fields]
