@@ -65,9 +65,8 @@ class DiffusionTask(Task):
             if config.precision == "fp16":
                 loss_scaler = ms.amp.DynamicLossScaler(scale_value=2.0**16, scale_factor=2, scale_window=2000)
 
-        ema = EMA(self.net, train.ema_decay)
-        extra_emas = [EMA(self.net, length=length) for length in train.ema_lengths]
-        self.average = self.generator(ema.net, self.diffusion)
+        self.ema, extra_emas = EMA(self.net, train.ema_decay), [EMA(self.net, length=each) for each in train.ema_lengths]
+        self.average = self.generator(self.ema.net, self.diffusion)
         self.net.set_train()  # after the averages are copied, which stay in evaluation mode
         self.logvar = Parameter(Tensor(np.zeros(T, np.float32)), name="logvar") if train.learn_logvar else None
         extra = [self.logvar] if train.learn_logvar else []
@@ -76,41 +75,19 @@ class DiffusionTask(Task):
         )
         self.importance = ImportanceTimesteps(T) if train.timestep_sampling == "importance" else None
         parameters = self.importance.parameters if self.importance else []
-        self.checkpoint = Checkpoint(
-            self.run_dir,
-            self.net,
-            self.optimizer,
-            ema,
-            loss_scaler=loss_scaler,
-            keep=train.keep_checkpoints,
-            extra_parameters=parameters,
-            extra_emas=extra_emas,
-        )
-        self.step_parts = ema, extra_emas, loss_scaler
+        self.step_options = {"extra_emas": extra_emas, "loss_scaler": loss_scaler}
+        kept = {"extra_parameters": parameters, "keep": train.keep_checkpoints, **self.step_options}
+        self.checkpoint = Checkpoint(self.run_dir, self.net, self.optimizer, self.ema, **kept)
+        self.step_options |= {"clip_norm": train.clip_norm, "world_size": self.world_size, "has_aux": bool(self.importance)}
 
     def prepare(self) -> None:
-        train = self.config.train
-        ema, extra_emas, loss_scaler = self.step_parts
-        if not (self.importance or extra_emas or loss_scaler):  # these need the host, or a graph of their own, each step
-            every = (
-                train.total_steps,
-                train.log_every,
-                train.sample_every,
-                train.save_every,
-                getattr(train, "score_every", 0),
-            )
-            self.steps_per_call = math.gcd(train.steps_per_call, *every, self.start_step)
-        self.train_step = make_train_step(
-            self.make_loss(),
-            self.optimizer,
-            ema,
-            clip_norm=train.clip_norm,
-            loss_scaler=loss_scaler,
-            world_size=self.world_size,
-            has_aux=self.importance is not None,
-            extra_emas=extra_emas,
-            steps_per_call=self.steps_per_call,
-        )
+        train, options = self.config.train, self.step_options
+        if not (options["has_aux"] or options["extra_emas"] or options["loss_scaler"]):  # these need the host each step
+            every = "total_steps", "log_every", "sample_every", "save_every", "score_every"
+            counts = [getattr(train, name, 0) for name in every]
+            self.steps_per_call = math.gcd(train.steps_per_call, self.start_step, *counts)
+        options["steps_per_call"] = self.steps_per_call
+        self.train_step = make_train_step(self.make_loss(), self.optimizer, self.ema, **options)
 
     def make_x_start(self) -> Callable:
         """A function for the graph, from a batch's x_start and latent_noise to the x_0 that is diffused."""
