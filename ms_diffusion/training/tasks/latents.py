@@ -22,6 +22,7 @@ from ..checkpoint import read_state
 from ..config import Config, DataConfig, DiffusionRunConfig, ImageTrainConfig
 from ..runs import run_folders
 from .autoencoder import load_first_stage, save_reconstructions
+from .base import Arrays
 from .images import ImageData, ImageTask, check_image_size, check_scored
 
 
@@ -104,9 +105,7 @@ class LatentTask(ImageTask):
         scale = self.first_stage.scale
         return lambda moments, noise: scale * gaussian_sample(moments, noise)
 
-    def draw_conditions(
-        self, rng: np.random.Generator, batch: dict[str, np.ndarray], labels: np.ndarray
-    ) -> dict[str, np.ndarray]:
+    def draw_conditions(self, rng: np.random.Generator, batch: Arrays, labels: np.ndarray) -> Arrays:
         drawn = {"latent_noise": rng.standard_normal(batch["noise"].shape, np.float32)}
         if self.null_label is not None:
             dropout = self.config.train.label_dropout
@@ -139,7 +138,7 @@ class CaptionTask(LatentTask):
     def draw_labels(self, rng: np.random.Generator, labels: np.ndarray) -> np.ndarray:
         return draw_captions(rng, labels)
 
-    def class_conditions(self, num: int, labels: Any = None, prompt: str | None = None) -> dict[str, np.ndarray]:
+    def class_conditions(self, num: int, labels: Any = None, prompt: str | None = None) -> Arrays:
         if prompt is not None:
             return {"tokens": tokens([prompt] * num)}
         if isinstance(labels, np.ndarray) and labels.ndim == 2:
