@@ -110,9 +110,7 @@ def test_the_strength_of_image_to_image(class_run, folder):
     assert 0 < distances[0] < 25 and 1.5 * distances[0] < distances[1] < distances[2]
     assert len({i.tobytes() for i in near}) == len({i.tobytes() for i in far}) == 4
     assert_sheet(folder / "out.png", np.concatenate([image[None], far]), 5)
-    np.testing.assert_array_equal(
-        draw(class_run, folder, *flags)[0], draw(class_run, folder, *flags, "--strength", 0.6)[0]
-    )
+    np.testing.assert_array_equal(draw(class_run, folder, *flags)[0], draw(class_run, folder, *flags, "--strength", 0.6)[0])
     seven, _ = draw(class_run, folder, *flags, "--num", 7)
     assert abs(seven[:4].astype(int) - draw(class_run, folder, *flags)[0]).max() <= 1  # a few are the first of many
 

@@ -207,9 +207,7 @@ def test_the_presets_are_what_they_are_called():
 def test_the_sample_command_makes_all_pictures_and_the_scores(trained, tmp_path):
     """From a folder on ModelArts into another."""
     out, npz = tmp_path / "results", tmp_path / "x.npz"
-    printed = succeed(
-        "sample", "--data_url", trained.home, "--train_url", out, "--num", 200, "--steps", 5, "--npz", npz
-    )
+    printed = succeed("sample", "--data_url", trained.home, "--train_url", out, "--num", 200, "--steps", 5, "--npz", npz)
     for name in PICTURES:
         pixels, frames = picture(out / name)
         assert min(pixels.shape[:2]) >= 300 and np.ptp(pixels) > 20 and frames == (6 if name == "denoise.gif" else 1)
