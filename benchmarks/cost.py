@@ -12,10 +12,12 @@ from matplotlib.figure import Figure
 
 from ms_diffusion.commands import benchmark
 from ms_diffusion.commands.parse import parse
-from ms_diffusion.commands.workers import alternate
 from ms_diffusion.fields import AT_LEAST_1
 from ms_diffusion.runtime import DEVICES, run_program
 from ms_diffusion.training.presets import PRESETS
+
+from .speed import start_workers
+from .workers import alternate
 
 START = {"batch_size": 16, "size": 32, "dim": 32}
 SWEEPS = {"batch_size": (1, 4, 16, 64, 256), "size": (16, 32, 48, 64), "dim": (16, 32, 48, 64)}  # one at a time, from START
@@ -37,7 +39,7 @@ class Args:
     """Show the traceback of an error."""
 
 
-def measure(args: Args, device: str) -> list[dict[str, Any]]:
+def measure(args: Args) -> list[dict[str, Any]]:
     """Seconds of a training step and of a forward pass and the peak memory (MiB), as a table, drawn in `args.out`."""
     records = []
     print("varied     value   step ms   forward ms   memory MiB")
@@ -47,7 +49,7 @@ def measure(args: Args, device: str) -> list[dict[str, Any]]:
             preset = PRESETS["fashion-mnist"]
             data, model = replace(preset.data, size=setting["size"]), replace(preset.model, dim=setting["dim"])
             config = replace(preset, data=data, model=model)
-            with benchmark.start_workers(benchmark.ImageWork, config, setting["batch_size"], device) as workers:
+            with start_workers(config, setting["batch_size"], args.device) as workers:
                 step, forward = (np.median(alternate(workers, args.rounds, m)["mindspore"]) for m in ("step", "forward"))
                 memory = workers["mindspore"].memory
             records.append({"varied": varied, **setting, "step": float(step), "forward": float(forward), "memory": memory})

@@ -134,16 +134,10 @@ def choose_timesteps(sampler: Callable, diffusion: Any, spacing: str, calls: int
 
 
 def measure_calls(
-    sampler: Callable,
-    mixture: Mixture,
-    x: np.ndarray,
-    diffusion: Any,
-    spacing: str,
-    allowed: Iterable[int],
-    distance: Callable[[np.ndarray], float],
+    sampler: Callable, x: np.ndarray, diffusion: Any, spacing: str, allowed: Iterable[int], distance: Callable
 ) -> dict[str, Any]:
     """For each limit on the calls: the calls made and the distance of the samples from the truth."""
-    rng, denoise = np.random.default_rng(1), mixture.denoiser(diffusion)
+    rng, denoise = np.random.default_rng(1), DATA.denoiser(diffusion)
     record: dict[str, list] = {"allowed": list(allowed), "calls": [], "errors": []}
     for n in allowed:
         timesteps, calls = choose_timesteps(sampler, diffusion, spacing, n)
@@ -159,10 +153,7 @@ def fit_order(calls: Sequence[int], errors: Sequence[float]) -> float:
 
 
 def measure_ode(
-    mixture: Mixture = DATA,
-    n: int = 2000,
-    spacings: Sequence[str] = ("linspace", "trailing", "karras", "logsnr"),
-    allowed: Iterable[int] = CALLS,
+    n: int = 2000, spacings: Sequence[str] = ("linspace", "trailing", "karras", "logsnr"), allowed: Iterable[int] = CALLS
 ) -> list[dict[str, Any]]:
     """RMS distance of each solver from the exact solution for the same n x_T, at T = 1000.
 
@@ -174,26 +165,23 @@ def measure_ode(
 
     def solve(diffusion, steps):
         """Data by a sampler's last step from the exact x at t = 0, and the exact data."""
-        at_0 = solve_ode(mixture, x, *diffusion.alphas_cumprod[[-1, 0]], steps)
-        return mixture.denoiser(diffusion)(at_0, 0), solve_ode(mixture, at_0, diffusion.alphas_cumprod[0], 1 - 1e-10, steps)
+        at_0 = solve_ode(DATA, x, *diffusion.alphas_cumprod[[-1, 0]], steps)
+        return DATA.denoiser(diffusion)(at_0, 0), solve_ode(DATA, at_0, diffusion.alphas_cumprod[0], 1 - 1e-10, steps)
 
     (stepped, truth), (fine_stepped, _) = solve(coarse, 1000), solve(fine, 1000)
     common = {"measure": "ode", "floor": rms(stepped, truth), "reference_error": rms(solve(coarse, 500)[1], truth)}
     records = []
     for spacing in spacings:
         for name, sampler in SOLVERS.items():
-            errors = measure_calls(sampler, mixture, x, coarse, spacing, allowed, partial(rms, truth))
-            falling = measure_calls(sampler, mixture, x, fine, spacing, ORDER_CALLS, partial(rms, fine_stepped))
+            errors = measure_calls(sampler, x, coarse, spacing, allowed, partial(rms, truth))
+            falling = measure_calls(sampler, x, fine, spacing, ORDER_CALLS, partial(rms, fine_stepped))
             order = fit_order(falling["calls"], falling["errors"])
             records.append({"sampler": name, "spacing": spacing, **errors, "order": order, **common})
     return records
 
 
 def measure_data(
-    mixture: Mixture = DATA,
-    n: int = 20_000,
-    spacings: Sequence[str] = ("linspace", "trailing", "logsnr"),
-    allowed: Iterable[int] = CALLS,
+    n: int = 20_000, spacings: Sequence[str] = ("linspace", "trailing", "logsnr"), allowed: Iterable[int] = CALLS
 ) -> list[dict[str, Any]]:
     """Sliced Wasserstein-1 distance between n samples and n data at T = 1000.
 
@@ -201,8 +189,8 @@ def measure_data(
     at which a sampler is within that maximum.
     """
     rng = np.random.default_rng(0)
-    x, data = rng.standard_normal((n, 2)), mixture.sample(rng, n)
-    fresh = [sliced_wasserstein(data, mixture.sample(rng, n)) for _ in range(20)]
+    x, data = rng.standard_normal((n, 2)), DATA.sample(rng, n)
+    fresh = [sliced_wasserstein(data, DATA.sample(rng, n)) for _ in range(20)]
     common = {"measure": "data", "floor": float(np.mean(fresh)), "floor_most": max(fresh)}
 
     records = []
@@ -210,7 +198,7 @@ def measure_data(
         for name, sampler in (STOCHASTIC | SOLVERS).items():
             also = [1000] if name in STOCHASTIC and spacing == spacings[-1] else []  # all timesteps: the same in any spacing
             distance = partial(sliced_wasserstein, data)
-            errors = measure_calls(sampler, mixture, x, process(), spacing, [*allowed, *also], distance)
+            errors = measure_calls(sampler, x, process(), spacing, [*allowed, *also], distance)
             good = [calls for calls, error in zip(errors["calls"], errors["errors"], strict=True) if error <= max(fresh)]
             reached = good[0] if good else None
             records.append({"sampler": name, "spacing": spacing, **errors, "reached": reached, **common})

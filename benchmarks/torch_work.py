@@ -15,7 +15,7 @@ class Trainer:
 
     def __init__(self, kind: type[nn.Module], model: dict, device: str):
         torch.manual_seed(0)
-        self.device = "cuda" if device == "GPU" else "cpu"
+        self.device = "cuda" if device == "gpu" else "cpu"
         self.net = kind(**model).to(self.device)
         self.ema = copy.deepcopy(self.net)
         self.optimizer = torch.optim.Adam(self.net.parameters(), lr=1e-3)
@@ -33,7 +33,7 @@ class Trainer:
 class PointsWork(Trainer):
     """A training epoch of `num` points."""
 
-    def __init__(self, model: dict, num: int, batch_size: int, device: str = "CPU"):
+    def __init__(self, model: dict, num: int, batch_size: int, device: str = "cpu"):
         super().__init__(ResidualMLP if "depth" in model else MLP, model, device)
         T = model["num_embeddings"]
         betas = torch.sigmoid(torch.linspace(-6, 6, T, device=self.device)) * 20 / T
@@ -55,7 +55,7 @@ class PointsWork(Trainer):
 class ImageWork(Trainer):
     """A training step, a forward pass, DDIM sampling of size x size images."""
 
-    def __init__(self, model: dict, size: int, batch_size: int, device: str = "CPU"):
+    def __init__(self, model: dict, size: int, batch_size: int, device: str = "cpu"):
         super().__init__(Unet, model, device)
         betas = torch.linspace(1e-4, 0.02, 1000, device=self.device)
         self.alphas_cumprod = torch.cumprod(1 - betas, 0)
@@ -84,3 +84,9 @@ class ImageWork(Trainer):
             eps = (x - alpha_bar.sqrt() * x_start) / (1 - alpha_bar).sqrt()
             x = next_alpha_bar.sqrt() * x_start + (1 - next_alpha_bar).sqrt() * eps
         return x.cpu()
+
+
+def make_work(record: dict, batch_size: int, device: str) -> Trainer:
+    """What PyTorch's worker times, from a run's configuration."""
+    kind, num = (ImageWork, "size") if record["kind"] == "pixels" else (PointsWork, "num")
+    return kind(record["model"], record["data"][num], batch_size, device)

@@ -8,6 +8,7 @@ import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -93,7 +94,8 @@ def load_into(
     Raises:
         UserError: names or shapes differ; then no parameter changes. The message ends with `advice`.
     """
-    parameters = {p.name: p for p in (target.get_parameters() if isinstance(target, nn.Cell) else target)}
+    members: Any = target.get_parameters() if isinstance(target, nn.Cell) else target  # type: ignore[attr-defined]
+    parameters = {p.name: p for p in members}
     found = differences(parameters, arrays)
     if any(found.values()):
         raise UserError(f"the weights are not this network's ({listed(found)}): {advice}")

@@ -43,7 +43,7 @@ def make_denoiser(
     """
     clip = diffusion.clip_denoised if clip is None else clip
 
-    def predict_start(x_t, t, *cond):
+    def predict_start(x_t: Tensor, t: Tensor, *cond: Tensor) -> Tensor:
         x_start = diffusion.predict_start(predict(net, x_t, t, cond), x_t, t)
         return ops.clamp(x_start, -1.0, 1.0) if clip else x_start
 

@@ -3,6 +3,7 @@
 lr: Annotated[float, POSITIVE] = 1e-3
 """
 
+import math
 import types
 import typing
 from collections.abc import Container, Iterable, Mapping
@@ -89,12 +90,12 @@ def find_problem(value: Any, hint: Any) -> str | None:
             return f"give {len(items)} values"
         return next(filter(None, map(find_problem, value, items)), None)
     if hint is float:
-        finite = isinstance(value, Real) and not isinstance(value, bool) and abs(value) < float("inf")
+        finite = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
         return None if finite else "it must be a finite number"
     if hint is int:
         return None if isinstance(value, Integral) and not isinstance(value, bool) else "it must be a whole number"
     kinds = {str: "text", bool: "True or False"}
-    return None if isinstance(value, hint) else f"it must be {kinds.get(hint, hint.__name__)}"
+    return None if hint is Any or isinstance(value, hint) else f"it must be {kinds.get(hint, hint.__name__)}"
 
 
 def from_record(

@@ -163,13 +163,13 @@ def make_divergence(diffusion: GaussianDiffusion, net: nn.Cell) -> Callable[...,
     smooth only then. `cond` are Tensors, the other arguments numpy arrays.
     """
 
-    def projected(x_t, t, probes, *cond):
+    def projected(x_t: Tensor, t: Tensor, probes: Tensor, *cond: Tensor) -> tuple[Tensor, Tensor]:
         x_start = diffusion.predict_start(predict(net, x_t, t, cond), x_t, t)
         return ops.sum(x_start * probes), x_start
 
     gradient = ms.value_and_grad(projected, 0, None, has_aux=True)
 
-    def both(x_t, t, probes, *cond):
+    def both(x_t: Tensor, t: Tensor, probes: Tensor, *cond: Tensor) -> tuple[Tensor, Tensor]:
         (_, x_start), product = gradient(x_t, t, probes, *cond)
         return x_start, product
 

@@ -138,7 +138,7 @@ class GaussianDiffusion:
         self.simple_weights = l_simple_weight * weights
         self.elbo_weights = original_elbo_weight * self.lvlb_weights if original_elbo_weight else np.zeros(len(betas))
 
-        def device(values):
+        def device(values: np.ndarray) -> Tensor:
             return Tensor(values.astype(np.float32))
 
         self._sqrt_alphas_cumprod = device(np.sqrt(self.alphas_cumprod))

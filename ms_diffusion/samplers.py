@@ -24,7 +24,7 @@ from .process import GaussianDiffusion
 
 Sampler = Callable[..., Array]
 Timesteps = Sequence[int] | None
-RandnLike = Callable[[Array], Array] | None
+RandnLike = Any  # x -> N(0, 1) noise of the same shape; None is enough for samplers that add no noise
 Callback = Callable[[int, Array, Array], Any] | None
 
 SPACINGS = ("linspace", "leading", "trailing", "karras", "logsnr")
@@ -92,7 +92,7 @@ def ddim_step(x: Array, x_start: Array, alpha_bar: float, alpha_bar_next: float,
     return (math.sqrt(alpha_bar_next) - keep * math.sqrt(alpha_bar)) * x_start + keep * x
 
 
-def _noise_in(x, x_start, alpha_bar):
+def _noise_in(x: Array, x_start: Array, alpha_bar: float) -> Array:
     return (x - math.sqrt(alpha_bar) * x_start) / math.sqrt(1 - alpha_bar)
 
 
@@ -277,7 +277,7 @@ def sample_unipc(
 ) -> Array:
     """UniPC (Zhao et al. 2023, algorithms 5 to 8): a multistep predictor over `order` points, whose result is corrected with
     the x_0 of the next call."""
-    past, before = [], None  # [(lambda, x_0)] newest first; (x, alpha_bar) of the previous step
+    past, before = [], (x, 1.0)  # [(lambda, x_0)] newest first; (x, alpha_bar) of the previous step
     steps = noise_levels(diffusion, timesteps)
     for i, t, alpha_bar, alpha_bar_next in steps:
         x_start, now = denoise(x, t), _lambda(alpha_bar)

@@ -1,7 +1,6 @@
 """The tests run on the CPU, with every warning an error; ``--slow`` adds those marked ``slow``."""
 
 import contextlib
-import copy
 import ctypes
 import gc
 
@@ -10,6 +9,7 @@ import pytest
 from ms_diffusion import runtime
 
 runtime.set_device("cpu")
+runtime.catch_interrupts = lambda: None  # tests train in this process, and Ctrl-C is pytest's
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -41,32 +41,6 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if "slow" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="needs --slow"))
-
-
-@pytest.fixture(scope="module")
-def compiled_once():
-    """sample.py loads each run's network once and keeps its graphs; nothing else of it changes by that."""
-    import sample
-    from ms_diffusion import sampling as generation
-
-    load_run, make_denoiser, loaded, denoisers = sample.load_run, sample.make_denoiser, {}, {}
-
-    def load(run, *which):
-        if (run, which) not in loaded:
-            loaded[run, which] = load_run(run, *which)
-        net, diffusion, config, step = loaded[run, which]
-        return net, copy.copy(diffusion), config, step
-
-    def make(diffusion, net, clip=True):
-        if (net, clip) not in denoisers:
-            denoisers[net, clip] = make_denoiser(diffusion, net, clip=clip)
-        return denoisers[net, clip]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sample, "load_run", load)
-        patch.setattr(sample, "make_denoiser", make)
-        patch.setattr(generation, "make_denoiser", make)
-        yield
 
 
 @pytest.fixture(scope="session")

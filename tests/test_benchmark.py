@@ -6,10 +6,11 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 
-from benchmarks import cost, speed
+from benchmarks import cost, speed, workers
+from benchmarks.speed import count_operations
 from ms_diffusion import __main__ as program
-from ms_diffusion.commands import benchmark, workers
-from ms_diffusion.commands.benchmark import MEASURES, ImageWork, PointsWork, count_operations, measure_images
+from ms_diffusion.commands import benchmark
+from ms_diffusion.commands.benchmark import ImageWork, PointsWork
 from ms_diffusion.models.mlp import MLPConfig, ResidualMLPConfig
 from ms_diffusion.process import DiffusionConfig
 from ms_diffusion.runtime import run_program
@@ -18,7 +19,7 @@ from ms_diffusion.training.presets import PRESETS
 MODELS = pytest.mark.parametrize("model", [MLPConfig(8, 60), ResidualMLPConfig(8, 1, 1, 60)], ids=["MLP", "residual"])
 
 
-@pytest.mark.parametrize("name", [name for name, measure in MEASURES.items() if measure is measure_images])
+@pytest.mark.parametrize("name", ["quick", "fashion-mnist", "fashion-mnist-resnet"])
 def test_operations_are_those_that_pytorch_counts(name):
     torch = pytest.importorskip("torch")
     from torch.utils.flop_counter import FlopCounterMode
@@ -65,7 +66,8 @@ def test_cost_is_drawn(tmp_path):
     assert (tmp_path / "cost.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("peer", ["none", pytest.param("torch", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("peer", ["none", "torch"])
 def test_a_short_run(peer, tmp_path, capsys):
     """Of images and points."""
     if peer == "torch":
@@ -85,6 +87,14 @@ def test_a_short_run(peer, tmp_path, capsys):
     ms = points["epoch"]["seconds"]["mindspore"][0] * 1e3
     line = f"scurve-seed: an epoch of 10000 points, batch 128: {ms:.1f} ms, {ms / 79 * 1e3:.0f} us a step\n"
     assert line in printed
+
+
+def test_the_command_times_a_preset(monkeypatch, capsys):
+    monkeypatch.setitem(PRESETS, "tiny", replace(PRESETS["quick"], model=replace(PRESETS["quick"].model, dim=8, init_dim=8)))
+    arguments = "benchmark --presets tiny --batch-sizes 2 --rounds 1 --sampling-steps --device cpu".split()
+    assert program.main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "tiny, batch 2: training step" in printed and "forward pass" in printed and "DDIM" not in printed
 
 
 @pytest.mark.slow
@@ -151,6 +161,7 @@ def test_peer_samples_as_ours_do():
         ("--batch-sizes 0", "--batch-sizes"),
         ("--json nowhere/out.json", "does not exist"),
         ("--presets tiny", "--presets"),
+        ("--presets latent --device cpu", "--presets latent"),
         ("--device tpu", "device"),
         ("--runs nowhere", "nowhere"),
     ],
@@ -163,6 +174,9 @@ def test_bad_input_is_one_line(arguments, message, tmp_path, monkeypatch, capsys
 
 
 def test_a_failed_worker_is_reported(capfd):
-    with workers.Workers(broken=workers.Worker(int, "x")) as broken, pytest.raises(workers.UserError, match="step failed"):
+    with (
+        workers.Workers(broken=workers.Worker("builtins:int", "x")) as broken,
+        pytest.raises(workers.UserError, match="step failed"),
+    ):
         broken["broken"].time("step")
     assert "ValueError" in capfd.readouterr().err

@@ -129,6 +129,13 @@ def test_no_checkpoint_is_none(tmp_path):
     assert checkpoints(tmp_path / "nowhere") == []
 
 
+def test_two_parameters_of_one_name_are_refused(tmp_path):
+    run, extra = Run(tmp_path), [Parameter(Tensor([1.0]), name=name) for name in ("kept", "twice", "twice")]
+    Checkpoint(tmp_path, run.net, run.optimizer, extra_parameters=extra[:2])
+    with pytest.raises(ValueError, match="two parameters are named twice"):
+        Checkpoint(tmp_path, run.net, run.optimizer, extra_parameters=extra)
+
+
 def test_only_the_newest_stay(tmp_path):
     checkpoint = Checkpoint(tmp_path, Net(), keep=2)
     for step in (5, 10, 100, 20000):

@@ -4,8 +4,9 @@ import json
 from dataclasses import fields, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ms_diffusion.commands.train import parse_args
@@ -52,7 +53,10 @@ def test_what_the_presets_are():
     assert {name: PRESETS[name].data.name for name in TOYS} == {name: name for name in TOYS}
     assert type(PRESETS["scurve-seed"].model) is MLPConfig and type(PRESETS["scurve"].model) is ResidualMLPConfig
     seed = PRESETS["fashion-mnist-seed"]
-    assert seed.train.ema_decay == 0 and not seed.train.lr_decay and seed.diffusion.num_timesteps == 200
+    assert seed.train.ema_decay == 0 and not seed.train.lr_decay
+    with pytest.warns(UserWarning, match="alpha_bar_T is 0.132"):  # much of the data is left in x_T
+        betas = seed.diffusion.build().betas
+    np.testing.assert_allclose(betas, np.linspace(1e-4, 0.02, 200), rtol=1e-6)
     autoencoder, latent = AUTOENCODER.model, LATENT.model
     assert (autoencoder.embed_dim, autoencoder.channels) == (latent.in_channels, latent.channels)
     assert latent.latent_size * autoencoder.size_multiple == LATENT.data.size == AUTOENCODER.data.size
@@ -146,6 +150,7 @@ def test_values_that_fit_together():
         (PIXELS, {"gamma": 2.0}, "weighting"),
         (LATENT, {"num_classes": None}, "condition"),
         (LATENT, {"context_dim": None}, "context_dim"),
+        (AUTOENCODER, {"resolution": 30}, "30"),
     ],
 )
 def test_networks_and_processes_that_cannot_be_built(config, values, word):
@@ -286,6 +291,8 @@ CHANGES = st.sampled_from(list(NAMES)).flatmap(
 
 
 @settings(max_examples=300, deadline=None)
+@example(("autoencoder", {"model.resolution": True}))
+@example(("autoencoder", {"data": None, "data.name": None}))
 @given(CHANGES)
 def test_only_user_errors_come_of_random_values(changes):
     name, values = changes
@@ -311,3 +318,19 @@ def test_only_user_errors_come_of_random_files(tmp_path_factory, changes):
         Config.from_json(path).check()
     except UserError as error:
         assert "\n" not in str(error)
+
+
+FLAGS = st.sampled_from(
+    ["--train.lr", "--preset", "--data.size", "--model.dim-mults", "--precision", "--init-ignore", "--x"]
+)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.one_of(FLAGS, st.sampled_from(["1", "quick", "fp16", "None"]), st.text(max_size=4)), max_size=4))
+def test_only_user_errors_come_of_random_flags(argv):
+    try:
+        parse_args(argv)
+    except UserError as error:
+        assert "\n" not in str(error)
+    except SystemExit as end:
+        assert not end.code and {"-h", "--help"} & set(argv)

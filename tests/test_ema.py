@@ -1,5 +1,6 @@
 """Averages of power functions, and their length chosen after training: Karras et al. 2024, section 3."""
 
+import json
 import math
 
 import numpy as np
@@ -13,8 +14,10 @@ from ms_diffusion import kernels
 from ms_diffusion.models.unet import UnetConfig
 from ms_diffusion.runtime import UserError
 from ms_diffusion.training.checkpoint import Checkpoint, checkpoints
-from ms_diffusion.training.presets import Config, TrainConfig, load_run
+from ms_diffusion.training.config import ImageTrainConfig
+from ms_diffusion.training.runs import Run
 from ms_diffusion.training.step import EMA, average_after_training, make_optimizer, make_train_step, power_of_length
+from ms_diffusion.training.tasks.pixels import PixelConfig
 
 
 class Walk(nn.Cell):
@@ -108,32 +111,32 @@ SMALL = UnetConfig(dim=8, init_dim=8, dim_mults=(1,), use_convnext=False, resnet
 @pytest.fixture
 def run(tmp_path):
     """A run of three checkpoints with two averages of known values."""
-    config = Config(model=SMALL, train=TrainConfig(ema_lengths=(0.05, 0.1)))
-    net, _ = config.build()
+    config = PixelConfig(model=SMALL, train=ImageTrainConfig(ema_lengths=(0.05, 0.1)))
+    net = SMALL.build()
     emas = [EMA(net, length=length) for length in (0.05, 0.1)]
     for step in (10, 20, 30):
         for i, each in enumerate(emas):
             each.averages[0].set_data(Tensor(np.full(each.averages[0].shape, 100 * i + step, np.float32)))
         Checkpoint(tmp_path, net, None, EMA(net), extra_emas=emas).save(step)
-    (tmp_path / "config.json").write_text(config.to_json())
+    (tmp_path / "config.json").write_text(json.dumps(config.to_record()))
     return tmp_path
 
 
-def test_load_run_makes_the_average(run):
+def test_a_run_makes_the_average(run):
     coefficients = average_after_training([10, 10, 20, 20, 30, 30], [0.05, 0.1] * 3, 30, 0.08)
-    net, _, _, step = load_run(run, ema_length=0.08)
-    first = next(iter(net.get_parameters()))
+    loaded = Run(run, ema_length=0.08)
+    first = next(iter(loaded.net.get_parameters()))
     expected = coefficients @ [10, 110, 20, 120, 30, 130]
     np.testing.assert_allclose(first.asnumpy(), np.full(first.shape, expected), rtol=1e-5)
-    assert step == 30 and 30 < expected < 130
-    net, _, _, step = load_run(checkpoints(run)[1], ema_length=0.05)  # of an earlier checkpoint, from those up to it
-    first = next(iter(net.get_parameters()))
+    assert loaded.step == 30 and 30 < expected < 130
+    loaded = Run(checkpoints(run)[1], ema_length=0.05)  # of an earlier checkpoint, from those up to it
+    first = next(iter(loaded.net.get_parameters()))
     np.testing.assert_allclose(first.asnumpy(), np.full(first.shape, 20.0), rtol=1e-5)
 
 
 def test_a_run_without_averages_says_how_to_get_them(run):
     with pytest.raises(UserError, match="below 0.289"):
-        load_run(run, ema_length=0.5)
-    (run / "config.json").write_text(Config(model=SMALL).to_json())
+        Run(run, ema_length=0.5)
+    (run / "config.json").write_text(json.dumps(PixelConfig(model=SMALL).to_record()))
     with pytest.raises(UserError, match="--train.ema-lengths"):
-        load_run(run, ema_length=0.1)
+        Run(run, ema_length=0.1)

@@ -512,7 +512,7 @@ def trained(clip, follow, steps=5):
     def loss_fn(x):
         return ops.square(net(x) - 3).mean()
 
-    step = make_train_step(loss_fn, optimizer, ema, clip)
+    step = make_train_step(loss_fn, optimizer, ema, clip_norm=clip)
     found = [value for i in range(steps) for value in step(Tensor(draw(4, 1, 5, 7, seed=i)))]
     state = [optimizer.global_step, *optimizer.parameters, *optimizer.moment1, *optimizer.moment2]
     state += [optimizer.beta1_power, optimizer.beta2_power, *(ema.averages if follow else ())]

@@ -237,7 +237,7 @@ class Constant(nn.Cell):
         return self.b + ops.zeros_like(x)
 
 
-@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("fused", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_trained_variances_reach_the_log_of_the_mean_error(fused, monkeypatch):
     """x_0 = +-s_t: b goes to 0, logvar_t to log s_t^2 whatever the weights are, and the average follows b alone."""
     if fused and not kernels.available():

@@ -506,8 +506,7 @@ def test_p_losses_and_its_gradient_in_a_graph():
     np.testing.assert_allclose([float(g) for g in gradients], sum(np.array(g) for _, g in by_hand), rtol=1e-4, atol=1e-4)
 
 
-@every_objective
-@pytest.mark.parametrize("t", [0, 10, T - 1])
+@pytest.mark.parametrize(("objective", "t"), [*((name, 10) for name in OBJECTIVES), ("v", 0), ("v", T - 1)])
 def test_the_exact_denoiser_minimises_the_loss(objective, t):
     """Data N(m, s^2): E[. | x_t] is affine in x_t; its gradient is 0, its loss the conditional variance, and off it more.
 
@@ -533,7 +532,7 @@ def test_the_exact_denoiser_minimises_the_loss(objective, t):
     value, (grad_w, _, grad_b) = loss_and_gradient(diffusion, Affine(w, centre - w * mean), x_start, times, noise)
     assert value == pytest.approx(least, rel=1e-4, abs=1e-7)
     assert (grad_w, grad_b) == pytest.approx((0, 0), abs=1e-5)
-    for dw, db in ((0.1, 0), (-0.1, 0), (0, 0.1), (0, -0.1), (0.1, -0.1)):
+    for dw, db in ((0.1, 0), (0, -0.1), (0.1, -0.1)):
         net = Affine(w + dw, centre - (w + dw) * mean + db)
         value = float(diffusion.p_losses(net, Tensor(x_start), Tensor(times), Tensor(noise)))
         assert value == pytest.approx(least + dw**2 * variance + db**2, rel=1e-4, abs=1e-6)

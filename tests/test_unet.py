@@ -256,9 +256,9 @@ def test_float16_stays_close():
     arrays = draw_batch(2, 16)
     output, gradients = gradient_function(net)("pynative", *arrays)
     half_output, half_gradients = gradient_function(half)("pynative", *arrays)
-    np.testing.assert_allclose(compiled(half)(*map(Tensor, arrays[:2])).asnumpy(), half_output, rtol=1e-2, atol=1e-3)
-    assert half_output.dtype == np.float32
-    assert 0 < relative(half_output, output) < 1e-2
+    for found in (half_output, compiled(half)(*map(Tensor, arrays[:2])).asnumpy()):
+        assert found.dtype == np.float32
+        assert 0 < relative(found, output) < 1e-2
     for name, value in gradients.items():
         assert half_gradients[name].dtype == np.float32
         assert relative(half_gradients[name], value) < 5e-2, name

@@ -60,7 +60,7 @@ def test_public_names_and_files_are_there(installed):
     code = (
         "import ms_diffusion as md; from pathlib import Path; home = Path(md.__file__).parent; print(home)\n"
         "assert all(getattr(md, name) for name in md.__all__)\n"
-        "assert (home / 'py.typed').exists() and (home / 'kernels').glob('*.cc')\n"
+        "assert (home / 'py.typed').exists()\n"
         "from ms_diffusion import kernels; print('library:', kernels.library())"
     )
     home, *_, library = run(installed, "python", "-c", code).splitlines()

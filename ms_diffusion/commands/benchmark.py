@@ -1,4 +1,4 @@
-"""``ms-diffusion benchmark``: how fast this machine trains and samples. ``benchmarks/`` compares it with PyTorch."""
+"""How fast this machine trains and samples: `benchmark --presets quick`. `benchmarks/` compares it with PyTorch."""
 
 import json
 import math
@@ -15,12 +15,11 @@ from typing import Annotated, Any, Literal
 import numpy as np
 
 import mindspore as ms
-from mindspore import Tensor, nn, ops
+from mindspore import Tensor
 
-from ..data.batches import Batches, load_images, make_dataset
+from ..data.batches import Batches
 from ..fields import AT_LEAST_1, OneOf, check_fields
 from ..files import write
-from ..models.attention import Attention, LinearAttention
 from ..process import predict
 from ..runtime import DEVICES, UserError, command, compiled, set_device
 from ..samplers import SAMPLERS
@@ -28,10 +27,8 @@ from ..sampling import Sampling
 from ..training.presets import PRESETS
 from ..training.runs import load
 from .parse import parse
-from .workers import Worker, Workers, alternate, ratio, verdict
 
 SAMPLES = 64  # images that are drawn at once
-MEASURES: dict[str, Callable[..., list[dict[str, Any]]]] = {}  # how each preset is timed; filled below
 
 
 class Work:
@@ -46,8 +43,8 @@ class Work:
         every = dict.fromkeys(("total_steps", "log_every", "sample_every", "save_every"), steps_per_call * 10**6)
         train = replace(config.train, batch_size=batch_size, steps_per_call=steps_per_call, **every)
         self.task = replace(config, train=train).task(data)
-        with TemporaryDirectory() as run_dir:
-            self.task.start(Path(run_dir))
+        with TemporaryDirectory() as folder:
+            self.task.start(Path(folder))
         self.batches = Batches(self.task.data, self.task.labels, batch_size, 10**9, 0, 0, False, 0, 1, 1)
 
     def draw_batch(self, step: int) -> dict[str, np.ndarray]:
@@ -88,23 +85,25 @@ class PointsWork(Work):
     """A training epoch of points: batches and noise are drawn on the host, all steps run in one call."""
 
     def __init__(self, config: Any, batch_size: int):
-        self.steps, self.step = math.ceil(config.data.num / batch_size), 0
+        self.steps, self.next = math.ceil(config.data.num / batch_size), 0
         config = replace(config, data=replace(config.data, num=self.steps * batch_size))  # the last batch is full, too
         super().__init__(config, batch_size, steps_per_call=self.steps)
 
     def epoch(self) -> float:
-        drawn = [self.draw_batch(self.step + k) for k in range(self.steps)]
-        self.step += self.steps
+        drawn = [self.draw_batch(self.next + k) for k in range(self.steps)]
+        self.next += self.steps
         return self.train({name: np.stack([batch[name] for batch in drawn]) for name in drawn[0]})
+
+
+WORKS: dict[str, type[Work]] = {"pixels": ImageWork, "points": PointsWork}  # by the kind of run
 
 
 @dataclass
 class Args:
-    """Time the data pipeline, compilation, the training step, the forward pass and sampling of presets, or trained runs."""
+    """Time the training step and sampling of presets, or how fast trained runs draw images."""
 
-    presets: tuple[Annotated[str, OneOf(MEASURES)], ...] = ("fashion-mnist", "fashion-mnist-resnet")
-    """Presets to time: quick, fashion-mnist (the annotated U-Net: dim 28, ConvNeXt blocks), fashion-mnist-resnet (ResNet
-    blocks), scurve, scurve-seed. The last two are timed by epochs of 10,000 points."""
+    presets: tuple[Annotated[str, OneOf(PRESETS)], ...] = ("fashion-mnist", "fashion-mnist-resnet")
+    """Presets to time, of images in pixel space or of points, which are timed by epochs of all points."""
     batch_sizes: tuple[Annotated[int, AT_LEAST_1], ...] = (32, 128)
     """Images in a training step."""
     rounds: Annotated[int, AT_LEAST_1] = 5
@@ -118,94 +117,63 @@ class Args:
     json: str | None = None
     """Also write all figures to this file."""
     device: Literal[DEVICES] = "auto"
-    """Device: auto is Ascend if present, otherwise GPU, otherwise CPU."""
+    """Device: auto is Ascend, then GPU, then CPU."""
     debug: bool = False
     """Show the traceback of an error."""
 
 
-def make_work(work: type[Work], config: Any, batch_size: int, device: str) -> Work:
-    """What a worker process times."""
-    set_device(device.lower())
-    return work(config, batch_size)
+def work_of(preset: str) -> type[Work]:
+    """What is timed of a preset.
+
+    Raises:
+        UserError: the preset needs a trained first stage or data of its own.
+    """
+    if PRESETS[preset].kind not in WORKS:
+        raise UserError(
+            f"--presets {preset}: only presets of {' and '.join(WORKS)} can be timed; time a trained run, --runs"
+        )
+    return WORKS[PRESETS[preset].kind]
 
 
-Start = Callable[[type[Work], Any, int, str], Workers]  # (work, config, batch size, device)
+def seconds_of(call: Callable[[], Any], rounds: int) -> list[float]:
+    """Seconds of each of `rounds` calls, after one that does not count."""
+    found = []
+    for _ in range(rounds + 1):
+        start = time.perf_counter()
+        call()
+        found.append(time.perf_counter() - start)
+    return found[1:]
 
 
-def start_workers(work: type[Work], config: Any, batch_size: int, device: str) -> Workers:
-    return Workers(mindspore=Worker(make_work, work, config, batch_size, device))
+def measure(args: Args) -> list[dict[str, Any]]:
+    """Time each preset; figures are printed as they come."""
+    records: list[dict[str, Any]] = []
+
+    def note(preset: str, batch_size: int, what: str, images: int, call: Callable[[], Any]) -> None:
+        found = seconds_of(call, args.rounds)
+        median = float(np.median(found))
+        print(f"{preset}, batch {batch_size}: {what} {median * 1e3:.1f} ms, {images / median:.0f} samples/s", flush=True)
+        records.append({"preset": preset, "batch_size": batch_size, "what": what, "seconds": found})
+
+    for preset in args.presets:
+        config, kind = PRESETS[preset], work_of(preset)
+        if kind is PointsWork:
+            epoch = PointsWork(config, config.train.batch_size)
+            note(preset, config.train.batch_size, "epoch", len(epoch.task.data), epoch.epoch)
+            continue
+        for batch_size in args.batch_sizes:
+            work = ImageWork(config, batch_size)
+            note(preset, batch_size, "training step", batch_size, work.step)
+            note(preset, batch_size, "forward pass", batch_size, work.forward)
+        work = ImageWork(config, SAMPLES)
+        for steps in args.sampling_steps:
+            note(preset, SAMPLES, f"DDIM-{steps}", SAMPLES, lambda work=work, steps=steps: work.sample(steps))
+    return records
 
 
-def measure(args: Args, device: str, start: Start = start_workers) -> list[dict[str, Any]]:
-    """Time each preset and print each figure at once."""
-    peak = matrix_peak(device)
-    print(f"matrix product: {peak / 1e9:.0f} GFLOP/s; data pipeline: {pipeline_rate():,.0f} images/s", flush=True)
-    return [record for preset in args.presets for record in MEASURES[preset](args, device, preset, peak, start)]
-
-
-def measure_images(args: Args, device: str, preset: str, peak: float, start: Start) -> list[dict[str, Any]]:
-    """Time a preset of images with each batch size."""
-    operations = count_operations(PRESETS[preset])
-    print(f"\n{preset}: {operations / 1e6:.0f} million floating-point operations an image, forward")
-    return [measure_batches(args, device, preset, size, operations, peak, start) for size in args.batch_sizes]
-
-
-def measure_batches(
-    args: Args, device: str, preset: str, batch_size: int, operations: int, peak: float, start: Start
-) -> dict[str, Any]:
-    """Time compilation, training step and forward pass; for the first batch size also sampling."""
-    record: dict[str, Any] = {"preset": preset, "batch_size": batch_size, "operations": operations, "matrix_peak": peak}
-
-    def timed(workers: Workers, rounds: int, key: str, *call: Any) -> tuple[float, str]:
-        times = alternate(workers, rounds, *call)
-        record[key] = {"seconds": times, "ratio": ratio(times)}
-        return float(np.median(times["mindspore"])), verdict(times)
-
-    with start(ImageWork, PRESETS[preset], batch_size, device) as workers:
-        record["first_step"] = {name: worker.time("step") for name, worker in workers.items()}
-        print(f"  batch {batch_size}: first step, compiled: {record['first_step']['mindspore']:.1f} s")
-        for name, forward_passes in (("step", 3), ("forward", 1)):
-            seconds, judged = timed(workers, args.rounds, name, name)
-            if name == "step":
-                record["memory"] = {side: worker.memory for side, worker in workers.items()}
-            share = forward_passes * operations * batch_size / seconds / peak
-            print(
-                f"    {name:8} {seconds * 1e3:8.1f} ms {batch_size / seconds:8.0f} images/s  {share:4.0%} of the matrix "
-                f"product's rate  {judged}"
-            )
-        print("    memory   " + ", ".join(f"{side} {memory:.0f} MiB" for side, memory in record["memory"].items()))
-    if args.sampling_steps and batch_size == args.batch_sizes[0]:
-        with start(ImageWork, PRESETS[preset], SAMPLES, device) as workers:
-            for steps in args.sampling_steps:
-                seconds, judged = timed(workers, min(args.rounds, 3), f"ddim-{steps}", "sample", steps)
-                print(f"    DDIM-{steps}, {SAMPLES} images: {seconds:.2f} s, {SAMPLES / seconds:.1f} images/s  {judged}")
-    return record
-
-
-def measure_points(args: Args, device: str, preset: str, peak: float, start: Start) -> list[dict[str, Any]]:
-    """Time an epoch of a preset of points with its own batch size."""
-    num, batch_size = PRESETS[preset].data.num, PRESETS[preset].train.batch_size
-    with start(PointsWork, PRESETS[preset], batch_size, device) as workers:
-        times = alternate(workers, args.rounds, "epoch")
-    seconds = float(np.median(times["mindspore"]))
-    step = seconds / math.ceil(num / batch_size)
-    print(f"\n{preset}: an epoch of {num} points, batch {batch_size}: {seconds * 1e3:.1f} ms, {step * 1e6:.0f} us a step")
-    print(f"    {verdict(times)}")
-    return [{"preset": preset, "batch_size": batch_size, "epoch": {"seconds": times, "ratio": ratio(times)}}]
-
-
-MEASURES |= {
-    "quick": measure_images,
-    "fashion-mnist": measure_images,
-    "fashion-mnist-resnet": measure_images,
-    "scurve": measure_points,
-    "scurve-seed": measure_points,
-}
-
-
-def measure_runs(args: Args, device: str) -> list[dict[str, Any]]:
+def measure_runs(args: Args) -> list[dict[str, Any]]:
     """Time how long each run takes to draw 64 images, decoding included, with the run's default guidance, in turns."""
-    runs = {name: load(name) for name in args.runs}
+    runs = {name: load(name, device=args.device) for name in args.runs}
     seconds: dict[tuple[str, int], list[float]] = {(name, steps): [] for name in runs for steps in args.sampling_steps}
     for turn in range(args.rounds + 1):  # the first compiles
         for (name, steps), found in seconds.items():
@@ -222,54 +190,6 @@ def measure_runs(args: Args, device: str) -> list[dict[str, Any]]:
     return records
 
 
-def count_operations(config: Any) -> int:
-    """Floating-point operations of one image's forward pass: those of convolutions, linear layers and attention products.
-
-    A multiplication with its addition counts as 2. A training step takes three times as many.
-    """
-    total = 0
-
-    def count(cell, inputs, output):
-        nonlocal total
-        if isinstance(cell, Attention | LinearAttention):
-            pixels, heads = int(np.prod(inputs[0].shape[2:])), cell.heads
-            width = cell.to_qkv.weight.shape[0] // 3  # heads times channels a head
-            total += 4 * pixels * width * (pixels if isinstance(cell, Attention) else width // heads)
-        else:
-            shape = inputs[0].shape if isinstance(cell, nn.Conv2dTranspose) else output.shape
-            total += 2 * cell.weight.size * int(np.prod(shape[2:], dtype=int))
-
-    net = config.model.build()
-    for _, cell in net.cells_and_names():
-        if isinstance(cell, nn.Conv2d | nn.Conv2dTranspose | nn.Dense | Attention | LinearAttention):
-            cell.register_forward_hook(count)
-    size = config.data.size
-    net(Tensor(np.zeros((1, config.model.channels, size, size), np.float32)), Tensor(np.zeros(1, np.int32)))
-    return total
-
-
-def matrix_peak(device: str, n: int = 2048) -> float:
-    """Floating-point operations per second of the product of two n x n float32 matrices; on the CPU by NumPy."""
-    a = np.random.default_rng(0).random((n, n), np.float32)
-    b = a if device == "CPU" else Tensor(a)
-    seconds = []
-    for _ in range(8):
-        start = time.perf_counter()
-        _ = b @ b if device == "CPU" else ops.matmul(b, b).asnumpy()
-        seconds.append(time.perf_counter() - start)
-    return 2 * n**3 / min(seconds)
-
-
-def pipeline_rate(batch_size: int = 64, steps: int = 300) -> float:
-    """Images per second of the training data pipeline."""
-    dataset = make_dataset(*load_images("fashion-mnist-mini", None, "train", 28, 1), batch_size, steps, flip=True)
-    rows = dataset.create_tuple_iterator(output_numpy=True, num_epochs=1)
-    next(rows)
-    start = time.perf_counter()
-    count = sum(len(row[0]) for row in rows)
-    return count / (time.perf_counter() - start)
-
-
 def machine(device: str) -> dict[str, Any]:
     """What the figures depend on."""
     try:
@@ -282,17 +202,15 @@ def machine(device: str) -> dict[str, Any]:
     return {"date": str(date.today()), "cpu": cpu, "cores": cores, "device": device, **versions}
 
 
-def run(args: Args, measurement: Callable[[Any, str], list[dict[str, Any]]]) -> int:
+def run(args: Any, measurement: Callable[[Any], list[dict[str, Any]]]) -> int:
     """Check the arguments, name the machine, measure, and write the figures to --json."""
     check_fields(args)
     if args.json and not Path(args.json).absolute().parent.is_dir():
         raise UserError(f"--json {args.json}: the folder does not exist; create it or choose another path")
-    device = set_device(args.device)
-    here = machine(device)
+    here = machine(set_device(args.device))
     print(", ".join(f"{key} {value}" for key, value in here.items()))
-    records = measurement(args, device)
+    text = json.dumps({"machine": here, "records": measurement(args)}, indent=1)
     if args.json:
-        text = json.dumps({"machine": here, "records": records}, indent=1)
         write(args.json, lambda file: file.write(text.encode()))
     return 0
 

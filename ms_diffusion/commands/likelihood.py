@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -67,7 +67,7 @@ def main(argv: Sequence[str]) -> int:
     timesteps = ode_timesteps(diffusion, args.steps) if ode else range(diffusion.num_timesteps)
     calls = 2 * len(timesteps) - 2 if ode else diffusion.num_timesteps
     bar = tqdm(total=-(-args.num // args.batch_size) * calls, unit="call", desc=args.method)
-    graph = make_divergence(diffusion, run.net) if ode else make_denoiser(diffusion, run.net)
+    graph: Callable = make_divergence(diffusion, run.net) if ode else make_denoiser(diffusion, run.net)
 
     def evaluate(n: np.ndarray, cond: list[Tensor]) -> list[np.ndarray]:
         """Images (B, C, H, W) of levels 0..255 -> the parts of their bits per dimension, (parts, B)."""

@@ -31,7 +31,7 @@ from ..runtime import allow_numpy_2
 
 allow_numpy_2()
 
-# MindSpore's C++ sets OMP_NUM_THREADS=1 for child processes, where it would look like the user's choice. This mark tells them.
+# MindSpore's C++ sets OMP_NUM_THREADS=1, which looks like the user's choice in a child process. This mark tells the child.
 MARK = "MS_DIFFUSION_OMP_NUM_THREADS_NOT_SET"
 OMP_FROM_MINDSPORE = MARK in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
 if "OMP_NUM_THREADS" not in os.environ:
@@ -200,7 +200,7 @@ class Convolution(nn.Cell):
         out = 1 if transposed else 0  # the weight's axis of output channels
         self.gradient = Operator(f"{name}_gradient", lambda dy, x, w, s: (x, w, [w[out]]), lambda dy, x, w, s: (x, w, w))
 
-    def construct(self, x, weight, bias):
+    def construct(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return self.forward(x, weight, bias, self.settings)
 
     def bprop(self, x, weight, bias, out, dout):
@@ -229,7 +229,7 @@ class NormConvolution(nn.Cell):
             lambda dy, x, g, h, n, w, s: (x, g, h, w, w),
         )
 
-    def construct(self, x, norm_weight, norm_bias, norm_settings, weight, bias):
+    def construct(self, x: Tensor, norm_weight, norm_bias, norm_settings, weight: Tensor, bias: Tensor) -> Tensor:
         return self.forward(x, norm_weight, norm_bias, norm_settings, weight, bias, self.settings)
 
     def bprop(self, x, norm_weight, norm_bias, norm_settings, weight, bias, out, dout):
@@ -254,7 +254,7 @@ class Conv2d(nn.Conv2d):
         if not has_bias:
             self.zeros = Tensor(np.zeros(c_out, np.float32))
 
-    def construct(self, x, norm_weight=None, norm_bias=None, norm_settings=None):
+    def construct(self, x: Tensor, norm_weight=None, norm_bias=None, norm_settings=None) -> Tensor:
         """The convolution of x, or of GroupNorm(x)."""
         if not self.in_float32:
             return super().construct(x)
@@ -271,7 +271,7 @@ class Conv2dTranspose(nn.Conv2dTranspose):
         super().__init__(c_in, c_out, kernel, stride, pad_mode="pad", padding=padding, has_bias=True)
         self.convolution, self.in_float32 = Convolution(stride, padding, 1, transposed=True), True
 
-    def construct(self, x):
+    def construct(self, x: Tensor) -> Tensor:
         return self.convolution(x, self.weight, self.bias) if self.in_float32 else super().construct(x)
 
 
@@ -285,7 +285,7 @@ class GroupNorm(nn.Cell):
         self.forward = Operator("group_norm", norm_shape, lambda x, w, b, s: x)
         self.gradient = Operator("group_norm_gradient", lambda dy, x, w, b, s: (x, w, b))
 
-    def construct(self, x, weight, bias):
+    def construct(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return self.forward(x, weight, bias, self.settings)
 
     def bprop(self, x, weight, bias, out, dout):
@@ -300,7 +300,7 @@ class Activation(nn.Cell):
         self.forward = Operator(name, lambda x: x)
         self.gradient = Operator(f"{name}_gradient", lambda x, dy: x)
 
-    def construct(self, x):
+    def construct(self, x: Tensor) -> Tensor:
         return self.forward(x)
 
     def bprop(self, x, out, dout):
@@ -325,7 +325,7 @@ class Linear(nn.Cell):
         self.forward = Operator("linear", shape, lambda x, *_: x)
         self.gradient = Operator("linear_gradient", lambda dy, x, w, s: (x, w, w[:1]), lambda dy, x, w, s: (x, w, w))
 
-    def construct(self, x, weight, bias, residual):
+    def construct(self, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> Tensor:
         if residual is None:
             return self.forward(x, weight, bias, self.settings)
         return self.forward(x, weight, bias, residual, self.settings)
@@ -351,7 +351,7 @@ class LinearAttention(nn.Cell):
         self.forward = Operator("linear_attention", shape, lambda x, s: x)
         self.gradient = Operator("linear_attention_gradient", lambda dy, x, s: x)
 
-    def construct(self, qkv):
+    def construct(self, qkv: Tensor) -> Tensor:
         return self.forward(qkv, self.settings)
 
     def bprop(self, qkv, out, dout):

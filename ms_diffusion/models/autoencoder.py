@@ -167,13 +167,6 @@ class AutoencoderConfig:
     groups: Annotated[int, AT_LEAST_1] = 32
     """Groups of GroupNorm; every level's channels must be divisible by it."""
 
-    def __post_init__(self):
-        if self.resolution % self.size_multiple:
-            raise ValueError(
-                f"a resolution of {self.resolution} cannot be halved {len(self.ch_mult) - 1} times: choose a multiple of "
-                f"{self.size_multiple}, or a shorter ch_mult"
-            )
-
     @property
     def size_multiple(self) -> int:
         """f, the ratio of image size to latent size: H and W of images must be divisible by it."""
@@ -300,12 +293,17 @@ class AutoencoderKL(nn.Cell):
 
     Raises:
         UserError: a field of the configuration is out of range.
-        ValueError: a width is not divisible by the groups.
+        ValueError: a width is not divisible by the groups, or the resolution by `size_multiple`.
     """
 
     def __init__(self, config: AutoencoderConfig = AutoencoderConfig(), seed: int = 0):
         super().__init__()
         check_fields(config, "")
+        if config.resolution % config.size_multiple:
+            raise ValueError(
+                f"a resolution of {config.resolution} cannot be halved {len(config.ch_mult) - 1} times: choose a multiple "
+                f"of {config.size_multiple}, or a shorter ch_mult"
+            )
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
         self.quant_conv = conv2d(2 * config.z_channels, 2 * config.embed_dim, 1)

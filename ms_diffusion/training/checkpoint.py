@@ -145,7 +145,7 @@ def best_checkpoint(run_dir: str | os.PathLike) -> Path | None:
     for folder in checkpoints(run_dir):
         with contextlib.suppress(UserError):
             scores[folder] = read_state(folder).get("fid")
-    return min((folder for folder in scores if scores[folder] is not None), key=scores.get, default=None)
+    return min((folder for folder in scores if scores[folder] is not None), key=lambda folder: scores[folder], default=None)
 
 
 def read_state(folder: Path) -> dict[str, Any]:

@@ -116,7 +116,7 @@ class Config:
 
     data: Any = field(default_factory=DataConfig)
     model: Any = None
-    train: Any = field(default_factory=TrainConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
     init_from: str | None = None
     """File of weights to start a new run from, ours, of CompVis or of diffusers: .safetensors, or .ckpt with PyTorch."""
     init_ema: bool = False
@@ -138,6 +138,10 @@ class Config:
     def task(self, data: Any = None) -> Any:
         """The `tasks.base.Task` that knows everything about this kind of run; `data` are arrays to train on."""
         raise NotImplementedError(f"{type(self).__name__} must define task()")
+
+    def with_data(self, data: Any) -> tuple[Any, Any]:
+        """The configuration for training data that a user passes to `train`, and the data as its task takes them."""
+        raise UserError(f"runs of {self.kind} take no data from Python: leave out data")
 
     def check(self) -> None:
         """Refuse values out of range, or that do not fit each other.
@@ -174,7 +178,7 @@ class DiffusionRunConfig(Config):
     """What all runs of a denoiser share."""
 
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
-    train: Any = field(default_factory=DiffusionTrainConfig)
+    train: DiffusionTrainConfig = field(default_factory=DiffusionTrainConfig)
 
     def check(self) -> None:
         super().check()

@@ -56,12 +56,12 @@ def train(
         run_dir, config = run_dir or f"runs/{config}", PRESETS[config]
     if run_dir is None:
         raise UserError("run_dir is missing: give the folder of the run")
-    config, given = override(config, **overrides), None
+    chosen, given = override(config, **overrides), None
     if data is not None:
-        config, given = config.with_data(data)
+        chosen, given = chosen.with_data(data)
     run_dir = Path(run_dir)
     name = set_device(device)
-    train_task(config.task(given), run_dir, name, stop or threading.Event(), on_save)
+    train_task(chosen.task(given), run_dir, name, stop or threading.Event(), on_save)
     return Run(run_dir)
 
 
@@ -93,49 +93,48 @@ def train_task(
         save(0)
     step, losses, preview, clock = start, [], None, time.perf_counter()
     rates = task.optimizer.learning_rate(Tensor(np.arange(train.total_steps, dtype=np.int32))).asnumpy()
-    bar = tqdm(total=train.total_steps, initial=start, unit="step", disable=rank > 0, dynamic_ncols=True)
-    bar.set_postfix_str("compiling" if start < train.total_steps else "finished")
-    for batch in task.batches():
-        loss, norm, extras = task.advance(batch, step)
-        losses.append(loss)
-        step += task.steps_per_call
-        bar.update(task.steps_per_call)
-        last = step == train.total_steps
-        if step % train.log_every == 0 or last or stop.is_set():
-            mean = float(np.mean([value.asnumpy() for value in losses]))
-            rate = len(losses) * task.steps_per_call * train.batch_size * world_size / (time.perf_counter() - clock)
-            if not np.isfinite(mean):
-                raise UserError(
-                    f"the loss is {mean} at step {step}: resume from the last checkpoint with a lower --train.lr"
-                )
-            bar.set_postfix_str(f"loss {mean:.4f}, {rate:.0f} {task.unit}/s")
-            if metrics:
-                metrics.append(
-                    step=step,
-                    loss=mean,
-                    grad_norm=float(norm.asnumpy()),
-                    lr=float(rates[step - 1]),
-                    img_per_s=rate,
-                    epoch=step / steps_per_epoch,
-                    **{name: float(value.asnumpy()) for name, value in extras.items()},
-                )
-            losses, clock = [], time.perf_counter()
-        if stop.is_set():
-            break
-        if metrics and (step % train.sample_every == 0 or last):
-            bar.set_postfix_str("sampling")
-            preview = task.preview(step)
-            clock = time.perf_counter()
-        fid, is_best = task.score(step), False
-        if metrics and fid is not None:
-            best = best_checkpoint(run_dir)
-            metrics.append(step=step, fid=fid)
-            is_best = best is None or fid < read_state(best)["fid"]
-            clock = time.perf_counter()
-        if step % train.save_every == 0 or last or is_best:
-            save(step, fid)
-            clock = time.perf_counter()
-    bar.close()
+    with tqdm(total=train.total_steps, initial=start, unit="step", disable=rank > 0, dynamic_ncols=True) as bar:
+        bar.set_postfix_str("compiling" if start < train.total_steps else "finished")
+        for batch in task.batches():
+            loss, norm, extras = task.advance(batch, step)
+            losses.append(loss)
+            step += task.steps_per_call
+            bar.update(task.steps_per_call)
+            last = step == train.total_steps
+            if step % train.log_every == 0 or last or stop.is_set():
+                mean = float(np.mean([value.asnumpy() for value in losses]))
+                rate = len(losses) * task.steps_per_call * train.batch_size * world_size / (time.perf_counter() - clock)
+                if not np.isfinite(mean):
+                    raise UserError(
+                        f"the loss is {mean} at step {step}: resume from the last checkpoint with a lower --train.lr"
+                    )
+                bar.set_postfix_str(f"loss {mean:.4f}, {rate:.0f} {task.unit}/s")
+                if metrics:
+                    metrics.append(
+                        step=step,
+                        loss=mean,
+                        grad_norm=float(norm.asnumpy()),
+                        lr=float(rates[step - 1]),
+                        img_per_s=rate,
+                        epoch=step / steps_per_epoch,
+                        **{name: float(value.asnumpy()) for name, value in extras.items()},
+                    )
+                losses, clock = [], time.perf_counter()
+            if stop.is_set():
+                break
+            if metrics and (step % train.sample_every == 0 or last):
+                bar.set_postfix_str("sampling")
+                preview = task.preview(step)
+                clock = time.perf_counter()
+            fid, is_best = task.score(step), False
+            if metrics and fid is not None:
+                best = best_checkpoint(run_dir)
+                metrics.append(step=step, fid=fid)
+                is_best = best is None or fid < read_state(best)["fid"]
+                clock = time.perf_counter()
+            if step % train.save_every == 0 or last or is_best:
+                save(step, fid)
+                clock = time.perf_counter()
     if stop.is_set() and step > start:
         save(step)
     elif rank == 0 and not stop.is_set():

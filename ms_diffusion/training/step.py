@@ -79,7 +79,9 @@ def average_after_training(steps: Sequence[int], lengths: Sequence[float], step:
     """The coefficients (N,) with which N averages, saved at `steps` with `lengths`, sum to nearly the average of `length` at
     `step`: least squares between the functions of time that weight the weights (Karras et al. 2024, section 3.2)."""
 
-    def product(step_a, gamma_a, step_b, gamma_b):  # the integral of the product of two such functions
+    def product(
+        step_a: Any, gamma_a: Any, step_b: Any, gamma_b: Any
+    ) -> np.ndarray:  # integral of two such functions' product
         ratio = np.minimum(step_a / step_b, step_b / step_a) ** np.where(step_a < step_b, gamma_b, gamma_a)
         scale = (gamma_a + 1) * (gamma_b + 1) / (gamma_a + gamma_b + 1)
         return scale * ratio / np.maximum(step_a, step_b)
@@ -115,17 +117,17 @@ sum_of_squares, scale, move_average = (ops.MultitypeFuncGraph(name) for name in 
 
 
 @sum_of_squares.register("Tensor")
-def _sum_of_squares(gradient):
+def _sum_of_squares(gradient: Tensor) -> Tensor:
     return ops.square(gradient).sum()
 
 
 @scale.register("Tensor", "Tensor")
-def _scale(factor, gradient):
+def _scale(factor: Tensor, gradient: Tensor) -> Tensor:
     return gradient * factor
 
 
 @move_average.register("Tensor", "Tensor", "Tensor", "Tensor")
-def _move_average(decay, after, average, source):
+def _move_average(decay: Tensor, after: Tensor, average: Tensor, source: Tensor) -> Tensor:
     """Update the average with the value that `source` has once `after` is computed."""
     new = ops.depend(source, after)
     return ops.assign(average, new + decay * (average - new))
@@ -166,14 +168,14 @@ def make_train_step(
     parameters = optimizer.parameters
     reduce_gradients = nn.DistributedGradReducer(parameters, mean=True, degree=world_size) if world_size > 1 else None
 
-    def scaled_loss(*batch):
+    def scaled_loss(*batch: Tensor | None) -> tuple[Tensor, Any]:
         loss, aux = loss_fn(*batch) if has_aux else (loss_fn(*batch), ())
         return loss if loss_scaler is None else loss_scaler.scale(loss), aux
 
     loss_and_gradients = ms.value_and_grad(scaled_loss, None, parameters, has_aux=True)
     fused = kernels.adam(optimizer, clip_norm, ema) if kernels.adam_available() else None
 
-    def update(loss, gradients):
+    def update(loss: Tensor, gradients: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         if fused is not None:
             return loss, fused(gradients)
         norm = ops.sqrt(ops.addn(each(sum_of_squares, gradients)))
@@ -183,12 +185,12 @@ def make_train_step(
             loss = update_average(ema, loss)
         return loss, norm
 
-    def update_average(average, loss):
+    def update_average(average: EMA, loss: Tensor) -> Tensor:
         n = ops.cast(ops.depend(optimizer.global_step, loss), ms.float32).reshape(())
         moved = each(partial(move_average, average.decay_after(n), loss), average.averages, average.sources)
         return ops.depend(loss, moved)
 
-    def step(*batch):
+    def step(*batch: Tensor | None) -> tuple[Any, ...]:
         (loss, aux), gradients = loss_and_gradients(*batch)
         if reduce_gradients is not None:
             gradients = reduce_gradients(gradients)
@@ -203,17 +205,17 @@ def make_train_step(
             loss = ops.depend(loss, loss_scaler.adjust(finite))
         return (loss, norm, aux) if has_aux else (loss, norm)
 
-    def repeat(count, *batches):
+    def repeat(count: Tensor, *batches: Tensor | None) -> tuple[Tensor, Tensor]:
         i, total, norm = Tensor(0, ms.int32), Tensor(0.0, ms.float32), Tensor(0.0, ms.float32)
         while i < count:  # a loop in the graph, because both are Tensors
             batch = ()
             for values in batches:
                 batch = batch + (None if values is None else ops.gather(values, i, 0),)
-            loss, norm = step(*batch)
+            loss, norm = step(*batch)[:2]
             total, i = total + loss, i + 1
         return total / steps_per_call, norm
 
-    def update_extra_averages(loss):
+    def update_extra_averages(loss: Tensor) -> Tensor:
         for average in extra_emas:
             loss = update_average(average, loss)
         return loss

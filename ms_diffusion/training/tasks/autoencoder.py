@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from PIL import Image
 
 import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
@@ -27,8 +26,8 @@ from ..checkpoint import Checkpoint
 from ..config import Config, DataConfig, TrainConfig
 from ..runs import Run
 from ..step import EMA, make_optimizer, make_train_step
-from .base import Request, Task, load_initial_weights
-from .images import ImageData, check_image_size, load_training_images, show_images
+from .base import Arrays, Request, Task, load_initial_weights
+from .images import ImageData, Images, check_image_size
 
 BETA = Bounds(0, 1, low_open=True, high_open=True)
 
@@ -92,7 +91,7 @@ class AutoencoderRunConfig(ImageData, Config):
             raise UserError("LPIPS needs both --train.vgg and --train.lpips")
 
 
-class AutoencoderTask(Task):
+class AutoencoderTask(Images, Task):
     """An AutoencoderKL on images, with LPIPS and a discriminator of patches."""
 
     config: AutoencoderRunConfig
@@ -142,14 +141,11 @@ class AutoencoderTask(Task):
             self.adversarial_step = make_train_step(adversarial, self.optimizer, ema, has_aux=True, **options)
             self.discriminator_step = make_train_step(d_loss, d_optimizer, **options)
 
-    def load_data(self) -> tuple[np.ndarray, np.ndarray]:
-        return load_training_images(self)
-
-    def draw_batch(self, x: np.ndarray, labels: np.ndarray, step: int) -> dict[str, np.ndarray]:
+    def draw_batch(self, x: np.ndarray, labels: np.ndarray, step: int) -> Arrays:
         rng = np.random.default_rng((self.config.train.seed, Stream.NOISE, self.rank, step))
         return {"x": x, "noise": rng.standard_normal((len(x), *self.latent_shape), np.float32)}
 
-    def advance(self, batch: dict[str, np.ndarray], step: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def advance(self, batch: Arrays, step: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         train, x, noise = self.config.train, Tensor(batch["x"]), Tensor(batch["noise"])
         if not self.discriminator or step < train.disc_start:
             loss, norm, _ = self.likelihood_step(x, noise)
@@ -171,17 +167,11 @@ class AutoencoderTask(Task):
             "diffusion": f"train --preset latent --first-stage {self.run_dir}",
         }
 
-    def show(self, x: np.ndarray) -> Image.Image:
-        return show_images(x)
-
     def render(self, run: Run, request: Request, folder: Path) -> list[Path]:
         raise UserError(
             f"{run.name} is an autoencoder: score it with {command('evaluate')}, or train on its latents with "
             f"{command('train')} --preset latent --first-stage {run.name}"
         )
-
-    def image_format(self) -> tuple[int, int]:
-        return self.config.data.size, self.config.model.channels
 
     def samples_to_score(self, run: Run, sampling: Sampling, num: int, reference: Reference) -> tuple[Samples, np.ndarray]:
         originals, labels = choose(*reference.splits["test"], num)
@@ -249,7 +239,7 @@ def perceptual_distance(config: AutoencoderRunConfig) -> Callable | None:
     train = config.train
     if not train.perceptual_weight:
         return None
-    if train.vgg:
+    if train.vgg and train.lpips:
         return load_lpips(train.vgg, train.lpips)
     if (config.model.channels, config.data.size) in ((1, 28), (1, 32)):
         return classifier_distance(load_classifier())

@@ -26,6 +26,8 @@ from ..config import Config
 if TYPE_CHECKING:
     from ..runs import Run
 
+Arrays = dict[str, np.ndarray]
+
 
 @dataclass
 class Request:
@@ -135,7 +137,7 @@ class Task:
     def start_step(self) -> int:
         return self.state["step"] if self.state else 0
 
-    def batches(self) -> Iterator[dict[str, np.ndarray]]:
+    def batches(self) -> Iterator[Arrays]:
         """The batches from the step after the checkpoint on: named arrays, drawn from (seed, stream, rank, step) alone.
 
         Each is of `steps_per_call` steps, (steps_per_call, B, ...) where these are more than one.
@@ -143,18 +145,8 @@ class Task:
         train, count = self.config.train, self.steps_per_call
         if self.start_step >= train.total_steps:
             return
-        rows = make_dataset(
-            self.data,
-            self.labels,
-            train.batch_size,
-            train.total_steps,
-            self.start_step,
-            train.seed,
-            self.flip,
-            self.rank,
-            self.world_size,
-            count,
-        )
+        options = (train.batch_size, train.total_steps, self.start_step, train.seed, self.flip, self.rank, self.world_size)
+        rows = make_dataset(self.data, self.labels, *options, count)
         for i, (x, labels) in enumerate(rows.create_tuple_iterator(num_epochs=1, output_numpy=True)):
             step = self.start_step + i * count
             if count == 1:
@@ -163,11 +155,11 @@ class Task:
                 drawn = [self.draw_batch(x[k], labels[k], step + k) for k in range(count)]
                 yield {name: np.stack([batch[name] for batch in drawn]) for name in drawn[0]}
 
-    def draw_batch(self, x: np.ndarray, labels: np.ndarray, step: int) -> dict[str, np.ndarray]:
+    def draw_batch(self, x: np.ndarray, labels: np.ndarray, step: int) -> Arrays:
         """What the compiled step takes, from data x (B, ...) and labels (B,)."""
         raise NotImplementedError
 
-    def advance(self, batch: dict[str, np.ndarray], step: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def advance(self, batch: Arrays, step: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Train on a batch of `batches`: loss (), gradient norm (), and other values to log, by name."""
         raise NotImplementedError
 
@@ -194,7 +186,7 @@ class Task:
 
     def conditions(
         self, num: int, labels: Any = None, prompt: str | None = None, pictures: np.ndarray | None = None, seed: int = 0
-    ) -> dict[str, np.ndarray]:
+    ) -> Arrays:
         """What the network is conditioned on for `num` samples: arrays (num, ...) by the names in `cond_fields`.
 
         Args:
@@ -239,7 +231,7 @@ class Task:
         """Images to score against `reference`, and the originals of which they are reconstructions, or None."""
         raise NotImplementedError
 
-    def likelihood_data(self, split: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    def likelihood_data(self, split: str) -> tuple[np.ndarray, Arrays]:
         """Images (N, H, W, C) uint8 of a split, and the network's conditions for them."""
         raise UserError(f"the likelihood is that of images in pixel space, and this run is one of {self.config.kind}")
 

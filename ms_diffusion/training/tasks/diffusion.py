@@ -23,12 +23,15 @@ from ...runtime import UserError
 from ...sampling import Generator, Sampling
 from ..checkpoint import Checkpoint
 from ..step import EMA, make_optimizer, make_train_step
-from .base import Task, load_initial_weights
+from .base import Arrays, Task, load_initial_weights
 
 
 class DiffusionTask(Task):
     """A denoiser and its process. A kind adds data, `shape`, conditions and pictures."""
 
+    config: Any
+    net: nn.Cell
+    diffusion: GaussianDiffusion
     shape: tuple[int, ...]  # of one x that is diffused
     clip_denoised = True  # whether the data are known to lie in [-1, 1]
     null_label: int | None = None  # the label or token for "no condition"; None where the network has no such condition
@@ -37,7 +40,7 @@ class DiffusionTask(Task):
     cond_fields: tuple[str, ...] = ()  # names of the network's conditions, in its order
 
     def build_parts(self) -> tuple[nn.Cell, GaussianDiffusion]:
-        config: Any = self.config
+        config = self.config
         return config.model.build(config.train.seed), config.diffusion.build(self.clip_denoised)
 
     def generator(self, net: nn.Cell, diffusion: GaussianDiffusion) -> Generator:
@@ -47,7 +50,9 @@ class DiffusionTask(Task):
 
     def make_networks(self, device: str) -> None:
         config, train = self.config, self.config.train
-        self.net, self.diffusion = self.build()
+        self.net, diffusion = self.build()
+        assert diffusion
+        self.diffusion = diffusion
         T = self.diffusion.num_timesteps
         self.loaded = load_initial_weights(config, self.run_dir, self.net)
         self.preview_sampling = Sampling(sampler="ddpm", steps=train.sample_steps).resolve(self)
@@ -60,9 +65,8 @@ class DiffusionTask(Task):
             if config.precision == "fp16":
                 loss_scaler = ms.amp.DynamicLossScaler(scale_value=2.0**16, scale_factor=2, scale_window=2000)
 
-        ema = EMA(self.net, train.ema_decay)
-        extra_emas = [EMA(self.net, length=length) for length in train.ema_lengths]
-        self.average = self.generator(ema.net, self.diffusion)
+        self.ema, extra_emas = EMA(self.net, train.ema_decay), [EMA(self.net, length=each) for each in train.ema_lengths]
+        self.average = self.generator(self.ema.net, self.diffusion)
         self.net.set_train()  # after the averages are copied, which stay in evaluation mode
         self.logvar = Parameter(Tensor(np.zeros(T, np.float32)), name="logvar") if train.learn_logvar else None
         extra = [self.logvar] if train.learn_logvar else []
@@ -71,41 +75,19 @@ class DiffusionTask(Task):
         )
         self.importance = ImportanceTimesteps(T) if train.timestep_sampling == "importance" else None
         parameters = self.importance.parameters if self.importance else []
-        self.checkpoint = Checkpoint(
-            self.run_dir,
-            self.net,
-            self.optimizer,
-            ema,
-            loss_scaler=loss_scaler,
-            keep=train.keep_checkpoints,
-            extra_parameters=parameters,
-            extra_emas=extra_emas,
-        )
-        self.step_parts = ema, extra_emas, loss_scaler
+        self.step_options = {"extra_emas": extra_emas, "loss_scaler": loss_scaler}
+        kept = {"extra_parameters": parameters, "keep": train.keep_checkpoints, **self.step_options}
+        self.checkpoint = Checkpoint(self.run_dir, self.net, self.optimizer, self.ema, **kept)
+        self.step_options |= {"clip_norm": train.clip_norm, "world_size": self.world_size, "has_aux": bool(self.importance)}
 
     def prepare(self) -> None:
-        train = self.config.train
-        ema, extra_emas, loss_scaler = self.step_parts
-        if not (self.importance or extra_emas or loss_scaler):  # these need the host, or a graph of their own, each step
-            every = (
-                train.total_steps,
-                train.log_every,
-                train.sample_every,
-                train.save_every,
-                getattr(train, "score_every", 0),
-            )
-            self.steps_per_call = math.gcd(train.steps_per_call, *every, self.start_step)
-        self.train_step = make_train_step(
-            self.make_loss(),
-            self.optimizer,
-            ema,
-            clip_norm=train.clip_norm,
-            loss_scaler=loss_scaler,
-            world_size=self.world_size,
-            has_aux=self.importance is not None,
-            extra_emas=extra_emas,
-            steps_per_call=self.steps_per_call,
-        )
+        train, options = self.config.train, self.step_options
+        if not (options["has_aux"] or options["extra_emas"] or options["loss_scaler"]):  # these need the host each step
+            every = "total_steps", "log_every", "sample_every", "save_every", "score_every"
+            counts = [getattr(train, name, 0) for name in every]
+            self.steps_per_call = math.gcd(train.steps_per_call, self.start_step, *counts)
+        options["steps_per_call"] = self.steps_per_call
+        self.train_step = make_train_step(self.make_loss(), self.optimizer, self.ema, **options)
 
     def make_x_start(self) -> Callable:
         """A function for the graph, from a batch's x_start and latent_noise to the x_0 that is diffused."""
@@ -139,7 +121,7 @@ class DiffusionTask(Task):
 
         return loss_fn
 
-    def draw_batch(self, x: np.ndarray, labels: np.ndarray, step: int) -> dict[str, np.ndarray]:
+    def draw_batch(self, x: np.ndarray, labels: np.ndarray, step: int) -> Arrays:
         train, T = self.config.train, self.diffusion.num_timesteps
         rng = np.random.default_rng((train.seed, Stream.NOISE, self.rank, step))
         batch = {"x_start": x}
@@ -152,15 +134,13 @@ class DiffusionTask(Task):
         batch["noise"] = offset_noise(rng, (train.batch_size, *self.shape), train.offset_noise)
         return batch | self.draw_conditions(rng, batch, labels)
 
-    def draw_conditions(
-        self, rng: np.random.Generator, batch: dict[str, np.ndarray], labels: np.ndarray
-    ) -> dict[str, np.ndarray]:
+    def draw_conditions(self, rng: np.random.Generator, batch: Arrays, labels: np.ndarray) -> Arrays:
         """The other fields of a batch, drawn from `rng`."""
         if not self.self_condition:
             return {}
         return {"self_cond_mask": rng.integers(0, 2, len(labels)).astype(np.float32)}
 
-    def advance(self, batch: dict[str, np.ndarray], step: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def advance(self, batch: Arrays, step: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         loss, norm, *aux = self.train_step(**{name: Tensor(values) for name, values in batch.items()})
         if self.importance:
             self.importance.update(batch["t"], aux[0].asnumpy())
@@ -168,7 +148,7 @@ class DiffusionTask(Task):
 
     # Samples of the average
 
-    def preview_conditions(self, num: int) -> dict[str, np.ndarray]:
+    def preview_conditions(self, num: int) -> Arrays:
         return self.conditions(num)
 
     def draw(self, num: int, sampling: Sampling | None = None, batch_size: int = 64) -> np.ndarray:
@@ -176,6 +156,6 @@ class DiffusionTask(Task):
         sampling = replace(sampling or self.preview_sampling, seed=self.config.train.seed, batch_size=batch_size)
         return self.decode(self.average.draw(sampling, num, self.in_order(self.preview_conditions(num))))
 
-    def in_order(self, conditions: dict[str, np.ndarray]) -> list[np.ndarray]:
+    def in_order(self, conditions: Arrays) -> list[np.ndarray]:
         """Conditions by name -> in the network's order."""
         return [conditions[name] for name in self.cond_fields]

@@ -120,8 +120,8 @@ def plan_interpolate(task: Any, run: "Run", request: Request, made: Plan) -> Non
     cond = [Tensor(values[:1].repeat(2, 0)) for values in task.in_order(made.cond)]
     denoise = run.generator.denoiser(made.sampling)
     denoise = with_self_conditioning(denoise) if task.self_condition else denoise
-    ends = invert_ddim(lambda x, t: denoise(x, t, *cond), Tensor(given), run.diffusion, made.timesteps).asnumpy()
-    made.start = np.stack([slerp(*ends, share) for share in np.linspace(0, 1, made.num)])
+    first, last = invert_ddim(lambda x, t: denoise(x, t, *cond), Tensor(given), run.diffusion, made.timesteps).asnumpy()
+    made.start = np.stack([slerp(first, last, share) for share in np.linspace(0, 1, made.num)])
 
     def arrange(x: np.ndarray) -> np.ndarray:
         errors = rms(x[0], given[0]), rms(x[-1], given[1])
@@ -137,7 +137,7 @@ def read_images(task: Any, names: Any, channels: int | None = None) -> np.ndarra
     Raises:
         UserError: one of them cannot be read.
     """
-    size, channels = task.config.data.size, channels or task.config.model.channels
+    size, channels = task.config.data.size, int(channels or task.config.model.channels)
     test = task.test_images() if any(name.startswith("test:") for name in names) else ()
     found = []
     for name in names:

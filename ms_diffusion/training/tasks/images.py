@@ -20,7 +20,7 @@ from ...metrics.scores import Reference, Samples
 from ...models.classifier import Classifier
 from ...runtime import UserError, command
 from ...sampling import Sampling
-from .base import Request
+from .base import Arrays, Request
 from .diffusion import DiffusionTask
 
 if TYPE_CHECKING:
@@ -56,12 +56,8 @@ class ImageData:
         if labels.shape != pictures.shape[:1] or labels.dtype.kind not in "iu":
             raise UserError(f"labels must be {len(pictures)} integers, these are {labels.shape} of {labels.dtype}")
         size, channels = pictures.shape[2:]
-        config = replace(config, data=replace(config.data, name="arrays", size=size))
-        return config.with_channels(channels), (pictures, labels.astype(np.int32))
-
-    def with_channels(self, channels: int) -> Any:
-        config: Any = self
-        return replace(config, model=replace(config.model, channels=channels))
+        data, model = replace(config.data, name="arrays", size=size), replace(config.model, channels=channels)
+        return replace(config, data=data, model=model), (pictures, labels.astype(np.int32))
 
 
 @dataclass
@@ -70,7 +66,7 @@ class Plan:
 
     num: int
     sampling: Sampling
-    cond: dict[str, np.ndarray]
+    cond: Arrays
     labels: np.ndarray | None = None
     """Classes (num,) of the samples, if they have any."""
     columns: int | None = None
@@ -86,26 +82,32 @@ class Plan:
     """From the samples (num, C, H, W) to the images of the grid."""
 
 
-def load_training_images(task: Any) -> tuple[np.ndarray, np.ndarray]:
-    """The images (N, H, W, C) uint8 and labels that a task of images trains on."""
-    if task.given_data is not None:
-        return task.given_data
-    data = task.config.data
-    return load_images(data.name, data.dir, "train", data.size, task.config.model.channels)
-
-
-def show_images(x: np.ndarray) -> Image.Image:
-    """Images (N, H, W, C) uint8 as one grid."""
-    return images.show_grid(x)
-
-
-class ImageTask(DiffusionTask):
-    """Images of a data set, perhaps with classes."""
+class Images:
+    """What tasks of images share, those of an autoencoder too."""
 
     config: Any
+    given_data: Any
+
+    def load_data(self) -> tuple[np.ndarray, np.ndarray]:
+        return self.load_split("train") if self.given_data is None else self.given_data
+
+    def load_split(self, split: str) -> tuple[np.ndarray, np.ndarray]:
+        """Images (N, H, W, C) uint8 and labels (N,) int32 of the run's data set."""
+        data = self.config.data
+        return load_images(data.name, data.dir, split, *self.image_format())
+
+    def image_format(self) -> tuple[int, int]:
+        return self.config.data.size, self.config.model.channels
+
+    def show(self, x: np.ndarray) -> Image.Image:
+        return images.show_grid(x)
+
+
+class ImageTask(Images, DiffusionTask):
+    """Images of a data set, perhaps with classes."""
 
     @property
-    def num_classes(self) -> int | None:
+    def num_classes(self) -> Any:
         """Number of classes that the network is conditioned on, by label or caption; None without."""
         return self.config.model.num_classes
 
@@ -115,9 +117,6 @@ class ImageTask(DiffusionTask):
         return names if names and len(names) == self.num_classes else None
 
     # Training
-
-    def load_data(self) -> tuple[np.ndarray, np.ndarray]:
-        return load_training_images(self)
 
     def check_data(self) -> None:
         if self.num_classes is not None and self.labels.max() >= self.num_classes:
@@ -164,12 +163,12 @@ class ImageTask(DiffusionTask):
 
     def conditions(
         self, num: int, labels: Any = None, prompt: str | None = None, pictures: np.ndarray | None = None, seed: int = 0
-    ) -> dict[str, np.ndarray]:
+    ) -> Arrays:
         if pictures is not None:
             raise UserError("this run has no image condition, which --image needs: leave it out")
         return self.class_conditions(num, labels, prompt)
 
-    def class_conditions(self, num: int, labels: Any = None, prompt: str | None = None) -> dict[str, np.ndarray]:
+    def class_conditions(self, num: int, labels: Any = None, prompt: str | None = None) -> Arrays:
         """The class or caption of each sample."""
         if prompt is not None:
             raise UserError(
@@ -204,14 +203,11 @@ class ImageTask(DiffusionTask):
         names = [each.lower() for each in self.class_names or ()]
         if name.lower() in names:
             return names.index(name.lower())
-        choices = f"from 0 to {self.num_classes - 1}" + (f", or one of {', '.join(self.class_names)}" if names else "")
+        choices = f"from 0 to {self.num_classes - 1}" + (f", or one of {', '.join(self.class_names or ())}" if names else "")
         raise UserError(f"--class {name}: choose {choices}")
 
     def to_output(self, x: np.ndarray) -> np.ndarray:
         return images.to_uint8(x)
-
-    def show(self, x: np.ndarray) -> Image.Image:
-        return show_images(x)
 
     def render(self, run: "Run", request: Request, folder: Path) -> list[Path]:
         plan = self.plan(run, request)
@@ -246,9 +242,10 @@ class ImageTask(DiffusionTask):
             images.save_grid(request.denoise_row, np.stack(rows, 1).reshape(-1, *rows[0].shape[1:]), len(rows))
             written.append(Path(request.denoise_row))
         if request.npz:
-            classes = plan.labels is not None and plan.labels.max() < self.num_classes
-            labels = {"labels": plan.labels} if classes else {}
-            write(request.npz, lambda f: np.savez_compressed(f, images=images.to_uint8(x), **labels))
+            arrays = {"images": images.to_uint8(x)}
+            if plan.labels is not None and plan.labels.max() < self.num_classes:
+                arrays["labels"] = plan.labels
+            write(request.npz, lambda f: np.savez_compressed(f, **arrays))
             written.append(Path(request.npz))
         return written
 
@@ -287,9 +284,6 @@ class ImageTask(DiffusionTask):
         return self.class_names[label]
 
     # Scores
-
-    def image_format(self) -> tuple[int, int]:
-        return self.config.data.size, self.config.model.channels
 
     def samples_to_score(
         self, run: "Run", sampling: Sampling, num: int, reference: Reference

@@ -22,6 +22,7 @@ from ..checkpoint import read_state
 from ..config import Config, DataConfig, DiffusionRunConfig, ImageTrainConfig
 from ..runs import run_folders
 from .autoencoder import load_first_stage, save_reconstructions
+from .base import Arrays
 from .images import ImageData, ImageTask, check_image_size, check_scored
 
 
@@ -104,9 +105,7 @@ class LatentTask(ImageTask):
         scale = self.first_stage.scale
         return lambda moments, noise: scale * gaussian_sample(moments, noise)
 
-    def draw_conditions(
-        self, rng: np.random.Generator, batch: dict[str, np.ndarray], labels: np.ndarray
-    ) -> dict[str, np.ndarray]:
+    def draw_conditions(self, rng: np.random.Generator, batch: Arrays, labels: np.ndarray) -> Arrays:
         drawn = {"latent_noise": rng.standard_normal(batch["noise"].shape, np.float32)}
         if self.null_label is not None:
             dropout = self.config.train.label_dropout
@@ -133,13 +132,13 @@ class CaptionTask(LatentTask):
     """A UNetModel on latents, conditioned on captions of Fashion-MNIST's classes."""
 
     @property
-    def num_classes(self) -> int | None:
+    def num_classes(self) -> Any:
         return len(CAPTIONS)
 
     def draw_labels(self, rng: np.random.Generator, labels: np.ndarray) -> np.ndarray:
         return draw_captions(rng, labels)
 
-    def class_conditions(self, num: int, labels: Any = None, prompt: str | None = None) -> dict[str, np.ndarray]:
+    def class_conditions(self, num: int, labels: Any = None, prompt: str | None = None) -> Arrays:
         if prompt is not None:
             return {"tokens": tokens([prompt] * num)}
         if isinstance(labels, np.ndarray) and labels.ndim == 2:
@@ -166,7 +165,7 @@ def resolve_first_stage(config: LatentConfig, run: Path, rank: int = 0) -> First
             f"{command('train')} --preset autoencoder"
         )
     if given:
-        folder, home = run_folders(Path(given))
+        folder = run_folders(Path(given))[0]
         hashes = [read_state(f)["sha256"]["ema.safetensors"] for f in (folder, *[kept] * is_kept)]
         if len(set(hashes)) > 1:
             raise UserError(f"--first-stage {given} is not the first stage that the run in {run} has kept: leave it out")
@@ -188,6 +187,7 @@ def resolve_first_stage(config: LatentConfig, run: Path, rank: int = 0) -> First
             "--model.channels and --data.size to fit"
         )
     if not is_kept and rank == 0:
+        folder, home = run_folders(source)
         state = {"step": read_state(folder)["step"], "sha256": {}}
         for path in (home / "config.json", folder / "ema.safetensors"):
             content = path.read_bytes()

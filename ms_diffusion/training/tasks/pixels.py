@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...data.batches import load_images
 from ...data.conditions import condition_channels, condition_image
 from ...images import to_float
 from ...models.unet import UnetConfig
@@ -13,7 +12,7 @@ from ...randomness import Stream, drop_labels
 from ...runtime import UserError
 from ..config import DataConfig, DiffusionRunConfig, ImageTrainConfig
 from . import edits
-from .base import Request
+from .base import Arrays, Request
 from .images import ImageData, ImageTask, Plan, check_image_size, check_scored
 
 if TYPE_CHECKING:
@@ -57,9 +56,7 @@ class PixelTask(ImageTask):
         self.null_label, self.self_condition = model.null_label, model.self_condition
         self.cond_fields, self.flip = model.cond_fields, config.data.flip
 
-    def draw_conditions(
-        self, rng: np.random.Generator, batch: dict[str, np.ndarray], labels: np.ndarray
-    ) -> dict[str, np.ndarray]:
+    def draw_conditions(self, rng: np.random.Generator, batch: Arrays, labels: np.ndarray) -> Arrays:
         drawn = super().draw_conditions(rng, batch, labels)
         if self.null_label is not None:
             drawn["labels"] = drop_labels(rng, labels, self.config.train.label_dropout, self.null_label)
@@ -71,7 +68,7 @@ class PixelTask(ImageTask):
         """The image condition (B, cond_channels, H, W) of images x (B, C, H, W)."""
         return condition_image(self.config.data.condition, x, self.config.data.lowres_size, rng)
 
-    def preview_conditions(self, num: int) -> dict[str, np.ndarray]:
+    def preview_conditions(self, num: int) -> Arrays:
         cond = self.class_conditions(num)
         if "cond_image" in self.cond_fields:
             originals = to_float(self.originals[np.arange(num) % len(self.originals)])
@@ -80,7 +77,7 @@ class PixelTask(ImageTask):
 
     def conditions(
         self, num: int, labels: Any = None, prompt: str | None = None, pictures: np.ndarray | None = None, seed: int = 0
-    ) -> dict[str, np.ndarray]:
+    ) -> Arrays:
         if "cond_image" not in self.cond_fields:
             return super().conditions(num, labels, prompt, pictures)
         originals = self.test_images()[:num] if pictures is None else pictures
@@ -90,8 +87,7 @@ class PixelTask(ImageTask):
 
     def test_images(self) -> np.ndarray:
         """The run's test images (N, H, W, C) uint8."""
-        data = self.config.data
-        return load_images(data.name, data.dir, "test", data.size, self.config.model.channels)[0]
+        return self.load_split("test")[0]
 
     def plan(self, run: "Run", request: Request) -> Plan:
         return edits.plan(self, run, request)
@@ -104,9 +100,8 @@ class PixelTask(ImageTask):
             )
         return super().samples_to_score(run, *args)
 
-    def likelihood_data(self, split: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    def likelihood_data(self, split: str) -> tuple[np.ndarray, Arrays]:
         if "cond_image" in self.cond_fields or self.self_condition:
             raise UserError("the likelihood is not defined for a network with an image condition or self-conditioning")
-        data = self.config.data
-        pictures, labels = load_images(data.name, data.dir, split, data.size, self.config.model.channels)
+        pictures, labels = self.load_split(split)
         return pictures, {} if self.null_label is None else {"labels": labels}

@@ -132,7 +132,7 @@ class PointsTask(DiffusionTask):
 
         def draw(sampler: Any, timesteps: list[int], n: int) -> tuple[np.ndarray, np.ndarray]:
             """Points (n, 2), and the paths of those of the first batch, (steps + 1, B, 2), in the data's units."""
-            size, calls = min(sampling.batch_size, n), len(timesteps)
+            size, calls = min(sampling.batch_size or n, n), len(timesteps)
             path = [SeededNoise(sampling.seed, range(size))((2,))]
             bar = tqdm(total=-(-n // size) * calls, unit="step", desc=f"{n} points")
 
@@ -193,5 +193,5 @@ class PointsTask(DiffusionTask):
         x_start = np.stack([denoise(Tensor(grid), int(t)).asnumpy() for t in ts])
         scores = (np.sqrt(alphas_cumprod) * x_start - grid) / (1 - alphas_cumprod) / self.normalizer.scale
         fields = [(self.decode(x), self.decode(grid), score) for x, score in zip(noised, scores, strict=True)]
-        bounds = tuple(map(tuple, self.decode(np.transpose(limits)).T.tolist()))
-        plots2d.save_score_field(folder / "score.png", fields, titles, bounds=bounds)
+        x, y = self.decode(np.transpose(limits)).T.tolist()
+        plots2d.save_score_field(folder / "score.png", fields, titles, bounds=(tuple(x), tuple(y)))

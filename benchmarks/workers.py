@@ -5,33 +5,34 @@ This module does not import MindSpore, so that a worker can run another framewor
 
 import json
 import os
-import pickle
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import numpy as np
 
-from ..runtime import UserError
+from ms_diffusion.runtime import UserError
 
 Times = dict[str, list[float]]  # seconds of each round, by the worker's name
 MAX_SPREAD = 0.2  # largest interquartile range of the rounds' ratios, relative to their median, that allows a verdict
 
 
 class Worker:
-    """A process that builds `make(*args)` and times that object's methods. `make` and `args` are pickled.
+    """A process that builds an object and times its methods.
 
     Args:
-        env: environment variables that only this process gets.
+        factory: "module:function", which makes the object.
+        args: Its arguments, JSON values.
+        env: Environment variables that only this process gets.
     """
 
-    def __init__(self, make: Callable[..., Any], *args: Any, env: dict[str, str] | None = None):
+    def __init__(self, factory: str, *args: Any, env: dict[str, str] | None = None):
         # os.environ lacks the OMP_NUM_THREADS=1 that MindSpore's C++ sets in this process; PyTorch would obey it.
         path = os.pathsep.join(map(os.path.abspath, sys.path))
         self.process = subprocess.Popen(
-            [sys.executable, "-m", __name__, pickle.dumps((make, args)).hex()],
+            [sys.executable, "-m", __name__, factory, json.dumps(args)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -49,7 +50,7 @@ class Worker:
             print(json.dumps((method, *args)), file=self.process.stdin, flush=True)
         except BrokenPipeError:
             pass
-        for line in self.process.stdout:
+        for line in self.process.stdout or ():
             if line.startswith('{"seconds"'):
                 answer = json.loads(line)
                 self.memory = answer["memory"]
@@ -123,5 +124,5 @@ def verdict(times: Times) -> str:
 
 
 if __name__ == "__main__":
-    make, args = pickle.loads(bytes.fromhex(sys.argv[1]))
-    serve(make(*args))
+    module, function = sys.argv[1].split(":")
+    serve(getattr(import_module(module), function)(*json.loads(sys.argv[2])))

@@ -1,0 +1,604 @@
+"""The train command and its loop: the run's folder, resuming, interruptions, refusals, scores, the disk, ModelArts."""
+
+import contextlib
+import errno
+import hashlib
+import io
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from runs import assert_refused, call, checkpoint, metrics, picture, tree, weights
+
+import mindspore as ms
+from mindspore import Tensor, nn
+
+from ms_diffusion import runtime
+from ms_diffusion.__main__ import COMMANDS, main
+from ms_diffusion.commands import modelarts
+from ms_diffusion.commands.parse import parse
+from ms_diffusion.commands.train import parse_args
+from ms_diffusion.data.conditions import condition_image
+from ms_diffusion.files import write
+from ms_diffusion.runtime import UserError
+from ms_diffusion.training.checkpoint import Checkpoint, read_state
+from ms_diffusion.training.config import Config, override
+from ms_diffusion.training.loop import check_same_run, train_task
+from ms_diffusion.training.presets import PRESETS
+from ms_diffusion.training.step import EMA, make_optimizer
+from ms_diffusion.training.tasks.base import Task
+
+ROOT = Path(__file__).parents[1]
+MODEL = "--model.dim 8 --model.init-dim 8 --model.dim-mults 1 --model.resnet-block-groups 4".split()
+TINY = [*MODEL, *"--train.batch-size 8 --train.sample-steps 2 --train.log-every 1".split()]
+# Importance-sampled timesteps, a learned log-variance, classes, self-conditioning, more averages, and scores
+EVERYTHING = [
+    *"--preset quick-class --diffusion.objective eps --model.self-condition --train.timestep-sampling importance".split(),
+    *"--train.learn-logvar --train.ema-lengths 0.05 0.1".split(),
+    *TINY,
+    *"--diffusion.num-timesteps 5 --train.batch-size 64 --train.total-steps 6 --train.save-every 2".split(),
+    *"--train.score-every 2 --train.score-num 130".split(),
+]
+
+
+def fids(run):
+    """step -> the FID in each checkpoint's state."""
+    states = [read_state(folder) for folder in sorted((Path(run) / "checkpoints").iterdir())]
+    return {state["step"]: state["fid"] for state in states}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of 6 steps with checkpoints at 2, 4 and 6, and what its command printed; leave it as it is."""
+    run = tmp_path_factory.mktemp("trained") / "run"
+    code, out, err = call("train", "--run-dir", run, *EVERYTHING)
+    assert code == 0 and "Traceback" not in err, err
+    return run, out
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    """A copy of that run."""
+    return shutil.copytree(trained[0], tmp_path / "run")
+
+
+# A run from end to end
+
+
+def test_a_run_folder(trained):
+    run, out = trained
+    names = {str(name) for name, content in tree(run).items() if content is not None}
+    parts = {f"{name}.safetensors" for name in ("model", "ema", "ema-0.05", "ema-0.1", "optimizer")}
+    files = {f"checkpoints/step-000000{step}/{name}" for step in (2, 4, 6) for name in parts | {"state.json"}}
+    assert names == files | {"config.json", "metrics.jsonl", "loss.png", "samples/step-0000006.png"}
+    for step in (2, 4, 6):
+        state = read_state(checkpoint(run, step))
+        assert (state["step"], state["seed"], state["epoch"]) == (step, 0, 0)
+        assert state["sha256"] == {
+            name: hashlib.sha256((checkpoint(run, step) / name).read_bytes()).hexdigest() for name in parts
+        }
+    config = Config.from_json(run / "config.json")
+    assert config == parse_args(EVERYTHING).config and config.train.timestep_sampling == "importance"
+    state = weights(run, 4, "optimizer")
+    assert (state["timesteps.counts"] >= 10).all() and state["timesteps.counts"].sum() == 4 * 64  # no longer uniform
+    assert np.ptp(state["logvar"]) > 0
+    assert picture(run / "samples/step-0000006.png")[0].shape[:2] == (2 * (7 * 30 + 2), 2 * (10 * 30 + 2))  # 10 classes
+    for words in (f"samples     {run}/samples/step-0000006.png", f"loss curve  {run}/loss.png", f"sample {run}"):
+        assert words in out
+
+
+def test_metrics_and_scores(trained):
+    run, out = trained
+    rows = metrics(run)
+    assert [row["step"] for row in rows] == [1, 2, 2, 3, 4, 4, 5, 6, 6]
+    scores = {row["step"]: row["fid"] for row in rows if "fid" in row}
+    rows = [row for row in rows if "loss" in row]
+    assert all(np.isfinite(list(row.values())).all() for row in rows) and rows[-1]["epoch"] == 6 / (2000 // 64)
+    schedule = [PRESETS["quick"].train.lr * step / 51 for step in range(1, 7)]  # its warm-up takes 50 steps
+    np.testing.assert_allclose([row["lr"] for row in rows], schedule, rtol=1e-5)
+    assert list(scores) == [2, 4, 6] and np.isfinite(list(scores.values())).all() and min(scores.values()) > 1
+    assert fids(run) == scores
+    best = min(scores, key=scores.get)
+    assert f"best FID    {scores[best]:.2f}, in {checkpoint(run, best)}" in out
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(trained, run):
+    """Bit for bit; and a score changes nothing in the training."""
+    for step in (4, 6):
+        shutil.rmtree(checkpoint(run, step))
+    shutil.rmtree(run / "samples")
+    with open(run / "metrics.jsonl", "a") as f:
+        f.write('{"step": 7, "lo')  # as a crash leaves it
+    code, out, err = call("train", "--run-dir", run, *EVERYTHING, "--train.score-every", 0)
+    assert code == 0 and f"resuming at step 2 of 6 in {run}" in out, err
+    for name in ("model", "ema", "ema-0.05", "ema-0.1", "optimizer"):
+        a, b = weights(trained[0], 6, name), weights(run, 6, name)
+        assert a.keys() == b.keys() and a
+        for key in a:
+            np.testing.assert_array_equal(a[key], b[key], err_msg=f"{name} {key}")
+    whole = [row for row in metrics(trained[0]) if "loss" in row or row["step"] == 2]
+    assert metrics(run) == whole
+    assert tree(run / "samples") == tree(trained[0] / "samples")
+
+
+# Interruptions
+
+
+def test_ctrl_c_in_a_process_saves_and_the_same_command_continues(tmp_path):
+    net = "--preset scurve --run-dir run --model.dim 8 --model.depth 1 --data.num 200 --diffusion.num-timesteps 12".split()
+    few = "--train.batch-size 32 --train.sample-num 20 --train.sample-steps 2 --train.steps-per-call 1".split()
+    late = "--train.log-every 1 --train.save-every 100000 --train.sample-every 100000 --train.total-steps 1000000".split()
+    args = [*net, *few, *late]
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a child of a background job would ignore it
+    try:
+        process = subprocess.Popen(
+            [sys.executable, ROOT / "train.py", *args],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
+    try:
+        run, deadline = tmp_path / "run", time.monotonic() + 240
+        path = run / "metrics.jsonl"
+        while process.poll() is None and time.monotonic() < deadline and not (path.exists() and path.read_bytes()):
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 130 and "Traceback" not in err, err
+    last = max((run / "checkpoints").iterdir())
+    step, rows = read_state(last)["step"], metrics(run)
+    assert [row["step"] for row in rows] == list(range(1, step + 1)) and step >= 1
+    again = out.split(f"stopped at step {step} of 1000000, all saved. To continue: python train.py ")[1].strip()
+    assert shlex.split(again) == args and (run / "loss.png").exists()
+
+    task = override(parse_args(args).config, total_steps=step + 2).task()
+    assert train_task(task, run, "CPU", threading.Event())[0] == step + 2
+    assert metrics(run)[:step] == rows and task.start_step == step
+
+
+def test_sigterm_asks_to_stop():
+    code = """
+import os, signal
+from ms_diffusion import runtime
+runtime.catch_interrupts()
+os.kill(os.getpid(), signal.SIGTERM)
+assert runtime.STOP.wait(10)
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
+
+
+# The loop, of any task
+
+
+class ToyTask(Task):
+    """A task without a network to speak of: its losses and scores are given, its preview is an empty file."""
+
+    def __init__(self, config, losses=lambda step: 1.0, scores=()):
+        super().__init__(config)
+        self.losses, self.scores, self.previews = losses, dict(scores), []
+
+    def make_networks(self, device):
+        train, net = self.config.train, nn.Dense(2, 2)
+        self.optimizer = make_optimizer(net, train.lr, train.warmup_steps, train.total_steps, decay=train.lr_decay)
+        self.checkpoint = Checkpoint(self.run_dir, net, self.optimizer, EMA(net), keep=train.keep_checkpoints)
+
+    def load_data(self):
+        return np.zeros((64, 2), np.float32), np.arange(64, dtype=np.int32)
+
+    def draw_batch(self, x, labels, step):
+        return {"labels": labels, "step": np.array(step)}
+
+    def advance(self, batch, step):
+        assert batch["step"] == step and len(set(batch["labels"])) == self.config.train.batch_size
+        return Tensor(np.float32(self.losses(step))), Tensor(np.float32(1)), {"other": Tensor(np.float32(step))}
+
+    def preview(self, step):
+        self.previews.append(step)
+        return self.run_dir / f"{step}.png"
+
+    def score(self, step):
+        return self.scores.get(step)
+
+
+def loop(run, losses=lambda step: 1.0, scores=(), stop=None, on_save=None, **values):
+    """Train a ToyTask of 6 steps; the task and what train_task returns."""
+    short = {"total_steps": 6, "batch_size": 8, "log_every": 1, "save_every": 2, "sample_every": 4, "sample_steps": 2}
+    task = ToyTask(override(PRESETS["quick"], **short | values), losses, scores)
+    return task, train_task(task, run, "CPU", stop or threading.Event(), on_save)
+
+
+def test_when_the_loop_logs_saves_and_previews(tmp_path):
+    saved = []
+    task, end = loop(tmp_path, losses=lambda step: step, log_every=4, on_save=lambda folder: saved.append(folder))
+    assert end == (6, tmp_path / "6.png") and task.previews == [4, 6] and saved == [tmp_path] * 3
+    rows = metrics(tmp_path)
+    assert [(row["step"], row["loss"], row["other"]) for row in rows] == [(4, 1.5, 3), (6, 4.5, 5)]  # means since the last
+    assert [row["epoch"] for row in rows] == [0.5, 0.75]
+    task, end = loop(tmp_path, losses=None)  # it is finished, so no step is made
+    assert end == (6, tmp_path / "6.png") and task.start_step == 6 and task.previews == [6] and metrics(tmp_path) == rows
+
+
+def test_a_stop_in_the_loop_saves_and_makes_no_preview(tmp_path):
+    stop = threading.Event()
+    losses = lambda step: (step == 2 and stop.set()) or 1.0  # noqa: E731
+    task, end = loop(tmp_path, losses=losses, stop=stop, log_every=6, save_every=6)
+    assert end == (3, None) and not task.previews
+    assert [row["step"] for row in metrics(tmp_path)] == [3] and list(fids(tmp_path)) == [3]
+    stop.clear()
+    assert loop(tmp_path, stop=stop)[0].start_step == 3 and list(fids(tmp_path)) == [3, 4, 6]
+
+
+@pytest.mark.parametrize(
+    ("scores", "kept"), [((5, 3, 4), {4: 3, 6: 4}), ((3, 4, 5), {2: 3, 6: 5}), ((5, 4, 3), {6: 3})], ids=str
+)
+def test_the_best_checkpoint_stays(tmp_path, scores, kept):
+    """Besides the newest; also where no checkpoint was due. A resumed run knows which was the best."""
+    options = {"keep_checkpoints": 1, "save_every": 100}
+    loop(tmp_path, scores=zip((2, 4, 6), scores, strict=True), **options)
+    assert fids(tmp_path) == kept
+    assert [row["fid"] for row in metrics(tmp_path) if "fid" in row] == list(scores)
+    loop(tmp_path, scores={8: 2.5, 10: 6}, total_steps=10, **options)
+    assert fids(tmp_path) == {8: 2.5, 10: 6}
+
+
+@pytest.mark.parametrize("falls", [True, False])
+def test_the_learning_rate(tmp_path, falls):
+    loop(tmp_path, warmup_steps=2, lr=0.3, lr_decay=falls)
+    cosine = 0.5 * (1 + np.cos(np.pi * np.arange(4) / 4)) if falls else np.ones(4)
+    np.testing.assert_allclose([row["lr"] for row in metrics(tmp_path)], [0.1, 0.2, *(0.3 * cosine)], rtol=1e-5)
+
+
+@pytest.mark.parametrize("loss", [np.nan, np.inf])
+def test_a_loss_that_is_not_finite_ends_the_run_unsaved(tmp_path, loss):
+    with pytest.raises(UserError, match=f"{loss} at step 1.*--train.lr"):
+        loop(tmp_path, losses=lambda step: loss)
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_a_full_disk_is_one_line_of_error(tmp_path, monkeypatch, capsys):
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert runtime.run_program(lambda argv: loop(tmp_path), []) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ") and "No space left on device" in error and str(checkpoint(tmp_path, 2)) in error
+    assert not list((tmp_path / "checkpoints").iterdir()) and [row["step"] for row in metrics(tmp_path)] == [1, 2]
+
+
+def test_weights_at_step_0_are_saved_before_training(tmp_path):
+    loop(tmp_path, total_steps=0, init_from="weights.safetensors")
+    assert list(fids(tmp_path)) == [0] and not metrics(tmp_path)
+
+
+# What a step draws, and its loss, without a graph
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory):
+    """started(flags): a task that is ready to train."""
+
+    def started(flags):
+        task = parse_args([*TINY, "--train.batch-size", "64", *flags.split()]).config.task()
+        task.start(tmp_path_factory.mktemp("started"))
+        return task
+
+    return started
+
+
+def batch_of(task, step=0):
+    x = np.random.default_rng(9).uniform(-1, 1, (64, 1, 28, 28)).astype(np.float32)
+    return task.draw_batch(x, np.arange(64, dtype=np.int32) % 10, step)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--train.seed 5",
+        "--train.timestep-sampling antithetic --train.offset-noise 3",
+        "--preset quick-class --train.label-dropout 0.5 --model.self-condition --data.condition mask --model.cond-channels "
+        "2",
+        "--preset quick-upscale",
+    ],
+)
+def test_what_a_step_draws(started, flags):
+    """All of it from (seed, 2, rank, step), in this order, so that runs of before continue with the same numbers."""
+    task, step = started(flags), 3
+    task.rank = 1
+    train, found = task.config.train, batch_of(task, step)
+    rng, n = np.random.default_rng((train.seed, 2, 1, step)), 64
+    if train.timestep_sampling == "antithetic":
+        half = rng.integers(0, 1000, n // 2)
+        expected = {"t": np.concatenate([half, 999 - half])}
+    else:
+        expected = {"t": rng.integers(0, 1000, n)}
+    expected["noise"] = rng.standard_normal((n, 1, 28, 28), np.float32)
+    if train.offset_noise:
+        expected["noise"] = expected["noise"] + np.float32(3) * rng.standard_normal((n, 1, 1, 1), np.float32)
+    if task.config.model.self_condition:
+        expected["self_cond_mask"] = rng.integers(0, 2, n)
+    if task.config.model.num_classes:
+        expected["labels"] = np.where(rng.random(n) < train.label_dropout, 10, np.arange(n) % 10)
+    if (kind := task.config.data.condition) != "none":
+        expected["cond_image"] = condition_image(kind, found["x_start"], 7, rng)
+    assert found.keys() - {"x_start"} == expected.keys()
+    for name, values in expected.items():
+        np.testing.assert_array_equal(found[name], values, err_msg=name)
+    assert {value.dtype for value in found.values()} <= {np.dtype(np.float32), np.dtype(np.int32)}
+    assert (batch_of(task, step + 1)["noise"] != found["noise"]).any()
+
+
+def test_the_loss_of_a_step(started):
+    """The mean of weight times loss, and the losses; x_0 is guessed first for the samples of the mask."""
+    task = started("--model.self-condition --train.timestep-sampling importance")
+    batch = batch_of(task)
+    np.testing.assert_array_equal(batch["weights"], np.ones(64, np.float32))  # uniform at first
+    batch = {name: Tensor(value) for name, value in batch.items()}
+    batch["weights"] = Tensor(np.linspace(0, 3, 64, dtype=np.float32))
+    loss_fn, mask = task.make_loss(), batch.pop("self_cond_mask")
+    loss, losses = loss_fn(**batch, self_cond_mask=mask)
+    losses = losses.asnumpy()
+    assert losses.shape == (64,) and losses.std() > 0
+    np.testing.assert_allclose(loss.asnumpy(), np.mean(batch["weights"].asnumpy() * losses), rtol=1e-5)
+    with_guess, without = (loss_fn(**batch, self_cond_mask=Tensor(np.full(64, n, np.float32)))[1].asnumpy() for n in (1, 0))
+    np.testing.assert_allclose(losses, np.where(mask.asnumpy() == 1, with_guess, without), rtol=1e-4)
+    assert (abs(with_guess - without) > 1e-4 * without).mean() > 0.9
+    del batch["weights"]
+    np.testing.assert_allclose(loss_fn(**batch, self_cond_mask=mask).asnumpy(), losses.mean(), rtol=1e-5)
+
+
+def test_samples_that_are_not_finite_end_a_run_with_scores(started):
+    task = started("--train.score-every 2 --train.score-num 130")
+    task.draw = lambda num, *_: np.full((num, 1, 28, 28), np.nan, np.float32)
+    assert task.score(1) is None
+    with pytest.raises(UserError, match="not finite at step 2"):
+        task.score(2)
+
+
+# Bad input: exit code 2, one line that names what is wrong, nothing written
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ("--train.lrr 1", ["--train.lrr"]),
+        ("--data.size 30", ["--data.size", "32"]),
+        ("--data.size 24", ["24"]),
+        ("--data.name nonsense", ["nonsense"]),
+        ("--data.name image-folder --data.dir nowhere", ["nowhere"]),
+        ("--data.name image-folder", ["--data.dir"]),
+        ("--data.name fashion-mnist --data.dir nowhere", ["nowhere"]),
+        ("--model.dim 12", ["12"]),
+        ("--train.batch-size 5000", ["--train.batch-size"]),
+        ("--train.ema-decay 1", ["--train.ema-decay"]),
+        ("--precision bf16 --device cpu", ["bf16"]),
+        ("--run-dir file", ["file"]),
+        ("--run-dir file/below", ["file"]),
+        ("--preset quick-class --model.num-classes 9", ["--model.num-classes 10"]),
+        ("--preset quick-class --model.no-with-time-emb", ["num_classes"]),
+        ("--train.sample-guidance 3", ["--preset quick-class"]),
+        ("--preset quick-class --train.sample-guidance 3 --train.label-dropout 0", ["--train.label-dropout 0"]),
+        ("--preset quick-class --train.sample-guidance-interval 0 9", ["--guidance-interval"]),
+        ("--preset quick-class --train.sample-guidance 3 --train.sample-guidance-interval 0 1000", ["0 1000", "999"]),
+        ("--data.name image-folder --data.dir pictures --train.score-every 2", ["100 images", "--train.score-every"]),
+        ("--init-from nowhere.safetensors", ["nowhere.safetensors"]),
+    ],
+)
+def test_bad_input(tmp_path, monkeypatch, args, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("in the way")
+    if "pictures" in args:
+        (tmp_path / "pictures").mkdir()
+        for i in range(100):
+            Image.fromarray(np.full((28, 28), i, np.uint8)).save(tmp_path / f"pictures/{i}.png")
+    before = tree(tmp_path)
+    assert_refused(call("train", "--train.total-steps", 1, *args.split()), *words)
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("args", "word"),
+    [
+        ("--model.dim 16", "model"),
+        ("--diffusion.objective eps", "diffusion"),
+        ("--precision fp16", "precision"),
+        ("--data.no-flip", "data"),
+        ("--train.seed 1", "seed"),
+        ("--preset scurve", "kind"),
+        ("--preset latent", "kind"),
+    ],
+)
+def test_the_folder_of_another_run_is_refused(tmp_path, args, word):
+    (tmp_path / "config.json").write_text(json.dumps(PRESETS["quick"].to_record()))
+    before = tree(tmp_path)
+    code, out, err = call("train", "--run-dir", tmp_path, *args.split())
+    assert_refused((code, out, err), str(tmp_path), "--run-dir")
+    assert f"another {word}" in err or word == "kind"  # a run of another kind differs in all parts
+    assert tree(tmp_path) == before
+
+
+def test_what_may_change_in_a_run(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(PRESETS["quick"].to_record()))
+    check_same_run(tmp_path, override(PRESETS["quick"], total_steps=9, lr=1.0, batch_size=2, **{"data.dir": "elsewhere"}))
+    check_same_run(tmp_path / "new", PRESETS["latent"])
+    record = override(PRESETS["latent"], latent_scale=0.5).to_record()
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    for changes in ({"latent_scale": 0.6}, {"latent_scale": 0.5, "first_stage_patch": 8}):
+        with pytest.raises(UserError, match=f"--{list(changes)[-1].replace('_', '-')}"):
+            check_same_run(tmp_path, override(PRESETS["latent"], **changes))
+    check_same_run(tmp_path, override(PRESETS["latent"], latent_scale=0.5, first_stage="elsewhere"))
+    (tmp_path / "config.json").write_text('{"data": 3}')
+    with pytest.raises(UserError, match=r"config\.json"):
+        check_same_run(tmp_path, PRESETS["quick"])
+
+
+def test_a_run_whose_checkpoints_are_all_corrupt_is_refused(run):
+    for state in run.glob("checkpoints/*/state.json"):
+        state.write_text("{}")
+    before = tree(run)
+    code, _, err = call("train", "--run-dir", run, *EVERYTHING)
+    assert code == 2 and [line.split(":")[0] for line in err.splitlines()] == ["warning"] * 3 + ["error"]
+    assert tree(run) == before
+
+
+@pytest.mark.skipif(ms.device_context.gpu.is_available(), reason="has a GPU")
+def test_a_device_that_is_not_there(tmp_path):
+    assert_refused(call("train", "--run-dir", tmp_path / "new", "--device", "gpu"), "GPU", "--device cpu")
+    assert not (tmp_path / "new").exists()
+
+
+# The command
+
+
+@pytest.mark.parametrize(
+    ("program", "train"),
+    [
+        ("/a/clone/train.py", "python train.py"),
+        ("/a/clone/sample.py", "python train.py"),
+        ("/site-packages/ms_diffusion/__main__.py", "python -m ms_diffusion train"),
+        ("/usr/bin/ms-diffusion", "ms-diffusion train"),
+    ],
+)
+def test_messages_name_the_command_as_it_was_called(tmp_path, monkeypatch, program, train):
+    monkeypatch.setattr(sys, "argv", [program])
+    assert_refused(call("train", "--preset", "quick", "--train.sample-guidance", "3", "--run-dir", tmp_path / "x"), train)
+
+
+def test_help():
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), pytest.raises(SystemExit) as end:
+        main(["train", "--help"])
+    assert not end.value.code
+    assert all(flag in out.getvalue() for flag in ("--preset", "--run-dir", "--train.lr", "--data.dir", "--model.dim"))
+    code, out, _ = call("--help")
+    assert code == 0 and all(f"  {name} " in out for name in COMMANDS)
+    assert_refused(call("trian"), "trian")
+
+
+def test_debug_shows_the_traceback():
+    with pytest.raises(UserError, match="quik"):
+        call("train", "--preset", "quik", "--debug")
+
+
+# ModelArts
+
+MOXING = """
+import shutil
+from pathlib import Path
+
+
+def local(path):
+    return Path(path.replace("obs://", {bucket!r} + "/"))
+
+
+class file:
+    @staticmethod
+    def copy_parallel(source, target):  # folders alone, as the real one
+        assert local(source).is_dir()
+        shutil.copytree(local(source), local(target), dirs_exist_ok=True)
+
+    @staticmethod
+    def copy(source, target):
+        local(target).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(local(source), local(target))
+"""
+
+
+@pytest.fixture
+def obs(tmp_path, monkeypatch):
+    """The folder behind obs://; the cache volume is a folder too."""
+    write(tmp_path / "python/moxing.py", lambda f: f.write(MOXING.format(bucket=str(tmp_path / "obs")).encode()))
+    write(tmp_path / "obs/bucket/data/file", lambda f: f.write(b"data"))
+    monkeypatch.syspath_prepend(tmp_path / "python")
+    monkeypatch.setattr(modelarts.fetch, "__defaults__", (str(tmp_path / "cache"),))
+    yield tmp_path / "obs"
+    sys.modules.pop("moxing", None)
+
+
+def test_fetch_and_publish(obs, tmp_path):
+    folder = modelarts.fetch("obs://bucket/data/")
+    assert folder == tmp_path / "cache/bucket_data" and (folder / "file").read_text() == "data"
+    assert modelarts.fetch("some/where") == Path("some/where")
+    modelarts.publish(folder, "obs://bucket/new")
+    modelarts.publish(folder / "file", "obs://bucket/one/file")
+    modelarts.publish(folder, None)
+    modelarts.publish(folder, str(tmp_path / "local"))
+    assert (obs / "bucket/new/file").read_text() == (obs / "bucket/one/file").read_text() == "data"
+    assert not (tmp_path / "local").exists()
+    assert modelarts.output_folder(None) is modelarts.output_folder("obs://bucket/out") is None
+    assert modelarts.output_folder("local") == Path("local")
+
+
+def test_only_the_first_process_of_a_machine_fetches(obs, monkeypatch):
+    monkeypatch.setenv("DEVICE_ID", "3")
+    waited = []
+
+    def first_process(seconds):  # it copies while the other sleeps
+        waited.append(seconds)
+        monkeypatch.setenv("DEVICE_ID", "0")
+        modelarts.fetch("obs://bucket/data")
+
+    monkeypatch.setattr(time, "sleep", first_process)
+    assert (modelarts.fetch("obs://bucket/data") / "file").read_text() == "data"
+    assert len(waited) == 1
+
+
+def test_without_moxing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "moxing", None)
+    assert_refused(call("train", "--data_url", "obs://bucket/data"), "moxing")
+
+
+def test_a_finished_run_on_modelarts_changes_nothing_and_is_published(run, obs, tmp_path):
+    before = tree(run)
+    urls = ["--data_url", "obs://bucket/data", "--train_url", "obs://bucket/out", "--num_gpus", "8"]
+    code, out, err = call("train", "--run_dir", run, *urls, *EVERYTHING)
+    assert code == 0 and f"{run} is finished" in out and "--train.total-steps" in out, err
+    assert "--num_gpus 8" in err and (tmp_path / "cache/bucket_data/file").exists()
+    after = tree(run)
+    assert json.loads(after.pop(Path("config.json")))["data"]["dir"] == str(tmp_path / "cache/bucket_data")
+    assert after == {name: content for name, content in before.items() if name != Path("config.json")}
+    assert tree(obs / "bucket/out") == tree(run)
+
+
+def test_a_local_train_url_is_the_run_folder(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(PRESETS["quick"].to_record()))
+    assert_refused(call("train", "--train_url", tmp_path, "--train.seed", 1), tmp_path, "seed")
+
+
+@dataclass
+class Flags:
+    size: int = 3
+    data_url: str | None = None
+
+
+def test_flags_of_the_platform_are_ignored_only_there(monkeypatch, capsys):
+    for name in ("MA_JOB_DIR", "MA_NUM_HOSTS", "MA_NUM_GPUS"):
+        monkeypatch.delenv(name, raising=False)
+    argv = ["--size", "4", "--num_gpus", "8"]
+    with pytest.raises(UserError, match="--num_gpus"):
+        parse(Flags, argv)
+    assert parse(Flags, [*argv, "--data_url", "x"]) == Flags(4, "x")
+    monkeypatch.setenv("MA_JOB_DIR", "/job")
+    capsys.readouterr()
+    assert parse(Flags, argv) == Flags(4)
+    assert "--num_gpus 8" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"--data\.siz"):  # a flag of ours is never the platform's
+        parse(Flags, ["--data.siz", "8"])
