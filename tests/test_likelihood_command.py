@@ -2,125 +2,115 @@
 
 import math
 import re
-import sys
-from types import SimpleNamespace
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from runs import PIXELS, UNET, assert_refused, call, succeed, untrained
 
-from ms_diffusion import likelihood, runtime
+from ms_diffusion.commands import likelihood
 from ms_diffusion.data.batches import load_images
 from ms_diffusion.likelihood import bits_per_dim
-from ms_diffusion.models.unet import UnetConfig
-from ms_diffusion.process import GaussianDiffusion
-from ms_diffusion.schedules import cosine_beta_schedule
+from ms_diffusion.process import DiffusionConfig
+
+T = 9
 
 
-@pytest.fixture
-def call(monkeypatch, capsys):
-    """The command over a small untrained run of T = 9: (exit code, stdout, stderr)."""
-
-    def call(*args, model=None, betas=None):
-        model = model or UnetConfig(dim=8, init_dim=8, dim_mults=(1,), use_convnext=False, resnet_block_groups=4)
-        data = SimpleNamespace(name="fashion-mnist-mini", dir=None, size=28)
-        config = SimpleNamespace(data=data, model=model, is_points=False, is_latent=False, is_autoencoder=False)
-        diffusion = GaussianDiffusion(cosine_beta_schedule(9) if betas is None else betas, "x0")
-        monkeypatch.setattr(likelihood, "load_run", lambda run, weights: (model.build(), diffusion, config, 6))
-        monkeypatch.setattr(sys, "argv", ["likelihood.py", *map(str, args)])
-        with pytest.raises(SystemExit) as end:
-            runtime.run_program(likelihood.main)
-        return end.value.code, *capsys.readouterr()
-
-    return call
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Folders of untrained runs of 9 timesteps; those of `classes` and `zero-snr` differ from `plain` as they are called."""
+    folder, plain = tmp_path_factory.mktemp("runs"), replace(PIXELS, diffusion=DiffusionConfig(T, "cosine", "x0"))
+    configs = {
+        "plain": plain,
+        "classes": replace(plain, model=replace(UNET, num_classes=10)),
+        "zero-snr": replace(plain, diffusion=replace(plain.diffusion, zero_terminal_snr=True)),
+        "upscale": replace(plain, data=replace(PIXELS.data, condition="lowres"), model=replace(UNET, cond_channels=1)),
+        "self-condition": replace(plain, model=replace(UNET, self_condition=True)),
+    }
+    for name, config in configs.items():
+        untrained(folder / name, config, step=6)
+    return folder
 
 
 def numbers(line):
     return [float(n) for n in re.findall(r"-?\d+\.\d+", line)]
 
 
-def test_command_bound(call):
-    code, out, err = call("some/run", "--num", 2, "--device", "cpu")
-    assert code == 0 and "Traceback" not in err
-    bits, parts, protocol = out.splitlines()
+def test_the_bound(runs):
+    bits, parts, protocol = succeed("likelihood", runs / "plain", "--num", 2).splitlines()
     total, error = numbers(bits)
     assert error > 0 and "2 images" in bits
     assert sum(numbers(parts)) == pytest.approx(total, abs=2e-4)
-    assert protocol.startswith(
-        "some/run at step 6, ema weights; fashion-mnist-mini, test split, seed 0; bound, 9 timesteps; "
-    )
-    assert call("some/run", "--num", 2, "--device", "cpu")[1].splitlines()[:2] == [bits, parts]
-    assert call("some/run", "--num", 1, "--device", "cpu")[1].splitlines()[0].split()[2] == "nan"
+    for words in (
+        f"{runs / 'plain'} at step 6, ema weights",
+        "fashion-mnist-mini, test split, seed 0",
+        "bound, 9 timesteps",
+    ):
+        assert words in protocol
 
 
-def test_command_ode(call):
-    code, out, err = call("some/run", "--num", 2, "--method", "ode", "--steps", 3, "--device", "cpu")
-    assert code == 0, err
-    bits, protocol = out.splitlines()
+def test_the_ode(runs):
+    bits, protocol = succeed("likelihood", runs / "plain", "--num", 2, "--method", "ode", "--steps", 3).splitlines()
     assert 0 < numbers(bits)[0] < 100 and "ode, 3 timesteps" in protocol
 
 
 @pytest.mark.parametrize("method", ["bound", "ode"])
-def test_command_on_a_known_denoiser(call, monkeypatch, method):
+def test_with_a_known_denoiser(runs, monkeypatch, method):
     """Which images it takes, with which labels and noise, and the mean and standard error that it prints."""
     pictures, labels = load_images("fashion-mnist-mini", None, "train", 28, 1)
     rng, seen, kept = np.random.default_rng(7), [], {}
     chosen = rng.permutation(len(pictures))[:5]
 
     def denoise(x_t, t, label):
-        seen.append((x_t.asnumpy(), label.asnumpy()))
+        seen.append((x_t.asnumpy(), label.asnumpy(), t))
         return x_t
 
     def divergence(x_t, t, probes, label):
         assert (abs(probes) == 1).all() and 0.4 < (probes > 0).mean() < 0.6
         assert (kept.setdefault(len(seen) // 2, probes) == probes).all()  # the same at both calls of a batch
-        seen.append((x_t, label.asnumpy()))
+        seen.append((x_t, label.asnumpy(), t))
         return x_t, 0 * x_t.sum((1, 2, 3))
 
     monkeypatch.setattr(likelihood, "make_denoiser", lambda diffusion, net: denoise)
     monkeypatch.setattr(likelihood, "make_divergence", lambda diffusion, net: divergence)
-    model = UnetConfig(dim=8, dim_mults=(1,), num_classes=10)
     flags = ["--split", "train", "--num", 5, "--seed", 7, "--batch-size", 2, "--method", method, "--steps", 2]
-    code, out, _ = call("run", *flags, "--device", "cpu", model=model, betas=np.full(9, 1e-3))
-    assert code == 0
-    calls = 9 if method == "bound" else 2
-    assert [len(x) for x, _ in seen] == [2] * calls * 2 + [1] * calls
-    for i, (x, label) in enumerate(seen):
-        batch = chosen[i // calls * 2 :][:2]
-        np.testing.assert_array_equal(label, labels[batch])
-        expected = pictures[batch].transpose(0, 3, 1, 2) / 127.5 - 1  # hardly noised
-        assert abs(x - expected).mean() < 0.1
-        if method == "ode" and i % calls == 0:  # dequantised by less than half a level
+    out = succeed("likelihood", runs / "classes", *flags)
+    calls = T if method == "bound" else 2
+    assert [len(x) for x, _, _ in seen] == [2] * calls * 2 + [1] * calls
+    diffusion = DiffusionConfig(T, "cosine", "x0").build()
+    images = pictures[chosen].transpose(0, 3, 1, 2) / 127.5 - 1
+    for i, (x, label, t) in enumerate(seen):
+        first = i // calls * 2
+        np.testing.assert_array_equal(label, labels[chosen[first : first + 2]])
+        expected = images[first : first + 2]
+        if method == "bound":
+            a = diffusion.alphas_cumprod[t]
+            assert abs((x - math.sqrt(a) * expected) / math.sqrt(1 - a)).mean() == pytest.approx(0.8, abs=0.05)
+        elif i % calls == 0:  # dequantised by less than half a level
             u = (x - expected) * 127.5
             assert abs(u).max() < 0.5 + 1e-9 and abs(u.mean()) < 0.1 and u.std() == pytest.approx(12**-0.5, rel=0.1)
     if method == "bound":
-        diffusion, images = GaussianDiffusion(np.full(9, 1e-3)), pictures[chosen].transpose(0, 3, 1, 2) / 127.5 - 1
         bits = [bits_per_dim(lambda x, t: x, diffusion, images[i : i + 2], rng).total for i in (0, 2, 4)]
         bits = np.concatenate(bits)
         assert numbers(out)[:2] == pytest.approx([bits.mean(), bits.std(ddof=1) / math.sqrt(5)], rel=1e-3)
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("run", "flags", "words"),
     [
-        ("--num 0", "must be at least 1"),
-        ("--batch-size 0", "must be at least 1"),
-        ("--seed -1", "--seed at least 0"),
-        ("--num 501", "has only 500 images in its test split"),
-        ("--method ode --steps 1", "choose from 2 to 9"),
-        ("--method ode --steps 10", "choose from 2 to 9"),
-        ("--split valid", "valid"),
-        ("--nun 3", "did you mean --num"),
+        ("plain", "--num 0", "--num is 0"),
+        ("plain", "--batch-size 0", "--batch-size is 0"),
+        ("plain", "--seed -1", "--seed is -1"),
+        ("plain", "--num 501", "500 images"),
+        ("plain", "--method ode --steps 1", "--steps is 1"),
+        ("plain", "--method ode --steps 10", "--steps is 10"),
+        ("plain", "--split valid", "valid"),
+        ("plain", "--nun 3", "--num"),
+        ("zero-snr", "--method ode --steps 2", "zero terminal SNR"),
+        ("upscale", "", "image condition"),
+        ("self-condition", "", "self-conditioning"),
+        ("nowhere", "", "nowhere"),
     ],
 )
-def test_bad_input_is_one_line(call, flags, message):
-    code, out, err = call("run", *flags.split(), "--device", "cpu")
-    assert code == 2 and not out
-    assert err.startswith("error: ") and message in err and len(err.splitlines()) == 1
-
-
-def test_runs_that_have_no_likelihood(call):
-    code, _, err = call("run", "--method", "ode", "--device", "cpu", "--steps", 2, betas=[0.3, 0.9, 1.0])
-    assert code == 2 and "zero terminal SNR" in err
-    for field in ({"cond_channels": 3}, {"self_condition": True}):
-        code, _, err = call("run", "--device", "cpu", model=UnetConfig(dim=8, dim_mults=(1,), **field))
-        assert code == 2 and "conditioned on images" in err
+def test_what_is_refused(runs, run, flags, words):
+    assert_refused(call("likelihood", runs / run, *flags.split()), words)

@@ -57,6 +57,7 @@ class Args:
 
 def main(argv: Sequence[str]) -> int:
     args, clock = parse(Args, argv, prog=command("evaluate")), time.perf_counter()
+    check_fields(args.sampling)  # by the names of its flags
     check_fields(args)
     source = args.source or default_run()
     if source == args.against:
