@@ -12,7 +12,7 @@ import numpy as np
 
 from mindspore import Tensor, nn, ops
 
-from .process import GaussianDiffusion, as_tuple, predict
+from .process import Cond, GaussianDiffusion, as_tuple, predict
 from .runtime import compiled
 
 Array = Any  # a mindspore.Tensor or a numpy array: the wrappers below work on both
@@ -32,23 +32,20 @@ def evaluation_mode(net: nn.Cell) -> Iterator[None]:
             cell.add_flags(training=True)
 
 
-def make_denoiser(
-    diffusion: GaussianDiffusion, net: nn.Cell, cond: Tensor | tuple[Tensor, ...] | None = None, clip: bool | None = None
-) -> Denoiser:
+def make_denoiser(diffusion: GaussianDiffusion, net: nn.Cell, cond: Cond = None, clip: bool | None = None) -> Denoiser:
     """Compile `denoise(x_t, t, *cond) -> x_0` (B, ...), the network's prediction in evaluation mode.
 
     Args:
         cond: the conditions for calls that pass none.
         clip: clip x_0 to [-1, 1], the range of images; None is `diffusion.clip_denoised`.
     """
-    clip = diffusion.clip_denoised if clip is None else clip
+    clip, default = diffusion.clip_denoised if clip is None else clip, as_tuple(cond)
 
     def predict_start(x_t: Tensor, t: Tensor, *cond: Tensor) -> Tensor:
         x_start = diffusion.predict_start(predict(net, x_t, t, cond), x_t, t)
         return ops.clamp(x_start, -1.0, 1.0) if clip else x_start
 
     graph = compiled(predict_start)
-    default = as_tuple(cond)
 
     def denoise(x_t: Tensor, t: int, *cond: Tensor) -> Tensor:
         with evaluation_mode(net):
@@ -66,14 +63,8 @@ def with_label(denoise: Denoiser, label: int) -> Denoiser:
     return relabelled
 
 
-def guide(
-    denoise: Denoiser,
-    denoise_uncond: Denoiser,
-    scale: float,
-    rescale: float = 0.0,
-    interval: tuple[int, int] | None = None,
-    clip: bool = True,
-) -> Denoiser:
+def guide(denoise: Denoiser, denoise_uncond: Denoiser, scale: float, rescale: float = 0.0,
+        interval: tuple[int, int] | None = None, clip: bool = True) -> Denoiser:  # fmt: skip
     """Classifier-free guidance (Ho & Salimans 2021, eq. 6, scale = 1 + w) in x_0: uncond + scale (cond - uncond).
 
     Scale 0 is the unconditional denoiser and scale 1 the conditional one. Guidance amplifies the difference between both,
@@ -90,8 +81,7 @@ def guide(
     def guided(x_t: Array, t: int, *cond: Array) -> Array:
         x_start = denoise(x_t, t, *cond)
         if scale != 1 and (interval is None or interval[0] <= t <= interval[1]):
-            uncond = denoise_uncond(x_t, t, *cond)
-            std = _std(x_start)
+            uncond, std = denoise_uncond(x_t, t, *cond), _std(x_start)
             x_start = uncond + scale * (x_start - uncond)
             if rescale:
                 x_start = (rescale * std / _std(x_start) + (1 - rescale)) * x_start

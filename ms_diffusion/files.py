@@ -48,10 +48,7 @@ def cache_folder(folder: str | os.PathLike | None = None) -> Path:
 
 
 def load_or_compute(
-    path: str | os.PathLike,
-    load: Callable[[BinaryIO], T],
-    compute: Callable[[], T],
-    save: Callable[[BinaryIO, T], object],
+    path: str | os.PathLike, load: Callable[[BinaryIO], T], compute: Callable[[], T], save: Callable[[BinaryIO, T], object]
 ) -> T:
     """load(file) of a cache file; if it is missing or corrupt, compute(), whose result save(file, result) writes to `path`.
 

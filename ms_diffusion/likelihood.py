@@ -34,13 +34,8 @@ class Bound:
     mse: np.ndarray  # (B, T) squared error of the predicted x_0, mean over dimensions; not in bits
 
 
-def bits_per_dim(
-    denoise: Callable[[np.ndarray, int], np.ndarray],
-    diffusion: GaussianDiffusion,
-    x_start: np.ndarray,
-    rng: np.random.Generator,
-    callback: Callback = None,
-) -> Bound:
+def bits_per_dim(denoise: Callable[[np.ndarray, int], np.ndarray], diffusion: GaussianDiffusion, x_start: np.ndarray,
+        rng: np.random.Generator, callback: Callback = None) -> Bound:  # fmt: skip
     """The variational bound on -log p(x_0), estimated with one draw of each x_t (Ho et al. 2020, eqs. 5 and 13; evaluated as
     in Nichol & Dhariwal 2021). The reverse variance is the diffusion's; t = 0, where it may be 0, uses that of t = 1.
 
@@ -49,8 +44,7 @@ def bits_per_dim(
         x_start: images (B, ...).
         rng: draws the noise, starting with t = T - 1.
 
-    Raises:
-        ValueError: x_start is not on the 256 levels.
+    Raises ValueError if x_start is not on the 256 levels.
     """
     x_start = np.asarray(x_start, np.float64)
     levels = (x_start + 1) * 127.5
@@ -80,8 +74,7 @@ def bits_per_dim(
 
 
 def log_level(x: np.ndarray, mean: np.ndarray, std: float) -> np.ndarray:
-    """log of the mass of N(mean, std^2) in the level around x; the levels -1 and 1 extend to infinity (Ho et al. 2020, eq.
-    13)."""
+    """log mass of N(mean, std^2) in the level around x; the levels -1 and 1 extend to infinity (Ho et al. 2020, eq. 13)."""
     low = np.where(x < -0.999, -np.inf, (x - 1 / 255 - mean) / std)
     high = np.where(x > 0.999, np.inf, (x + 1 / 255 - mean) / std)
     upper = low + high > 0  # mirrored into the lower tail, where a small mass is not a difference of numbers near 1
@@ -97,13 +90,9 @@ def _mean(values: np.ndarray) -> np.ndarray:
 # The probability-flow ODE
 
 
-def ode_log_likelihood(
-    denoise_and_divergence: Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]],
-    diffusion: GaussianDiffusion,
-    x: np.ndarray,
-    timesteps: Sequence[int] | None = None,
-    callback: Callback = None,
-) -> np.ndarray:
+def ode_log_likelihood(denoise_and_divergence: Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]],
+        diffusion: GaussianDiffusion, x: np.ndarray, timesteps: Sequence[int] | None = None,
+        callback: Callback = None) -> np.ndarray:  # fmt: skip
     """log density (B,), in nats, at x (B, ...), of data with the noise of the first timestep: by the probability-flow ODE
     and the instantaneous change of variables (Song et al. 2021, eq. 39).
 
@@ -116,10 +105,10 @@ def ode_log_likelihood(
         denoise_and_divergence: `(x_t, t) -> (x_0, divergence)`, (B, ...) and (B,), the trace of d x_0 / d x_t.
         timesteps: ascending ints in [0, T), by default all; x at the last is assumed to be N(0, 1).
 
-    Raises:
-        ValueError: timesteps are not ascending or out of range, or alpha_bar is 0 at the last.
+    Raises ValueError if timesteps are not ascending or out of range, or alpha_bar is 0 at the last.
     """
-    steps, T = np.arange(diffusion.num_timesteps) if timesteps is None else np.asarray(timesteps), diffusion.num_timesteps
+    T = diffusion.num_timesteps
+    steps = np.asarray(range(T) if timesteps is None else timesteps)
     if not len(steps) or steps[0] < 0 or steps[-1] >= T or (np.diff(steps) <= 0).any():
         raise ValueError(f"timesteps must be ascending ints from 0 to {T - 1}")
     alpha_bar = diffusion.alphas_cumprod[steps]
@@ -127,7 +116,7 @@ def ode_log_likelihood(
         raise ValueError("alpha_bar is 0 at the last timestep, so log sigma is infinite: leave out that timestep")
     scale, sigma = np.sqrt(alpha_bar), np.sqrt((1 - alpha_bar) / alpha_bar)
 
-    def slopes(y: np.ndarray, i: int) -> tuple[np.ndarray, np.ndarray]:
+    def slopes(y, i):
         """dy / dsigma, and the derivative of the integral by log sigma."""
         t = int(steps[i])
         x_start, divergence = denoise_and_divergence(scale[i] * y, t)
@@ -163,13 +152,13 @@ def make_divergence(diffusion: GaussianDiffusion, net: nn.Cell) -> Callable[...,
     smooth only then. `cond` are Tensors, the other arguments numpy arrays.
     """
 
-    def projected(x_t: Tensor, t: Tensor, probes: Tensor, *cond: Tensor) -> tuple[Tensor, Tensor]:
+    def projected(x_t, t, probes, *cond):
         x_start = diffusion.predict_start(predict(net, x_t, t, cond), x_t, t)
         return ops.sum(x_start * probes), x_start
 
     gradient = ms.value_and_grad(projected, 0, None, has_aux=True)
 
-    def both(x_t: Tensor, t: Tensor, probes: Tensor, *cond: Tensor) -> tuple[Tensor, Tensor]:
+    def both(x_t, t, probes, *cond):
         (_, x_start), product = gradient(x_t, t, probes, *cond)
         return x_start, product
 

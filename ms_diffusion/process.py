@@ -66,31 +66,20 @@ class GaussianDiffusion:
             times the error weighted by `lvlb_weights`, as in the code of latent diffusion (L_hybrid, Nichol & Dhariwal 2021,
             eq. 16).
 
-    Raises:
-        ValueError: an argument is outside its range, or unknown.
-    Warns:
-        UserWarning: alpha_bar_T > 0.01: x_T still contains data, so samples will be poor.
+    Raises ValueError if an argument is outside its range or unknown. Warns (UserWarning) if alpha_bar_T > 0.01: x_T still
+    contains data, so samples will be poor.
     """
 
-    def __init__(
-        self,
-        betas: np.ndarray,
-        objective: str = "eps",
-        loss: str = "huber",
-        v_posterior: float = 0.0,
-        clip_denoised: bool = True,
-        weighting: str = "none",
-        gamma: float | None = None,
-        l_simple_weight: float = 1.0,
-        original_elbo_weight: float = 0.0,
-    ):
+    def __init__(self, betas: np.ndarray, objective: str = "eps", loss: str = "huber", v_posterior: float = 0.0,
+            clip_denoised: bool = True, weighting: str = "none", gamma: float | None = None, l_simple_weight: float = 1.0,
+            original_elbo_weight: float = 0.0):  # fmt: skip
         betas = np.asarray(betas, np.float64)
         if betas.ndim != 1 or not len(betas) or not ((betas > 0) & (betas < 1))[:-1].all() or not 0 < betas[-1] <= 1:
             raise ValueError("betas must be a list of numbers between 0 and 1")
         if objective == "eps" and betas[-1] == 1:
             raise ValueError("betas end in 1 (zero terminal SNR), where eps does not determine x_0: use objective v or x0")
-        choices = {"objective": OBJECTIVES, "loss": LOSSES, "weighting": WEIGHTINGS}
-        for (name, known), value in zip(choices.items(), (objective, loss, weighting), strict=True):
+        choices = ("objective", objective, OBJECTIVES), ("loss", loss, LOSSES), ("weighting", weighting, WEIGHTINGS)
+        for name, value, known in choices:
             if value not in known:
                 raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(known)}")
         if not 0 <= v_posterior <= 1:
@@ -99,12 +88,10 @@ class GaussianDiffusion:
             raise ValueError(f"gamma is {gamma}: it must be above 0, and needs weighting min-snr or p2")
         if not (l_simple_weight >= 0 and original_elbo_weight >= 0 and l_simple_weight + original_elbo_weight > 0):
             raise ValueError("l_simple_weight and original_elbo_weight must be at least 0, and not both 0")
-        self.objective, self.loss, self.clip_denoised = objective, LOSSES[loss], clip_denoised
-        self.v_posterior = v_posterior
+        self.objective, self.loss, self.v_posterior, self.clip_denoised = objective, LOSSES[loss], v_posterior, clip_denoised
 
         # Forward process q(x_t | x_0)
-        self.betas = betas
-        self.num_timesteps = len(betas)
+        self.betas, self.num_timesteps = betas, len(betas)
         self.alphas_cumprod = np.cumprod(1 - betas)
         self.alphas_cumprod_prev = np.append(1.0, self.alphas_cumprod[:-1])
         if self.alphas_cumprod[-1] > 0.01:
@@ -129,16 +116,13 @@ class GaussianDiffusion:
             self.lvlb_weights[0] = self.lvlb_weights[1]
         if original_elbo_weight > 0 and not np.isfinite(self.lvlb_weights).all():
             raise ValueError("original_elbo_weight needs a variance above 0 at each timestep: use more timesteps")
-        if weighting == "min-snr":
-            weights = np.minimum(snr, gamma or 5) * in_x0
-        elif weighting == "p2":
-            weights = (1 + snr) ** -(gamma or 1) * snr * in_x0
-        else:
-            weights = np.ones(self.num_timesteps)
+        weights = np.ones(len(betas))
+        if weighting != "none":
+            weights = (np.minimum(snr, gamma or 5) if weighting == "min-snr" else (1 + snr) ** -(gamma or 1) * snr) * in_x0
         self.simple_weights = l_simple_weight * weights
         self.elbo_weights = original_elbo_weight * self.lvlb_weights if original_elbo_weight else np.zeros(len(betas))
 
-        def device(values: np.ndarray) -> Tensor:
+        def device(values):
             return Tensor(values.astype(np.float32))
 
         self._sqrt_alphas_cumprod = device(np.sqrt(self.alphas_cumprod))
@@ -186,9 +170,7 @@ class GaussianDiffusion:
 
     def predict_v(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """v = sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) x_0 (Salimans & Ho 2022, section 4)."""
-        return (
-            at(self._sqrt_alphas_cumprod, t, x_start) * noise - at(self._sqrt_one_minus_alphas_cumprod, t, x_start) * x_start
-        )
+        return self.predict_start_from_v(noise, t, x_start)  # the same rotation
 
     def predict_start_from_v(self, x_t: Tensor, t: Tensor, v: Tensor) -> Tensor:
         """x_0 = sqrt(alpha_bar) x_t - sqrt(1 - alpha_bar) v (Salimans & Ho 2022, appendix D)."""
@@ -207,21 +189,11 @@ class GaussianDiffusion:
     def p_mean_variance(self, net: Net, x_t: Tensor, t: Tensor, cond: Cond = None) -> tuple[Tensor, ...]:
         """Mean, variance and log-variance of p(x_{t-1} | x_t), eq. 11, and the predicted x_0 that they are computed from."""
         x_start = self.predict_start(predict(net, x_t, t, cond), x_t, t)
-        if self.clip_denoised:
-            x_start = ops.clamp(x_start, -1.0, 1.0)
-        mean, variance, log_variance = self.q_posterior(x_start, x_t, t)
-        return mean, variance, log_variance, x_start
+        x_start = ops.clamp(x_start, -1.0, 1.0) if self.clip_denoised else x_start
+        return self.q_posterior(x_start, x_t, t) + (x_start,)
 
-    def losses(
-        self,
-        net: Net,
-        x_start: Tensor,
-        t: Tensor,
-        noise: Tensor,
-        cond: Cond = None,
-        logvar: Tensor | None = None,
-        self_cond_mask: Tensor | None = None,
-    ) -> Tensor:
+    def losses(self, net: Net, x_start: Tensor, t: Tensor, noise: Tensor, cond: Cond = None, logvar: Tensor | None = None,
+            self_cond_mask: Tensor | None = None) -> Tensor:  # fmt: skip
         """The weighted error (B,) of the network's prediction at x_t: eq. 14 with the weights of the constructor.
 
         Args:
@@ -232,19 +204,15 @@ class GaussianDiffusion:
                 algorithm 1), 0 passes zeros.
         """
         x_t = self.q_sample(x_start, t, noise)
-        if self.objective == "eps":
-            target = noise
-        elif self.objective == "v":
+        target = noise if self.objective == "eps" else x_start
+        if self.objective == "v":
             target = self.predict_v(x_start, t, noise)
-        else:
-            target = x_start
         cond = as_tuple(cond)
         if self_cond_mask is not None:
             guess = self.predict_start(predict(net, x_t, t, cond + (ops.zeros_like(x_t),)), x_t, t)
             guess = ops.stop_gradient(ops.clamp(guess, -1.0, 1.0) if self.clip_denoised else guess)
             cond = cond + (guess * self_cond_mask.reshape((-1,) + (1,) * (x_t.ndim - 1)),)
-        error = self.loss(predict(net, x_t, t, cond), target)
-        error = ops.mean(error.reshape(x_t.shape[0], -1), 1)
+        error = ops.mean(self.loss(predict(net, x_t, t, cond), target).reshape(x_t.shape[0], -1), 1)
         simple = error
         if logvar is not None:
             logvar_t = ops.gather(logvar, t, 0)
@@ -286,24 +254,12 @@ class DiffusionConfig:
     def build(self, clip_denoised: bool = True) -> GaussianDiffusion:
         """The process. Pass clip_denoised=False for data outside [-1, 1], such as latents.
 
-        Raises:
-            UserError: a field is outside its range.
-            ValueError: fields do not fit together.
+        Raises UserError if a field is outside its range, and ValueError if fields do not fit together.
         """
         check_fields(self)
+        if self.zero_terminal_snr and self.num_timesteps < 2:
+            raise ValueError("zero_terminal_snr needs num_timesteps of at least 2")
         betas = SCHEDULES[self.schedule](self.num_timesteps)
-        if self.zero_terminal_snr:
-            if self.num_timesteps < 2:
-                raise ValueError("zero_terminal_snr needs num_timesteps of at least 2")
-            betas = rescale_zero_terminal_snr(betas)
-        return GaussianDiffusion(
-            betas,
-            self.objective,
-            self.loss,
-            self.v_posterior,
-            clip_denoised,
-            self.weighting,
-            self.gamma,
-            self.l_simple_weight,
-            self.original_elbo_weight,
-        )
+        betas = rescale_zero_terminal_snr(betas) if self.zero_terminal_snr else betas
+        weights = self.weighting, self.gamma, self.l_simple_weight, self.original_elbo_weight
+        return GaussianDiffusion(betas, self.objective, self.loss, self.v_posterior, clip_denoised, *weights)

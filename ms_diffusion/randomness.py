@@ -39,17 +39,13 @@ def antithetic_timesteps(rng: np.random.Generator, T: int, n: int) -> np.ndarray
 
 class ImportanceTimesteps:
     """Timesteps with probabilities in proportion to the root mean square of their last `keep` losses (Nichol & Dhariwal
-    2021, eq. 18), and uniform until each has `keep` losses. `.parameters` is the state to save in a checkpoint.
-    """
+    2021, eq. 18), and uniform until each has `keep` losses. `.parameters` is the state to save in a checkpoint."""
 
     def __init__(self, T: int, keep: int = 10, uniform_share: float = 0.001):
         self.num_timesteps, self.uniform_share = T, uniform_share
         self.losses = Parameter(Tensor(np.zeros((T, keep), np.float32)), name="timesteps.losses", requires_grad=False)
         self.counts = Parameter(Tensor(np.zeros(T, np.int32)), name="timesteps.counts", requires_grad=False)
-
-    @property
-    def parameters(self) -> list[Parameter]:
-        return [self.losses, self.counts]
+        self.parameters = [self.losses, self.counts]
 
     def probabilities(self) -> np.ndarray:
         """(T,) float64, with sum 1; `uniform_share` of it is uniform, so each timestep is drawn sometimes."""

@@ -49,8 +49,7 @@ def command(name: str) -> str:
 def set_device(device: str = "auto") -> str:
     """Choose Ascend, then GPU, then CPU, or the one named; returns its MindSpore name. Call it before building networks.
 
-    Raises:
-        UserError: the device is unknown or not there.
+    Raises UserError if the device is unknown or not there.
     """
     import mindspore as ms
 
@@ -155,8 +154,8 @@ def catch_interrupts() -> None:
     signal.signal(signal.SIGTERM, lambda *_: STOP.set())
 
 
-FULL = (errno.ENOSPC, errno.EDQUOT)
-BAD_PATH = (errno.EACCES, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
+HINTS = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), ": free some space, then run the same command again")
+HINTS |= dict.fromkeys((errno.EACCES, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR), ": choose another path")
 
 
 def run_program(main: Callable[[list[str]], int], argv: Sequence[str]) -> int:
@@ -164,11 +163,9 @@ def run_program(main: Callable[[list[str]], int], argv: Sequence[str]) -> int:
     try:
         return main(list(argv))
     except (UserError, OSError) as e:
-        if "--debug" in argv or (isinstance(e, OSError) and e.errno not in FULL + BAD_PATH):
+        hint = "" if isinstance(e, UserError) else HINTS.get(e.errno)
+        if hint is None or "--debug" in argv:
             raise
-        hint = ""
-        if isinstance(e, OSError):
-            hint = ": free some space, then run the same command again" if e.errno in FULL else ": choose another path"
         with contextlib.suppress(OSError):
             print(f"error: {e}{hint}", file=sys.stderr)
         return 2

@@ -41,21 +41,16 @@ def sampling_timesteps(T: int, steps: int, spacing: str = "linspace", alphas_cum
             et al. 2022, section 3.4). The last two limit sigma / alpha to 80 and take the nearest unused timesteps.
         alphas_cumprod: (T,), needed by karras and logsnr.
 
-    Raises:
-        ValueError: steps is not in [1, T], the spacing is unknown, or alphas_cumprod is missing.
+    Raises ValueError if steps is not in [1, T], the spacing is unknown, or alphas_cumprod is missing.
     """
     if not 1 <= steps <= T:
         raise ValueError(f"steps is {steps}: choose from 1 to {T}, the number of timesteps in training")
     if spacing not in SPACINGS:
         raise ValueError(f"unknown spacing {spacing!r}: choose one of {', '.join(SPACINGS)}")
     i = np.arange(steps)
-    if spacing == "leading":
-        return [int(t) for t in i[::-1] * (T // steps)]
-    if spacing == "trailing":
-        return [int(t) for t in np.round(T - i * (T / steps)) - 1]
-    if spacing == "linspace":
-        return [int(t) for t in np.round(np.linspace(T - 1, 0, steps))]
-
+    even = {"leading": i[::-1] * (T // steps), "trailing": T - i * (T / steps), "linspace": np.linspace(T - 1, 0, steps)}
+    if spacing in even:
+        return (np.round(even[spacing]).astype(int) - (spacing == "trailing")).tolist()
     if alphas_cumprod is None:
         raise ValueError(f"spacing {spacing} needs alphas_cumprod: pass diffusion.alphas_cumprod")
     alphas_cumprod = np.maximum(alphas_cumprod, 1 / (1 + SIGMA_MAX**2))
@@ -96,38 +91,23 @@ def _noise_in(x: Array, x_start: Array, alpha_bar: float) -> Array:
     return (x - math.sqrt(alpha_bar) * x_start) / math.sqrt(1 - alpha_bar)
 
 
-def ddpm_step(
-    x: Array, x_start: Array, alpha_bar: float, alpha_bar_next: float, v_posterior: float, randn_like: RandnLike
-) -> Array:
+def ddpm_step(x: Array, x_start: Array, alpha_bar: float, alpha_bar_next: float, v: float, randn_like: RandnLike) -> Array:
     """A draw from q(x_next | x, x_0) (Ho et al. 2020, eq. 7) with variance (1 - v) posterior variance + v beta."""
-    v = v_posterior
     if not 0 <= v <= 1:
         raise ValueError(f"v_posterior is {v}: it must be in [0, 1]")
     alpha = alpha_bar / alpha_bar_next
-    mean = (
-        math.sqrt(alpha_bar_next) * (1 - alpha) / (1 - alpha_bar) * x_start
-        + math.sqrt(alpha) * (1 - alpha_bar_next) / (1 - alpha_bar) * x
-    )
+    coef_start, coef_x = math.sqrt(alpha_bar_next) * (1 - alpha), math.sqrt(alpha) * (1 - alpha_bar_next)
+    mean = coef_start / (1 - alpha_bar) * x_start + coef_x / (1 - alpha_bar) * x
     if alpha_bar_next == 1:
         return mean
     return mean + math.sqrt((1 - alpha) * ((1 - v) * (1 - alpha_bar_next) / (1 - alpha_bar) + v)) * randn_like(x)
 
 
-def sample_ddpm(
-    denoise: Denoiser,
-    x: Array,
-    diffusion: GaussianDiffusion,
-    timesteps: Timesteps = None,
-    randn_like: RandnLike = None,
-    callback: Callback = None,
-    v_posterior: float | None = None,
-) -> Array:
+def sample_ddpm(denoise: Denoiser, x: Array, diffusion: GaussianDiffusion, timesteps: Timesteps = None,
+        randn_like: RandnLike = None, callback: Callback = None, v_posterior: float | None = None) -> Array:  # fmt: skip
     """Ancestral sampling (Ho et al. 2020, algorithm 2; with fewer timesteps Nichol & Dhariwal 2021, section 4).
 
-    The variance is (1 - v) posterior variance + v beta, where v is `v_posterior`; None is `diffusion.v_posterior`.
-
-    Raises:
-        ValueError: v_posterior is not in [0, 1].
+    `v_posterior` is the v of `ddpm_step`; None is `diffusion.v_posterior`. Raises ValueError if it is not in [0, 1].
     """
     v_posterior = diffusion.v_posterior if v_posterior is None else v_posterior
     for i, t, alpha_bar, alpha_bar_next in noise_levels(diffusion, timesteps):
@@ -138,19 +118,11 @@ def sample_ddpm(
     return x
 
 
-def sample_ddim(
-    denoise: Denoiser,
-    x: Array,
-    diffusion: GaussianDiffusion,
-    timesteps: Timesteps = None,
-    randn_like: RandnLike = None,
-    callback: Callback = None,
-    eta: float = 0.0,
-) -> Array:
+def sample_ddim(denoise: Denoiser, x: Array, diffusion: GaussianDiffusion, timesteps: Timesteps = None,
+        randn_like: RandnLike = None, callback: Callback = None, eta: float = 0.0) -> Array:  # fmt: skip
     """DDIM (Song et al. 2020, eq. 12): deterministic with eta = 0; eta = 1 adds the noise of DDPM.
 
-    Raises:
-        ValueError: eta is not in [0, 1].
+    Raises ValueError if eta is not in [0, 1].
     """
     if not 0 <= eta <= 1:
         raise ValueError(f"eta is {eta}: it must be in [0, 1], from DDIM to DDPM")
@@ -165,14 +137,8 @@ def sample_ddim(
     return x
 
 
-def sample_heun(
-    denoise: Denoiser,
-    x: Array,
-    diffusion: GaussianDiffusion,
-    timesteps: Timesteps = None,
-    randn_like: RandnLike = None,
-    callback: Callback = None,
-) -> Array:
+def sample_heun(denoise: Denoiser, x: Array, diffusion: GaussianDiffusion, timesteps: Timesteps = None,
+        randn_like: RandnLike = None, callback: Callback = None) -> Array:  # fmt: skip
     """Heun's method in sigma / alpha (Karras et al. 2022, algorithm 1), order 2. The last step calls the network once, each
     other step twice.
 
@@ -193,14 +159,8 @@ def sample_heun(
     return x
 
 
-def sample_plms(
-    denoise: Denoiser,
-    x: Array,
-    diffusion: GaussianDiffusion,
-    timesteps: Timesteps = None,
-    randn_like: RandnLike = None,
-    callback: Callback = None,
-) -> Array:
+def sample_plms(denoise: Denoiser, x: Array, diffusion: GaussianDiffusion, timesteps: Timesteps = None,
+        randn_like: RandnLike = None, callback: Callback = None) -> Array:  # fmt: skip
     """Pseudo linear multistep: Adams-Bashforth on eps up to order 4, then DDIM's step (Liu et al. 2022, eqs. 9 and 12). The
     weights assume steps even in sigma / alpha; with other steps the order is 2.
 
@@ -228,14 +188,8 @@ def sample_plms(
     return x
 
 
-def sample_dpmpp_2m(
-    denoise: Denoiser,
-    x: Array,
-    diffusion: GaussianDiffusion,
-    timesteps: Timesteps = None,
-    randn_like: RandnLike = None,
-    callback: Callback = None,
-) -> Array:
+def sample_dpmpp_2m(denoise: Denoiser, x: Array, diffusion: GaussianDiffusion, timesteps: Timesteps = None,
+        randn_like: RandnLike = None, callback: Callback = None) -> Array:  # fmt: skip
     """DPM-Solver++(2M) (Lu et al. 2022, "DPM-Solver++", algorithm 2): x_0 is extrapolated from two calls, order 2."""
     last = None  # (lambda, x_0) of the previous step
     for i, t, alpha_bar, alpha_bar_next in noise_levels(diffusion, timesteps):
@@ -266,15 +220,8 @@ def _unipc_guess(h: float, points: list[tuple[float, Array]]) -> Array:
     return x_start + sum(float(w / q) * (x_other - x_start) for w, q, (_, x_other) in zip(rho, r, others, strict=True))
 
 
-def sample_unipc(
-    denoise: Denoiser,
-    x: Array,
-    diffusion: GaussianDiffusion,
-    timesteps: Timesteps = None,
-    randn_like: RandnLike = None,
-    callback: Callback = None,
-    order: int = 3,
-) -> Array:
+def sample_unipc(denoise: Denoiser, x: Array, diffusion: GaussianDiffusion, timesteps: Timesteps = None,
+        randn_like: RandnLike = None, callback: Callback = None, order: int = 3) -> Array:  # fmt: skip
     """UniPC (Zhao et al. 2023, algorithms 5 to 8): a multistep predictor over `order` points, whose result is corrected with
     the x_0 of the next call."""
     past, before = [], (x, 1.0)  # [(lambda, x_0)] newest first; (x, alpha_bar) of the previous step
@@ -347,19 +294,9 @@ class SeededNoise:
         return noise.reshape(-1, *shape)
 
 
-def generate(
-    sampler: Sampler,
-    denoise: Denoiser,
-    diffusion: GaussianDiffusion,
-    timesteps: Timesteps,
-    shape: Sequence[int],
-    num: int,
-    seed: int = 0,
-    batch_size: int = 64,
-    callback: Callback = None,
-    cond: Sequence[np.ndarray] = (),
-    start: np.ndarray | None = None,
-) -> np.ndarray:
+def generate(sampler: Sampler, denoise: Denoiser, diffusion: GaussianDiffusion, timesteps: Timesteps, shape: Sequence[int],
+        num: int, seed: int = 0, batch_size: int = 64, callback: Callback = None, cond: Sequence[np.ndarray] = (),
+        start: np.ndarray | None = None) -> np.ndarray:  # fmt: skip
     """`num` samples of `shape` -> (num, *shape) float32. All batches have one size, so the network is compiled once.
 
     Args:
@@ -367,18 +304,19 @@ def generate(
         start: the first x (num, *shape) float32, at the noise level of timesteps[0], instead of N(0, 1).
     """
     batch_size = min(batch_size, num)
-    batches = []
-    for first in range(0, num, batch_size):
+
+    def batch(first):
         noise = SeededNoise(seed, range(first, first + batch_size))
         rows = np.minimum(range(first, first + batch_size), num - 1)  # fill up the last batch
-        x = noise(shape) if start is None else start[rows]
         batch_cond = [Tensor(values[rows]) for values in cond]
 
-        def denoise_batch(x: Tensor, t: int, *last: Tensor, batch_cond: list[Tensor] = batch_cond) -> Tensor:
-            return denoise(x, t, *batch_cond, *last)  # last: the x_0 of self-conditioning
+        def denoise_batch(x, t, *last):  # last: the x_0 of self-conditioning
+            return denoise(x, t, *batch_cond, *last)
 
-        def randn_like(x: Tensor, noise: SeededNoise = noise) -> Tensor:
+        def randn_like(x):
             return Tensor(noise(x.shape[1:]))
 
-        batches.append(sampler(denoise_batch, Tensor(x), diffusion, timesteps, randn_like, callback).asnumpy())
-    return np.concatenate(batches)[:num]
+        x = Tensor(noise(shape) if start is None else start[rows])
+        return sampler(denoise_batch, x, diffusion, timesteps, randn_like, callback).asnumpy()
+
+    return np.concatenate([batch(first) for first in range(0, num, batch_size)])[:num]

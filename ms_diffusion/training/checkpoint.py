@@ -37,45 +37,30 @@ class Checkpoint:
         extra_parameters: parameters of neither the network nor the optimizer, saved in the optimizer's file.
         extra_emas: averages besides `ema`, in files of their own.
 
-    Raises:
-        ValueError: two of these parameters have the same name.
+    Raises ValueError if two of these parameters have the same name.
     """
 
-    def __init__(
-        self,
-        run_dir: str | os.PathLike,
-        net: nn.Cell,
-        optimizer: nn.Optimizer | None = None,
-        ema: EMA | None = None,
-        *,
-        loss_scaler: ms.amp.DynamicLossScaler | None = None,
-        keep: int = 3,
-        extra_parameters: Iterable[Parameter] = (),
-        extra_emas: Sequence[EMA] = (),
-    ):
-        self.folder = Path(run_dir) / "checkpoints"
-        self.keep = keep
+    def __init__(self, run_dir: str | os.PathLike, net: nn.Cell, optimizer: nn.Optimizer | None = None,
+            ema: EMA | None = None, *, loss_scaler: ms.amp.DynamicLossScaler | None = None, keep: int = 3,
+            extra_parameters: Iterable[Parameter] = (), extra_emas: Sequence[EMA] = ()):  # fmt: skip
+        self.folder, self.keep = Path(run_dir) / "checkpoints", keep
         self.files = {"model": {p.name: p for p in net.get_parameters()}}
         for average in [*([ema] if ema is not None else []), *extra_emas]:
             self.files[average.name] = {s.name: a for s, a in zip(average.sources, average.averages, strict=True)}
         if optimizer is not None:
-            parameters = [*optimizer.get_parameters(), *extra_parameters]
-            parameters = [p for p in parameters if p.name not in self.files["model"]]
-            state = {p.name: p for p in parameters}
-            if len(state) < len(parameters):
-                names = [p.name for p in parameters]
+            parameters = [p for p in [*optimizer.get_parameters(), *extra_parameters] if p.name not in self.files["model"]]
+            state, names = {p.name: p for p in parameters}, [p.name for p in parameters]
+            if len(state) < len(names):
                 raise ValueError(f"two parameters are named {max(names, key=names.count)}: rename one of them")
             if loss_scaler is not None:
                 state |= {"loss_scale.value": loss_scaler.scale_value, "loss_scale.counter": loss_scaler.counter}
             self.files["optimizer"] = state
 
     def save(self, step: int, **state: Any) -> Path:
-        """Write the checkpoint of `step`, with `state` (JSON values) in its state.json, and return its folder.
+        """Write the checkpoint of `step`, with `state` (JSON values) in its state.json, and return its folder. Then delete
+        all but the `keep` newest checkpoints and the one whose state has the lowest "fid".
 
-        Then delete all but the `keep` newest checkpoints and the one whose state has the lowest "fid".
-
-        Raises:
-            UserError: the disk is full or not writable; earlier checkpoints are unchanged.
+        Raises UserError if the disk is full or not writable; earlier checkpoints are unchanged.
         """
         target = self.folder / f"step-{step:07d}"
         temporary = self.folder / f".{target.name}.{os.getpid()}"
@@ -106,10 +91,8 @@ class Checkpoint:
     def load_latest(self) -> dict[str, Any] | None:
         """Restore the newest intact checkpoint and return its state, or None if there are no checkpoints.
 
-        A corrupt checkpoint is skipped with a warning on stderr, and the previous one is used.
-
-        Raises:
-            UserError: all checkpoints are corrupt, or belong to another network.
+        A corrupt checkpoint is skipped with a warning on stderr, and the previous one is used. Raises UserError if all are
+        corrupt or belong to another network.
         """
         found = checkpoints(self.folder.parent)
         for folder in reversed(found):
@@ -120,13 +103,9 @@ class Checkpoint:
                 print(f"warning: {e}; using the previous checkpoint", file=sys.stderr)
                 continue
             for name, parameters in self.files.items():
-                keys = {p.name: key for key, p in parameters.items()}
-                missing = set(keys.values()) ^ set(arrays[name])
-                if missing:
-                    raise UserError(
-                        f"{folder} belongs to another network ({sorted(missing)[0]} differs): use another --run-dir"
-                    )
-                load_into(parameters.values(), {p: arrays[name][key] for p, key in keys.items()})
+                if missing := parameters.keys() ^ arrays[name].keys():
+                    raise UserError(f"{folder} belongs to another network ({min(missing)} differs): use another --run-dir")
+                load_into(parameters.values(), {p.name: arrays[name][key] for key, p in parameters.items()})
             return state
         if found:
             raise UserError(f"no checkpoint in {self.folder} can be read: delete that folder or use another --run-dir")
@@ -141,19 +120,15 @@ def checkpoints(run_dir: str | os.PathLike) -> list[Path]:
 
 def best_checkpoint(run_dir: str | os.PathLike) -> Path | None:
     """The checkpoint with the lowest FID, the first among equals; None if none has an FID."""
-    scores = {}
+    scores = []
     for folder in checkpoints(run_dir):
         with contextlib.suppress(UserError):
-            scores[folder] = read_state(folder).get("fid")
-    return min((folder for folder in scores if scores[folder] is not None), key=lambda folder: scores[folder], default=None)
+            scores.append((read_state(folder).get("fid"), folder))
+    return min((s for s in scores if s[0] is not None), key=lambda s: s[0], default=(None, None))[1]
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """A checkpoint's state.json.
-
-    Raises:
-        UserError: it is missing or corrupt.
-    """
+    """A checkpoint's state.json. Raises UserError if it is missing or corrupt."""
     try:
         state = json.loads((folder / "state.json").read_text())
         if not (isinstance(state, dict) and isinstance(state.get("step"), int) and isinstance(state.get("sha256"), dict)):
@@ -166,8 +141,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 def read_weights(folder: Path, name: str) -> dict[str, np.ndarray]:
     """Parameter name -> array of one file of a checkpoint ("model", "ema", "ema-0.05", "optimizer"), checked by its SHA-256.
 
-    Raises:
-        UserError: the file is missing, truncated or changed.
+    Raises UserError if the file is missing, truncated or changed.
     """
     path = folder / f"{name}.safetensors"
     try:

@@ -66,8 +66,7 @@ class EMA:
 def power_of_length(length: float) -> float:
     """The gamma of the average with weights t^gamma that has this length (Karras et al. 2024, eq. 5 solved): 0.1 -> 6.94.
 
-    Raises:
-        ValueError: length is not between 0 and 0.289, the length of the plain mean.
+    Raises ValueError if length is not between 0 and 0.289, the length of the plain mean.
     """
     if not 0 < length < 12**-0.5:
         raise ValueError(f"the length of an average is {length}: choose a value above 0 and below 0.289, for example 0.05")
@@ -79,9 +78,7 @@ def average_after_training(steps: Sequence[int], lengths: Sequence[float], step:
     """The coefficients (N,) with which N averages, saved at `steps` with `lengths`, sum to nearly the average of `length` at
     `step`: least squares between the functions of time that weight the weights (Karras et al. 2024, section 3.2)."""
 
-    def product(
-        step_a: Any, gamma_a: Any, step_b: Any, gamma_b: Any
-    ) -> np.ndarray:  # integral of two such functions' product
+    def product(step_a, gamma_a, step_b, gamma_b):  # integral of two such functions' product
         ratio = np.minimum(step_a / step_b, step_b / step_a) ** np.where(step_a < step_b, gamma_b, gamma_a)
         scale = (gamma_a + 1) * (gamma_b + 1) / (gamma_a + gamma_b + 1)
         return scale * ratio / np.maximum(step_a, step_b)
@@ -92,16 +89,9 @@ def average_after_training(steps: Sequence[int], lengths: Sequence[float], step:
     return np.linalg.lstsq(matrix, target, rcond=None)[0]
 
 
-def make_optimizer(
-    net: nn.Cell,
-    lr: float,
-    warmup_steps: int,
-    total_steps: int,
-    *,
-    extra_parameters: Iterable[Parameter] = (),
-    decay: bool = True,
-    adam_betas: tuple[float, float] = (0.9, 0.999),
-) -> nn.Adam:
+def make_optimizer(net: nn.Cell, lr: float, warmup_steps: int, total_steps: int, *,
+        extra_parameters: Iterable[Parameter] = (), decay: bool = True,
+        adam_betas: tuple[float, float] = (0.9, 0.999)) -> nn.Adam:  # fmt: skip
     """Adam (Kingma & Ba 2014) with PyTorch's epsilon and `WarmupCosine`; it counts its steps in `global_step`.
 
     `extra_parameters` are trained together with the network's.
@@ -113,38 +103,21 @@ def make_optimizer(
 
 # HyperMap loops over all gradients: with list comprehensions the step compiled in 38 s instead of 5 (MindSpore 2.10).
 each = ops.HyperMap()
-sum_of_squares, scale, move_average = (ops.MultitypeFuncGraph(name) for name in ("sum_of_squares", "scale", "move_average"))
 
 
-@sum_of_squares.register("Tensor")
 def _sum_of_squares(gradient: Tensor) -> Tensor:
     return ops.square(gradient).sum()
 
 
-@scale.register("Tensor", "Tensor")
-def _scale(factor: Tensor, gradient: Tensor) -> Tensor:
-    return gradient * factor
-
-
-@move_average.register("Tensor", "Tensor", "Tensor", "Tensor")
 def _move_average(decay: Tensor, after: Tensor, average: Tensor, source: Tensor) -> Tensor:
     """Update the average with the value that `source` has once `after` is computed."""
     new = ops.depend(source, after)
     return ops.assign(average, new + decay * (average - new))
 
 
-def make_train_step(
-    loss_fn: Callable[..., Any],
-    optimizer: nn.Optimizer,
-    ema: EMA | None = None,
-    *,
-    clip_norm: float = 1.0,
-    loss_scaler: ms.amp.LossScaler | None = None,
-    world_size: int = 1,
-    has_aux: bool = False,
-    extra_emas: Sequence[EMA] = (),
-    steps_per_call: int = 1,
-) -> Callable[..., tuple[Tensor, ...]]:
+def make_train_step(loss_fn: Callable[..., Any], optimizer: nn.Optimizer, ema: EMA | None = None, *, clip_norm: float = 1.0,
+        loss_scaler: ms.amp.LossScaler | None = None, world_size: int = 1, has_aux: bool = False,
+        extra_emas: Sequence[EMA] = (), steps_per_call: int = 1) -> Callable[..., tuple[Tensor, ...]]:  # fmt: skip
     """Compile `step(*values, **batch) -> (loss (), gradient norm ())`: the gradients of `loss_fn`, clipping, Adam, EMA.
 
     The names of loss_fn's parameters are the fields of a batch. The step takes Tensors by position or by name; a field that
@@ -159,8 +132,7 @@ def make_train_step(
         steps_per_call: K > 1 makes K steps per call, with batches that have an additional first axis (K, ...), and returns
             the mean loss and the last gradient norm. For small networks, whose steps take less time than a call.
 
-    Raises:
-        ValueError: steps_per_call above 1 with loss_scaler, has_aux or extra_emas.
+    Raises ValueError if steps_per_call is above 1 together with loss_scaler, has_aux or extra_emas.
     """
     if steps_per_call > 1 and (loss_scaler is not None or has_aux or extra_emas):
         raise ValueError("steps_per_call above 1 works without loss_scaler, has_aux and extra_emas only: set it to 1")
@@ -168,44 +140,41 @@ def make_train_step(
     parameters = optimizer.parameters
     reduce_gradients = nn.DistributedGradReducer(parameters, mean=True, degree=world_size) if world_size > 1 else None
 
-    def scaled_loss(*batch: Tensor | None) -> tuple[Tensor, Any]:
+    def scaled_loss(*batch):
         loss, aux = loss_fn(*batch) if has_aux else (loss_fn(*batch), ())
         return loss if loss_scaler is None else loss_scaler.scale(loss), aux
 
     loss_and_gradients = ms.value_and_grad(scaled_loss, None, parameters, has_aux=True)
     fused = kernels.adam(optimizer, clip_norm, ema) if kernels.adam_available() else None
 
-    def update(loss: Tensor, gradients: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    def update(loss, gradients):
         if fused is not None:
             return loss, fused(gradients)
-        norm = ops.sqrt(ops.addn(each(sum_of_squares, gradients)))
+        norm = ops.sqrt(ops.addn(each(_sum_of_squares, gradients)))
         shrink = ops.clamp(clip_norm / (norm + 1e-6), 0.0, 1.0)
-        loss = ops.depend(loss, optimizer(each(partial(scale, shrink), gradients)))
-        if ema is not None:
-            loss = update_average(ema, loss)
-        return loss, norm
+        loss = ops.depend(loss, optimizer(each(partial(ops.mul, shrink), gradients)))
+        return (loss if ema is None else update_average(ema, loss)), norm
 
-    def update_average(average: EMA, loss: Tensor) -> Tensor:
+    def update_average(average, loss):
         n = ops.cast(ops.depend(optimizer.global_step, loss), ms.float32).reshape(())
-        moved = each(partial(move_average, average.decay_after(n), loss), average.averages, average.sources)
+        moved = each(partial(_move_average, average.decay_after(n), loss), average.averages, average.sources)
         return ops.depend(loss, moved)
 
-    def step(*batch: Tensor | None) -> tuple[Any, ...]:
+    def step(*batch):
         (loss, aux), gradients = loss_and_gradients(*batch)
         if reduce_gradients is not None:
             gradients = reduce_gradients(gradients)
         if loss_scaler is None:
             loss, norm = update(loss, gradients)
         else:
-            loss = loss_scaler.unscale(loss)
-            finite = ms.amp.all_finite(gradients)
+            loss, finite = loss_scaler.unscale(loss), ms.amp.all_finite(gradients)
             norm = loss * 0
             if finite:
                 loss, norm = update(loss, loss_scaler.unscale(gradients))
             loss = ops.depend(loss, loss_scaler.adjust(finite))
         return (loss, norm, aux) if has_aux else (loss, norm)
 
-    def repeat(count: Tensor, *batches: Tensor | None) -> tuple[Tensor, Tensor]:
+    def repeat(count, *batches):
         i, total, norm = Tensor(0, ms.int32), Tensor(0.0, ms.float32), Tensor(0.0, ms.float32)
         while i < count:  # a loop in the graph, because both are Tensors
             batch = ()
@@ -215,7 +184,7 @@ def make_train_step(
             total, i = total + loss, i + 1
         return total / steps_per_call, norm
 
-    def update_extra_averages(loss: Tensor) -> Tensor:
+    def update_extra_averages(loss):
         for average in extra_emas:
             loss = update_average(average, loss)
         return loss
