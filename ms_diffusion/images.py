@@ -96,9 +96,8 @@ def save_loss_curve(
         width = len(losses) // 10
         smooth = np.convolve(losses, np.ones(width) / width, "valid")
         axes.plot(steps[width - 1 :], smooth, label=f"mean of {width}")
-    axes.set(
-        xlabel="step", ylabel="loss", yscale="log" if min(losses) > 0 else "linear"
-    )  # a learned variance can make it negative
+    scale = "log" if min(losses) > 0 else "linear"  # a learned variance can make the loss negative
+    axes.set(xlabel="step", ylabel="loss", yscale=scale)
     axes.legend()
     if scores:
         right = axes.twinx()

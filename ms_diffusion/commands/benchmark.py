@@ -17,7 +17,7 @@ import numpy as np
 import mindspore as ms
 from mindspore import Tensor
 
-from ..data.batches import Batches
+from ..data.batches import make_dataset
 from ..fields import AT_LEAST_1, OneOf, check_fields
 from ..files import write
 from ..process import predict
@@ -45,10 +45,10 @@ class Work:
         self.task = replace(config, train=train).task(data)
         with TemporaryDirectory() as folder:
             self.task.start(Path(folder))
-        self.batches = Batches(self.task.data, self.task.labels, batch_size, 10**9, 0, 0, False, 0, 1, 1)
+        self.batches = make_dataset(self.task.data, self.task.labels, batch_size, 10**9).source
 
     def draw_batch(self, step: int) -> dict[str, np.ndarray]:
-        return self.task.draw_batch(*self.batches.batch(step), step)
+        return self.task.draw_batch(*self.batches[step], step)
 
     def train(self, batch: dict[str, np.ndarray]) -> float:
         return float(self.task.advance(batch, 0)[0].asnumpy())

@@ -1,7 +1,7 @@
 """Data sets by name, and exactly repeatable training batches of arrays in memory."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,49 +15,8 @@ from .image_folder import load_image_folder
 if TYPE_CHECKING:
     from mindspore.dataset import GeneratorDataset
 
-
-@dataclass(eq=False)
-class Batches:
-    """A random-access source for MindSpore's dataset: item i is the i-th row that `make_dataset` describes."""
-
-    images: np.ndarray
-    labels: np.ndarray
-    batch_size: int
-    steps: int
-    start_step: int
-    seed: int
-    flip: bool
-    rank: int
-    world_size: int
-    steps_per_call: int
-    epoch = -1  # the epoch whose permutation of the images is self.order
-
-    def __len__(self) -> int:
-        return (self.steps - self.start_step) // self.steps_per_call
-
-    def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        step = self.start_step + int(i) * self.steps_per_call
-        if self.steps_per_call == 1:
-            return self.batch(step)
-        images, labels = zip(*(self.batch(step + k) for k in range(self.steps_per_call)), strict=True)
-        return np.stack(images), np.stack(labels)
-
-    def batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """The batch of one training step: images (B, C, H, W) in [-1, 1], or float32 data as they are, and labels (B,)."""
-        epoch, batch = divmod(step, len(self.images) // (self.batch_size * self.world_size))
-        if epoch != self.epoch:
-            rng = np.random.default_rng((self.seed, Stream.ORDER, epoch))
-            self.epoch, self.order = epoch, rng.permutation(len(self.images))
-        start = (batch * self.world_size + self.rank) * self.batch_size
-        chosen = self.order[start : start + self.batch_size]
-
-        x = self.images[chosen]  # (B, H, W, C) uint8, or float32 data such as points (B, 2)
-        if x.dtype != np.uint8:
-            return x, self.labels[chosen]
-        if self.flip:
-            flipped = np.random.default_rng((self.seed, Stream.FLIP, self.rank, step)).random(len(x)) < 0.5
-            x[flipped] = x[flipped, :, ::-1]
-        return to_float(x), self.labels[chosen]
+Labelled = tuple[np.ndarray, np.ndarray]  # images (N, H, W, C) uint8 and labels (N,) int32
+Loader = Callable[[str | None, str, int, int], Labelled]
 
 
 def make_dataset(
@@ -92,11 +51,37 @@ def make_dataset(
     if start_step >= steps:
         raise UserError(f"no step is left after step {start_step} of {steps}: increase the number of steps")
     labels = np.asarray(labels, np.int32)
-    source = Batches(images, labels, batch_size, steps, start_step, seed, flip, rank, world_size, steps_per_call)
+
+    @lru_cache(1)
+    def order(epoch: int) -> np.ndarray:
+        return np.random.default_rng((seed, Stream.ORDER, epoch)).permutation(len(images))
+
+    def batch(step: int) -> Labelled:
+        epoch, index = divmod(step, len(images) // (batch_size * world_size))
+        start = (index * world_size + rank) * batch_size
+        chosen = order(epoch)[start : start + batch_size]
+        x = images[chosen]  # (B, H, W, C) uint8, or float32 data such as points (B, 2)
+        if x.dtype != np.uint8:
+            return x, labels[chosen]
+        if flip:
+            flipped = np.random.default_rng((seed, Stream.FLIP, rank, step)).random(len(x)) < 0.5
+            x[flipped] = x[flipped, :, ::-1]
+        return to_float(x), labels[chosen]
+
+    class Rows:
+        def __len__(self) -> int:
+            return (steps - start_step) // steps_per_call
+
+        def __getitem__(self, i: int) -> Labelled:
+            first = start_step + int(i) * steps_per_call
+            if steps_per_call == 1:
+                return batch(first)
+            x, y = zip(*map(batch, range(first, first + steps_per_call)), strict=True)
+            return np.stack(x), np.stack(y)
+
     # One worker: two Python threads are 20 times slower (MindSpore 2.10), and one makes a batch in well under 1 ms
-    return ds.GeneratorDataset(
-        source, ["image", "label"], shuffle=False, num_parallel_workers=1, python_multiprocessing=False
-    )
+    kind = {"shuffle": False, "num_parallel_workers": 1, "python_multiprocessing": False}
+    return ds.GeneratorDataset(Rows(), ["image", "label"], **kind)
 
 
 def check_enough(data: np.ndarray, batch_size: int, world_size: int) -> None:
@@ -128,7 +113,7 @@ def check_images(images: np.ndarray, prefix: str = "") -> None:
         raise UserError(f"{prefix}images must be square, not {shape[1]} x {shape[2]}: crop or resize them")
 
 
-def load_images(name: str, directory: str | None, split: str, size: int, channels: int) -> tuple[np.ndarray, np.ndarray]:
+def load_images(name: str, directory: str | None, split: str, size: int, channels: int) -> Labelled:
     """Images (N, size, size, channels) uint8 in 0..255 and labels (N,) int32 of the data set `name` in `DATASETS`.
 
     The Fashion-MNIST sets are gray and 28 x 28; for a larger size they get a black border. An image folder has the same
@@ -142,43 +127,37 @@ def load_images(name: str, directory: str | None, split: str, size: int, channel
     return DATASETS[name](directory, split, size, channels)
 
 
-Loader = Callable[[str | None, str, int, int], tuple[np.ndarray, np.ndarray]]
+def _with_border(name: str, load: Callable[[str, str | None], Labelled]) -> Loader:
+    """The loader of images that load(split, directory) returns in one size; a black border enlarges them."""
+
+    def loader(directory, split, size, channels):
+        images, labels = load(split, directory)
+        height, width, depth = images.shape[1:]
+        if size < max(height, width) or channels != depth:
+            raise UserError(
+                f"{name} has images of {height} x {width} x {depth}, not {size} x {size} x {channels}: "
+                f"set the size to {max(height, width)} or more (the rest is black) and the channels to {depth}"
+            )
+        top, left = (size - height) // 2, (size - width) // 2
+        return np.pad(images, ((0, 0), (top, size - height - top), (left, size - width - left), (0, 0))), labels
+
+    return loader
 
 
-def _fashion_mnist(directory: str | None, split: str, size: int, channels: int) -> tuple[np.ndarray, np.ndarray]:
-    return _pad("fashion-mnist", *load_fashion_mnist(split, directory), size, channels)
-
-
-def _fashion_mnist_mini(directory: str | None, split: str, size: int, channels: int) -> tuple[np.ndarray, np.ndarray]:
-    return _pad("fashion-mnist-mini", *load_fashion_mnist_mini(split), size, channels)
-
-
-def _image_folder(directory: str | None, split: str, size: int, channels: int) -> tuple[np.ndarray, np.ndarray]:
+def _image_folder(directory: str | None, split: str, size: int, channels: int) -> Labelled:
     if not directory:
         raise UserError("--data.name image-folder needs --data.dir, the folder that holds the images")
     return load_image_folder(directory, size, channels)
 
 
-def _arrays(directory: str | None, split: str, size: int, channels: int) -> tuple[np.ndarray, np.ndarray]:
+def _arrays(directory: str | None, split: str, size: int, channels: int) -> Labelled:
     raise UserError("this run was trained on arrays from Python, which it does not keep: pass them again as `data`")
-
-
-def _pad(name: str, images: np.ndarray, labels: np.ndarray, size: int, channels: int) -> tuple[np.ndarray, np.ndarray]:
-    _, height, width, depth = images.shape
-    if size < max(height, width) or channels != depth:
-        raise UserError(
-            f"{name} has images of {height} x {width} x {depth}, not {size} x {size} x {channels}: "
-            f"set the size to {max(height, width)} or more (the rest is black) and the channels to {depth}"
-        )
-    top, left = (size - height) // 2, (size - width) // 2
-    border = ((0, 0), (top, size - height - top), (left, size - width - left), (0, 0))
-    return np.pad(images, border), labels
 
 
 # DATASETS["mine"] = loader adds a data set: loader(directory, split, size, channels) -> (images, labels), see load_images
 DATASETS: dict[str, Loader] = {
-    "fashion-mnist": _fashion_mnist,
-    "fashion-mnist-mini": _fashion_mnist_mini,
+    "fashion-mnist": _with_border("fashion-mnist", load_fashion_mnist),
+    "fashion-mnist-mini": _with_border("fashion-mnist-mini", lambda split, _: load_fashion_mnist_mini(split)),
     "image-folder": _image_folder,
     "arrays": _arrays,
 }
