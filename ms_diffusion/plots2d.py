@@ -7,7 +7,6 @@ finite are not drawn.
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
@@ -15,11 +14,8 @@ from scipy.ndimage import gaussian_filter
 
 from .files import write
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
 Limits = tuple[tuple[float, float], tuple[float, float]]  # ((left, right), (bottom, top))
+Field = tuple[np.ndarray, np.ndarray, np.ndarray]  # points (n, 2), grid (m, 2), score (m, 2) on the grid
 
 DPI = 120
 BLUE, GRAY, DARK = "#1f4e9c", "#b8b8b8", "#222222"
@@ -38,8 +34,8 @@ def limits(*sets: np.ndarray) -> Limits:
     limits of no points are [-1, 1].
     """
     finite = [points for points in map(_finite, sets) if len(points)] or [np.array([[-1.0, -1.0], [1.0, 1.0]]) / 1.08]
-    low = np.min([np.quantile(points, 0.001, axis=0, method="lower") for points in finite], axis=0)
-    high = np.max([np.quantile(points, 0.999, axis=0, method="higher") for points in finite], axis=0)
+    low = np.min([np.quantile(points, 0.001, 0, method="lower") for points in finite], 0)
+    high = np.max([np.quantile(points, 0.999, 0, method="higher") for points in finite], 0)
     middle, half = (low + high) / 2, 1.08 * (high - low).max() / 2
     far = np.abs(middle).max()
     if half <= max(1e-9 * far, 1e-30):  # one point, or too narrow for distinct ticks
@@ -55,7 +51,7 @@ def grid_points(limits: Limits, n: int = 20) -> np.ndarray:
     return np.stack(np.meshgrid(x, y), -1).reshape(-1, 2).astype(np.float32)
 
 
-def _figure(titles: Sequence[str], limits: Limits, columns: int, inches: float):
+def _figure(titles, limits, columns, inches):
     """A figure and one panel of `inches` for each title, all with the same limits; tick labels at the left and bottom."""
     from matplotlib.figure import Figure  # takes a second to import
 
@@ -65,23 +61,24 @@ def _figure(titles: Sequence[str], limits: Limits, columns: int, inches: float):
     figure.set_layout_engine("compressed", w_pad=0.03, h_pad=0.03, wspace=0.01, hspace=0.01)
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
     for i, axes in enumerate(panels[:n]):
+        left, bottom = i % columns == 0, i + columns >= n
         axes.set(xlim=limits[0], ylim=limits[1], aspect="equal")
         axes.set_title(titles[i], fontsize=9, pad=3)
         axes.locator_params(nbins=4)
-        axes.tick_params(labelsize=7, length=2, pad=2, labelleft=i % columns == 0, labelbottom=i + columns >= n)
-        for axis, shown in ((axes.xaxis, i + columns >= n), (axes.yaxis, i % columns == 0)):
-            axis.offsetText.set(visible=shown, fontsize=7)  # "+1e6"
+        axes.tick_params(labelsize=7, length=2, pad=2, labelleft=left, labelbottom=bottom)
+        axes.xaxis.offsetText.set(visible=bottom, fontsize=7)  # "+1e6"
+        axes.yaxis.offsetText.set(visible=left, fontsize=7)
         axes.spines[:].set(linewidth=0.6, color=GRAY)
     for axes in panels[n:]:
         axes.remove()
     return figure, list(panels[:n])
 
 
-def _save(path: str | Path, figure: "Figure") -> None:
+def _save(path, figure):
     write(path, lambda f: figure.savefig(f, format="png", dpi=DPI))
 
 
-def _dots(axes: "Axes", points: np.ndarray, color: str, n: int | None = None, scale: float = 1.0):
+def _dots(axes, points, color, n=None, scale=1.0):
     """Draw points as dots. The more points (n, by default their number), the smaller and paler the dots; `scale` is the
     panel's width relative to the small panels."""
     points = _finite(points)
@@ -135,15 +132,8 @@ def _density(points: np.ndarray, limits: Limits, bins: int = 80) -> np.ndarray:
     return counts / (counts.max() or 1)
 
 
-def save_score_field(
-    path: str | Path,
-    panels: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]],
-    titles: Sequence[str],
-    columns: int = 5,
-    bounds: Limits | None = None,
-) -> None:
-    """Write a PNG with the density of points in orange and the score as arrows. Each panel is (points (n, 2), grid (m, 2),
-    score (m, 2)); the arrows are centered on the grid.
+def save_score_field(path: str | Path, panels: Sequence[Field], titles: Sequence[str], bounds: Limits | None = None) -> None:
+    """Write a PNG with the density of points in orange and the score as arrows, which are centered on the grid.
 
     Scores near t = 0 are hundreds of times as large as those near T. Therefore the length of an arrow is the cube root of
     the score's length divided by the panel's 95 % quantile, at most 1, in units of the spacing of a grid that fills the
@@ -153,7 +143,7 @@ def save_score_field(
 
     colors = LinearSegmentedColormap.from_list("", ["white", "#fdb863", "#f17c0e"])
     bounds = bounds or limits(*(points for points, _, _ in panels))
-    figure, all_axes = _figure(titles, bounds, columns, 2.4)
+    figure, all_axes = _figure(titles, bounds, 5, 2.4)
     for axes, (points, grid, score) in zip(all_axes, panels, strict=True):
         style = {"origin": "lower", "cmap": colors, "vmin": 0, "vmax": 1, "interpolation": "bilinear"}
         axes.imshow(np.sqrt(_density(points, bounds)), extent=(*bounds[0], *bounds[1]), **style)
@@ -190,15 +180,11 @@ def save_trajectories(path: str | Path, trajectories: Mapping[str, np.ndarray], 
 
 
 def save_points_gif(
-    path: str | Path,
-    frames: Sequence[np.ndarray],
-    data: np.ndarray | None = None,
-    titles: Sequence[str] | None = None,
-    milliseconds: int = 60,
+    path: str | Path, frames: Sequence[np.ndarray], data: np.ndarray | None = None, titles: Sequence[str] | None = None
 ) -> None:
     """Write moving points, a list of frames (n, 2), as an animated GIF of 360 x 360 pixels, above `data` (m, 2) in gray.
 
-    The axes hold the first frame, the last frame and the data. The last frame is shown for two seconds.
+    The axes hold the first frame, the last frame and the data. A frame lasts 60 ms, the last one two seconds.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -225,5 +211,5 @@ def save_points_gif(
     palette = Image.new("P", (1, 1))
     palette.putpalette(np.ravel(colors).tolist())
     pictures = (draw(i).quantize(palette=palette, dither=Image.Dither.NONE) for i in range(len(frames)))
-    options = {"duration": [milliseconds] * (len(frames) - 1) + [2000], "loop": 0, "optimize": False}
+    options = {"duration": [60] * (len(frames) - 1) + [2000], "loop": 0, "optimize": False}
     write(path, lambda f: next(pictures).save(f, "GIF", save_all=True, append_images=pictures, **options))

@@ -4,6 +4,7 @@ import ast
 import contextlib
 import io
 import re
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,6 +35,7 @@ def readme(tmp_path_factory):
         "steps=15": "steps=3",
         "num=1000": "num=130, steps=2, batch_size=64",  # the graph of run.sample
         "dim=28": "dim=8, dim_mults=(1,)",
+        "num=16": "num=16, steps=2",
     }
     for number, other in smaller.items():
         assert number in text
@@ -145,8 +147,10 @@ def test_train_on_arrays(tmp_path):
     rng, saved = np.random.default_rng(0), []
     images, labels = rng.integers(0, 256, (40, 8, 8, 3), np.uint8), rng.integers(0, 3, 40)
     config = tiny("quick-class", **NET, num_classes=3, flip=False)
-    run = md.train(config, tmp_path / "run", (images, labels), total_steps=2, sample_num=4, on_save=saved.append)
-    assert saved == [tmp_path / "run"] and run.step == 2
+    stop = threading.Event()
+    stop.set()  # after the first step, without a preview
+    run = md.train(config, tmp_path / "run", (images, labels), stop=stop, on_save=saved.append)
+    assert saved == [tmp_path / "run"] and run.step == 1
     assert (run.config.data.name, run.config.data.size, run.config.model.channels) == ("arrays", 8, 3)
     assert run.sample(4, steps=1).shape == (4, 8, 8, 3)
     with pytest.raises(md.UserError, match="28 x 28"):

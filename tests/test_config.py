@@ -329,7 +329,7 @@ FLAGS = st.sampled_from(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.lists(st.one_of(FLAGS, st.sampled_from(["1", "quick", "fp16", "None"]), st.text(max_size=4)), max_size=4))
 def test_only_user_errors_come_of_random_flags(argv):
     try:

@@ -236,7 +236,7 @@ def test_ends_of_few_paths_are_not_a_tail_of_the_data(tmp_path, figures):
 def test_gif_moves(tmp_path, n, frames):
     """Each frame is drawn, the last for two seconds; the points move from left to right."""
     moving = [0.2 * cloud(n) + [8 * i / frames, 0] for i in range(frames)]
-    save_points_gif(tmp_path / "a.gif", moving, cloud(200, 1), [f"t = {i}" for i in range(frames)], milliseconds=50)
+    save_points_gif(tmp_path / "a.gif", moving, cloud(200, 1), [f"t = {i}" for i in range(frames)])
     middles, durations = [], []
     with Image.open(tmp_path / "a.gif") as gif:
         assert (gif.format, gif.size, getattr(gif, "n_frames", 1)) == ("GIF", (360, 360), frames)
@@ -244,7 +244,7 @@ def test_gif_moves(tmp_path, n, frames):
             pixels = np.asarray(frame.convert("RGB")).astype(int)
             middles.append(np.nonzero(pixels[..., 2] - pixels[..., 0] > 80)[1].mean())
             durations.append(frame.info.get("duration"))
-        assert frames == 1 or durations == [50] * (frames - 1) + [2000] and gif.info["loop"] == 0
+        assert frames == 1 or durations == [60] * (frames - 1) + [2000] and gif.info["loop"] == 0
     assert (np.diff(middles) > 2).all()
     assert files(tmp_path) == ["a.gif"]
 

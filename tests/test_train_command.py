@@ -316,6 +316,7 @@ def batch_of(task, step=0):
         "--preset quick-class --train.label-dropout 0.5 --model.self-condition --data.condition mask --model.cond-channels "
         "2",
         "--preset quick-upscale",
+        "--train.timestep-sampling importance",
     ],
 )
 def test_what_a_step_draws(started, flags):
@@ -327,6 +328,8 @@ def test_what_a_step_draws(started, flags):
     if train.timestep_sampling == "antithetic":
         half = rng.integers(0, 1000, n // 2)
         expected = {"t": np.concatenate([half, 999 - half])}
+    elif train.timestep_sampling == "importance":  # uniform at first
+        expected = {"t": rng.choice(1000, n, p=np.full(1000, 1 / 1000)), "weights": np.ones(n)}
     else:
         expected = {"t": rng.integers(0, 1000, n)}
     expected["noise"] = rng.standard_normal((n, 1, 28, 28), np.float32)

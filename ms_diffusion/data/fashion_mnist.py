@@ -159,11 +159,9 @@ def _first_writable(folders: list[Path]) -> Path:
 def _download(name: str, folder: Path) -> None:
     """Download one official file, check it, and write it to the folder."""
     buffer = io.BytesIO()  # at most 26 MB
-    with (
-        urlopen(URL + name, timeout=TIMEOUT) as response,
-        tqdm.wrapattr(response, "read", total=response.length, desc=name) as source,
-    ):
-        shutil.copyfileobj(source, buffer)
+    with urlopen(URL + name, timeout=TIMEOUT) as response:
+        with tqdm.wrapattr(response, "read", total=response.length, desc=name) as source:
+            shutil.copyfileobj(source, buffer)
     if hashlib.md5(buffer.getvalue(), usedforsecurity=False).hexdigest() != MD5[name]:
         raise UserError(f"{URL + name}: the download is incomplete or corrupt (wrong MD5); run the same command again")
     write(folder / name, lambda f: f.write(buffer.getvalue()))

@@ -4,6 +4,7 @@ import os
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -103,11 +104,9 @@ def load_points(name: str, path: str | np.ndarray | None, num: int, seed: int) -
         raise UserError(f"--data.name {name} reads no file: to use {path}, set --data.name {POINTS_FILE}")
     if num < 1:
         raise UserError(f"--data.num {num}: set the number of points to train on to 1 or more")
-    train, test = (
-        TOYS[name](np.random.default_rng((seed, stream)), n).astype(np.float32)
-        for stream, n in ((Stream.POINTS_TRAIN, num), (Stream.POINTS_TEST, 2 * num))
-    )
-    return train, test
+    train = TOYS[name](np.random.default_rng((seed, Stream.POINTS_TRAIN)), num)
+    test = TOYS[name](np.random.default_rng((seed, Stream.POINTS_TEST)), 2 * num)
+    return train.astype(np.float32), test.astype(np.float32)
 
 
 def read_saved_points(path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -200,10 +199,7 @@ def _read_csv(path: Path) -> np.ndarray:
         del lines[0]
     if not lines:
         raise UserError(f"{where}: it holds no numbers; write one point a line, such as 0.5,1.5")
-
-    def parse(lines: list[str]) -> np.ndarray:
-        return np.loadtxt(lines, delimiter=separator, comments=None, ndmin=2)
-
+    parse = partial(np.loadtxt, delimiter=separator, comments=None, ndmin=2)
     try:
         return parse([line for _, line in lines])
     except ValueError:

@@ -44,9 +44,8 @@ FLAGS += "-fvisibility=hidden -shared -fPIC -pthread".split()
 
 def _cpu() -> str:
     """Text that changes with the CPU features that -march=native uses."""
-    lines = []
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
     return platform.machine() + "".join(sorted({a for a in lines if a.startswith(("flags", "Features", "model name"))}))
 
 
@@ -85,11 +84,8 @@ def _works(library: Path) -> bool:
 
 
 def _build() -> Path:
-    """The compiled library.
-
-    Raises:
-        OSError: there is no compiler, it fails, the library does not run, or the cache cannot be written to.
-    """
+    """The compiled library. Raises OSError if there is no compiler, it fails, the library does not run, or the cache cannot
+    be written to."""
     compiler = next(filter(None, map(shutil.which, filter(None, [os.environ.get("CXX"), "c++", "g++", "clang++"]))), None)
     text = "".join([*(source.read_text() for source in SOURCES), *FLAGS, _cpu(), ms.__version__])
     path = cache_folder() / "kernels" / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.so"
@@ -135,49 +131,36 @@ def adam_available() -> bool:
 
 
 class Operator(ops.Custom):
-    """An operator of the library. `out_shape` maps the shapes of the inputs to those of the outputs, `out_dtype` the types
-    (by default, `out_shape` does both). They also check the inputs, since the library does not.
+    """An operator of the library with a number of float32 outputs. `out_shape` maps the shapes of the inputs to those of the
+    outputs, and checks them, since the library does not. Raises TypeError if the first input is not float32."""
 
-    Raises:
-        TypeError: the first input is not float32.
-    """
-
-    def __init__(self, name: str, out_shape: Callable, out_dtype: Callable | None = None):
-        def checked(*types):
+    def __init__(self, name: str, out_shape: Callable, outputs: int = 1):
+        def out_dtype(*types):
             if "float32" not in repr(types[0]).lower():
                 raise TypeError(f"the CPU kernel {name} takes float32, not {types[0]}")
-            return (out_dtype or out_shape)(*types)
+            return types[0] if outputs == 1 else types[:1] * outputs
 
-        super().__init__(f"{library()}:{name}", out_shape, checked, "aot")
+        super().__init__(f"{library()}:{name}", out_shape, out_dtype, "aot")
 
     def __deepcopy__(self, memo):  # ops.Custom's own fails (MindSpore 2.10); an operator has no state
         return self
 
 
 def output_shape(x: list, weight: list, stride: int, padding: int, groups: int = 1, transposed: bool = False) -> list:
-    """The output shape of a convolution of x (B, C, H, W); x and weight are shapes.
-
-    Raises:
-        ValueError: the channels differ or the kernel is larger than the padded input.
-    """
+    """The output shape of a convolution of x (B, C, H, W); x and weight are shapes. Raises ValueError if the channels differ
+    or the kernel is larger than the padded input."""
     out, channels = (weight[1], weight[0]) if transposed else (weight[0], weight[1] * groups)
     if len(x) != 4 or x[1] != channels:
         raise ValueError(f"a convolution of {channels} channels takes an input (B, C, H, W), not one of shape {tuple(x)}")
-    if transposed:
-        size = [(n - 1) * stride - 2 * padding + weight[2] for n in x[2:]]
-    else:
-        size = [(n + 2 * padding - weight[2]) // stride + 1 for n in x[2:]]
+    k, p = weight[2], 2 * padding
+    size = [(n - 1) * stride - p + k if transposed else (n + p - k) // stride + 1 for n in x[2:]]
     if min(size) < 1:
-        raise ValueError(f"a kernel of {weight[2]} with padding {padding} does not fit an input of shape {tuple(x)}")
+        raise ValueError(f"a kernel of {k} with padding {padding} does not fit an input of shape {tuple(x)}")
     return [x[0], out, *size]
 
 
 def norm_shape(x: list, weight: list, *_) -> list:
-    """The output shape of a GroupNorm of x (B, C, H, W); x and weight are shapes.
-
-    Raises:
-        ValueError: the channels differ.
-    """
+    """The output shape of a GroupNorm of x (B, C, H, W); x, weight are shapes. Raises ValueError if the channels differ."""
     if len(x) != 4 or list(weight) not in ([x[1]], list(x[:2])):
         raise ValueError(f"a GroupNorm of {weight[-1]} channels takes an input (B, C, H, W), not one of shape {tuple(x)}")
     return x
@@ -189,16 +172,11 @@ class Convolution(nn.Cell):
     def __init__(self, stride: int, padding: int, groups: int, transposed: bool = False):
         super().__init__()
         self.settings = Tensor([stride, padding, groups, False], ms.int32)
-        name = "conv_transpose" if transposed else "conv"
-
-        def shape(x, w, b, settings):
-            return output_shape(x, w, stride, padding, groups, transposed)
-
-        self.forward = Operator(name, shape, lambda x, w, b, s: x)
+        name, out = ("conv_transpose", 1) if transposed else ("conv", 0)  # out: the weight's axis of output channels
+        self.forward = Operator(name, lambda x, w, b, s: output_shape(x, w, stride, padding, groups, transposed))
         # Without an attribute, PyNative reuses the output shape of another stride or padding (MindSpore 2.10).
         self.forward.add_prim_attr("settings", f"{stride} {padding} {groups}")
-        out = 1 if transposed else 0  # the weight's axis of output channels
-        self.gradient = Operator(f"{name}_gradient", lambda dy, x, w, s: (x, w, [w[out]]), lambda dy, x, w, s: (x, w, w))
+        self.gradient = Operator(f"{name}_gradient", lambda dy, x, w, s: (x, w, [w[out]]), 3)
 
     def construct(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return self.forward(x, weight, bias, self.settings)
@@ -221,13 +199,9 @@ class NormConvolution(nn.Cell):
         def shape(x, g, h, n, w, b, settings):
             return output_shape(norm_shape(x, g), w, stride, padding, groups)
 
-        self.forward = Operator("norm_conv", shape, lambda x, g, h, n, w, b, s: x)
+        self.forward = Operator("norm_conv", shape)
         self.forward.add_prim_attr("settings", f"{stride} {padding} {groups}")
-        self.gradient = Operator(
-            "norm_conv_gradient",
-            lambda dy, x, g, h, n, w, s: (x, g, h, w, w[:1]),
-            lambda dy, x, g, h, n, w, s: (x, g, h, w, w),
-        )
+        self.gradient = Operator("norm_conv_gradient", lambda dy, x, g, h, n, w, s: (x, g, h, w, w[:1]), 5)
 
     def construct(self, x: Tensor, norm_weight, norm_bias, norm_settings, weight: Tensor, bias: Tensor) -> Tensor:
         return self.forward(x, norm_weight, norm_bias, norm_settings, weight, bias, self.settings)
@@ -282,8 +256,8 @@ class GroupNorm(nn.Cell):
         super().__init__()
         kinds = {None: 0, "gelu-before": 1, "silu-after": 2}
         self.settings = Tensor(np.array([groups, eps, kinds[activation]], np.float32))
-        self.forward = Operator("group_norm", norm_shape, lambda x, w, b, s: x)
-        self.gradient = Operator("group_norm_gradient", lambda dy, x, w, b, s: (x, w, b))
+        self.forward = Operator("group_norm", norm_shape)
+        self.gradient = Operator("group_norm_gradient", lambda dy, x, w, b, s: (x, w, b), 3)
 
     def construct(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return self.forward(x, weight, bias, self.settings)
@@ -322,8 +296,8 @@ class Linear(nn.Cell):
                 raise ValueError(f"a linear layer's bias must have the shape ({w[0]},) and its residual {tuple(y)}")
             return y
 
-        self.forward = Operator("linear", shape, lambda x, *_: x)
-        self.gradient = Operator("linear_gradient", lambda dy, x, w, s: (x, w, w[:1]), lambda dy, x, w, s: (x, w, w))
+        self.forward = Operator("linear", shape)
+        self.gradient = Operator("linear_gradient", lambda dy, x, w, s: (x, w, w[:1]), 3)
 
     def construct(self, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None) -> Tensor:
         if residual is None:
@@ -348,7 +322,7 @@ class LinearAttention(nn.Cell):
                 )
             return [x[0], x[1] // 3, x[2], x[3]]
 
-        self.forward = Operator("linear_attention", shape, lambda x, s: x)
+        self.forward = Operator("linear_attention", shape)
         self.gradient = Operator("linear_attention_gradient", lambda dy, x, s: x)
 
     def construct(self, qkv: Tensor) -> Tensor:
@@ -366,11 +340,11 @@ def adam(optimizer: nn.Adam, clip_norm: float, ema=None) -> Callable:
     in place: otherwise MindSpore passes it copies beside another such operator, for example a batch norm in training.
     """
     averages = ema.averages if ema is not None else ()
-    constants = [len(optimizer.parameters), optimizer.beta1, optimizer.beta2, optimizer.eps, clip_norm]
-    constants = Tensor(np.array([float(c) for c in constants], np.float32))
-    operator = Operator("adam", lambda *inputs: (), lambda *inputs: inputs[0])
     parameters, moments = optimizer.parameters, optimizer.moment1 + optimizer.moment2
     n = len(parameters)
+    constants = [float(c) for c in (n, optimizer.beta1, optimizer.beta2, optimizer.eps, clip_norm)]
+    constants = Tensor(np.array(constants, np.float32))
+    operator = Operator("adam", lambda *inputs: ())
     written = [False] * 3 + [True] * (3 + 3 * n) + [False] * n + [True] * len(averages)
     operator.set_signatures([make_sig(f"x{i}", sig_rw.RW_WRITE if w else sig_rw.RW_READ) for i, w in enumerate(written)])
     operator.add_prim_attr("side_effect_mem", True)

@@ -188,14 +188,14 @@ def kernel_distance(
     if n < 2:
         raise ValueError(f"at least 2 points of each are needed, not {len(a)} and {len(b)}")
 
-    def mean_of_pairs(x: np.ndarray, y: np.ndarray, same: bool) -> float:
-        k = (x @ y.T / x.shape[1] + 1) ** 3
-        return (k.sum() - np.trace(k)) / (n * (n - 1)) if same else k.mean()
+    def kernel(x, y):
+        return (x @ y.T / x.shape[1] + 1) ** 3
 
     values = []
     for _ in range(subsets):
         x, y = rng.choice(a, n, replace=False), rng.choice(b, n, replace=False)
-        values.append(mean_of_pairs(x, x, True) + mean_of_pairs(y, y, True) - 2 * mean_of_pairs(x, y, False))
+        within = sum((k.sum() - np.trace(k)) / (n * (n - 1)) for k in (kernel(x, x), kernel(y, y)))
+        values.append(within - 2 * kernel(x, y).mean())
     return float(np.mean(values)), float(np.std(values))
 
 
@@ -229,16 +229,12 @@ def precision_recall(samples: np.ndarray, data: np.ndarray, k: int = 5) -> dict[
         return np.concatenate(rows) * (1 + 1e-9)  # so that rounding excludes no equal distance
 
     sample_radii, data_radii = radii(samples), radii(data)
-    balls, recalled, nearest = [], [], np.full(len(data), np.inf)
-    for square in squared_distance_blocks(samples, data):
-        balls.append((square <= data_radii).sum(1))
-        nearest = np.minimum(nearest, square.min(0))
-    for square in squared_distance_blocks(data, samples):
-        recalled.append((square <= sample_radii).any(1))
-    balls = np.concatenate(balls)
+    balls = np.concatenate([(square <= data_radii).sum(1) for square in squared_distance_blocks(samples, data)])
+    rows = [((square <= sample_radii).any(1), square.min(1)) for square in squared_distance_blocks(data, samples)]
+    recalled, nearest = (np.concatenate(column) for column in zip(*rows, strict=True))
     return {
         "precision": float((balls > 0).mean()),
-        "recall": float(np.concatenate(recalled).mean()),
+        "recall": float(recalled.mean()),
         "density": float(balls.mean() / k),
         "coverage": float((nearest <= data_radii).mean()),
     }

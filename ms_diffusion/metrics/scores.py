@@ -15,16 +15,7 @@ from ..data.fashion_mnist import center_crop
 from ..files import write
 from ..images import grid
 from ..runtime import UserError
-from .distances import (
-    check_number,
-    frechet_distance,
-    kernel_distance,
-    mean_and_covariance,
-    precision_recall,
-    psnr,
-    squared_distance_blocks,
-    ssim,
-)
+from . import distances
 from .features import Features
 
 OTHER_SPLIT = {"train": "test", "test": "train"}
@@ -124,7 +115,7 @@ class Reference:
         numbers |= {f"{name}, {split}": len(images) for split, (images, _) in self.splits.items()}
         for what, n in numbers.items():
             try:
-                check_number(n, features.num)
+                distances.check_number(n, features.num)
             except ValueError as e:
                 raise UserError(f"{what}: {e}") from e
         self.chosen = {s: choose(*self.splits[s], against_num if s == against else num) for s in OTHER_SPLIT}
@@ -152,7 +143,7 @@ class Reference:
         floor = score(real[other], real[against], self.chosen[other][1])
         if originals is not None:
             pair = self.crop(samples.images), self.crop(originals)
-            scores |= {"psnr": float(psnr(*pair).mean()), "ssim": float(ssim(*pair).mean())}
+            scores |= {"psnr": float(distances.psnr(*pair).mean()), "ssim": float(distances.ssim(*pair).mean())}
         scores["nearest_train"] = float(self.nearest_train(samples.images)[1].mean())
         floor["nearest_train"] = float(self.nearest_train(self.chosen["test"][0])[1].mean())  # always of test images
         protocol = (
@@ -189,9 +180,9 @@ def score(
 ) -> dict[str, float]:
     """All scores of samples by their features (N, d) and logits (N, classes), against those of the reference images."""
     a, b = found["features"], reference["features"]
-    kid, spread = kernel_distance(a, b, np.random.default_rng(0), size=min(1000, len(a) // 2, len(b) // 2))
-    scores = {"fid": frechet_distance(*mean_and_covariance(a), *mean_and_covariance(b)), "kid": kid, "kid_spread": spread}
-    scores |= precision_recall(a, b)
+    fid = distances.frechet_distance(*distances.mean_and_covariance(a), *distances.mean_and_covariance(b))
+    kid, spread = distances.kernel_distance(a, b, np.random.default_rng(0), size=min(1000, len(a) // 2, len(b) // 2))
+    scores = {"fid": fid, "kid": kid, "kid_spread": spread, **distances.precision_recall(a, b)}
     if "logits" in found:
         classes, reference_classes = found["logits"].argmax(1), reference["logits"].argmax(1)
         p, q = (np.bincount(c, minlength=found["logits"].shape[1]) / len(c) for c in (classes, reference_classes))
@@ -205,7 +196,7 @@ def nearest(images: np.ndarray, train: np.ndarray) -> tuple[np.ndarray, np.ndarr
     """For each of N images the index of the nearest training image, and the root mean square difference of their pixels
     (0..255): (N,), (N,)."""
     x, data = (np.asarray(each, np.float32).reshape(len(each), -1) for each in (images, train))
-    blocks = [(square.argmin(1), square.min(1)) for square in squared_distance_blocks(x, data, 100)]
+    blocks = [(square.argmin(1), square.min(1)) for square in distances.squared_distance_blocks(x, data, 100)]
     index, square = (np.concatenate(column) for column in zip(*blocks, strict=True))
     return index, np.sqrt(square / x.shape[1])
 
