@@ -53,13 +53,13 @@ NOT_EMPTY = NotEmpty()
 
 @dataclass(frozen=True, eq=False)
 class OneOf:
-    """The names in a registry, also those that are added to it later, and some more."""
+    """The names in a registry, also those that are added to it later, and some others."""
 
     registry: Iterable[str]
-    more: tuple[str, ...] = ()
+    extra: tuple[str, ...] = ()
 
     def problem(self, value: Any) -> str | None:
-        names = [*self.registry, *self.more]
+        names = [*self.registry, *self.extra]
         return None if value in names else f"choose one of {', '.join(names)}"
 
 

@@ -60,8 +60,8 @@ def show_grid(
     height, width = images.shape[1] + CAPTION + GAP, images.shape[2] + GAP
     columns = (picture.width // scale - GAP) // width
     for i, caption in enumerate(captions):
-        middle, top = GAP + (i % columns + 0.5) * width, (i // columns + 1) * height - CAPTION
-        draw.text((scale * middle, scale * top), caption, "white", font, "mt")
+        center, top = GAP + (i % columns + 0.5) * width, (i // columns + 1) * height - CAPTION
+        draw.text((scale * center, scale * top), caption, "white", font, "mt")
     return picture
 
 

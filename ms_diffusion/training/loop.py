@@ -57,13 +57,13 @@ def train(
         run_dir, config = run_dir or f"runs/{config}", PRESETS[config]
     if run_dir is None:
         raise UserError("run_dir is missing: give the folder of the run")
-    chosen, given = override(config, **overrides), None
+    chosen, arrays = override(config, **overrides), None
     check_fields(chosen)  # the types of values from Python; whether they fit the data is checked with the data
     if data is not None:
-        chosen, given = chosen.with_data(data)
+        chosen, arrays = chosen.with_data(data)
     run_dir = Path(run_dir)
     name = set_device(device)
-    train_task(chosen.task(given), run_dir, name, stop or threading.Event(), on_save)
+    train_task(chosen.task(arrays), run_dir, name, stop or threading.Event(), on_save)
     return Run(run_dir)
 
 

@@ -97,36 +97,36 @@ def show_conditions(task: Any, request: Request, made: Plan) -> None:
 def plan_inpaint(task: Any, run: "Run", request: Request, made: Plan) -> None:
     assert request.inpaint
     mask, image = request.inpaint
-    given, known = read_images(task, [image]), read_mask(task, mask, image)
-    made.denoise = inpaint(run.generator.denoiser(made.sampling), Tensor(given), Tensor(known))
+    original, known = read_images(task, [image]), read_mask(task, mask, image)
+    made.denoise = inpaint(run.generator.denoiser(made.sampling), Tensor(original), Tensor(known))
     if request.resample > 1:
         made.sampler, made.calls_per_step = partial(sample_repaint, jump_n_sample=request.resample), request.resample
         if made.sampling.v_posterior is not None:
             made.sampler = partial(made.sampler, v_posterior=made.sampling.v_posterior)
-    made.arrange, made.columns = lambda x: np.concatenate([given, given * known, x]), min(made.num + 2, 12)
+    made.arrange, made.columns = lambda x: np.concatenate([original, original * known, x]), min(made.num + 2, 12)
 
 
 def plan_init(task: Any, run: "Run", request: Request, made: Plan) -> None:
-    given = read_images(task, [request.init])
+    original = read_images(task, [request.init])
     t = Tensor(np.full(made.num, made.timesteps[0], np.int32))
     noise = SeededNoise(made.sampling.seed, range(made.num))(task.shape)
-    made.start = run.diffusion.q_sample(Tensor(given.repeat(made.num, 0)), t, Tensor(noise)).asnumpy()
-    made.arrange, made.columns = lambda x: np.concatenate([given, x]), min(made.num + 1, 12)
+    made.start = run.diffusion.q_sample(Tensor(original.repeat(made.num, 0)), t, Tensor(noise)).asnumpy()
+    made.arrange, made.columns = lambda x: np.concatenate([original, x]), min(made.num + 1, 12)
 
 
 def plan_interpolate(task: Any, run: "Run", request: Request, made: Plan) -> None:
     assert request.interpolate
-    given = read_images(task, request.interpolate)
+    original = read_images(task, request.interpolate)
     cond = [Tensor(values[:1].repeat(2, 0)) for values in task.in_order(made.cond)]
     denoise = run.generator.denoiser(made.sampling)
     denoise = with_self_conditioning(denoise) if task.self_condition else denoise
-    first, last = invert_ddim(lambda x, t: denoise(x, t, *cond), Tensor(given), run.diffusion, made.timesteps).asnumpy()
+    first, last = invert_ddim(lambda x, t: denoise(x, t, *cond), Tensor(original), run.diffusion, made.timesteps).asnumpy()
     made.start = np.stack([slerp(first, last, share) for share in np.linspace(0, 1, made.num)])
 
     def arrange(x: np.ndarray) -> np.ndarray:
-        errors = rms(x[0], given[0]), rms(x[-1], given[1])
+        errors = rms(x[0], original[0]), rms(x[-1], original[1])
         print("reconstruction error of both ends (RMS in [-1, 1]): {:.3f}, {:.3f}".format(*errors))
-        return np.concatenate([given[:1], x, given[1:]])
+        return np.concatenate([original[:1], x, original[1:]])
 
     made.arrange, made.columns = arrange, min(made.num + 2, 12)
 

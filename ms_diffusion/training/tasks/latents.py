@@ -150,26 +150,26 @@ class CaptionTask(LatentTask):
 
 
 def resolve_first_stage(config: LatentConfig, run: Path, rank: int = 0) -> FirstStage:
-    """The first stage that a run of latents has kept, or the one of --first-stage, of which it (rank 0) keeps a copy.
+    """The first stage that a run of latents has saved, or the one of --first-stage, of which it (rank 0) keeps a copy.
 
     Raises:
         UserError: there is none, or another one, or one whose latents the network does not take.
     """
-    kept, given = run / "first_stage", config.first_stage
-    is_kept = (kept / "state.json").exists()  # which is written last
-    if is_kept and given and not Path(given).exists():
-        given = None  # it was needed only for the copy
-    if not given and not is_kept:
+    saved, requested = run / "first_stage", config.first_stage
+    is_saved = (saved / "state.json").exists()  # which is written last
+    if is_saved and requested and not Path(requested).exists():
+        requested = None  # it was needed only for the copy
+    if not requested and not is_saved:
         raise UserError(
             "no autoencoder is given: add --first-stage runs/autoencoder, the run of "
             f"{command('train')} --preset autoencoder"
         )
-    if given:
-        folder = run_folders(Path(given))[0]
-        hashes = [read_state(f)["sha256"]["ema.safetensors"] for f in (folder, *[kept] * is_kept)]
+    if requested:
+        folder = run_folders(Path(requested))[0]
+        hashes = [read_state(f)["sha256"]["ema.safetensors"] for f in (folder, *[saved] * is_saved)]
         if len(set(hashes)) > 1:
-            raise UserError(f"--first-stage {given} is not the first stage that the run in {run} has kept: leave it out")
-    source = kept if is_kept else Path(given or "")
+            raise UserError(f"--first-stage {requested} is not the first stage that the run in {run} has kept: leave it out")
+    source = saved if is_saved else Path(requested or "")
     first_stage = load_first_stage(source, config.first_stage_patch)
     model, autoencoder = config.model, Config.from_json(run_folders(source)[1] / "config.json").model
     f = autoencoder.size_multiple
@@ -186,14 +186,14 @@ def resolve_first_stage(config: LatentConfig, run: Path, rank: int = 0) -> First
             f"takes {taken} and {model.channels}: set --model.in-channels, --model.out-channels, --model.latent-size, "
             "--model.channels and --data.size to fit"
         )
-    if not is_kept and rank == 0:
+    if not is_saved and rank == 0:
         folder, home = run_folders(source)
         state = {"step": read_state(folder)["step"], "sha256": {}}
         for path in (home / "config.json", folder / "ema.safetensors"):
             content = path.read_bytes()
             state["sha256"][path.name] = hashlib.sha256(content).hexdigest()
-            write(kept / path.name, lambda file, content=content: file.write(content))
-        write(kept / "state.json", lambda file: file.write(json.dumps(state, indent=1).encode()))
+            write(saved / path.name, lambda file, content=content: file.write(content))
+        write(saved / "state.json", lambda file: file.write(json.dumps(state, indent=1).encode()))
     return first_stage
 
 
