@@ -117,8 +117,7 @@ def test_there_is_no_circle():
 def test_no_pickle_torch_only_on_request_and_network_in_one_module(module):
     names = {name.split(".")[0] for name, _ in imports_of(module)}
     early = {name.split(".")[0] for name, at_import in imports_of(module) if at_import}
-    pickles = module == "commands.workers"  # sends work to its own process, reads no file
-    assert pickles or not names & {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
+    assert not names & {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
     assert not names & {"train", "sample", "tests", "benchmarks"}
     assert not early & {"torch", "diffusers", "moxing", "requests", "socket"}
     assert module == "data.fashion_mnist" or not names & {"urllib", "http", "requests", "socket", "ftplib"}
