@@ -3,10 +3,15 @@
 import contextlib
 import ctypes
 import gc
+import os
 
 import pytest
 
-from ms_diffusion import runtime
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):  # a core each: MindSpore's waiting threads would take the other's
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
+
+from ms_diffusion import runtime  # noqa: E402  # sizes its thread pools by the cores
 
 runtime.set_device("cpu")
 runtime.catch_interrupts = lambda: None  # tests train in this process, and Ctrl-C is pytest's
