@@ -55,11 +55,7 @@ def make_denoiser(diffusion: GaussianDiffusion, net: nn.Cell, cond: Cond = None,
 
 def with_label(denoise: Denoiser, label: int) -> Denoiser:
     """The denoiser with `label` in place of all class labels; the label `num_classes` stands for no class."""
-
-    def relabelled(x_t: Array, t: int, labels: Tensor, *cond: Array) -> Array:
-        return denoise(x_t, t, Tensor(np.full(labels.shape, label, np.int32)), *cond)
-
-    return relabelled
+    return lambda x_t, t, labels, *cond: denoise(x_t, t, Tensor(np.full(labels.shape, label, np.int32)), *cond)
 
 
 def guide(denoise: Denoiser, denoise_uncond: Denoiser, scale: float, rescale: float = 0.0,
@@ -100,11 +96,7 @@ def inpaint(denoise: Denoiser, known: Array, mask: Array) -> Denoiser:
 
     The sampler then adds noise to the known part at each step. This is the replacement method (Song et al. 2021, appendix
     I.2), or RePaint with `sample_repaint`."""
-
-    def inpainted(x_t: Array, t: int, *cond: Array) -> Array:
-        return mask * known + (1 - mask) * denoise(x_t, t, *cond)
-
-    return inpainted
+    return lambda x_t, t, *cond: mask * known + (1 - mask) * denoise(x_t, t, *cond)
 
 
 def with_self_conditioning(denoise: Denoiser) -> Denoiser:

@@ -158,7 +158,7 @@ def run_program(main: Callable[[list[str]], int], argv: Sequence[str]) -> int:
     try:
         return main(list(argv))
     except (UserError, OSError) as e:
-        hint = "" if isinstance(e, UserError) else HINTS.get(e.errno)
+        hint = "" if isinstance(e, UserError) else HINTS.get(e.errno or 0)
         if hint is None or "--debug" in argv:
             raise
         with contextlib.suppress(OSError):

@@ -279,9 +279,8 @@ class SeededNoise:
     def __call__(self, shape: Sequence[int]) -> np.ndarray:
         """The next noise of each sample, (len(indices), *shape) float32."""
         size = math.prod(shape)
-        missing = size - self.unused.shape[1]
-        if missing > 0:
-            count = max(missing, self.MIN_DRAW)
+        if size > self.unused.shape[1]:
+            count = max(size - self.unused.shape[1], self.MIN_DRAW)
             drawn = np.stack([g.standard_normal(count, dtype=np.float32) for g in self.generators])
             self.unused = np.concatenate([self.unused, drawn], 1)
         noise, self.unused = self.unused[:, :size], self.unused[:, size:]
@@ -303,10 +302,7 @@ def generate(sampler: Sampler, denoise: Denoiser, diffusion: GaussianDiffusion, 
         def denoise_batch(x, t, *last):  # last: the x_0 of self-conditioning
             return denoise(x, t, *batch_cond, *last)
 
-        def randn_like(x):
-            return Tensor(noise(x.shape[1:]))
-
         x = Tensor(noise(shape) if start is None else start[rows])
-        return [sampler(denoise_batch, x, diffusion, timesteps, randn_like, callback).asnumpy()]
+        return [sampler(denoise_batch, x, diffusion, timesteps, lambda x: Tensor(noise(x.shape[1:])), callback).asnumpy()]
 
     return in_batches(batch, np.arange(num), batch_size)[0]

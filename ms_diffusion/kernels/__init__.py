@@ -193,11 +193,8 @@ class NormConvolution(nn.Cell):
     def __init__(self, stride: int, padding: int, groups: int):
         super().__init__()
         self.settings = Tensor([stride, padding, groups], ms.int32)
-
-        def shape(x, g, h, n, w, b, settings):
-            return output_shape(norm_shape(x, g), w, stride, padding, groups)
-
-        self.forward = Operator("norm_conv", shape)
+        shape = functools.partial(output_shape, stride=stride, padding=padding, groups=groups)
+        self.forward = Operator("norm_conv", lambda x, g, h, n, w, b, s: shape(norm_shape(x, g), w))
         self.forward.add_prim_attr("settings", f"{stride} {padding} {groups}")
         self.gradient = Operator("norm_conv_gradient", lambda dy, x, g, h, n, w, s: (x, g, h, w, w[:1]), 5)
 
