@@ -37,8 +37,7 @@ def make_denoiser(diffusion: GaussianDiffusion, net: nn.Cell, cond: Cond = None,
 
     Args:
         cond: the conditions for calls that pass none.
-        clip: clip x_0 to [-1, 1], the range of images; None is `diffusion.clip_denoised`.
-    """
+        clip: clip x_0 to [-1, 1], the range of images; None is `diffusion.clip_denoised`."""
     clip, default = diffusion.clip_denoised if clip is None else clip, as_tuple(cond)
 
     def predict_start(x_t: Tensor, t: Tensor, *cond: Tensor) -> Tensor:
@@ -56,11 +55,7 @@ def make_denoiser(diffusion: GaussianDiffusion, net: nn.Cell, cond: Cond = None,
 
 def with_label(denoise: Denoiser, label: int) -> Denoiser:
     """The denoiser with `label` in place of all class labels; the label `num_classes` stands for no class."""
-
-    def relabelled(x_t: Array, t: int, labels: Tensor, *cond: Array) -> Array:
-        return denoise(x_t, t, Tensor(np.full(labels.shape, label, np.int32)), *cond)
-
-    return relabelled
+    return lambda x_t, t, labels, *cond: denoise(x_t, t, Tensor(np.full(labels.shape, label, np.int32)), *cond)
 
 
 def guide(denoise: Denoiser, denoise_uncond: Denoiser, scale: float, rescale: float = 0.0,
@@ -75,8 +70,7 @@ def guide(denoise: Denoiser, denoise_uncond: Denoiser, scale: float, rescale: fl
             raises it (Lin et al. 2024, eqs. 14 to 16).
         interval: first and last guided timestep; at other timesteps only the conditional denoiser runs (Kynkaanniemi et al.
             2024, eq. 5).
-        clip: clip x_0 to [-1, 1].
-    """
+        clip: clip x_0 to [-1, 1]."""
 
     def guided(x_t: Array, t: int, *cond: Array) -> Array:
         x_start = denoise(x_t, t, *cond)
@@ -101,20 +95,14 @@ def inpaint(denoise: Denoiser, known: Array, mask: Array) -> Denoiser:
     """The x_0 of `known` (B, ...) where `mask` is 1, and the denoiser's x_0 where it is 0.
 
     The sampler then adds noise to the known part at each step. This is the replacement method (Song et al. 2021, appendix
-    I.2), or RePaint with `sample_repaint`.
-    """
-
-    def inpainted(x_t: Array, t: int, *cond: Array) -> Array:
-        return mask * known + (1 - mask) * denoise(x_t, t, *cond)
-
-    return inpainted
+    I.2), or RePaint with `sample_repaint`."""
+    return lambda x_t, t, *cond: mask * known + (1 - mask) * denoise(x_t, t, *cond)
 
 
 def with_self_conditioning(denoise: Denoiser) -> Denoiser:
     """Self-conditioning (Chen et al. 2022, "Analog bits", algorithm 2): each call also passes the x_0 of the previous call.
 
-    The first call passes zeros, so each sampling run needs a new wrapper: see `self_conditioned`.
-    """
+    The first call passes zeros, so each sampling run needs a new wrapper: see `self_conditioned`."""
     last = None
 
     def conditioned(x_t: Array, t: int, *cond: Array) -> Array:

@@ -22,8 +22,7 @@ def sample_repaint(denoise: Denoiser, x: Array, diffusion: GaussianDiffusion, ti
     Pass `inpaint(denoise, known, mask)` as the denoiser: it keeps the known part. The network is called about
     `jump_n_sample` times per timestep. `v_posterior` is as in `sample_ddpm`.
 
-    Raises ValueError if jump_length or jump_n_sample is below 1, or v_posterior is not in [0, 1].
-    """
+    Raises ValueError if jump_length or jump_n_sample is below 1, or v_posterior is not in [0, 1]."""
     if jump_length < 1 or jump_n_sample < 1:
         raise ValueError(f"jump_length is {jump_length} and jump_n_sample is {jump_n_sample}: both must be at least 1")
     v_posterior = diffusion.v_posterior if v_posterior is None else v_posterior
@@ -53,8 +52,7 @@ def invert_ddim(
     with v at x_next, solves it for x_t; each iteration calls the network once. A single iteration equals, to first order,
     the usual inversion (Dhariwal & Nichol 2021, appendix F), which uses eps and could not be iterated near zero SNR.
 
-    Raises ValueError if iterations is below 1, or one step leads from pure noise to data, which cannot be inverted.
-    """
+    Raises ValueError if iterations is below 1, or one step leads from pure noise to data, which cannot be inverted."""
     if iterations < 1:
         raise ValueError(f"iterations is {iterations}: it must be at least 1")
     for _, t, alpha_bar, alpha_bar_next in reversed(noise_levels(diffusion, timesteps)):

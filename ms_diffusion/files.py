@@ -51,9 +51,7 @@ def load_or_compute(
     path: str | os.PathLike, load: Callable[[BinaryIO], T], compute: Callable[[], T], save: Callable[[BinaryIO, T], object]
 ) -> T:
     """load(file) of a cache file; if it is missing or corrupt, compute(), whose result save(file, result) writes to `path`.
-
-    If the file cannot be written, the result is returned all the same.
-    """
+    If the file cannot be written, the result is returned all the same."""
     try:
         with open(path, "rb") as file:
             return load(file)
@@ -68,9 +66,7 @@ def in_batches(
     fn: Callable[[np.ndarray], Sequence[np.ndarray]], rows: np.ndarray, size: int, name: str | None = None
 ) -> list[np.ndarray]:
     """The arrays that fn(rows) returns, computed in batches of one size, for which fn is compiled once.
-
-    The last batch is filled up with the last row. With `name` there is a progress bar.
-    """
+    The last batch is filled up with the last row. With `name` there is a progress bar."""
     size, found = max(min(size, len(rows)), 1), []
     for first in tqdm(range(0, len(rows), size), unit="batch", desc=name, disable=name is None):
         found.append(fn(rows[np.minimum(np.arange(first, first + size), len(rows) - 1)]))

@@ -44,8 +44,7 @@ def bits_per_dim(denoise: Callable[[np.ndarray, int], np.ndarray], diffusion: Ga
         x_start: images (B, ...).
         rng: draws the noise, starting with t = T - 1.
 
-    Raises ValueError if x_start is not on the 256 levels.
-    """
+    Raises ValueError if x_start is not on the 256 levels."""
     x_start = np.asarray(x_start, np.float64)
     levels = (x_start + 1) * 127.5
     if not (abs(levels - np.clip(np.round(levels), 0, 255)) < 1e-3).all():
@@ -105,8 +104,7 @@ def ode_log_likelihood(denoise_and_divergence: Callable[[np.ndarray, int], tuple
         denoise_and_divergence: `(x_t, t) -> (x_0, divergence)`, (B, ...) and (B,), the trace of d x_0 / d x_t.
         timesteps: ascending ints in [0, T), by default all; x at the last is assumed to be N(0, 1).
 
-    Raises ValueError if timesteps are not ascending or out of range, or alpha_bar is 0 at the last.
-    """
+    Raises ValueError if timesteps are not ascending or out of range, or alpha_bar is 0 at the last."""
     T = diffusion.num_timesteps
     steps = np.asarray(range(T) if timesteps is None else timesteps)
     if not len(steps) or steps[0] < 0 or steps[-1] >= T or (np.diff(steps) <= 0).any():
@@ -149,8 +147,7 @@ def make_divergence(diffusion: GaussianDiffusion, net: nn.Cell) -> Callable[...,
 
     x_0 (B, ...) is unclipped. The divergence (B,) is e^T (d x_0 / d x_t) e, an unbiased estimate if the probes e (B, ...)
     have mean 0 and covariance 1, such as random signs (Hutchinson 1990). Use the same probes along one ODE: its integrand is
-    smooth only then. `cond` are Tensors, the other arguments numpy arrays.
-    """
+    smooth only then. `cond` are Tensors, the other arguments numpy arrays."""
 
     def projected(x_t, t, probes, *cond):
         x_start = diffusion.predict_start(predict(net, x_t, t, cond), x_t, t)

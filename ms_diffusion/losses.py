@@ -45,8 +45,7 @@ def autoencoder_loss(
         x, reconstruction: (B, C, H, W).
         kl: (B,), the KL divergence of each image's latent from N(0, 1), or 0.
         logvar: (), a trained parameter, initially 0.
-        perceptual: (B,), the weighted `LPIPS` of x and reconstruction, or 0.
-    """
+        perceptual: (B,), the weighted `LPIPS` of x and reconstruction, or 0."""
     error = l1(reconstruction, x).mean((1, 2, 3)) + perceptual
     nll = error / ops.exp(logvar) + logvar  # (B,), mean over an image
     return (nll * (x.size // x.shape[0]) + kl_weight * kl).mean()
@@ -60,8 +59,7 @@ def generator_loss(logits_fake: Tensor) -> Tensor:
 def adaptive_weight(nll_grads: Tensor, g_grads: Tensor, disc_weight: float = 1.0) -> Tensor:
     """disc_weight |nll_grads| / |g_grads|, the ratio clipped to 1e4: () (Esser et al. 2021, eq. 7).
 
-    The arguments are the gradients of `autoencoder_loss` and `generator_loss` by the weight of the decoder's last layer.
-    """
+    The arguments are the gradients of `autoencoder_loss` and `generator_loss` by the weight of the decoder's last layer."""
     return disc_weight * ops.clamp(norm(nll_grads) / (norm(g_grads) + 1e-4), 0.0, 1e4)
 
 

@@ -67,8 +67,7 @@ class GaussianDiffusion:
             eq. 16).
 
     Raises ValueError if an argument is outside its range or unknown. Warns (UserWarning) if alpha_bar_T > 0.01: x_T still
-    contains data, so samples will be poor.
-    """
+    contains data, so samples will be poor."""
 
     def __init__(self, betas: np.ndarray, objective: str = "eps", loss: str = "huber", v_posterior: float = 0.0,
             clip_denoised: bool = True, weighting: str = "none", gamma: float | None = None, l_simple_weight: float = 1.0,
@@ -201,8 +200,7 @@ class GaussianDiffusion:
             logvar: log-variances (T,) of the errors, learned with the network: `weighting` then applies to error /
                 exp(logvar) + logvar (Kendall & Gal 2017, eq. 8; `learn_logvar` in the code of latent diffusion).
             self_cond_mask: (B,): 1 passes the network a first guess of x_0 for self-conditioning (Chen et al. 2022,
-                algorithm 1), 0 passes zeros.
-        """
+                algorithm 1), 0 passes zeros."""
         x_t = self.q_sample(x_start, t, noise)
         target = noise if self.objective == "eps" else x_start
         if self.objective == "v":
@@ -253,9 +251,7 @@ class DiffusionConfig:
 
     def build(self, clip_denoised: bool = True) -> GaussianDiffusion:
         """The process. Pass clip_denoised=False for data outside [-1, 1], such as latents.
-
-        Raises UserError if a field is outside its range, and ValueError if fields do not fit together.
-        """
+        Raises UserError if a field is outside its range, and ValueError if fields do not fit together."""
         check_fields(self)
         if self.zero_terminal_snr and self.num_timesteps < 2:
             raise ValueError("zero_terminal_snr needs num_timesteps of at least 2")

@@ -48,9 +48,7 @@ def command(name: str) -> str:
 
 def set_device(device: str = "auto") -> str:
     """Choose Ascend, then GPU, then CPU, or the one named; returns its MindSpore name. Call it before building networks.
-
-    Raises UserError if the device is unknown or not there.
-    """
+    Raises UserError if the device is unknown or not there."""
     import mindspore as ms
 
     allow_numpy_2()
@@ -72,8 +70,7 @@ def allow_numpy_2() -> None:
     MindSpore 2.10 is compiled against NumPy 1. Its first operator that reads a Python number or shape looks up NumPy's C
     interface, raises SystemError and prints a page; every later one works. So this makes such a call, with a wrong shape,
     which fails in any case and before the device is used. NumPy scalars, such as np.int64(2), are still no arguments for
-    operators.
-    """
+    operators."""
     from mindspore import Tensor
 
     with contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(TypeError, SystemError, ImportError):
@@ -88,8 +85,7 @@ def compiled(fn: Callable) -> Callable:
     (MindSpore 2.10). So on the CPU the graph ends by setting an event.
 
     A graph whose operator fails never sets the event. The caller therefore stops waiting as soon as the process uses no CPU
-    time, and MindSpore raises the error when the result is read (2.10 takes 3 s for it).
-    """
+    time, and MindSpore raises the error when the result is read (2.10 takes 3 s for it)."""
     import mindspore as ms
     from mindspore import Tensor, ops
 
@@ -140,8 +136,7 @@ def catch_interrupts() -> None:
     """Let Ctrl-C and SIGTERM set STOP; a second Ctrl-C ends the process at once. Call this before ``import mindspore``.
 
     Once an operator has run, SIGINT kills a MindSpore process without KeyboardInterrupt (2.7 to 2.10), so the signal is
-    blocked and a thread waits for it.
-    """
+    blocked and a thread waits for it."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
 
     def watch():
@@ -163,7 +158,7 @@ def run_program(main: Callable[[list[str]], int], argv: Sequence[str]) -> int:
     try:
         return main(list(argv))
     except (UserError, OSError) as e:
-        hint = "" if isinstance(e, UserError) else HINTS.get(e.errno)
+        hint = "" if isinstance(e, UserError) else HINTS.get(e.errno or 0)
         if hint is None or "--debug" in argv:
             raise
         with contextlib.suppress(OSError):

@@ -20,6 +20,7 @@ import numpy as np
 from mindspore import Tensor
 
 from .denoiser import Array, Denoiser
+from .files import in_batches
 from .process import GaussianDiffusion
 
 Sampler = Callable[..., Array]
@@ -41,8 +42,7 @@ def sampling_timesteps(T: int, steps: int, spacing: str = "linspace", alphas_cum
             et al. 2022, section 3.4). The last two limit sigma / alpha to 80 and take the nearest unused timesteps.
         alphas_cumprod: (T,), needed by karras and logsnr.
 
-    Raises ValueError if steps is not in [1, T], the spacing is unknown, or alphas_cumprod is missing.
-    """
+    Raises ValueError if steps is not in [1, T], the spacing is unknown, or alphas_cumprod is missing."""
     if not 1 <= steps <= T:
         raise ValueError(f"steps is {steps}: choose from 1 to {T}, the number of timesteps in training")
     if spacing not in SPACINGS:
@@ -106,9 +106,7 @@ def ddpm_step(x: Array, x_start: Array, alpha_bar: float, alpha_bar_next: float,
 def sample_ddpm(denoise: Denoiser, x: Array, diffusion: GaussianDiffusion, timesteps: Timesteps = None,
         randn_like: RandnLike = None, callback: Callback = None, v_posterior: float | None = None) -> Array:  # fmt: skip
     """Ancestral sampling (Ho et al. 2020, algorithm 2; with fewer timesteps Nichol & Dhariwal 2021, section 4).
-
-    `v_posterior` is the v of `ddpm_step`; None is `diffusion.v_posterior`. Raises ValueError if it is not in [0, 1].
-    """
+    `v_posterior` is the v of `ddpm_step`; None is `diffusion.v_posterior`. Raises ValueError if it is not in [0, 1]."""
     v_posterior = diffusion.v_posterior if v_posterior is None else v_posterior
     for i, t, alpha_bar, alpha_bar_next in noise_levels(diffusion, timesteps):
         x_start = denoise(x, t)
@@ -121,9 +119,7 @@ def sample_ddpm(denoise: Denoiser, x: Array, diffusion: GaussianDiffusion, times
 def sample_ddim(denoise: Denoiser, x: Array, diffusion: GaussianDiffusion, timesteps: Timesteps = None,
         randn_like: RandnLike = None, callback: Callback = None, eta: float = 0.0) -> Array:  # fmt: skip
     """DDIM (Song et al. 2020, eq. 12): deterministic with eta = 0; eta = 1 adds the noise of DDPM.
-
-    Raises ValueError if eta is not in [0, 1].
-    """
+    Raises ValueError if eta is not in [0, 1]."""
     if not 0 <= eta <= 1:
         raise ValueError(f"eta is {eta}: it must be in [0, 1], from DDIM to DDPM")
     for i, t, alpha_bar, alpha_bar_next in noise_levels(diffusion, timesteps):
@@ -142,8 +138,7 @@ def sample_heun(denoise: Denoiser, x: Array, diffusion: GaussianDiffusion, times
     """Heun's method in sigma / alpha (Karras et al. 2022, algorithm 1), order 2. The last step calls the network once, each
     other step twice.
 
-    Above sigma / alpha = 80 a step is DDIM's: Heun's would divide the mean of two eps by nearly 0.
-    """
+    Above sigma / alpha = 80 a step is DDIM's: Heun's would divide the mean of two eps by nearly 0."""
     steps = noise_levels(diffusion, timesteps)
     for i, t, alpha_bar, alpha_bar_next in steps:
         x_start = denoise(x, t)
@@ -165,8 +160,7 @@ def sample_plms(denoise: Denoiser, x: Array, diffusion: GaussianDiffusion, times
     weights assume steps even in sigma / alpha; with other steps the order is 2.
 
     As in the code of latent diffusion, the first step is an improved Euler step, which calls the network twice. Steps above
-    sigma / alpha = 80 are DDIM's, as in `sample_heun`.
-    """
+    sigma / alpha = 80 are DDIM's, as in `sample_heun`."""
     weights = {2: (3 / 2, -1 / 2), 3: (23 / 12, -16 / 12, 5 / 12), 4: (55 / 24, -59 / 24, 37 / 24, -9 / 24)}
     steps, past = noise_levels(diffusion, timesteps), []  # past eps, newest first
     for i, t, alpha_bar, alpha_bar_next in steps:
@@ -285,9 +279,8 @@ class SeededNoise:
     def __call__(self, shape: Sequence[int]) -> np.ndarray:
         """The next noise of each sample, (len(indices), *shape) float32."""
         size = math.prod(shape)
-        missing = size - self.unused.shape[1]
-        if missing > 0:
-            count = max(missing, self.MIN_DRAW)
+        if size > self.unused.shape[1]:
+            count = max(size - self.unused.shape[1], self.MIN_DRAW)
             drawn = np.stack([g.standard_normal(count, dtype=np.float32) for g in self.generators])
             self.unused = np.concatenate([self.unused, drawn], 1)
         noise, self.unused = self.unused[:, :size], self.unused[:, size:]
@@ -301,22 +294,15 @@ def generate(sampler: Sampler, denoise: Denoiser, diffusion: GaussianDiffusion, 
 
     Args:
         cond: arrays (num, ...); the rows of a batch are passed to `denoise` after t.
-        start: the first x (num, *shape) float32, at the noise level of timesteps[0], instead of N(0, 1).
-    """
-    batch_size = min(batch_size, num)
+        start: the first x (num, *shape) float32, at the noise level of timesteps[0], instead of N(0, 1)."""
 
-    def batch(first):
-        noise = SeededNoise(seed, range(first, first + batch_size))
-        rows = np.minimum(range(first, first + batch_size), num - 1)  # fill up the last batch
-        batch_cond = [Tensor(values[rows]) for values in cond]
+    def batch(rows):
+        noise, batch_cond = SeededNoise(seed, rows), [Tensor(values[rows]) for values in cond]
 
         def denoise_batch(x, t, *last):  # last: the x_0 of self-conditioning
             return denoise(x, t, *batch_cond, *last)
 
-        def randn_like(x):
-            return Tensor(noise(x.shape[1:]))
-
         x = Tensor(noise(shape) if start is None else start[rows])
-        return sampler(denoise_batch, x, diffusion, timesteps, randn_like, callback).asnumpy()
+        return [sampler(denoise_batch, x, diffusion, timesteps, lambda x: Tensor(noise(x.shape[1:])), callback).asnumpy()]
 
-    return np.concatenate([batch(first) for first in range(0, num, batch_size)])[:num]
+    return in_batches(batch, np.arange(num), batch_size)[0]

@@ -47,8 +47,7 @@ def cosine_beta_schedule(T: int, s: float = 0.008) -> np.ndarray:
 def rescale_zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
     """Shift and scale sqrt(alpha_bar) so that x_T is pure noise (Lin et al. 2024, algorithm 1).
 
-    The last beta becomes 1. The objective must then be x0 or v: eps at T - 1 is x_T itself and does not determine x_0.
-    """
+    The last beta becomes 1. The objective must then be x0 or v: eps at T - 1 is x_T itself and does not determine x_0."""
     root = np.sqrt(np.cumprod(1 - betas))
     root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
     return 1 - np.append(root[0], root[1:] / root[:-1]) ** 2

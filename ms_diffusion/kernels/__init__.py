@@ -52,8 +52,7 @@ def _cpu() -> str:
 def cpu_quota(groups: str, mount: Path) -> float:
     """CPUs that cgroups (v1 or v2) allow the process; infinity without a quota.
 
-    `groups` is the text of /proc/self/cgroup. The smallest quota of the process's groups and of those above them applies.
-    """
+    `groups` is the text of /proc/self/cgroup. The smallest quota of the process's groups and of those above them applies."""
     quota = math.inf
     for _, controllers, path in (line.split(":", 2) for line in groups.splitlines()):
         if controllers and "cpu" not in controllers.split(","):
@@ -189,17 +188,13 @@ class NormConvolution(nn.Cell):
     """(x, norm's weight, bias and settings, weight, bias) -> convolution of the normalised x.
 
     The gradient computes the normalised x again instead of keeping it: that takes little time and saves a quarter of the
-    memory of training.
-    """
+    memory of training."""
 
     def __init__(self, stride: int, padding: int, groups: int):
         super().__init__()
         self.settings = Tensor([stride, padding, groups], ms.int32)
-
-        def shape(x, g, h, n, w, b, settings):
-            return output_shape(norm_shape(x, g), w, stride, padding, groups)
-
-        self.forward = Operator("norm_conv", shape)
+        shape = functools.partial(output_shape, stride=stride, padding=padding, groups=groups)
+        self.forward = Operator("norm_conv", lambda x, g, h, n, w, b, s: shape(norm_shape(x, g), w))
         self.forward.add_prim_attr("settings", f"{stride} {padding} {groups}")
         self.gradient = Operator("norm_conv_gradient", lambda dy, x, g, h, n, w, s: (x, g, h, w, w[:1]), 5)
 
@@ -337,8 +332,7 @@ def adam(optimizer: nn.Adam, clip_norm: float, ema=None) -> Callable:
     moves the averages of `ema`.
 
     MindSpore needs ten operators for each parameter, this function one for all. The operator declares that it changes inputs
-    in place: otherwise MindSpore passes it copies beside another such operator, for example a batch norm in training.
-    """
+    in place: otherwise MindSpore passes it copies beside another such operator, for example a batch norm in training."""
     averages = ema.averages if ema is not None else ()
     parameters, moments = optimizer.parameters, optimizer.moment1 + optimizer.moment2
     n = len(parameters)

@@ -37,8 +37,7 @@ class Checkpoint:
         extra_parameters: parameters of neither the network nor the optimizer, saved in the optimizer's file.
         extra_emas: averages besides `ema`, in files of their own.
 
-    Raises ValueError if two of these parameters have the same name.
-    """
+    Raises ValueError if two of these parameters have the same name."""
 
     def __init__(self, run_dir: str | os.PathLike, net: nn.Cell, optimizer: nn.Optimizer | None = None,
             ema: EMA | None = None, *, loss_scaler: ms.amp.DynamicLossScaler | None = None, keep: int = 3,
@@ -60,8 +59,7 @@ class Checkpoint:
         """Write the checkpoint of `step`, with `state` (JSON values) in its state.json, and return its folder. Then delete
         all but the `keep` newest checkpoints and the one whose state has the lowest "fid".
 
-        Raises UserError if the disk is full or not writable; earlier checkpoints are unchanged.
-        """
+        Raises UserError if the disk is full or not writable; earlier checkpoints are unchanged."""
         target = self.folder / f"step-{step:07d}"
         temporary = self.folder / f".{target.name}.{os.getpid()}"
         try:
@@ -92,8 +90,7 @@ class Checkpoint:
         """Restore the newest intact checkpoint and return its state, or None if there are no checkpoints.
 
         A corrupt checkpoint is skipped with a warning on stderr, and the previous one is used. Raises UserError if all are
-        corrupt or belong to another network.
-        """
+        corrupt or belong to another network."""
         found = checkpoints(self.folder.parent)
         for folder in reversed(found):
             try:
@@ -140,9 +137,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 def read_weights(folder: Path, name: str) -> dict[str, np.ndarray]:
     """Parameter name -> array of one file of a checkpoint ("model", "ema", "ema-0.05", "optimizer"), checked by its SHA-256.
-
-    Raises UserError if the file is missing, truncated or changed.
-    """
+    Raises UserError if the file is missing, truncated or changed."""
     path = folder / f"{name}.safetensors"
     try:
         data = path.read_bytes()

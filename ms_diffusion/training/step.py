@@ -18,9 +18,7 @@ from ..runtime import compiled
 
 class WarmupCosine(nn.learning_rate_schedule.LearningRateSchedule):
     """Learning rate: linear from 0 to `lr` in `warmup_steps`, then half a cosine to 0 at `total_steps`, and 0 after it.
-
-    Without `decay` the rate stays `lr` after the warm-up.
-    """
+    Without `decay` the rate stays `lr` after the warm-up."""
 
     def __init__(self, lr: float, warmup_steps: int, total_steps: int, decay: bool = True):
         super().__init__()
@@ -43,8 +41,7 @@ class EMA:
 
     With `length` it is the average of a power function instead, whose weights over time have a standard deviation of
     `length` times the steps so far (Karras et al. 2024, "Analyzing and improving the training dynamics of diffusion models",
-    eqs. 3 to 5). `average_after_training` combines saved averages of two lengths to other lengths.
-    """
+    eqs. 3 to 5). `average_after_training` combines saved averages of two lengths to other lengths."""
 
     def __init__(self, net: nn.Cell, decay: float = 0.999, length: float | None = None):
         self.decay, self.power = decay, None if length is None else power_of_length(length) + 1
@@ -65,9 +62,7 @@ class EMA:
 
 def power_of_length(length: float) -> float:
     """The gamma of the average with weights t^gamma that has this length (Karras et al. 2024, eq. 5 solved): 0.1 -> 6.94.
-
-    Raises ValueError if length is not between 0 and 0.289, the length of the plain mean.
-    """
+    Raises ValueError if length is not between 0 and 0.289, the length of the plain mean."""
     if not 0 < length < 12**-0.5:
         raise ValueError(f"the length of an average is {length}: choose a value above 0 and below 0.289, for example 0.05")
     square = length**-2
@@ -93,9 +88,7 @@ def make_optimizer(net: nn.Cell, lr: float, warmup_steps: int, total_steps: int,
         extra_parameters: Iterable[Parameter] = (), decay: bool = True,
         adam_betas: tuple[float, float] = (0.9, 0.999)) -> nn.Adam:  # fmt: skip
     """Adam (Kingma & Ba 2014) with PyTorch's epsilon and `WarmupCosine`; it counts its steps in `global_step`.
-
-    `extra_parameters` are trained together with the network's.
-    """
+    `extra_parameters` are trained together with the network's."""
     schedule = WarmupCosine(lr, warmup_steps, total_steps, decay)
     parameters = [*net.trainable_params(), *extra_parameters]
     return nn.Adam(parameters, learning_rate=schedule, beta1=adam_betas[0], beta2=adam_betas[1], eps=1e-8)
@@ -132,8 +125,7 @@ def make_train_step(loss_fn: Callable[..., Any], optimizer: nn.Optimizer, ema: E
         steps_per_call: K > 1 makes K steps per call, with batches that have an additional first axis (K, ...), and returns
             the mean loss and the last gradient norm. For small networks, whose steps take less time than a call.
 
-    Raises ValueError if steps_per_call is above 1 together with loss_scaler, has_aux or extra_emas.
-    """
+    Raises ValueError if steps_per_call is above 1 together with loss_scaler, has_aux or extra_emas."""
     if steps_per_call > 1 and (loss_scaler is not None or has_aux or extra_emas):
         raise ValueError("steps_per_call above 1 works without loss_scaler, has_aux and extra_emas only: set it to 1")
     fields = inspect.signature(loss_fn)
