@@ -27,8 +27,7 @@ class Bounds:
 
     def problem(self, value: Any) -> str | None:
         above = value > self.low if self.low_open else value >= self.low
-        below = value < self.high if self.high_open else value <= self.high
-        if above and below:
+        if above and (value < self.high if self.high_open else value <= self.high):
             return None
         if self.high == float("inf"):
             return f"it must be {'above' if self.low_open else 'at least'} {self.low:g}"
@@ -54,11 +53,8 @@ class OneOf:
 
 
 def check_fields(config: Any, prefix: str = "--") -> None:
-    """Hold every field of a dataclass, and of the dataclasses in it, to its type, its `Bounds` and its `OneOf`.
-
-    Raises:
-        UserError: the first value that does not fit, by the flag that sets it; by the field's name without `prefix`.
-    """
+    """Hold every field of a dataclass, and of the dataclasses in it, to its type, its `Bounds` and its `OneOf`. Raises
+    UserError for the first value that does not fit, by the flag that sets it; by the field's name without `prefix`."""
     hints = typing.get_type_hints(type(config), include_extras=True)
     for field in fields(config):
         value = getattr(config, field.name)
@@ -103,14 +99,9 @@ def from_record(
 ) -> T:
     """An instance of the dataclass `cls` from a JSON object: lists become tuples, nested objects dataclasses.
 
-    Where a field may hold one of several dataclasses, the first that has all keys of the object is used.
-
-    Args:
-        renamed: The new dotted name of each field that once had another.
-        obsolete: Dotted names of fields that are dropped where `cls` lacks them.
-
-    Raises:
-        ValueError: an unknown key, or something else where an object is expected.
+    Where a field may hold one of several dataclasses, the first that has all keys of the object is used. `renamed` holds the
+    new dotted name of each field that once had another, `obsolete` dotted names of fields that are dropped where `cls` lacks
+    them. Raises ValueError for an unknown key, or for something else where an object is expected.
     """
     if not isinstance(record, dict):
         raise ValueError(f"{path or 'it'} is not an object")

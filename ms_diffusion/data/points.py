@@ -83,11 +83,8 @@ def load_points(name: str, path: str | np.ndarray | None, num: int, seed: int) -
 
     For a toy distribution, N = `num` and M = 2 `num`, with independent random numbers. For "points-file", a fifth of the
     points in the file or array `path` (at least one), chosen at random by the seed, is held out as the test set; `num` is
-    not used.
-
-    Raises:
-        UserError: the set does not exist, `num` is below 1, `path` is missing, or is a file though `name` is a toy
-            distribution; or `read_points` fails.
+    not used. Raises UserError if the set does not exist, `num` is below 1, `path` is missing, or is a file though `name` is
+    a toy distribution; or if `read_points` fails.
     """
     if name == POINTS_FILE:
         if path is None or (isinstance(path, str) and not path):
@@ -110,11 +107,7 @@ def load_points(name: str, path: str | np.ndarray | None, num: int, seed: int) -
 
 
 def read_saved_points(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """The training and test points that a run has saved in its points.npz.
-
-    Raises:
-        UserError: the file is missing or corrupt.
-    """
+    """The training and test points that a run has saved in its points.npz; UserError if it is missing or corrupt."""
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
             train, test = arrays["train"], arrays["test"]
@@ -129,11 +122,9 @@ def read_points(path: str | Path) -> np.ndarray:
     """Points (N, 2) float64, N >= 2, from a .npy or .csv file, or from the only such file in the folder `path`.
 
     A .csv file is UTF-8 text with one point per line: two numbers separated by a comma, a semicolon or white space. A first
-    line without numbers is a header. In a folder, names that start with a dot are ignored.
-
-    Raises:
-        UserError: there is no such file, or not exactly one in the folder; it is corrupt; it does not have two columns of
-            finite real numbers in the range of float32; it has fewer than two points, or only equal ones.
+    line without numbers is a header. In a folder, names that start with a dot are ignored. Raises UserError if there is no
+    such file, or not exactly one in the folder; if it is corrupt; if it does not have two columns of finite real numbers in
+    the range of float32; if it has fewer than two points, or only equal ones.
     """
     path = Path(path)
     if not os.path.exists(path):
@@ -230,18 +221,13 @@ class Normalizer:
 
     @classmethod
     def of(cls, points: np.ndarray) -> "Normalizer":
-        """The center is the middle of the range of points (N, 2), the scale half of the range's longer side.
-
-        Raises:
-            UserError: all points are equal.
-        """
+        """The center is the middle of the range of points (N, 2), the scale half of the range's longer side. UserError if
+        all points are equal."""
         low, high = (np.asarray(end, np.float64) for end in (points.min(0), points.max(0)))
         scale = float((high - low).max() / 2)
         if not scale > 0:
-            raise UserError(
-                f"the {len(points)} points to train on are all equal, so there is nothing to learn; use more (--data.num) "
-                "or others (--data.dir)"
-            )
+            advice = "use more (--data.num) or others (--data.dir)"
+            raise UserError(f"the {len(points)} points to train on are all equal, so there is nothing to learn; {advice}")
         return cls((low + high) / 2, scale)
 
     def normalize(self, points: np.ndarray) -> np.ndarray:
