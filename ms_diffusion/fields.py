@@ -72,9 +72,7 @@ def find_problem(value: Any, hint: Any) -> str | None:
         checks = [m for m in args[1:] if isinstance(m, Bounds | OneOf)]
         return find_problem(value, args[0]) or next(filter(None, (c.problem(value) for c in checks)), None)
     if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in args:
-            return None
-        problems = [find_problem(value, arg) for arg in args if arg is not type(None)]
+        problems = [find_problem(value, arg) for arg in args]
         return None if None in problems else problems[0]
     if origin is Literal:
         return None if value in args else f"choose one of {', '.join(map(str, args))}"
@@ -107,8 +105,7 @@ def from_record(
         raise ValueError(f"{path or 'it'} is not an object")
     record = {renamed.get(path + key, path + key).removeprefix(path): value for key, value in record.items()}
     names = {field.name for field in fields(cls)}  # type: ignore[arg-type]
-    unknown = [key for key in record if key not in names and path + key not in obsolete]
-    if unknown:
+    if unknown := [key for key in record if key not in names and path + key not in obsolete]:
         raise ValueError(f"unknown field {path}{unknown[0]}")
     hints = typing.get_type_hints(cls)
 

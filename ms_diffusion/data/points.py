@@ -15,7 +15,7 @@ from ..runtime import UserError
 # A toy distribution is a function (rng, n) -> (n, 2) float64. Its rows are independent, so any slice is a fair sample.
 
 
-def s_curve(rng: np.random.Generator, n: int) -> np.ndarray:
+def scurve(rng: np.random.Generator, n: int) -> np.ndarray:
     """The letter S: (sin t, sign(t) (cos t - 1)), |t| < 3 pi / 2, and noise 0.1 (scikit-learn's make_s_curve in x, z)."""
     t = 3 * np.pi * (rng.random(n) - 0.5)
     return _noisy(rng, np.sin(t), np.sign(t) * (np.cos(t) - 1), 0.1)
@@ -65,15 +65,8 @@ def _noisy(rng: np.random.Generator, x: np.ndarray, y: np.ndarray, deviation: fl
     return np.stack([x, y], 1) + deviation * rng.standard_normal((len(x), 2))
 
 
-TOYS: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
-    "scurve": s_curve,
-    "swiss-roll": swiss_roll,
-    "two-moons": two_moons,
-    "eight-gaussians": eight_gaussians,
-    "checkerboard": checkerboard,
-    "pinwheel": pinwheel,
-    "spiral": spiral,
-}
+_TOYS = (scurve, swiss_roll, two_moons, eight_gaussians, checkerboard, pinwheel, spiral)
+TOYS: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {toy.__name__.replace("_", "-"): toy for toy in _TOYS}
 POINTS_FILE = "points-file"
 SUFFIXES = (".npy", ".csv")
 
@@ -213,10 +206,9 @@ def _is_number(cell: str) -> bool:
 
 @dataclass(frozen=True)
 class Normalizer:
-    """Maps points to x = (points - center) / scale, which for the training data is in [-1, 1]^2, and back."""
+    """Maps points to x = (points - center) / scale, in [-1, 1]^2 for the training data, and back; center is (2,) float64."""
 
     center: np.ndarray
-    """(2,) float64."""
     scale: float
 
     @classmethod
