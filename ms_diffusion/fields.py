@@ -27,8 +27,7 @@ class Bounds:
 
     def problem(self, value: Any) -> str | None:
         above = value > self.low if self.low_open else value >= self.low
-        below = value < self.high if self.high_open else value <= self.high
-        if above and below:
+        if above and (value < self.high if self.high_open else value <= self.high):
             return None
         if self.high == float("inf"):
             return f"it must be {'above' if self.low_open else 'at least'} {self.low:g}"
@@ -64,11 +63,8 @@ class OneOf:
 
 
 def check_fields(config: Any, prefix: str = "--") -> None:
-    """Hold every field of a dataclass, and of the dataclasses in it, to its type, its `Bounds` and its `OneOf`.
-
-    Raises:
-        UserError: the first value that does not fit, by the flag that sets it; by the field's name without `prefix`.
-    """
+    """Hold every field of a dataclass, and of the dataclasses in it, to its type, its `Bounds` and its `OneOf`. Raises
+    UserError for the first value that does not fit, by the flag that sets it; by the field's name without `prefix`."""
     hints = typing.get_type_hints(type(config), include_extras=True)
     for field in fields(config):
         value = getattr(config, field.name)
@@ -86,9 +82,7 @@ def find_problem(value: Any, hint: Any) -> str | None:
         checks = [m for m in args[1:] if isinstance(m, Bounds | OneOf | NotEmpty)]
         return find_problem(value, args[0]) or next(filter(None, (c.problem(value) for c in checks)), None)
     if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in args:
-            return None
-        problems = [find_problem(value, arg) for arg in args if arg is not type(None)]
+        problems = [find_problem(value, arg) for arg in args]
         return None if None in problems else problems[0]
     if origin is Literal:
         return None if value in args else f"choose one of {', '.join(map(str, args))}"
@@ -113,21 +107,15 @@ def from_record(
 ) -> T:
     """An instance of the dataclass `cls` from a JSON object: lists become tuples, nested objects dataclasses.
 
-    Where a field may hold one of several dataclasses, the first that has all keys of the object is used.
-
-    Args:
-        renamed: The new dotted name of each field that once had another.
-        obsolete: Dotted names of fields that are dropped where `cls` lacks them.
-
-    Raises:
-        ValueError: an unknown key, or something else where an object is expected.
+    Where a field may hold one of several dataclasses, the first that has all keys of the object is used. `renamed` holds the
+    new dotted name of each field that once had another, `obsolete` dotted names of fields that are dropped where `cls` lacks
+    them. Raises ValueError for an unknown key, or for something else where an object is expected.
     """
     if not isinstance(record, dict):
         raise ValueError(f"{path or 'it'} is not an object")
     record = {renamed.get(path + key, path + key).removeprefix(path): value for key, value in record.items()}
     names = {field.name for field in fields(cls)}  # type: ignore[arg-type]
-    unknown = [key for key in record if key not in names and path + key not in obsolete]
-    if unknown:
+    if unknown := [key for key in record if key not in names and path + key not in obsolete]:
         raise ValueError(f"unknown field {path}{unknown[0]}")
     hints = typing.get_type_hints(cls)
 

@@ -45,7 +45,7 @@ class Work:
         self.task = replace(config, train=train).task(data)
         with TemporaryDirectory() as folder:
             self.task.start(Path(folder))
-        self.batches = make_dataset(self.task.data, self.task.labels, batch_size, 10**9).source
+        self.batches: Any = make_dataset(self.task.data, self.task.labels, batch_size, 10**9).source
 
     def draw_batch(self, step: int) -> dict[str, np.ndarray]:
         return self.task.draw_batch(*self.batches[step], step)

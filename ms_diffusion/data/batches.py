@@ -41,10 +41,7 @@ def make_dataset(
     A batch depends on (seed, step, rank) only. A run that resumes at step k therefore gets the same batches as an
     uninterrupted run, and no data is read to get there; MindSpore's own random state, which cannot be restored, is not used.
     Each epoch has its own order, the same on all ranks. Each step takes the next world_size * batch_size images, rank by
-    rank; the images at the end of an epoch that are too few for a step are dropped.
-
-    Raises:
-        UserError: no step is left.
+    rank; the images at the end of an epoch that are too few for a step are dropped. Raises UserError if no step is left.
     """
     import mindspore.dataset as ds  # imported here, so that loading images alone does not wait for it
 
@@ -85,25 +82,17 @@ def make_dataset(
 
 
 def check_enough(data: np.ndarray, batch_size: int, world_size: int) -> None:
-    """Check that data (N, ...) suffice for one training step. A task calls this first, before it encodes or saves anything.
-
-    Raises:
-        UserError: N is below batch_size * world_size.
-    """
+    """Raise UserError if data (N, ...) are too few for a training step: if N is below batch_size * world_size. A task calls
+    this first, before it encodes or saves anything."""
     if len(data) < batch_size * world_size:
-        kind = "points" if data.ndim == 2 else "images"
-        raise UserError(
-            f"{len(data)} {kind} are too few for a step of {batch_size} x {world_size} (batch size x ranks): "
-            "lower --train.batch-size"
-        )
+        what = f"{len(data)} {'points' if data.ndim == 2 else 'images'}"
+        step = f"{batch_size} x {world_size} (batch size x ranks)"
+        raise UserError(f"{what} are too few for a step of {step}: lower --train.batch-size")
 
 
 def check_images(images: np.ndarray, prefix: str = "") -> None:
-    """Check an array of images: (N, H, W, C) uint8, square, C = 1 or 3, not empty.
-
-    Raises:
-        UserError: the array is of another kind. The message starts with `prefix`.
-    """
+    """Raise UserError, whose message starts with `prefix`, if an array of images is not (N, H, W, C) uint8, square, C = 1 or
+    3, and not empty."""
     shape, dtype = np.shape(images), getattr(images, "dtype", type(images).__name__)
     if len(shape) != 4 or shape[-1] not in (1, 3) or 0 in shape:
         raise UserError(f"{prefix}the shape of the images must be (N, H, W, C) with C = 1 or 3, not {shape}")
@@ -117,10 +106,8 @@ def load_images(name: str, directory: str | None, split: str, size: int, channel
     """Images (N, size, size, channels) uint8 in 0..255 and labels (N,) int32 of the data set `name` in `DATASETS`.
 
     The Fashion-MNIST sets are gray and 28 x 28; for a larger size they get a black border. An image folder has the same
-    images in both splits.
-
-    Raises:
-        UserError: the data set does not exist, does not have that size or number of channels, or its loader fails.
+    images in both splits. Raises UserError if the data set does not exist, does not have that size or number of channels, or
+    its loader fails.
     """
     if name not in DATASETS:
         raise UserError(f"unknown data set {name!r}: choose one of {', '.join(DATASETS)}")

@@ -31,10 +31,7 @@ LENGTH = max(len(caption.split()) for captions in CAPTIONS for caption in captio
 def tokens(captions: Sequence[str]) -> np.ndarray:
     """The tokens of N captions: (N, LENGTH) int32 in [0, len(WORDS)], with 0 after the last word.
 
-    Case and punctuation are ignored.
-
-    Raises:
-        UserError: a caption has no words, more than LENGTH of them, or one that is not in `WORDS`.
+    Case and punctuation are ignored. Raises UserError if a caption has no words, more than LENGTH, or one not in `WORDS`.
     """
     numbers = np.zeros((len(captions), LENGTH), np.int32)
     for row, caption in zip(numbers, captions, strict=True):

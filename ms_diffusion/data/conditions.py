@@ -20,9 +20,8 @@ def condition_image(kind: str, x: np.ndarray, lowres_size: int, rng: np.random.G
     """
     b, c, height, width = x.shape
     if kind == "lowres":
-        block = (height // lowres_size, width // lowres_size)
-        small = x.reshape(b, c, lowres_size, block[0], lowres_size, block[1]).mean((3, 5))
-        return small.repeat(block[0], 2).repeat(block[1], 3)
+        h, w = height // lowres_size, width // lowres_size
+        return x.reshape(b, c, lowres_size, h, lowres_size, w).mean((3, 5)).repeat(h, 2).repeat(w, 3)
     if kind == "gray":
         return x.mean(1, keepdims=True)
     hidden = np.full((b, 1, height, width), -1, np.float32)

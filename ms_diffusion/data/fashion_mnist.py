@@ -46,10 +46,8 @@ def load_fashion_mnist(split: str = "train", directory: str | None = None) -> tu
     The files, gzipped or raw, are searched in `directory`, in $MS_DIFFUSION_DATA (in both also in the subfolders
     fashion-mnist and FashionMNIST/raw), in the user's cache folder, and in the folder of Debian's package
     dataset-fashion-mnist. If they are in none of them, all four are downloaded to the first of the former three that can be
-    written to. If several ranks share a disk, let one of them load first.
-
-    Raises:
-        UserError: `directory` or the split does not exist, a file is corrupt, or the download fails.
+    written to. If several ranks share a disk, let one of them load first. Raises UserError if `directory` or the split does
+    not exist, a file is corrupt, or the download fails.
     """
     _check_split(split)
     if directory and not Path(directory).is_dir():
@@ -94,11 +92,8 @@ def center_crop(images: np.ndarray) -> np.ndarray:
 
 
 def read_idx(path: str | Path) -> np.ndarray:
-    """The array, uint8 and read-only, in an IDX file (http://yann.lecun.com/exdb/mnist), gzipped or raw.
-
-    Raises:
-        UserError: the file is corrupt or not an IDX file.
-    """
+    """The array, uint8 and read-only, in an IDX file (http://yann.lecun.com/exdb/mnist), gzipped or raw. Raises UserError if
+    the file is corrupt or not an IDX file."""
     path = Path(path)
     raw = path.read_bytes()
     if path.suffix == ".gz" or raw[:2] == b"\x1f\x8b":

@@ -19,19 +19,15 @@ def load_image_folder(directory: str | Path, size: int, channels: int) -> tuple[
     The files are in sorted order; names that start with a dot are ignored. A label is the index of the first-level subfolder
     among the sorted subfolders that contain images; a file directly in `directory` has label 0. `read_image` says how a file
     is read. All images are held in memory: N * size * size * channels bytes. A file that cannot be read is skipped and named
-    on stderr.
-
-    Raises:
-        UserError: the folder does not exist or has no readable image, or `channels` is neither 1 nor 3.
+    on stderr. Raises UserError if the folder does not exist or has no readable image, or `channels` is neither 1 nor 3.
     """
     directory = Path(directory)
     if channels not in MODES:
         raise UserError(f"images have 1 channel (gray) or 3 (RGB), not {channels}: set --model.channels to 1 or 3")
     if not directory.is_dir():
         raise UserError(f"--data.dir {directory}: no such folder; pass the folder with the images")
-    names = sorted(
-        path.relative_to(directory) for path in directory.rglob("*") if path.suffix.lower() in EXTENSIONS and path.is_file()
-    )
+    files = (path for path in directory.rglob("*") if path.suffix.lower() in EXTENSIONS and path.is_file())
+    names = sorted(path.relative_to(directory) for path in files)
     names = [name for name in names if not any(part.startswith(".") for part in name.parts)]
     subfolders = sorted({name.parts[0] for name in names if len(name.parts) > 1})
 
@@ -54,8 +50,7 @@ def read_image(path: str | Path, size: int, channels: int) -> np.ndarray:
     """One image file as (size, size, channels) uint8, gray or RGB.
 
     The first frame of an animation is read. The EXIF orientation is applied, transparent pixels become white, and 16-bit
-    gray keeps its upper byte. The shorter side is resized to `size` (Lanczos), and the longer one is cropped about its
-    center.
+    gray keeps its upper byte. The shorter side is resized to `size` (Lanczos), the longer one is cropped about its center.
     """
     with Image.open(path) as image:
         image = ImageOps.exif_transpose(image)

@@ -15,7 +15,7 @@ from ..runtime import UserError
 # A toy distribution is a function (rng, n) -> (n, 2) float64. Its rows are independent, so any slice is a fair sample.
 
 
-def s_curve(rng: np.random.Generator, n: int) -> np.ndarray:
+def scurve(rng: np.random.Generator, n: int) -> np.ndarray:
     """The letter S: (sin t, sign(t) (cos t - 1)), |t| < 3 pi / 2, and noise 0.1 (scikit-learn's make_s_curve in x, z)."""
     t = 3 * np.pi * (rng.random(n) - 0.5)
     return _noisy(rng, np.sin(t), np.sign(t) * (np.cos(t) - 1), 0.1)
@@ -65,15 +65,8 @@ def _noisy(rng: np.random.Generator, x: np.ndarray, y: np.ndarray, deviation: fl
     return np.stack([x, y], 1) + deviation * rng.standard_normal((len(x), 2))
 
 
-TOYS: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
-    "scurve": s_curve,
-    "swiss-roll": swiss_roll,
-    "two-moons": two_moons,
-    "eight-gaussians": eight_gaussians,
-    "checkerboard": checkerboard,
-    "pinwheel": pinwheel,
-    "spiral": spiral,
-}
+_TOYS = (scurve, swiss_roll, two_moons, eight_gaussians, checkerboard, pinwheel, spiral)
+TOYS: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {toy.__name__.replace("_", "-"): toy for toy in _TOYS}
 POINTS_FILE = "points-file"
 SUFFIXES = (".npy", ".csv")
 
@@ -83,11 +76,8 @@ def load_points(name: str, path: str | np.ndarray | None, num: int, seed: int) -
 
     For a toy distribution, N = `num` and M = 2 `num`, with independent random numbers. For "points-file", a fifth of the
     points in the file or array `path` (at least one), chosen at random by the seed, is held out as the test set; `num` is
-    not used.
-
-    Raises:
-        UserError: the set does not exist, `num` is below 1, `path` is missing, or is a file though `name` is a toy
-            distribution; or `read_points` fails.
+    not used. Raises UserError if the set does not exist, `num` is below 1, `path` is missing, or is a file though `name` is
+    a toy distribution; or if `read_points` fails.
     """
     if name == POINTS_FILE:
         if path is None or (isinstance(path, str) and not path):
@@ -110,11 +100,7 @@ def load_points(name: str, path: str | np.ndarray | None, num: int, seed: int) -
 
 
 def read_saved_points(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """The training and test points that a run has saved in its points.npz.
-
-    Raises:
-        UserError: the file is missing or corrupt.
-    """
+    """The training and test points that a run has saved in its points.npz; UserError if it is missing or corrupt."""
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
             train, test = arrays["train"], arrays["test"]
@@ -129,11 +115,9 @@ def read_points(path: str | Path) -> np.ndarray:
     """Points (N, 2) float64, N >= 2, from a .npy or .csv file, or from the only such file in the folder `path`.
 
     A .csv file is UTF-8 text with one point per line: two numbers separated by a comma, a semicolon or white space. A first
-    line without numbers is a header. In a folder, names that start with a dot are ignored.
-
-    Raises:
-        UserError: there is no such file, or not exactly one in the folder; it is corrupt; it does not have two columns of
-            finite real numbers in the range of float32; it has fewer than two points, or only equal ones.
+    line without numbers is a header. In a folder, names that start with a dot are ignored. Raises UserError if there is no
+    such file, or not exactly one in the folder; if it is corrupt; if it does not have two columns of finite real numbers in
+    the range of float32; if it has fewer than two points, or only equal ones.
     """
     path = Path(path)
     if not os.path.exists(path):
@@ -222,26 +206,20 @@ def _is_number(cell: str) -> bool:
 
 @dataclass(frozen=True)
 class Normalizer:
-    """Maps points to x = (points - center) / scale, which for the training data is in [-1, 1]^2, and back."""
+    """Maps points to x = (points - center) / scale, in [-1, 1]^2 for the training data, and back; center is (2,) float64."""
 
     center: np.ndarray
-    """(2,) float64."""
     scale: float
 
     @classmethod
     def of(cls, points: np.ndarray) -> "Normalizer":
-        """The center is the middle of the range of points (N, 2), the scale half of the range's longer side.
-
-        Raises:
-            UserError: all points are equal.
-        """
+        """The center is the middle of the range of points (N, 2), the scale half of the range's longer side. UserError if
+        all points are equal."""
         low, high = (np.asarray(end, np.float64) for end in (points.min(0), points.max(0)))
         scale = float((high - low).max() / 2)
         if not scale > 0:
-            raise UserError(
-                f"the {len(points)} points to train on are all equal, so there is nothing to learn; use more (--data.num) "
-                "or others (--data.dir)"
-            )
+            advice = "use more (--data.num) or others (--data.dir)"
+            raise UserError(f"the {len(points)} points to train on are all equal, so there is nothing to learn; {advice}")
         return cls((low + high) / 2, scale)
 
     def normalize(self, points: np.ndarray) -> np.ndarray:

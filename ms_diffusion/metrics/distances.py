@@ -26,11 +26,8 @@ def as_points(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def sliced_wasserstein(a: np.ndarray, b: np.ndarray, directions: np.ndarray = DIRECTIONS) -> float:
     """Mean Wasserstein-1 distance of points a and b (n, d) along `directions` (d, P) (Bonneel et al. 2015, "Sliced and Radon
-    Wasserstein barycenters"). On a line it is the mean distance of the sorted points.
-
-    Raises:
-        ValueError: a and b differ in number, or the points do not have the dimension d of the directions.
-    """
+    Wasserstein barycenters"). On a line it is the mean distance of the sorted points. ValueError if a and b differ in
+    number, or the points do not have the dimension d of the directions."""
     a, b = as_points(a, b)
     if len(a) != len(b):
         raise ValueError(f"a and b must have the same number of points, not {len(a)} and {len(b)}")
@@ -69,11 +66,8 @@ def maximum_mean_discrepancy(a: np.ndarray, b: np.ndarray, bandwidth: float | No
     "A kernel two-sample test", eq. 5), with k(x, y) = exp(-|x - y|^2 / (2 bandwidth^2)). It has no unit and is at most
     sqrt(2).
 
-    The default bandwidth is `median_distance(a, b)`. Values with different bandwidths cannot be compared.
-
-    Raises:
-        ValueError: the bandwidth is not above 0; the default one is 0 where half of all pairs of points coincide.
-    """
+    The default bandwidth is `median_distance(a, b)`. Values with different bandwidths cannot be compared. ValueError if the
+    bandwidth is not above 0; the default one is 0 where half of all pairs of points coincide."""
     a, b = as_points(a, b)
     bandwidth = median_distance(a, b) if bandwidth is None else bandwidth
     if not bandwidth > 0:
@@ -105,10 +99,7 @@ def compare(
 
     The sliced Wasserstein distance, along `directions` (d, P), uses all n points, the pairwise distances `most` of them. The
     bandwidth of the MMD is always the median distance of the data, so the floor depends on the samples only through n.
-
-    Raises:
-        ValueError: there are fewer than 2 samples or 4 data, or some are not finite.
-    """
+    ValueError if there are fewer than 2 samples or 4 data, or some are not finite."""
     samples, data = as_points(samples, data)
     if len(samples) < 2 or len(data) < 4:
         raise ValueError(f"at least 2 samples and 4 data are needed, not {len(samples)} and {len(data)}")
@@ -140,10 +131,9 @@ def compare(
 def check_number(n: int, d: int) -> None:
     """ValueError if the covariance of n points of d numbers is singular, since they span n - 1 dimensions at most."""
     if n <= d:
-        raise ValueError(
-            f"{n} images are too few for {d} features: they span {n - 1} dimensions at most, so the covariance is singular; "
-            f"take at least {d + 1}, and thousands for a reliable score"
-        )
+        why = f"they span {n - 1} dimensions at most, so the covariance is singular"
+        advice = f"take at least {d + 1}, and thousands for a reliable score"
+        raise ValueError(f"{n} images are too few for {d} features: {why}; {advice}")
 
 
 def mean_and_covariance(a: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

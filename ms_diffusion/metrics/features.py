@@ -16,18 +16,15 @@ from ..models.inception import InceptionV3, load_inception
 from ..runtime import UserError, compiled
 
 BATCH = 250  # images at once
+Outputs = dict[str, np.ndarray]  # "features" (N, d), and "logits" (N, classes) of the classifier
 
 
 class Features:
     """features(images (N, H, W, C) uint8) -> {"features": (N, 128), "logits": (N, 10)} float32 of the bundled classifier,
     for gray images of 28 x 28; or {"features": (N, 2048)} of InceptionV3, for images of any size.
 
-    Args:
-        inception: the file with InceptionV3's weights; None is the classifier.
-        bar: whether to show a progress bar.
-
-    Raises:
-        UserError: the weights cannot be read; in a call, the network does not take images of this shape.
+    `inception` is the file with InceptionV3's weights, None the classifier; `bar` shows a progress bar. Raises UserError if
+    the weights cannot be read; in a call, if the network does not take images of this shape.
     """
 
     def __init__(self, inception: str | None = None, bar: bool = False):
@@ -42,11 +39,10 @@ class Features:
     def check(self, shape: tuple[int, ...]) -> None:
         """Raise a UserError if the network does not take images of this shape (H, W, C)."""
         if "logits" in self.names and tuple(shape) != (28, 28, 1):
-            raise UserError(
-                "the classifier takes gray images of 28 x 28, not {} x {} x {}: give --inception WEIGHTS".format(*shape)
-            )
+            kind = " x ".join(map(str, shape))
+            raise UserError(f"the classifier takes gray images of 28 x 28, not {kind}: give --inception WEIGHTS")
 
-    def __call__(self, images: np.ndarray) -> dict[str, np.ndarray]:
+    def __call__(self, images: np.ndarray) -> Outputs:
         self.check(images.shape[1:])
         outputs = in_batches(self._forward, images, BATCH, self.name if self.bar else None)
         return dict(zip(self.names, outputs, strict=True))
@@ -55,19 +51,13 @@ class Features:
         outputs = self.graph(Tensor(to_float(images)))
         return [output.asnumpy() for output in (outputs if isinstance(outputs, tuple) else (outputs,))]
 
-    def cached(self, images: np.ndarray, folder: str | None = None) -> dict[str, np.ndarray]:
-        """The same, from a cache file in `folder` or in the user's cache (`cache_folder`), which the first call writes.
-
-        The name of the file is a hash of the images and of the weights.
-        """
+    def cached(self, images: np.ndarray, folder: str | None = None) -> Outputs:
+        """The same, from a cache file in `folder` or in the user's cache (`cache_folder`), which the first call writes. Its
+        name is a hash of the images and of the weights."""
         key = hashlib.sha256(self.weights + str(images.shape).encode() + images.tobytes()).hexdigest()
-        return load_or_compute(
-            cache_folder(folder) / f"features-{key[:16]}.npz",
-            load=self._read,
-            compute=lambda: self(images),
-            save=lambda file, outputs: np.savez(file, **outputs),
-        )
+        path = cache_folder(folder) / f"features-{key[:16]}.npz"
+        return load_or_compute(path, self._read, lambda: self(images), lambda file, outputs: np.savez(file, **outputs))
 
-    def _read(self, file: BinaryIO) -> dict[str, np.ndarray]:
+    def _read(self, file: BinaryIO) -> Outputs:
         with np.load(file) as arrays:
             return {name: arrays[name] for name in self.names}

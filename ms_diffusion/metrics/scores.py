@@ -10,39 +10,31 @@ from pathlib import Path
 
 import numpy as np
 
-from ..data.batches import check_images, load_images
+from ..data.batches import Labelled, check_images, load_images
 from ..data.fashion_mnist import center_crop
 from ..files import write
 from ..images import grid
 from ..runtime import UserError
 from . import distances
-from .features import Features
+from .features import Features, Outputs
 
 OTHER_SPLIT = {"train": "test", "test": "train"}
 PICTURE_IMAGES = 30  # of each kind in the picture
 NEAREST_SAMPLES = 500  # samples, at most, whose nearest training image is computed
 
-Labelled = tuple[np.ndarray, np.ndarray]  # images (N, H, W, C) uint8 and labels (N,) int32
-
 
 @dataclass(frozen=True)
 class Samples:
-    """Images to score."""
+    """Images (N, H, W, C) uint8 to score, the class (N,) that each should show, or None, and how they were made."""
 
     images: np.ndarray
-    """(N, H, W, C) uint8."""
     labels: np.ndarray | None
-    """(N,), the class that each image should show; None if there are no classes."""
     description: str
-    """How the images were made, for the report."""
 
 
 def read_npz(path: str | Path, num: int | None = None) -> Samples:
     """The first `num` images (N, H, W, C) of an .npz file's array `images`, and of its array `labels`, if there is one.
-
-    Raises:
-        UserError: the file cannot be read, has no images, or an array has the wrong shape or type.
-    """
+    Raises UserError if the file cannot be read, has no images, or an array has the wrong shape or type."""
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
             arrays = {name: arrays[name] for name in arrays if name in ("images", "labels")}
@@ -76,7 +68,8 @@ def choose(images: np.ndarray, labels: np.ndarray, num: int) -> Labelled:
 
 
 class Reference:
-    """Real images that samples are compared with. Everything that can be refused is refused here, before sampling.
+    """Real images that samples are compared with. Everything that can be refused is refused here, before sampling: UserError
+    if the features do not take such images, or there are too few for them.
 
     Args:
         features: the network whose features are compared.
@@ -88,9 +81,6 @@ class Reference:
         against_num: the number of images of that split; None is `num`. Of a split with fewer images all are used.
         splits: the real images, if they are not in a data set (see `halve`).
         num_name: what an error calls `num`.
-
-    Raises:
-        UserError: the features do not take such images, or there are too few for them.
     """
 
     def __init__(
@@ -144,18 +134,14 @@ class Reference:
         if originals is not None:
             pair = self.crop(samples.images), self.crop(originals)
             scores |= {"psnr": float(distances.psnr(*pair).mean()), "ssim": float(distances.ssim(*pair).mean())}
-        scores["nearest_train"] = float(self.nearest_train(samples.images)[1].mean())
-        floor["nearest_train"] = float(self.nearest_train(self.chosen["test"][0])[1].mean())  # always of test images
+        for table, images in ((scores, samples.images), (floor, self.chosen["test"][0])):  # the floor: always test images
+            table["nearest_train"] = float(nearest(images[:NEAREST_SAMPLES], self.splits["train"][0])[1].mean())
         protocol = (
             f"{features.name}, {features.num} features; {samples.description}; N = {len(samples.images)} against "
             f"{len(self.chosen[against][0])} {against} images of {self.name}; "
             f"floor: {len(self.chosen[other][0])} real {other} images"
         )
         return {"protocol": protocol, "samples": scores, "floor": floor}
-
-    def nearest_train(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """`nearest` of the first NEAREST_SAMPLES images among all training images."""
-        return nearest(images[:NEAREST_SAMPLES], self.splits["train"][0])
 
     def save_picture(self, path: str | Path, samples: Samples) -> None:
         """Write a PNG of real images, samples, and samples above their nearest training images."""
@@ -175,9 +161,7 @@ class Reference:
         write(path, lambda f: figure.savefig(f, format="png", dpi=110))
 
 
-def score(
-    found: dict[str, np.ndarray], reference: dict[str, np.ndarray], labels: np.ndarray | None = None
-) -> dict[str, float]:
+def score(found: Outputs, reference: Outputs, labels: np.ndarray | None = None) -> dict[str, float]:
     """All scores of samples by their features (N, d) and logits (N, classes), against those of the reference images."""
     a, b = found["features"], reference["features"]
     fid = distances.frechet_distance(*distances.mean_and_covariance(a), *distances.mean_and_covariance(b))
