@@ -64,7 +64,9 @@ def train(
     run_dir = Path(run_dir)
     name = set_device(device)
     train_task(chosen.task(arrays), run_dir, name, stop or threading.Event(), on_save)
-    return Run(run_dir)
+    run = Run(run_dir)
+    run.task.given_data = arrays
+    return run
 
 
 def train_task(

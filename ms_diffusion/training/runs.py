@@ -9,7 +9,7 @@ from PIL import Image
 
 from ..convert import load_into
 from ..metrics.features import Features
-from ..metrics.scores import Reference
+from ..metrics.scores import Reference, halve
 from ..runtime import UserError, command, set_device
 from ..sampling import Generator, sampling_from
 from .checkpoint import checkpoints, read_state, read_weights
@@ -186,8 +186,10 @@ class Run:
     ) -> Reference:
         """The real images that this run's samples are scored against: its own data set, or the one of this name."""
         size, channels = self.task.image_format()
-        data = self.config.data
-        return Reference(features, name or data.name, folder or data.dir, size, channels, num, against, against_num)
+        data, arrays = self.config.data, self.task.given_data
+        splits = halve(*arrays) if arrays is not None and name is None else None
+        where = name or data.name, folder or data.dir
+        return Reference(features, *where, size, channels, num, against, against_num, splits)
 
     def show(self, x: np.ndarray) -> Image.Image:
         """A picture of samples as `sample` returns them; a notebook displays it."""
