@@ -12,7 +12,7 @@ from ... import images
 from ...data.image_folder import read_image
 from ...denoiser import inpaint, with_self_conditioning
 from ...editing import invert_ddim, sample_repaint, slerp
-from ...runtime import UserError, command
+from ...runtime import UserError
 from ...samplers import SAMPLERS, SeededNoise, is_stochastic
 from .base import Request
 from .images import Plan, rms
@@ -59,10 +59,6 @@ def check(task: Any, request: Request) -> None:
     condition, sampling = task.config.data.condition, request.sampling
     if len(chosen) > 1:
         raise UserError(f"choose one of --{' and --'.join(chosen)}")
-    if request.class_ is not None and task.num_classes is None:
-        raise UserError(
-            f"this run has no classes, which --class needs: train one with {command('train')} --preset quick-class"
-        )
     if chosen and task.num_classes is not None and not task.config.train.label_dropout and request.class_ is None:
         raise UserError("this run was trained with --train.label-dropout 0, so an edit needs a --class")
     if condition != "none" and chosen:
