@@ -250,7 +250,7 @@ class GroupNorm(nn.Cell):
     def __init__(self, groups: int, eps: float, activation: str | None = None):
         super().__init__()
         kind = (None, "gelu-before", "silu-after").index(activation)
-        self.settings = Tensor([groups, eps, kind], ms.float32)
+        self.settings = Tensor(np.array([groups, eps, kind], np.float32))
         self.forward = Operator("group_norm", norm_shape)
         self.gradient = Operator("group_norm_gradient", lambda dy, x, w, b, s: (x, w, b), 3)
 
