@@ -48,9 +48,10 @@ def sampling_timesteps(T: int, steps: int, spacing: str = "linspace", alphas_cum
     if spacing not in SPACINGS:
         raise ValueError(f"unknown spacing {spacing!r}: choose one of {', '.join(SPACINGS)}")
     i = np.arange(steps)
-    even = {"leading": i[::-1] * (T // steps), "trailing": T - i * (T / steps), "linspace": np.linspace(T - 1, 0, steps)}
+    even = {"leading": i[::-1] * (T // steps), "linspace": np.round(np.linspace(T - 1, 0, steps))}
+    even["trailing"] = np.round(T - i * (T / steps)) - 1
     if spacing in even:
-        return (np.round(even[spacing]).astype(int) - (spacing == "trailing")).tolist()
+        return even[spacing].astype(int).tolist()
     if alphas_cumprod is None:
         raise ValueError(f"spacing {spacing} needs alphas_cumprod: pass diffusion.alphas_cumprod")
     alphas_cumprod = np.maximum(alphas_cumprod, 1 / (1 + SIGMA_MAX**2))

@@ -130,7 +130,7 @@ def adam_available() -> bool:
 
 
 class Operator(ops.Custom):
-    """An operator of the library with a number of float32 outputs. `out_shape` maps the shapes of the inputs to those of the
+    """An operator of the library with `outputs` float32 outputs. `out_shape` maps the shapes of the inputs to those of the
     outputs, and checks them, since the library does not. Raises TypeError if the first input is not float32."""
 
     def __init__(self, name: str, out_shape: Callable, outputs: int = 1):
@@ -249,8 +249,8 @@ class GroupNorm(nn.Cell):
 
     def __init__(self, groups: int, eps: float, activation: str | None = None):
         super().__init__()
-        kinds = {None: 0, "gelu-before": 1, "silu-after": 2}
-        self.settings = Tensor(np.array([groups, eps, kinds[activation]], np.float32))
+        kind = (None, "gelu-before", "silu-after").index(activation)
+        self.settings = Tensor(np.array([groups, eps, kind], np.float32))
         self.forward = Operator("group_norm", norm_shape)
         self.gradient = Operator("group_norm_gradient", lambda dy, x, w, b, s: (x, w, b), 3)
 
