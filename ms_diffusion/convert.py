@@ -19,6 +19,9 @@ from mindspore import Parameter, Tensor, nn, ops
 
 from .runtime import UserError
 
+Arrays = Mapping[str, np.ndarray]
+Keys = str | tuple[str, ...]
+REBUILD = "build it with the options of the saved network"
 PICKLED = (".pt", ".pth", ".ckpt", ".bin")
 NUMPY_TYPES = dict(F64="<f8", F32="<f4", F16="<f2", I64="<i8", I32="<i4", I16="<i2", I8="i1", U8="u1", BOOL="?")
 
@@ -63,9 +66,8 @@ def read_pickled(path: Path) -> dict[str, np.ndarray]:
     try:
         import torch
     except ImportError as e:
-        raise UserError(
-            f"{path}: reading {path.suffix} needs PyTorch: pip install torch, or convert the file to .safetensors elsewhere"
-        ) from e
+        advice = "pip install torch, or convert the file to .safetensors elsewhere"
+        raise UserError(f"{path}: reading {path.suffix} needs PyTorch: {advice}") from e
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)  # weights_only: a pickle could run any code
     except Exception as e:  # a damaged file raises a dozen kinds of exceptions
@@ -78,51 +80,42 @@ def read_pickled(path: Path) -> dict[str, np.ndarray]:
             state = state[key]
     if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise UserError(f"{path}: contains no state dict: save model.state_dict()")
-    return {
-        name: (value.float() if value.dtype in (torch.float16, torch.bfloat16) else value).detach().numpy()
-        for name, value in state.items()
-    }
+    half = (torch.float16, torch.bfloat16)
+    return {name: (a.float() if a.dtype in half else a).detach().numpy() for name, a in state.items()}
 
 
 def load_into(
-    target: nn.Cell | Iterable[Parameter],
-    arrays: Mapping[str, np.ndarray],
-    advice: str = "build it with the options of the saved network",
+    target: nn.Cell | Iterable[Parameter], arrays: Arrays, advice: str = REBUILD, path: str | Path | None = None
 ) -> None:
     """Set every parameter of `target` from the array with its name, also in graphs that are already compiled.
 
     Raises:
-        UserError: names or shapes differ; then no parameter changes. The message ends with `advice`.
+        UserError: names or shapes differ; then no parameter changes. The message begins with `path`, ends with `advice`.
     """
     members: Any = target.get_parameters() if isinstance(target, nn.Cell) else target  # type: ignore[attr-defined]
     parameters = {p.name: p for p in members}
     found = differences(parameters, arrays)
     if any(found.values()):
-        raise UserError(f"the weights are not this network's ({listed(found)}): {advice}")
+        begin = "" if path is None else f"{path}: "
+        raise UserError(f"{begin}the weights are not this network's ({listed(found)}): {advice}")
     for name, p in parameters.items():
         # Compiled graphs see only assign: they keep the old values after set_data and load_param_into_net.
         ops.assign(p, Tensor(arrays[name].astype(ms.dtype_to_nptype(p.dtype))))
 
 
-def differences(parameters: Mapping[str, Parameter], arrays: Mapping[str, np.ndarray]) -> dict[str, list[str]]:
+def differences(parameters: Mapping[str, Parameter], arrays: Arrays) -> dict[str, list[str]]:
+    pairs = [(name, arrays[name].shape, p.shape) for name, p in parameters.items() if name in arrays]
     return {
         "missing": [name for name in parameters if name not in arrays],
         "unexpected": [name for name in arrays if name not in parameters],
-        "other shape": [
-            f"{name} {arrays[name].shape} instead of {p.shape}"
-            for name, p in parameters.items()
-            if name in arrays and arrays[name].shape != p.shape
-        ],
+        "other shape": [f"{name} {shape} instead of {ours}" for name, shape, ours in pairs if shape != ours],
     }
 
 
 def listed(names_of_kinds: Mapping[str, list[str]]) -> str:
-    return "; ".join(f"{kind}: {first_names(names)}" for kind, names in names_of_kinds.items() if names)
-
-
-def first_names(names: list[str], most: int = 4) -> str:
-    rest = len(names) - most
-    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
+    """The first four names of each kind that has some."""
+    more = {kind: f" and {len(names) - 4} more" * (len(names) > 4) for kind, names in names_of_kinds.items()}
+    return "; ".join(f"{kind}: {', '.join(names[:4])}{more[kind]}" for kind, names in names_of_kinds.items() if names)
 
 
 # Names in latent diffusion
@@ -130,40 +123,21 @@ def first_names(names: list[str], most: int = 4) -> str:
 FIRST_STAGE = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")  # prefixes of an AutoencoderKL's names
 
 # Parts of CompVis's names -> diffusers' names for them
+# fmt: off
 UNET_PIECES = {
-    "time_embed.0": "time_embedding.linear_1",
-    "time_embed.2": "time_embedding.linear_2",
-    "label_emb": "class_embedding",
-    "input_blocks.0.0": "conv_in",
-    "middle_block.0": "mid_block.resnets.0",
-    "middle_block.1": "mid_block.attentions.0",
-    "middle_block.2": "mid_block.resnets.1",
-    "out.0": "conv_norm_out",
-    "out.2": "conv_out",
-    "in_layers.0": "norm1",
-    "in_layers.2": "conv1",
-    "emb_layers.1": "time_emb_proj",
-    "out_layers.0": "norm2",
-    "out_layers.3": "conv2",
-    "skip_connection": "conv_shortcut",
+    "time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2", "label_emb": "class_embedding",
+    "input_blocks.0.0": "conv_in", "middle_block.0": "mid_block.resnets.0", "middle_block.1": "mid_block.attentions.0",
+    "middle_block.2": "mid_block.resnets.1", "out.0": "conv_norm_out", "out.2": "conv_out",
+    "in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj",
+    "out_layers.0": "norm2", "out_layers.3": "conv2", "skip_connection": "conv_shortcut",
 }
 AUTOENCODER_PIECES = {
-    "mid.block_1": "mid_block.resnets.0",
-    "mid.attn_1": "mid_block.attentions.0",
-    "mid.block_2": "mid_block.resnets.1",
-    "down": "down_blocks",
-    "block": "resnets",
-    "attn": "attentions",
-    "downsample": "downsamplers.0",
-    "upsample": "upsamplers.0",
-    "nin_shortcut": "conv_shortcut",
-    "norm_out": "conv_norm_out",
-    "norm": "group_norm",
-    "q": "to_q",
-    "k": "to_k",
-    "v": "to_v",
-    "proj_out": "to_out.0",
+    "mid.block_1": "mid_block.resnets.0", "mid.attn_1": "mid_block.attentions.0", "mid.block_2": "mid_block.resnets.1",
+    "down": "down_blocks", "block": "resnets", "attn": "attentions", "downsample": "downsamplers.0",
+    "upsample": "upsamplers.0", "nin_shortcut": "conv_shortcut", "norm_out": "conv_norm_out", "norm": "group_norm",
+    "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0",
 }
+# fmt: on
 OLDER_PIECES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}  # in old files
 
 
@@ -216,7 +190,7 @@ def names_in_files(names: Iterable[str], start: str) -> dict[str, str]:
     return known
 
 
-def with_dots(averages: Mapping[str, np.ndarray], names: Iterable[str]) -> dict[str, np.ndarray]:
+def with_dots(averages: Arrays, names: Iterable[str]) -> dict[str, np.ndarray]:
     """CompVis's moving averages by the `names` of the weights; their own names lack "model." and the dots."""
     dotted = {f"model_ema.{name.removeprefix('model.').replace('.', '')}": name for name in names}
     counters = ("model_ema.decay", "model_ema.num_updates")
@@ -227,37 +201,22 @@ def with_dots(averages: Mapping[str, np.ndarray], names: Iterable[str]) -> dict[
 class LoadReport:
     """The result of `load_pretrained`; ``str()`` summarises it."""
 
-    loaded: list[str]
-    """Parameters that were set."""
-    reshaped: list[str]
-    """Those of them whose shape differed only by axes of length 1."""
-    missing: list[str]
-    """Parameters that are not in the file: unchanged."""
-    unexpected: list[str]
-    """Weights that the network lacks, by the file's names."""
-    misfit: list[str]
-    """Parameters whose shape differs in the file, with both shapes: unchanged."""
-    scale_factor: float | None
-    """The latent scale, if the file contains it."""
+    loaded: list[str]  # parameters that were set
+    reshaped: list[str]  # those of them whose shape differed only by axes of length 1
+    missing: list[str]  # parameters that are not in the file: unchanged
+    unexpected: list[str]  # weights that the network lacks, by the file's names
+    misfit: list[str]  # parameters whose shape differs in the file, with both shapes: unchanged
+    scale_factor: float | None  # the latent scale, if the file contains it
 
     def __str__(self) -> str:
-        kinds = {
-            "reshaped": self.reshaped,
-            "not in the file, unchanged": self.missing,
-            "of another shape, unchanged": self.misfit,
-            "only in the file": self.unexpected,
-            "scale_factor": [] if self.scale_factor is None else [f"{self.scale_factor:g}"],
-        }
-        return f"{len(self.loaded)} parameters loaded" + "".join(f"; {listed({k: v})}" for k, v in kinds.items() if v)
+        scale = [] if self.scale_factor is None else [f"{self.scale_factor:g}"]
+        kinds = {"reshaped": self.reshaped, "not in the file, unchanged": self.missing}
+        kinds |= {"of another shape, unchanged": self.misfit, "only in the file": self.unexpected, "scale_factor": scale}
+        return f"{len(self.loaded)} parameters loaded; {listed(kinds)}".removesuffix("; ")
 
 
 def load_pretrained(
-    net: nn.Cell,
-    path: str | Path,
-    part: str | None = None,
-    ignore_keys: str | tuple[str, ...] = (),
-    partial: bool = False,
-    ema: bool = False,
+    net: nn.Cell, path: str | Path, part: str | None = None, ignore_keys: Keys = (), partial: bool = False, ema: bool = False
 ) -> LoadReport:
     """Load weights of CompVis latent-diffusion, of diffusers, or of ours into an AutoencoderKL, a UNetModel or a LatentUnet.
 
@@ -311,14 +270,8 @@ def load_pretrained(
     advice = f"build it with the options of {path}, leave out names of the file by ignore_keys (--init-ignore), or load the "
     advice += "weights that fit by partial (--init-partial)"
     load_into(parameters.values(), weights, advice)
-    return LoadReport(
-        loaded=list(weights),
-        reshaped=reshaped,
-        missing=found["missing"],
-        unexpected=found["unexpected"],
-        misfit=found["other shape"],
-        scale_factor=None if scale_factor is None else scale_factor.item(),
-    )
+    scale_factor = None if scale_factor is None else scale_factor.item()
+    return LoadReport(list(weights), reshaped, found["missing"], found["unexpected"], found["other shape"], scale_factor)
 
 
 def ones_differ(shape: tuple[int, ...], other: tuple[int, ...]) -> bool:

@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import os
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 
@@ -31,21 +32,19 @@ class FirstStage:
 
     def __init__(self, autoencoder: AutoencoderKL, scale: float = 1.0, f: int = 1, patch: int | None = None):
         self.net, self.scale, self.f, self.patch = autoencoder.set_train(False), scale, f, patch
-        self._encode_graph, self._decode_graph = compiled(autoencoder.encode), compiled(autoencoder.decode)
-        self._side = (patch or 0) // f  # of a patch of latents
-        self._stride = max(self._side // 2, 1)
+        side = (patch or 0) // f  # of a patch of latents
+        stride = max(side // 2, 1)
+        self._encode = self._graph(autoencoder.encode, patch or 0, stride * f, 1 / f)
+        self._decode = self._graph(autoencoder.decode, side, stride, f)
 
-    def _encode(self, x: np.ndarray) -> np.ndarray:
-        def encode(x: np.ndarray) -> np.ndarray:
-            return self._encode_graph(Tensor(x)).asnumpy()
+    def _graph(self, fn: Callable, size: int, stride: int, factor: float) -> Callable[[np.ndarray], np.ndarray]:
+        """fn of Tensors, compiled, for arrays: of the whole array, or of patches if `patch` is set."""
+        graph = compiled(fn)
 
-        return in_patches(encode, x, self.patch, self._stride * self.f, 1 / self.f) if self.patch else encode(x)
+        def whole(x: np.ndarray) -> np.ndarray:
+            return graph(Tensor(x)).asnumpy()
 
-    def _decode(self, z: np.ndarray) -> np.ndarray:
-        def decode(z: np.ndarray) -> np.ndarray:
-            return self._decode_graph(Tensor(z)).asnumpy()
-
-        return in_patches(decode, z, self._side, self._stride, self.f) if self.patch else decode(z)
+        return partial(in_patches, whole, size=size, stride=stride, factor=factor) if self.patch else whole
 
     def moments(self, images: np.ndarray) -> np.ndarray:
         """Images (N, H, W, C) uint8 -> the moments (N, 2 embed_dim, h, w) of their latents, not scaled."""
@@ -94,9 +93,8 @@ def in_patches(fn: Callable[[np.ndarray], np.ndarray], x: np.ndarray, size: int,
     positions = [sorted({*range(0, n - size, stride), n - size}) for n in (height, width)]
     whole = [size * factor, height * factor, width * factor, *(p * factor for axis in positions for p in axis)]
     if any(value != int(value) for value in whole):
-        raise ValueError(
-            f"{size}, {stride}, {height} and {width} times {factor:g} are not whole: choose multiples of {1 / factor:g}"
-        )
+        wrong = f"{size}, {stride}, {height} and {width} times {factor:g} are not whole"
+        raise ValueError(f"{wrong}: choose multiples of {1 / factor:g}")
     side = int(size * factor)
     edge = np.minimum(np.arange(side), np.arange(side)[::-1]) + 1
     weight = np.minimum(edge[:, None], edge).astype(np.float32)

@@ -5,6 +5,7 @@ The Gaussian comes first, then the blocks, then the networks. Parameter paths ar
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Annotated, Literal
 
 import mindspore as ms
@@ -101,9 +102,8 @@ class LinAttnBlock(nn.Cell):
         self.to_out = conv2d(channels, channels, 1)
 
     def construct(self, x: Tensor) -> Tensor:
-        q, k, v = split_heads(self.to_qkv(x), 1)  #    (B, 1, C, N), N = H W
-        context = matmul_t(v, ops.softmax(k, -1))  #   (B, 1, C, C), over the positions
-        out = matmul(context, q)  #                    (B, 1, C, N)
+        q, k, v = split_heads(self.to_qkv(x), 1)  #         (B, 1, C, N), N = H W
+        out = matmul(matmul_t(v, ops.softmax(k, -1)), q)  # (B, 1, C, C), over the positions, times q
         return self.to_out(out.reshape(x.shape))
 
 
@@ -133,11 +133,7 @@ class Downsample(nn.Cell):
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
-    """Configuration of an AutoencoderKL; the defaults are Stable Diffusion's.
-
-    Raises:
-        ValueError: the resolution cannot be halved between all levels.
-    """
+    """Configuration of an AutoencoderKL; the defaults are Stable Diffusion's."""
 
     ch: Annotated[int, AT_LEAST_1] = 128
     """Base width: channels after the encoder's first convolution."""
@@ -190,25 +186,17 @@ class Middle(nn.Cell):
 
 
 class Level(nn.Cell):
-    """`num_blocks` ResnetBlocks, each followed by attention if `size` is in `config.attn_resolutions`, then one of the
-    resamplers: (B, c_in, H, W) -> (B, c_out, H', W')."""
+    """`num_blocks` ResnetBlocks, each followed by attention if the size of level i is in `config.attn_resolutions`, then one
+    of the resamplers, or none: (B, c_in, H, W) -> (B, c_out, H', W')."""
 
-    def __init__(
-        self,
-        config: AutoencoderConfig,
-        c_in: int,
-        c_out: int,
-        num_blocks: int,
-        size: int,
-        downsample: nn.Cell | None = None,
-        upsample: nn.Cell | None = None,
-    ):
+    def __init__(self, config: AutoencoderConfig, i: int, c_in: int, c_out: int, num_blocks: int, down=False, up=False):
         super().__init__()
-        widths = [c_in] + [c_out] * num_blocks
-        kind = config.attention if size in config.attn_resolutions else "none"
-        self.block = nn.CellList([ResnetBlock(c, c_out, config.groups, config.dropout) for c in widths[:-1]])
-        self.attn = nn.CellList([attention(kind, c_out, config.groups) for _ in range(num_blocks)])
-        self.downsample, self.upsample = downsample or Identity(), upsample or Identity()
+        kind = config.attention if config.resolution // 2**i in config.attn_resolutions else "none"
+        widths = [c_in] + [c_out] * (num_blocks - 1)
+        self.block = nn.CellList([ResnetBlock(c, c_out, config.groups, config.dropout) for c in widths])
+        self.attn = nn.CellList([attention(kind, c_out, config.groups) for _ in widths])
+        self.downsample = Downsample(c_out, config.resamp_with_conv) if down else Identity()
+        self.upsample = UpsampleNearest(c_out, config.resamp_with_conv) if up else Identity()
 
     def construct(self, x: Tensor) -> Tensor:
         for i, block in enumerate(self.block):
@@ -217,22 +205,16 @@ class Level(nn.Cell):
 
 
 class Encoder(nn.Cell):
-    """Images (B, channels, H, W) -> (B, 2 z_channels, H/f, W/f), or (B, z_channels, H/f, W/f) without `double_z`.
-
-    Raises:
-        ValueError: a width is not divisible by the groups.
-    """
+    """Images (B, channels, H, W) -> (B, 2 z_channels, H/f, W/f), or (B, z_channels, H/f, W/f) without `double_z`."""
 
     def __init__(self, config: AutoencoderConfig, double_z: bool = True):
         super().__init__()
         widths = [config.ch, *[config.ch * m for m in config.ch_mult]]
         self.conv_in = conv2d(config.channels, config.ch, 3, padding=1)
         self.down = nn.CellList()
-        for i, (c_in, c_out) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
-            last = i == len(config.ch_mult) - 1
-            down = None if last else Downsample(c_out, config.resamp_with_conv)
-            size = config.resolution // 2**i
-            self.down.append(Level(config, c_in, c_out, config.num_res_blocks, size, downsample=down))
+        for i, (c_in, c_out) in enumerate(pairwise(widths)):
+            down = i < len(config.ch_mult) - 1
+            self.down.append(Level(config, i, c_in, c_out, config.num_res_blocks, down=down))
         self.mid = Middle(config, widths[-1])
         self.norm_out = GroupNorm(config.groups, widths[-1], EPS, "silu-after")
         self.conv_out = conv2d(widths[-1], config.z_channels * (2 if double_z else 1), 3, padding=1)
@@ -249,9 +231,6 @@ class Decoder(nn.Cell):
 
     With `give_pre_end` it returns the features (B, ch ch_mult[0], f h, f w) before the last norm and convolution; both still
     have their parameters.
-
-    Raises:
-        ValueError: a width is not divisible by the groups.
     """
 
     def __init__(self, config: AutoencoderConfig, give_pre_end: bool = False):
@@ -261,10 +240,8 @@ class Decoder(nn.Cell):
         self.conv_in = conv2d(config.z_channels, widths[-1], 3, padding=1)
         self.mid = Middle(config, widths[-1])
         self.up = nn.CellList()  # in the encoder's order, from the largest images to the smallest
-        for i, (c_in, c_out) in enumerate(zip([*widths[1:], widths[-1]], widths, strict=True)):
-            up = None if i == 0 else UpsampleNearest(c_out, config.resamp_with_conv)
-            size = config.resolution // 2**i
-            self.up.append(Level(config, c_in, c_out, config.num_res_blocks + 1, size, upsample=up))
+        for i, (c_out, c_in) in enumerate(pairwise([*widths, widths[-1]])):
+            self.up.append(Level(config, i, c_in, c_out, config.num_res_blocks + 1, up=i > 0))
         self.norm_out = GroupNorm(config.groups, widths[0], EPS, "silu-after")
         self.conv_out = conv2d(widths[0], config.channels, 3, padding=1)
 
@@ -281,8 +258,7 @@ class Decoder(nn.Cell):
         return ops.tanh(x) if self.tanh_out else x
 
     def construct(self, z: Tensor) -> Tensor:
-        x = self.features(z)
-        return x if self.give_pre_end else self.last(x)
+        return self.features(z) if self.give_pre_end else self.last(self.features(z))
 
 
 class AutoencoderKL(nn.Cell):
@@ -300,12 +276,9 @@ class AutoencoderKL(nn.Cell):
         super().__init__()
         check_fields(config, "")
         if config.resolution % config.size_multiple:
-            raise ValueError(
-                f"a resolution of {config.resolution} cannot be halved {len(config.ch_mult) - 1} times: choose a multiple "
-                f"of {config.size_multiple}, or a shorter ch_mult"
-            )
-        self.encoder = Encoder(config)
-        self.decoder = Decoder(config)
+            wrong = f"a resolution of {config.resolution} cannot be halved {len(config.ch_mult) - 1} times"
+            raise ValueError(f"{wrong}: choose a multiple of {config.size_multiple}, or a shorter ch_mult")
+        self.encoder, self.decoder = Encoder(config), Decoder(config)
         self.quant_conv = conv2d(2 * config.z_channels, 2 * config.embed_dim, 1)
         self.post_quant_conv = conv2d(config.embed_dim, config.z_channels, 1)
         name_and_initialise(self, seed)

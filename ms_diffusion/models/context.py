@@ -138,9 +138,8 @@ class LatentUnet(nn.Cell):
             self.cond_stage = TextEncoder(config.vocab_size, config.max_length, dim)
         if self.cond_stage is not None:
             name_and_initialise(self.cond_stage, seed + 1)
-        for path, cell in self.cells_and_names():
-            for name, parameter in cell.parameters_and_names(expand=False):
-                parameter.name = f"{path}.{name}"
+        for name, parameter in self.parameters_and_names():
+            parameter.name = name
 
     def construct(self, x: Tensor, t: Tensor, *cond: Tensor) -> Tensor:
         context, y = None, None

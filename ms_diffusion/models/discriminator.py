@@ -4,27 +4,7 @@ import numpy as np
 
 from mindspore import Parameter, Tensor, nn, ops
 
-from .layers import conv2d, name_and_initialise
-
-
-class BatchNorm(nn.Cell):
-    """``torch.nn.BatchNorm2d`` (Ioffe & Szegedy 2015): (B, C, H, W) -> the same.
-
-    Training mode normalises by the batch's statistics and updates the running ones, which evaluation mode uses. PyTorch's
-    ``num_batches_tracked`` is left out: nothing uses it.
-    """
-
-    def __init__(self, channels: int):
-        super().__init__()
-        zeros, ones = np.zeros(channels, np.float32), np.ones(channels, np.float32)
-        self.weight, self.bias = Parameter(Tensor(ones), name="weight"), Parameter(Tensor(zeros), name="bias")
-        self.running_mean = Parameter(Tensor(zeros), name="running_mean", requires_grad=False)
-        self.running_var = Parameter(Tensor(ones), name="running_var", requires_grad=False)
-
-    def construct(self, x: Tensor) -> Tensor:
-        return ops.batch_norm(
-            x, self.running_mean, self.running_var, self.weight, self.bias, training=self.training, momentum=0.1, eps=1e-5
-        )
+from .layers import BatchNorm, conv2d, name_and_initialise
 
 
 class ActNorm(nn.Cell):
@@ -45,9 +25,8 @@ class ActNorm(nn.Cell):
         """Set scale and loc so that x is mapped to mean 0 and variance 1; only the first call has an effect."""
         if self.initialized.asnumpy() == 0:
             a = x.asnumpy()
-            std = a.std((0, 2, 3), ddof=1, keepdims=True)
             ops.assign(self.loc, Tensor(-a.mean((0, 2, 3), keepdims=True)))
-            ops.assign(self.scale, Tensor(1 / (std + 1e-6)))
+            ops.assign(self.scale, Tensor(1 / (a.std((0, 2, 3), ddof=1, keepdims=True) + 1e-6)))
             ops.assign(self.initialized, Tensor(np.uint8(1)))
 
     def construct(self, x: Tensor) -> Tensor:

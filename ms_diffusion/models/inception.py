@@ -4,31 +4,17 @@ Szegedy et al. 2016, "Rethinking the Inception architecture". The graph differs 
 do not count the padding, and its last block uses a maximum pool. The blocks come first, then the network.
 """
 
+from functools import partial
 from pathlib import Path
 
-import numpy as np
-
-from mindspore import Parameter, Tensor, nn, ops
+from mindspore import Tensor, nn, ops
 
 from ..convert import load_into, load_torch_state_dict
 from ..runtime import UserError
+from .layers import BatchNorm
 
 ADVICE = "give pytorch-fid's pt_inception-2015-12-05-6726825d.pth"
 HEAD = (1008, 2048)  # of that file; torchvision's ImageNet weights, of the same names, have 1000 classes
-
-
-class BatchNorm(nn.Cell):
-    """``torch.nn.BatchNorm2d(channels, eps=0.001)`` in evaluation mode, always: (B, C, H, W) -> the same."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        zeros, ones = np.zeros(channels, np.float32), np.ones(channels, np.float32)
-        self.weight, self.bias = Parameter(Tensor(ones), name="weight"), Parameter(Tensor(zeros), name="bias")
-        self.running_mean = Parameter(Tensor(zeros), name="running_mean")
-        self.running_var = Parameter(Tensor(ones), name="running_var")
-
-    def construct(self, x: Tensor) -> Tensor:
-        return ops.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=0.001)
 
 
 class ConvNorm(nn.Cell):
@@ -40,7 +26,7 @@ class ConvNorm(nn.Cell):
     def __init__(self, c_in: int, c_out: int, kernel: int | tuple[int, int] = 1, stride: int = 1, padding: str = "same"):
         super().__init__()
         self.conv = nn.Conv2d(c_in, c_out, kernel, stride, padding, has_bias=False)
-        self.bn = BatchNorm(c_out)
+        self.bn = BatchNorm(c_out, eps=0.001, frozen=True)
 
     def construct(self, x: Tensor) -> Tensor:
         return ops.relu(self.bn(self.conv(x)))
@@ -84,18 +70,14 @@ class Block(nn.Cell):
 
 HALVING = (3, 2, "valid")
 ROW, COLUMN = (1, 7), (7, 1)
-
-
-def average() -> nn.Cell:
-    """3 x 3 mean over the pixels inside the image: "same" padding does not count in MindSpore's average pool."""
-    return nn.AvgPool2d(3, 1, "same")
+# 3 x 3 mean over the pixels inside the image: "same" padding does not count in MindSpore's average pool
+average = partial(nn.AvgPool2d, 3, 1, "same")
 
 
 def block_a(c_in: int, c_pool: int) -> Block:
     """(B, c_in, 35, 35) -> (B, 224 + c_pool, 35, 35)."""
-    return Block(
-        c_in, average(), c_pool, branch1x1=[(64,)], branch5x5=[(48,), (64, 5)], branch3x3dbl=[(64,), (96, 3), (96, 3)]
-    )
+    double = [(64,), (96, 3), (96, 3)]
+    return Block(c_in, average(), c_pool, branch1x1=[(64,)], branch5x5=[(48,), (64, 5)], branch3x3dbl=double)
 
 
 def block_b(c_in: int) -> Block:
@@ -119,8 +101,7 @@ def block_d(c_in: int) -> Block:
 def block_e(c_in: int, pool: nn.Cell) -> Block:
     """(B, c_in, 8, 8) -> (B, 2048, 8, 8)."""
     cross = [(384, (1, 3)), (384, (3, 1))]
-    double = [(448,), (384, 3), cross]
-    return Block(c_in, pool, 192, branch1x1=[(320,)], branch3x3=[(384,), cross], branch3x3dbl=double)
+    return Block(c_in, pool, 192, branch1x1=[(320,)], branch3x3=[(384,), cross], branch3x3dbl=[(448,), (384, 3), cross])
 
 
 class InceptionV3(nn.Cell):
@@ -141,10 +122,8 @@ class InceptionV3(nn.Cell):
         self.Conv2d_3b_1x1 = ConvNorm(64, 80)
         self.Conv2d_4a_3x3 = ConvNorm(80, 192, 3, 1, "valid")
         self.Mixed_5b, self.Mixed_5c, self.Mixed_5d = block_a(192, 32), block_a(256, 64), block_a(288, 64)
-        self.Mixed_6a = block_b(288)
-        self.Mixed_6b, self.Mixed_6c = block_c(768, 128), block_c(768, 160)
-        self.Mixed_6d, self.Mixed_6e = block_c(768, 160), block_c(768, 192)
-        self.Mixed_7a = block_d(768)
+        self.Mixed_6a, self.Mixed_6b, self.Mixed_6c = block_b(288), block_c(768, 128), block_c(768, 160)
+        self.Mixed_6d, self.Mixed_6e, self.Mixed_7a = block_c(768, 160), block_c(768, 192), block_d(768)
         self.Mixed_7b, self.Mixed_7c = block_e(1280, average()), block_e(2048, nn.MaxPool2d(3, 1, "same"))
         for name, parameter in self.parameters_and_names():
             parameter.name, parameter.requires_grad = name, False
@@ -156,8 +135,7 @@ class InceptionV3(nn.Cell):
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))  # (B, 64, 147, 147)
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(self.pool(x)))  #          (B, 192, 71, 71)
         x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(self.pool(x))))  #     (B, 288, 35, 35)
-        x = self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x)))  #                (B, 768, 17, 17)
-        x = self.Mixed_6e(self.Mixed_6d(x))  #                               (B, 768, 17, 17)
+        x = self.Mixed_6e(self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x)))))  # (B, 768, 17, 17)
         x = self.Mixed_7c(self.Mixed_7b(self.Mixed_7a(x)))  #                (B, 2048, 8, 8)
         return ops.mean(x, (2, 3))
 
@@ -174,8 +152,5 @@ def load_inception(path: str | Path) -> InceptionV3:
         raise UserError(f"{path}: fc.weight is {head.shape} instead of {HEAD}, so it is another network: {ADVICE}")
     unused = [name for name in arrays if name.startswith(("fc.", "AuxLogits.")) or name.endswith(".num_batches_tracked")]
     net = InceptionV3()
-    try:
-        load_into(net, {name: array for name, array in arrays.items() if name not in unused}, ADVICE)
-    except UserError as e:
-        raise UserError(f"{path}: {e}") from e
+    load_into(net, {name: array for name, array in arrays.items() if name not in unused}, ADVICE, path)
     return net

@@ -5,6 +5,7 @@ parameter in the network is therefore its state-dict key, and weights move in bo
 """
 
 import math
+from functools import partial
 
 import numpy as np
 
@@ -13,10 +14,10 @@ from mindspore import Parameter, Tensor, nn, ops
 
 from .. import kernels
 
+Identity = nn.Identity  # x -> x
 
-def conv2d(
-    c_in: int, c_out: int, kernel: int, stride: int = 1, padding: int = 0, groups: int = 1, bias: bool = True
-) -> nn.Conv2d:
+
+def conv2d(c_in: int, c_out: int, kernel: int, stride=1, padding=0, groups=1, bias: bool = True) -> nn.Conv2d:
     """``torch.nn.Conv2d``: (B, c_in, H, W) -> (B, c_out, H', W')."""
     if kernels.available():
         return kernels.Conv2d(c_in, c_out, kernel, stride, padding, groups, bias)
@@ -31,17 +32,13 @@ class Linear(nn.Dense):
 
     def __init__(self, c_in: int, c_out: int, activation: str | None = None):
         super().__init__(c_in, c_out)
-        self.before, self.in_float32 = activation, True
+        self.before, self.in_float32 = {None: None, "relu": ops.relu, "silu": ops.silu}[activation], True
         self.kernel = kernels.Linear(activation) if kernels.available() else None
 
     def construct(self, x: Tensor, addend: Tensor | None = None) -> Tensor:
         if self.kernel is not None and self.in_float32:
             return self.kernel(x, self.weight, self.bias, addend)
-        if self.before == "relu":
-            x = ops.relu(x)
-        if self.before == "silu":
-            x = ops.silu(x)
-        x = super().construct(x)
+        x = super().construct(x if self.before is None else self.before(x))
         return x if addend is None else x + addend
 
 
@@ -104,6 +101,26 @@ class GroupNorm(nn.Cell):
         return ops.silu(x) if self.activation == "silu-after" else x
 
 
+class BatchNorm(nn.Cell):
+    """``torch.nn.BatchNorm2d`` (Ioffe & Szegedy 2015): (B, C, H, W) -> the same.
+
+    Training mode normalises by the batch's statistics and updates the running ones, which evaluation mode uses; a `frozen`
+    layer is always in evaluation mode. PyTorch's ``num_batches_tracked`` is left out: nothing uses it.
+    """
+
+    def __init__(self, channels: int, eps: float = 1e-5, frozen: bool = False):
+        super().__init__()
+        self.eps, self.frozen = eps, frozen
+        zeros, ones = np.zeros(channels, np.float32), np.ones(channels, np.float32)
+        self.weight, self.bias = Parameter(Tensor(ones), name="weight"), Parameter(Tensor(zeros), name="bias")
+        self.running_mean = Parameter(Tensor(zeros), name="running_mean", requires_grad=False)
+        self.running_var = Parameter(Tensor(ones), name="running_var", requires_grad=False)
+
+    def construct(self, x: Tensor) -> Tensor:
+        statistics, training = (self.running_mean, self.running_var), self.training and not self.frozen
+        return ops.batch_norm(x, *statistics, self.weight, self.bias, training=training, momentum=0.1, eps=self.eps)
+
+
 def freeze(net: nn.Cell) -> nn.Cell:
     """Mark all parameters of `net` as not trainable, in place; returns `net`."""
     for p in net.get_parameters():
@@ -119,33 +136,21 @@ def norm_conv(norm: GroupNorm, conv: nn.Conv2d, x: Tensor) -> Tensor:
     return conv(norm(x))
 
 
-class GELU(nn.Cell):
-    """x Phi(x) by the error function, PyTorch's default (MindSpore's ``nn.GELU`` default is the tanh form)."""
+class Activation(nn.Cell):
+    """SiLU x sigmoid(x), or GELU x Phi(x) by the error function, PyTorch's default (``nn.GELU``'s is the tanh form)."""
 
-    def __init__(self):
+    def __init__(self, name: str):
         super().__init__()
-        self.kernel = kernels.Activation("gelu") if kernels.available() else None
+        self.is_silu = name == "silu"
+        self.kernel = kernels.Activation(name) if kernels.available() else None
 
     def construct(self, x: Tensor) -> Tensor:
-        return self.kernel(ops.cast(x, ms.float32)) if self.kernel is not None else ops.gelu(x, approximate="none")
+        if self.kernel is not None:
+            return self.kernel(ops.cast(x, ms.float32))
+        return ops.silu(x) if self.is_silu else ops.gelu(x, approximate="none")
 
 
-class SiLU(nn.Cell):
-    """x sigmoid(x)."""
-
-    def __init__(self):
-        super().__init__()
-        self.kernel = kernels.Activation("silu") if kernels.available() else None
-
-    def construct(self, x: Tensor) -> Tensor:
-        return self.kernel(ops.cast(x, ms.float32)) if self.kernel is not None else ops.silu(x)
-
-
-class Identity(nn.Cell):
-    """x -> x."""
-
-    def construct(self, x: Tensor) -> Tensor:
-        return x
+GELU, SiLU = partial(Activation, "gelu"), partial(Activation, "silu")
 
 
 class Residual(nn.Cell):
@@ -164,8 +169,7 @@ class PreNorm(nn.Cell):
 
     def __init__(self, dim: int, fn: nn.Cell):
         super().__init__()
-        self.fn = fn
-        self.norm = GroupNorm(1, dim)
+        self.fn, self.norm = fn, GroupNorm(1, dim)
 
     def construct(self, x: Tensor) -> Tensor:
         return self.fn(self.norm(x))
@@ -183,16 +187,21 @@ class Embedding(nn.Cell):
 
 
 class SinusoidalPositionEmbeddings(nn.Cell):
-    """Timesteps (B,) float32 -> (B, dim): sines then cosines of dim/2 frequencies from 1 to 1/10000 (Vaswani 2017, 3.5)."""
+    """Timesteps (B,) float32 -> (B, dim): sines then cosines of dim/2 frequencies from 1 to 1/10000 (Vaswani 2017, 3.5).
 
-    def __init__(self, dim: int):
+    With `cosines_first`, cosines then sines of the frequencies 10000^(-2i/dim), i < dim/2, as in CompVis latent-diffusion.
+    """
+
+    def __init__(self, dim: int, cosines_first: bool = False):
         super().__init__()
-        half = dim // 2
-        self.frequencies = Tensor(np.exp(-math.log(10000) * np.arange(half) / (half - 1)).astype(np.float32))
+        half, self.cosines_first = dim // 2, cosines_first
+        steps = half if cosines_first else half - 1
+        self.frequencies = Tensor(np.exp(-math.log(10000) * np.arange(half) / steps).astype(np.float32))
 
     def construct(self, t: Tensor) -> Tensor:
         angles = t.reshape(-1, 1) * self.frequencies.reshape(1, -1)  # (B, dim/2)
-        return ops.concat((ops.sin(angles), ops.cos(angles)), -1)  #   (B, dim)
+        sines, cosines = ops.sin(angles), ops.cos(angles)
+        return ops.concat((cosines, sines) if self.cosines_first else (sines, cosines), -1)  # (B, dim)
 
 
 CONVOLUTIONS_AND_LINEAR = (nn.Conv2d, nn.Conv2dTranspose, nn.Dense)
@@ -210,8 +219,7 @@ def name_and_initialise(net: nn.Cell, seed: int) -> None:
             parameter.name = f"{path}.{name}"
             if isinstance(cell, CONVOLUTIONS_AND_LINEAR):
                 bound = 1 / math.sqrt(np.prod(cell.weight.shape[1:]))  # shape[1:] is fan_in, as PyTorch counts it
-                values = rng.uniform(-bound, bound, parameter.shape)
-                parameter.set_data(Tensor(values.astype(np.float32)))
+                parameter.set_data(Tensor(rng.uniform(-bound, bound, parameter.shape).astype(np.float32)))
             elif isinstance(cell, Embedding):
                 parameter.set_data(Tensor(rng.standard_normal(parameter.shape, np.float32)))
 

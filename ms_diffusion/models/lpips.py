@@ -10,7 +10,6 @@ import mindspore as ms
 from mindspore import Tensor, nn, ops
 
 from ..convert import load_into, load_torch_state_dict
-from ..runtime import UserError
 from .classifier import Classifier
 from .layers import Identity, conv2d, freeze, name_and_initialise
 
@@ -124,13 +123,7 @@ def load_lpips(vgg_path: str | Path, lpips_path: str | Path) -> LPIPS:
     net = LPIPS()
     numbers = {f"features.{p.name.split('.', 2)[2]}": p.name for p in net.net.get_parameters()}
     vgg = {numbers.get(name, name): a for name, a in load_torch_state_dict(vgg_path).items() if "classifier" not in name}
-    linear = [p for p in net.get_parameters() if p.name.startswith("lin")]
-    for path, parameters, arrays, mend in (
-        (vgg_path, net.net, vgg, "give torchvision's vgg16-397923af.pth"),
-        (lpips_path, linear, load_torch_state_dict(lpips_path), "give the lpips package's weights/v0.1/vgg.pth"),
-    ):
-        try:
-            load_into(parameters, arrays, mend)
-        except UserError as e:
-            raise UserError(f"{path}: {e}") from e
+    linear, lins = load_torch_state_dict(lpips_path), [p for p in net.get_parameters() if p.name.startswith("lin")]
+    load_into(net.net, vgg, "give torchvision's vgg16-397923af.pth", vgg_path)
+    load_into(lins, linear, "give the lpips package's weights/v0.1/vgg.pth", lpips_path)
     return net

@@ -23,10 +23,7 @@ class MLPConfig:
     num_embeddings: Annotated[int, AT_LEAST_1] = 100
     """Timesteps that have an embedding; at least the diffusion's num_timesteps."""
 
-    @property
-    def cond_fields(self) -> tuple[str, ...]:
-        """Names of the conditions that the network takes after t: none."""
-        return ()
+    cond_fields = ()  # names of the conditions that the network takes after t
 
     def build(self, seed: int = 0) -> "MLP":
         return MLP(self, seed)
@@ -45,8 +42,7 @@ class MLP(nn.Cell):
         super().__init__()
         check_fields(config, "")
         dim = config.dim
-        widths = [Linear(2, dim), Linear(dim, dim, "relu"), Linear(dim, dim, "relu"), Linear(dim, 2, "relu")]
-        self.linears = nn.CellList(widths)
+        self.linears = nn.CellList([Linear(2, dim), *[Linear(dim, c_out, "relu") for c_out in (dim, dim, 2)]])
         self.step_embeddings = nn.CellList([Embedding(config.num_embeddings, dim) for _ in range(3)])
         name_and_initialise(self, seed)
 
@@ -82,10 +78,7 @@ class ResidualMLPConfig:
     num_embeddings: Annotated[int, AT_LEAST_1] = 1000
     """Timesteps that have an embedding; at least the diffusion's num_timesteps."""
 
-    @property
-    def cond_fields(self) -> tuple[str, ...]:
-        """Names of the conditions that the network takes after t: none."""
-        return ()
+    cond_fields = ()  # names of the conditions that the network takes after t
 
     def build(self, seed: int = 0) -> "ResidualMLP":
         return ResidualMLP(self, seed)

@@ -5,29 +5,16 @@ The blocks come first, then the network. Parameter paths are those of the PyTorc
 
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Annotated
 
 import mindspore as ms
 from mindspore import Tensor, nn, ops
 
 from ..fields import AT_LEAST_1, NON_NEGATIVE, NOT_EMPTY, Bounds, check_fields
+from . import layers
 from .attention import Attention, LinearAttention
-from .layers import (
-    GELU,
-    Downsample,
-    Embedding,
-    GroupNorm,
-    Identity,
-    Linear,
-    PreNorm,
-    Residual,
-    SiLU,
-    SinusoidalPositionEmbeddings,
-    Upsample,
-    conv2d,
-    name_and_initialise,
-    norm_conv,
-)
+from .layers import GELU, Embedding, GroupNorm, Identity, Linear, SiLU, conv2d, name_and_initialise, norm_conv
 
 
 class Block(nn.Cell):
@@ -75,13 +62,10 @@ class ConvNextBlock(nn.Cell):
         super().__init__()
         self.mlp = nn.SequentialCell(GELU(), Linear(time_emb_dim, dim)) if time_emb_dim else None
         self.ds_conv = conv2d(dim, dim, 7, padding=3, groups=dim)
-        self.net = nn.SequentialCell(
-            GroupNorm(1, dim),
-            conv2d(dim, dim_out * mult, 3, padding=1),
-            Identity(),  # the norm computes the GELU; this layer keeps the numbers of PyTorch's parameter names
-            GroupNorm(1, dim_out * mult, activation="gelu-before"),
-            conv2d(dim_out * mult, dim_out, 3, padding=1),
-        )
+        conv1, conv2 = conv2d(dim, dim_out * mult, 3, padding=1), conv2d(dim_out * mult, dim_out, 3, padding=1)
+        # The second norm computes the GELU; the Identity keeps the numbers of PyTorch's parameter names
+        norm1, norm2 = GroupNorm(1, dim), GroupNorm(1, dim_out * mult, activation="gelu-before")
+        self.net = nn.SequentialCell(norm1, conv1, Identity(), norm2, conv2)
         self.res_conv = conv2d(dim, dim_out, 1) if dim != dim_out else Identity()
 
     def construct(self, x: Tensor, time_emb: Tensor | None = None) -> Tensor:
@@ -166,24 +150,23 @@ class Unet(nn.Cell):
             raise ValueError(f"num_classes is {config.num_classes} without a time embedding: set with_time_emb to True")
         if config.use_convnext and config.scale_shift:
             raise ValueError("scale_shift is for ResnetBlocks: set use_convnext to False")
-        dim, self.patch_size = config.dim, config.patch_size
-        init_dim = config.init_dim or dim // 3 * 2
+        dim, self.patch_size, self.final_skip = config.dim, config.patch_size, config.final_skip
+        init_dim, time_dim = config.init_dim or dim // 3 * 2, dim * 4
         dims = [init_dim, *[dim * m for m in config.dim_mults]]
-        levels = list(zip(dims[:-1], dims[1:], strict=True))
-        time_dim = dim * 4
-        kind = (
-            partial(ConvNextBlock, mult=config.convnext_mult)
-            if config.use_convnext
-            else partial(ResnetBlock, groups=config.resnet_block_groups, scale_shift=config.scale_shift)
-        )
+        levels = list(pairwise(dims))
+        kind = partial(ResnetBlock, groups=config.resnet_block_groups, scale_shift=config.scale_shift)
+        if config.use_convnext:
+            kind = partial(ConvNextBlock, mult=config.convnext_mult)
         block = partial(kind, time_emb_dim=time_dim if config.with_time_emb else None)
 
+        def attend(attention, channels):
+            return layers.Residual(layers.PreNorm(channels, attention(channels)))
+
         # Time: t -> (B, 4 dim)
-        self.time_mlp = (
-            nn.SequentialCell(SinusoidalPositionEmbeddings(dim), Linear(dim, time_dim), GELU(), Linear(time_dim, time_dim))
-            if config.with_time_emb
-            else None
-        )
+        self.time_mlp = None
+        if config.with_time_emb:
+            embedding, linear = layers.SinusoidalPositionEmbeddings(dim), Linear(dim, time_dim)
+            self.time_mlp = nn.SequentialCell(embedding, linear, GELU(), Linear(time_dim, time_dim))
         self.label_emb = Embedding(config.num_classes + 1, time_dim) if config.num_classes is not None else None
 
         # Down: two blocks and linear attention per level, then half the size
@@ -191,22 +174,21 @@ class Unet(nn.Cell):
         self.init_conv = conv2d(channels_in * self.patch_size**2, init_dim, 7, padding=3)
         self.downs = nn.CellList()
         for i, (c_in, c_out) in enumerate(levels):
-            down = Downsample(c_out) if i < len(levels) - 1 else Identity()
-            attention = Residual(PreNorm(c_out, LinearAttention(c_out)))
+            down = layers.Downsample(c_out) if i < len(levels) - 1 else Identity()
+            attention = attend(LinearAttention, c_out)
             self.downs.append(nn.CellList([block(c_in, c_out), block(c_out, c_out), attention, down]))
 
         # Middle
         self.mid_block1 = block(dims[-1], dims[-1])
-        self.mid_attn = Residual(PreNorm(dims[-1], Attention(dims[-1])))
+        self.mid_attn = attend(Attention, dims[-1])
         self.mid_block2 = block(dims[-1], dims[-1])
 
         # Up: the same over x and its skip connection, then twice the size
         self.ups = nn.CellList()
         for c_in, c_out in reversed(levels[1:]):
-            attention = Residual(PreNorm(c_in, LinearAttention(c_in)))
-            self.ups.append(nn.CellList([block(c_out * 2, c_in), block(c_in, c_in), attention, Upsample(c_in)]))
+            attention, up = attend(LinearAttention, c_in), layers.Upsample(c_in)
+            self.ups.append(nn.CellList([block(c_out * 2, c_in), block(c_in, c_in), attention, up]))
 
-        self.final_skip = config.final_skip
         last_in = dims[1] + (init_dim if self.final_skip else 0)
         channels_out = (config.out_dim or config.channels) * self.patch_size**2
         self.final_conv = nn.SequentialCell(kind(last_in, dim), conv2d(dim, channels_out, 1))
@@ -224,9 +206,8 @@ class Unet(nn.Cell):
             x = ops.concat((x,) + cond, 1)
         if self.patch_size > 1:
             x = ops.pixel_unshuffle(x, self.patch_size)
-        x = self.init_conv(x)
-        first = x
-        skips = ()  # newest first
+        first = self.init_conv(x)
+        x, skips = first, ()  # skips: newest first
         for block1, block2, attention, down in self.downs:
             x = attention(block2(block1(x, emb), emb))
             skips = (x,) + skips

@@ -6,7 +6,6 @@ The layers come first, then the transformer, then the network. Parameter paths a
 B, N, L: batch, positions of the image (H W), entries of the context.
 """
 
-import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated
@@ -17,21 +16,11 @@ import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 
 from ..fields import AT_LEAST_1, NOT_EMPTY, Bounds, check_fields
+from . import layers
 from .attention import attend, matmul, matmul_t, softmax, split_heads
 from .layers import GELU, Embedding, GroupNorm, Identity, Linear, UpsampleNearest, conv2d, name_and_initialise, norm_conv
 
-
-class TimestepEmbedding(nn.Cell):
-    """Timesteps (B,) float32 -> (B, dim): cosines then sines of dim/2 frequencies 10000^(-2i/dim) (Vaswani 2017, 3.5)."""
-
-    def __init__(self, dim: int):
-        super().__init__()
-        half = dim // 2
-        self.frequencies = Tensor(np.exp(-math.log(10000) * np.arange(half) / half).astype(np.float32))
-
-    def construct(self, t: Tensor) -> Tensor:
-        angles = t.reshape(-1, 1) * self.frequencies.reshape(1, -1)  # (B, dim/2)
-        return ops.concat((ops.cos(angles), ops.sin(angles)), -1)  #   (B, dim)
+TimestepEmbedding = partial(layers.SinusoidalPositionEmbeddings, cosines_first=True)
 
 
 class Downsample(nn.Cell):
@@ -46,38 +35,22 @@ class Downsample(nn.Cell):
 
 
 class ResBlock(nn.Cell):
-    """Two 3x3 convolutions and a shortcut: x (B, channels, H, W), emb (B, emb_channels) -> (B, out_channels, H', W').
+    """Two 3x3 convolutions and a shortcut: x (B, c_in, H, W), emb (B, emb_channels) -> (B, c_out, H', W').
 
     The embedding is added between the convolutions or, with `scale_shift`, scales and shifts the second norm (Dhariwal &
     Nichol 2021, section 3.1). `resample`, a Downsample or UpsampleNearest without convolution, applies to the shortcut and
     before the first convolution.
     """
 
-    def __init__(
-        self,
-        channels: int,
-        out_channels: int,
-        emb_channels: int,
-        groups: int = 32,
-        dropout: float = 0.0,
-        scale_shift: bool = False,
-        resample: nn.Cell | None = None,
-    ):
+    def __init__(self, c_in: int, c_out: int, emb_channels: int, groups=32, dropout=0.0, scale_shift=False, resample=None):
         super().__init__()
         self.scale_shift, self.resample = scale_shift, resample
+        norm1, norm2 = [GroupNorm(groups, c, activation="silu-after") for c in (c_in, c_out)]
         # The norms and Linear compute SiLU; an Identity keeps its number in the parameters' names
-        self.in_layers = nn.SequentialCell(
-            GroupNorm(groups, channels, activation="silu-after"), Identity(), conv2d(channels, out_channels, 3, padding=1)
-        )
-        emb_out = out_channels * 2 if scale_shift else out_channels
-        self.emb_layers = nn.SequentialCell(Identity(), Linear(emb_channels, emb_out, "silu"))
-        self.out_layers = nn.SequentialCell(
-            GroupNorm(groups, out_channels, activation="silu-after"),
-            Identity(),
-            nn.Dropout(p=dropout),
-            conv2d(out_channels, out_channels, 3, padding=1),
-        )
-        self.skip_connection = conv2d(channels, out_channels, 1) if channels != out_channels else Identity()
+        self.in_layers = nn.SequentialCell(norm1, Identity(), conv2d(c_in, c_out, 3, padding=1))
+        self.emb_layers = nn.SequentialCell(Identity(), Linear(emb_channels, c_out * 2 if scale_shift else c_out, "silu"))
+        self.out_layers = nn.SequentialCell(norm2, Identity(), nn.Dropout(p=dropout), conv2d(c_out, c_out, 3, padding=1))
+        self.skip_connection = conv2d(c_in, c_out, 1) if c_in != c_out else Identity()
 
     def construct(self, x: Tensor, emb: Tensor, context: Tensor | None = None) -> Tensor:
         if self.resample is None:
@@ -152,10 +125,9 @@ class CrossAttention(nn.Cell):
     def __init__(self, query_dim: int, context_dim: int, heads: int, dim_head: int):
         super().__init__()
         self.heads, self.scale, self.lean = heads, dim_head**-0.5, False
-        self.to_q = nn.Dense(query_dim, heads * dim_head, has_bias=False)
-        self.to_k = nn.Dense(context_dim, heads * dim_head, has_bias=False)
-        self.to_v = nn.Dense(context_dim, heads * dim_head, has_bias=False)
-        self.to_out = nn.SequentialCell(nn.Dense(heads * dim_head, query_dim))
+        inner, dims = heads * dim_head, (query_dim, context_dim, context_dim)
+        self.to_q, self.to_k, self.to_v = [nn.Dense(dim, inner, has_bias=False) for dim in dims]
+        self.to_out = nn.SequentialCell(nn.Dense(inner, query_dim))
 
     def heads_first(self, x: Tensor) -> Tensor:
         """(B, n, h d) -> (B, h, n, d), in float32."""
@@ -163,13 +135,11 @@ class CrossAttention(nn.Cell):
         return ops.cast(x, ms.float32).reshape(b, n, self.heads, -1).transpose(0, 2, 1, 3)
 
     def construct(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        if context is None:
-            context = x
-        q = self.heads_first(self.to_q(x))  #              (B, h, N, d)
-        k = self.heads_first(self.to_k(context))  #        (B, h, L, d)
-        v = self.heads_first(self.to_v(context))  #        (B, h, L, d)
-        scores = matmul_t(q * self.scale, k)  #            (B, h, N, L)
-        out = matmul(softmax(scores, self.lean), v)  #     (B, h, N, d)
+        context = x if context is None else context
+        q = self.heads_first(self.to_q(x))  #                                             (B, h, N, d)
+        k, v = self.heads_first(self.to_k(context)), self.heads_first(self.to_v(context))  # (B, h, L, d)
+        scores = matmul_t(q * self.scale, k)  #                                           (B, h, N, L)
+        out = matmul(softmax(scores, self.lean), v)  #                                    (B, h, N, d)
         b, n, _ = x.shape
         return self.to_out(out.transpose(0, 2, 1, 3).reshape(b, n, -1))
 
@@ -232,11 +202,10 @@ class SpatialTransformer(nn.Cell):
 
     def construct(self, x: Tensor, emb: Tensor | None = None, context: Tensor | None = None) -> Tensor:
         b, c, height, width = x.shape
-        h = norm_conv(self.norm, self.proj_in, x)
-        h = h.reshape(b, c, height * width).transpose(0, 2, 1)  #             (B, N, C)
+        h = norm_conv(self.norm, self.proj_in, x).reshape(b, c, height * width).transpose(0, 2, 1)  # (B, N, C)
         for block in self.transformer_blocks:
             h = block(h, context)
-        return x + self.proj_out(h.transpose(0, 2, 1).reshape(x.shape))  # (B, C, H, W)
+        return x + self.proj_out(h.transpose(0, 2, 1).reshape(x.shape))  #                            (B, C, H, W)
 
 
 @dataclass(frozen=True)
@@ -291,11 +260,7 @@ class UNetModelConfig:
         return 2 ** (len(self.channel_mult) - 1)
 
     def heads(self, channels: int) -> int:
-        """Number of attention heads of a layer with this many channels.
-
-        Raises:
-            ValueError: the channels are not divisible among the heads.
-        """
+        """Number of attention heads of a layer with this many channels; ValueError if they are not divisible among them."""
         size = self.num_head_channels
         divisor = size or self.num_heads or 1
         if channels % divisor:
@@ -325,11 +290,9 @@ class UNetModel(nn.Cell):
     def __init__(self, config: UNetModelConfig, seed: int = 0):
         super().__init__()
         check_fields(config, "")
-        if config.use_spatial_transformer != (config.context_dim is not None):
-            raise ValueError(
-                f"use_spatial_transformer is {config.use_spatial_transformer} and context_dim {config.context_dim}: "
-                "set both or neither"
-            )
+        transformer, context_dim = config.use_spatial_transformer, config.context_dim
+        if transformer != (context_dim is not None):
+            raise ValueError(f"use_spatial_transformer is {transformer} and context_dim {context_dim}: set both or neither")
         if config.num_heads is None and config.num_head_channels is None:
             raise ValueError("attention needs a number of heads: set num_heads or num_head_channels")
         if config.model_channels % 2:
@@ -338,83 +301,72 @@ class UNetModel(nn.Cell):
             raise ValueError("recompute would draw new dropout masks for the gradient: set dropout or recompute to 0")
         self.size_multiple = config.size_multiple
         self.size_message = f"H and W must be divisible by {self.size_multiple}: choose another image size"
-        self.takes_context, self.takes_label = config.context_dim is not None, config.num_classes is not None
-        width, emb_channels = config.model_channels, 4 * config.model_channels
-        groups, levels = config.groups, len(config.channel_mult)
-        scale_shift = config.use_scale_shift_norm
-        block = partial(ResBlock, emb_channels=emb_channels, groups=groups, dropout=config.dropout, scale_shift=scale_shift)
+        self.takes_context, self.takes_label = transformer, config.num_classes is not None
+        width, emb_channels, groups = config.model_channels, 4 * config.model_channels, config.groups
+        options = {"groups": groups, "dropout": config.dropout, "scale_shift": config.use_scale_shift_norm}
+        block = partial(ResBlock, emb_channels=emb_channels, **options)
 
-        def attention(channels: int) -> nn.Cell:
+        def attention(channels):
             heads = config.heads(channels)
-            if config.use_spatial_transformer:
-                return SpatialTransformer(channels, heads, config.transformer_depth, config.context_dim, groups)
+            if transformer:
+                return SpatialTransformer(channels, heads, config.transformer_depth, context_dim, groups)
             return AttentionBlock(channels, heads, groups, config.use_new_attention_order)
 
-        def resample(kind: type[nn.Cell], channels: int) -> nn.Cell:
+        def stage(c_in, c_out, level):
+            return [block(c_in, c_out)] + ([attention(c_out)] if 2**level in config.attention_resolutions else [])
+
+        def resample(kind, channels):
             if config.resblock_updown:
                 return block(channels, channels, resample=kind(channels, with_conv=False))
             return kind(channels, config.conv_resample)
 
         # Timestep and class: -> (B, 4 model_channels)
         self.timestep_embedding = TimestepEmbedding(width)
-        self.time_embed = nn.SequentialCell(
-            Linear(width, emb_channels), Identity(), Linear(emb_channels, emb_channels, "silu")
-        )
+        linear1, linear2 = Linear(width, emb_channels), Linear(emb_channels, emb_channels, "silu")
+        self.time_embed = nn.SequentialCell(linear1, Identity(), linear2)
         self.label_emb = Embedding(config.num_classes, emb_channels) if config.num_classes is not None else None
 
         # Down
-        channels, ds = width, 1
-        self.input_blocks = nn.CellList([nn.CellList([conv2d(config.in_channels, channels, 3, padding=1)])])
-        skips = [channels]
+        self.input_blocks = nn.CellList([nn.CellList([conv2d(config.in_channels, width, 3, padding=1)])])
+        skips, channels = [width], width
         for level, mult in enumerate(config.channel_mult):
-            for _ in range(config.num_res_blocks):
-                layers = [block(channels, mult * width)]
-                channels = mult * width
-                if ds in config.attention_resolutions:
-                    layers.append(attention(channels))
-                self.input_blocks.append(nn.CellList(layers))
-                skips.append(channels)
-            if level < levels - 1:
+            if level > 0:
                 self.input_blocks.append(nn.CellList([resample(Downsample, channels)]))
                 skips.append(channels)
-                ds *= 2
+            for _ in range(config.num_res_blocks):
+                self.input_blocks.append(nn.CellList(stage(channels, mult * width, level)))
+                channels = mult * width
+                skips.append(channels)
 
         # Middle
         self.middle_block = nn.CellList([block(channels, channels), attention(channels), block(channels, channels)])
 
         # Up: the input of each block is concatenated with the output of its mirror image on the way down
         self.output_blocks = nn.CellList()
-        for level in reversed(range(levels)):
+        for level, mult in reversed([*enumerate(config.channel_mult)]):
             for i in range(config.num_res_blocks + 1):
-                layers = [block(channels + skips.pop(), config.channel_mult[level] * width)]
-                channels = config.channel_mult[level] * width
-                if ds in config.attention_resolutions:
-                    layers.append(attention(channels))
+                self.output_blocks.append(nn.CellList(stage(channels + skips.pop(), mult * width, level)))
+                channels = mult * width
                 if level > 0 and i == config.num_res_blocks:
-                    layers.append(resample(UpsampleNearest, channels))
-                    ds //= 2
-                self.output_blocks.append(nn.CellList(layers))
+                    self.output_blocks[-1].append(resample(UpsampleNearest, channels))
 
         # CompVis keeps an unused `out` beside the codebook's predictor, so its weights contain both
         norm = GroupNorm(groups, channels, activation="silu-after")
         self.out = nn.SequentialCell(norm, Identity(), conv2d(channels, config.out_channels, 3, padding=1))
-        self.id_predictor = (
-            nn.SequentialCell(GroupNorm(groups, channels), conv2d(channels, config.n_embed, 1)) if config.n_embed else None
-        )
-        self._initialise(seed)
+        self.id_predictor = None
+        if config.n_embed:
+            self.id_predictor = nn.SequentialCell(GroupNorm(groups, channels), conv2d(channels, config.n_embed, 1))
+
+        name_and_initialise(self, seed)  # then zeros in the last convolution of each block and of the network
+        for p in self.get_parameters():
+            if p.name.rpartition(".")[0].endswith(("out_layers.3", "proj_out")) or p.name.startswith("out.2."):
+                p.set_data(Tensor(np.zeros(p.shape, np.float32)))
         if config.recompute:
             for _, cell in list(self.cells_and_names()):
                 if isinstance(cell, ResBlock | AttentionBlock | BasicTransformerBlock):
                     cell.recompute()
                 if isinstance(cell, AttentionBlock | CrossAttention):
                     cell.lean = True
-
-    def _initialise(self, seed: int) -> None:
-        """Set PyTorch's default initial values, and zeros in the last convolution of each block and of the network."""
-        name_and_initialise(self, seed)
-        for p in self.get_parameters():
-            if p.name.rpartition(".")[0].endswith(("out_layers.3", "proj_out")) or p.name.startswith("out.2."):
-                p.set_data(Tensor(np.zeros(p.shape, np.float32)))
 
     def construct(self, x: Tensor, t: Tensor, context: Tensor | None = None, y: Tensor | None = None) -> Tensor:
         if self.takes_context != (context is not None):
@@ -446,6 +398,5 @@ class UNetModel(nn.Cell):
             for layer in block:
                 x = layer(x, emb, context)
 
-        if self.id_predictor is not None:
-            return ops.cast(norm_conv(self.id_predictor[0], self.id_predictor[1], x), ms.float32)
-        return ops.cast(norm_conv(self.out[0], self.out[2], x), ms.float32)
+        last = self.out if self.id_predictor is None else self.id_predictor
+        return ops.cast(norm_conv(last[0], last[-1], x), ms.float32)
