@@ -138,13 +138,9 @@ def measure_calls(
 ) -> dict[str, Any]:
     """For each limit on the calls: the calls made and the distance of the samples from the truth."""
     rng, denoise = np.random.default_rng(1), DATA.denoiser(diffusion)
-    record: dict[str, list] = {"allowed": list(allowed), "calls": [], "errors": []}
-    for n in allowed:
-        timesteps, calls = choose_timesteps(sampler, diffusion, spacing, n)
-        samples = sampler(denoise, x, diffusion, timesteps, lambda x: rng.standard_normal(x.shape))
-        record["calls"].append(calls)
-        record["errors"].append(distance(samples))
-    return record
+    chosen = [choose_timesteps(sampler, diffusion, spacing, n) for n in allowed]
+    samples = (sampler(denoise, x, diffusion, t, lambda x: rng.standard_normal(x.shape)) for t, _ in chosen)
+    return {"allowed": list(allowed), "calls": [calls for _, calls in chosen], "errors": [*map(distance, samples)]}
 
 
 def fit_order(calls: Sequence[int], errors: Sequence[float]) -> float:
@@ -199,8 +195,8 @@ def measure_data(
             also = [1000] if name in STOCHASTIC and spacing == spacings[-1] else []  # all timesteps: the same in any spacing
             distance = partial(sliced_wasserstein, data)
             errors = measure_calls(sampler, x, process(), spacing, [*allowed, *also], distance)
-            good = [calls for calls, error in zip(errors["calls"], errors["errors"], strict=True) if error <= max(fresh)]
-            reached = good[0] if good else None
+            good = (calls for calls, error in zip(errors["calls"], errors["errors"], strict=True) if error <= max(fresh))
+            reached = next(good, None)
             records.append({"sampler": name, "spacing": spacing, **errors, "reached": reached, **common})
     return records
 

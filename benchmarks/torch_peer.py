@@ -111,13 +111,9 @@ class ConvNextBlock(nn.Module):
         if time_emb_dim:
             self.mlp = nn.Sequential(nn.GELU(), nn.Linear(time_emb_dim, dim))
         self.ds_conv = nn.Conv2d(dim, dim, 7, padding=3, groups=dim)
-        self.net = nn.Sequential(
-            nn.GroupNorm(1, dim),
-            nn.Conv2d(dim, dim_out * mult, 3, padding=1),
-            nn.GELU(),
-            nn.GroupNorm(1, dim_out * mult),
-            nn.Conv2d(dim_out * mult, dim_out, 3, padding=1),
-        )
+        inner = dim_out * mult
+        wide = nn.GroupNorm(1, dim), nn.Conv2d(dim, inner, 3, padding=1), nn.GELU()
+        self.net = nn.Sequential(*wide, nn.GroupNorm(1, inner), nn.Conv2d(inner, dim_out, 3, padding=1))
         self.res_conv = nn.Identity() if dim == dim_out else nn.Conv2d(dim, dim_out, 1)
 
     def forward(self, x, emb=None):

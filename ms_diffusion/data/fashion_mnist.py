@@ -3,6 +3,7 @@
 Other data sets in the same four IDX files (MNIST, KMNIST, ...) load in the same way from their own folder.
 """
 
+import contextlib
 import gzip
 import hashlib
 import io
@@ -142,12 +143,10 @@ def _load(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
 
 def _first_writable(folders: list[Path]) -> Path:
     for folder in folders:
-        try:
+        with contextlib.suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
-        except OSError:
-            continue
-        if os.access(folder, os.W_OK | os.X_OK):
-            return folder
+            if os.access(folder, os.W_OK | os.X_OK):
+                return folder
     raise UserError(f"cannot write to {', '.join(map(str, folders))}: pass --data.dir with a folder that you can write to")
 
 

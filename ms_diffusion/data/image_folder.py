@@ -36,10 +36,9 @@ def load_image_folder(directory: str | Path, size: int, channels: int) -> tuple[
     for name in tqdm(names, desc="reading images", unit="", disable=len(names) < 1000):
         try:
             images[len(labels)] = read_image(directory / name, size, channels)
+            labels.append(subfolders.index(name.parts[0]) if len(name.parts) > 1 else 0)
         except Exception as e:  # on a corrupt file PIL's decoders raise many kinds of exceptions
             tqdm.write(f"skipped {directory / name}: {e}", file=sys.stderr)
-        else:
-            labels.append(subfolders.index(name.parts[0]) if len(name.parts) > 1 else 0)
     if not labels:
         kinds = " ".join(sorted(kind[1:] for kind in EXTENSIONS))
         raise UserError(f"--data.dir {directory}: no readable image in it; put files of these kinds there: {kinds}")

@@ -83,9 +83,8 @@ def load_points(name: str, path: str | np.ndarray | None, num: int, seed: int) -
         if path is None or (isinstance(path, str) and not path):
             raise UserError(f"--data.name {POINTS_FILE} needs --data.dir, a .npy or .csv file")
         points = check_points(path, "data") if isinstance(path, np.ndarray) else read_points(path)
-        points = points.astype(np.float32)
-        points = points[np.random.default_rng((seed, Stream.POINTS_SPLIT)).permutation(len(points))]
-        held_out = max(1, len(points) // 5)
+        order = np.random.default_rng((seed, Stream.POINTS_SPLIT)).permutation(len(points))
+        points, held_out = points[order].astype(np.float32), max(1, len(points) // 5)
         return points[held_out:], points[:held_out]
 
     if name not in TOYS:
