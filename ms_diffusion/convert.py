@@ -239,7 +239,7 @@ def load_pretrained(
     start = "" if part is None else f"{part}."
     known = names_in_files(parameters, start)
     arrays = {name: a for name, a in load_torch_state_dict(path).items() if not name.startswith(ignore_keys)}
-    scale_factor = arrays.get("scale_factor")
+    scale_factor = arrays["scale_factor"].item() if "scale_factor" in arrays else None
 
     averages = {name: arrays.pop(name) for name in list(arrays) if name.startswith("model_ema.")}
     if ema:
@@ -270,7 +270,6 @@ def load_pretrained(
     advice = f"build it with the options of {path}, leave out names of the file by ignore_keys (--init-ignore), or load the "
     advice += "weights that fit by partial (--init-partial)"
     load_into(parameters.values(), weights, advice)
-    scale_factor = None if scale_factor is None else scale_factor.item()
     return LoadReport(list(weights), reshaped, found["missing"], found["unexpected"], found["other shape"], scale_factor)
 
 

@@ -83,11 +83,10 @@ class AttnBlock(nn.Cell):
         self.proj_out = conv2d(channels, channels, 1)
 
     def construct(self, x: Tensor) -> Tensor:
-        _, channels, height, width = x.shape
         h = self.norm(x)
         q, k, v = split_heads(ops.concat((self.q(h), self.k(h), self.v(h)), 1), 1)  # (B, 1, C, N), N = H W
-        out = attend(q, k, v, channels**-0.5)  #                                       (B, 1, C, N)
-        return x + self.proj_out(out.reshape(-1, channels, height, width))
+        out = attend(q, k, v, x.shape[1] ** -0.5)  #                                   (B, 1, C, N)
+        return x + self.proj_out(out.reshape(x.shape))
 
 
 class LinAttnBlock(nn.Cell):
@@ -213,8 +212,7 @@ class Encoder(nn.Cell):
         self.conv_in = conv2d(config.channels, config.ch, 3, padding=1)
         self.down = nn.CellList()
         for i, (c_in, c_out) in enumerate(pairwise(widths)):
-            down = i < len(config.ch_mult) - 1
-            self.down.append(Level(config, i, c_in, c_out, config.num_res_blocks, down=down))
+            self.down.append(Level(config, i, c_in, c_out, config.num_res_blocks, down=i < len(config.ch_mult) - 1))
         self.mid = Middle(config, widths[-1])
         self.norm_out = GroupNorm(config.groups, widths[-1], EPS, "silu-after")
         self.conv_out = conv2d(widths[-1], config.z_channels * (2 if double_z else 1), 3, padding=1)

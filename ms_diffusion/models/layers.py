@@ -14,6 +14,7 @@ from mindspore import Parameter, Tensor, nn, ops
 
 from .. import kernels
 
+CONVOLUTIONS_AND_LINEAR = (nn.Conv2d, nn.Conv2dTranspose, nn.Dense)
 Identity = nn.Identity  # x -> x
 
 
@@ -202,9 +203,6 @@ class SinusoidalPositionEmbeddings(nn.Cell):
         angles = t.reshape(-1, 1) * self.frequencies.reshape(1, -1)  # (B, dim/2)
         sines, cosines = ops.sin(angles), ops.cos(angles)
         return ops.concat((cosines, sines) if self.cosines_first else (sines, cosines), -1)  # (B, dim)
-
-
-CONVOLUTIONS_AND_LINEAR = (nn.Conv2d, nn.Conv2dTranspose, nn.Dense)
 
 
 def name_and_initialise(net: nn.Cell, seed: int) -> None:

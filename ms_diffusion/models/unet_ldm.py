@@ -356,7 +356,6 @@ class UNetModel(nn.Cell):
         self.id_predictor = None
         if config.n_embed:
             self.id_predictor = nn.SequentialCell(GroupNorm(groups, channels), conv2d(channels, config.n_embed, 1))
-
         name_and_initialise(self, seed)  # then zeros in the last convolution of each block and of the network
         for p in self.get_parameters():
             if p.name.rpartition(".")[0].endswith(("out_layers.3", "proj_out")) or p.name.startswith("out.2."):
