@@ -40,7 +40,7 @@ def put(folder, first=0, zipped=True):
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in small_set(first=first).items():
         if zipped:
-            (folder / f"{name}.gz").write_bytes(gzip.compress(content))
+            (folder / f"{name}.gz").write_bytes(gzip.compress(content, mtime=0))
         else:
             (folder / name).write_bytes(content)
 
@@ -70,7 +70,7 @@ def test_idx_known_bytes(tmp_path):
 
 
 GOOD = idx(np.arange(12, dtype=np.uint8).reshape(3, 4))
-ZIPPED = gzip.compress(GOOD)
+ZIPPED = gzip.compress(GOOD, mtime=0)
 
 
 @pytest.mark.parametrize(
@@ -190,7 +190,7 @@ def server(places, monkeypatch):
             pass
 
     httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    httpd.files = {f"{name}.gz": gzip.compress(content, mtime=0) for name, content in small_set().items()}
+    httpd.files = {f"{name}.gz": gzip.compress(content, mtime=0, mtime=0) for name, content in small_set().items()}
     httpd.requests, httpd.cut = [], None
     monkeypatch.setattr(fashion_mnist, "URL", f"http://127.0.0.1:{httpd.server_port}/")
     md5 = {name: hashlib.md5(content).hexdigest() for name, content in httpd.files.items()}
