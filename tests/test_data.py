@@ -190,7 +190,7 @@ def server(places, monkeypatch):
             pass
 
     httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    httpd.files = {f"{name}.gz": gzip.compress(content, mtime=0, mtime=0) for name, content in small_set().items()}
+    httpd.files = {f"{name}.gz": gzip.compress(content, mtime=0) for name, content in small_set().items()}
     httpd.requests, httpd.cut = [], None
     monkeypatch.setattr(fashion_mnist, "URL", f"http://127.0.0.1:{httpd.server_port}/")
     md5 = {name: hashlib.md5(content).hexdigest() for name, content in httpd.files.items()}
