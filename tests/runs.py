@@ -21,7 +21,8 @@ from ms_diffusion.training.config import DataConfig
 from ms_diffusion.training.presets import PRESETS
 from ms_diffusion.training.step import EMA
 
-UNET = UnetConfig(dim=8, init_dim=8, dim_mults=(1,), use_convnext=False, resnet_block_groups=4)
+# Patches, because attention over 784 positions takes gigabytes
+UNET = UnetConfig(dim=8, init_dim=8, dim_mults=(1,), use_convnext=False, resnet_block_groups=4, patch_size=2)
 MINI = DataConfig("fashion-mnist-mini")
 PIXELS = replace(PRESETS["quick"], data=MINI, model=UNET, train=replace(PRESETS["quick"].train, sample_steps=2))
 
