@@ -13,7 +13,6 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):  # a core each: MindSpore's 
 
 from ms_diffusion import runtime  # noqa: E402  # sizes its thread pools by the cores
 
-runtime.set_device("cpu")
 runtime.catch_interrupts = lambda: None  # tests train in this process, and Ctrl-C is pytest's
 
 
@@ -39,9 +38,15 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes minutes; runs with --slow")
     config.addinivalue_line("filterwarnings", "error")
+    if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
+        runtime.set_device("cpu")  # imports MindSpore, which the process that only waits for the workers can spare
+
+
+LONGEST = "test_latent_runs test_train_command test_evaluate_command test_api test_unet".split()  # first, to share them out
 
 
 def pytest_collection_modifyitems(config, items):
+    items.sort(key=lambda item: LONGEST.index(name) if (name := item.path.stem) in LONGEST else len(LONGEST))
     if not config.getoption("--slow"):
         for item in items:
             if "slow" in item.keywords:

@@ -424,7 +424,7 @@ def test_arrays_that_are_not_images(images, message):
         (("fashion-mnist-mini", None, "test", 28, 3), "28 x 28 x 1, not 28 x 28 x 3"),
         (("cifar", None, "test", 28, 1), "'cifar'.*fashion-mnist, fashion-mnist-mini, image-folder"),
         (("image-folder", None, "test", 28, 1), "--data.dir"),
-        (("arrays", None, "train", 28, 1), "pass them again"),
+        (("arrays", None, "train", 28, 1), "does not keep"),
     ],
 )
 def test_load_images_bad_input(args, message):
