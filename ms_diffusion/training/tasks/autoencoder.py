@@ -26,7 +26,7 @@ from ..checkpoint import Checkpoint
 from ..config import Config, DataConfig, TrainConfig
 from ..runs import Run
 from ..step import EMA, make_optimizer, make_train_step
-from .base import Arrays, Request, Task, load_initial_weights
+from .base import Arrays, Request, Scored, Task, load_initial_weights
 from .images import ImageData, Images, check_image_size
 
 BETA = Bounds(0, 1, low_open=True, high_open=True)
@@ -109,26 +109,23 @@ class AutoencoderTask(Images, Task):
         load_initial_weights(config, self.run_dir, net)
         self.logvar = Parameter(Tensor(np.float32(0)), name="logvar")
         adam = {"decay": train.lr_decay, "adam_betas": train.adam_betas}
-        self.optimizer = make_optimizer(
-            net, train.lr, train.warmup_steps, train.total_steps, extra_parameters=[self.logvar], **adam
-        )
+        schedule = train.lr, train.warmup_steps, train.total_steps
+        self.optimizer = make_optimizer(net, *schedule, extra_parameters=[self.logvar], **adam)
         ema = EMA(net, train.ema_decay)
         net.set_train()
         if train.disc_weight:
             if train.disc_norm == "act" and self.world_size > 1:
                 raise UserError("--train.disc-norm act starts from one device's images: use batch on several devices")
-            channels, d_steps = config.model.channels, max(train.total_steps - train.disc_start, 1)
-            self.discriminator = NLayerDiscriminator(
-                channels, train.disc_channels, train.disc_layers, train.disc_norm, train.seed
-            )
+            d_steps = max(train.total_steps - train.disc_start, 1)
+            layers = train.disc_channels, train.disc_layers, train.disc_norm
+            self.discriminator = NLayerDiscriminator(config.model.channels, *layers, train.seed)
             d_optimizer = make_optimizer(self.discriminator, train.disc_lr, 0, d_steps, **adam)
             both = (*self.discriminator.get_parameters(), *d_optimizer.get_parameters())
             parameters = list({id(p): p for p in both}.values())
             for p in parameters:  # the names in a checkpoint must differ
                 p.name = f"discriminator.{p.name}"
-        self.checkpoint = Checkpoint(
-            self.run_dir, net, self.optimizer, ema, keep=train.keep_checkpoints, extra_parameters=parameters
-        )
+        keep = train.keep_checkpoints
+        self.checkpoint = Checkpoint(self.run_dir, net, self.optimizer, ema, keep=keep, extra_parameters=parameters)
         self.average = FirstStage(ema.net)
 
         # The steps, compiled when first called: the first without the discriminator, until disc_start
@@ -162,10 +159,7 @@ class AutoencoderTask(Images, Task):
         return save_reconstructions(path, self.average, self.data[: self.config.train.sample_num])
 
     def next_commands(self) -> dict[str, str]:
-        return {
-            "scores": f"evaluate {self.run_dir}",
-            "diffusion": f"train --preset latent --first-stage {self.run_dir}",
-        }
+        return {"scores": f"evaluate {self.run_dir}", "diffusion": f"train --preset latent --first-stage {self.run_dir}"}
 
     def render(self, run: Run, request: Request, folder: Path) -> list[Path]:
         raise UserError(
@@ -173,7 +167,7 @@ class AutoencoderTask(Images, Task):
             f"{command('train')} --preset latent --first-stage {run.name}"
         )
 
-    def samples_to_score(self, run: Run, sampling: Sampling, num: int, reference: Reference) -> tuple[Samples, np.ndarray]:
+    def samples_to_score(self, run: Run, sampling: Sampling, num: int, reference: Reference) -> Scored:
         originals, labels = choose(*reference.splits["test"], num)
         made = f"reconstructions of test images by {run.name} at step {run.step}"
         return Samples(images.to_uint8(FirstStage(run.net).reconstruct(originals)), labels, made), originals
@@ -196,8 +190,7 @@ def autoencoder_losses(
     Args:
         discriminator: Takes C + C' channels; None if only the likelihood is used.
         logvar: Parameter (), the log-variance of the likelihood.
-        distance: distance(x, y) -> (B,), such as `LPIPS`, or None.
-    """
+        distance: distance(x, y) -> (B,), such as `LPIPS`, or None."""
     last_layer = ms.ParameterTuple([net.last_layer])
 
     def nll(x, reconstruction, kl=0.0):
@@ -243,10 +236,8 @@ def perceptual_distance(config: AutoencoderRunConfig) -> Callable | None:
         return load_lpips(train.vgg, train.lpips)
     if (config.model.channels, config.data.size) in ((1, 28), (1, 32)):
         return classifier_distance(load_classifier())
-    raise UserError(
-        "--train.perceptual-weight needs the weights of LPIPS for such images: give --train.vgg and --train.lpips, or set "
-        "it to 0"
-    )
+    what = "--train.perceptual-weight needs the weights of LPIPS for such images"
+    raise UserError(f"{what}: give --train.vgg and --train.lpips, or set it to 0")
 
 
 def save_reconstructions(path: Path, first_stage: FirstStage, pictures: np.ndarray) -> Path:
@@ -257,11 +248,8 @@ def save_reconstructions(path: Path, first_stage: FirstStage, pictures: np.ndarr
 
 
 def load_first_stage(run: Path, patch: int | None = None) -> FirstStage:
-    """The autoencoder of a run, for whole images or for patches of this side in pixels.
-
-    Raises:
-        UserError: there is no such run, or it is not an autoencoder's, or the patches do not fit it.
-    """
+    """The autoencoder of a run, for whole images or for patches of this side in pixels. Raises UserError if there is no such
+    run, or it is not an autoencoder's, or the patches do not fit it."""
     loaded = Run(run)
     if not isinstance(loaded.config, AutoencoderRunConfig):
         raise UserError(f"{run} is not the run of an autoencoder: train one with {command('train')} --preset autoencoder")

@@ -1,12 +1,10 @@
 """What every kind of run has to know: one object, asked by the training loop, sampling, evaluation and likelihood.
-
-`config.task()` makes it. Training, sampling and scoring never ask what kind a run is: they call these methods.
-"""
+`config.task()` makes it. Training, sampling and scoring never ask what kind a run is: they call these methods."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import numpy as np
 import tyro
@@ -22,11 +20,10 @@ from ...runtime import UserError, command
 from ...sampling import Sampling
 from ..checkpoint import Checkpoint, checkpoints
 from ..config import Config
-
-if TYPE_CHECKING:
-    from ..runs import Run
+from ..runs import Run
 
 Arrays = dict[str, np.ndarray]
+Scored = tuple[Samples, np.ndarray | None]  # images to score, and the originals of which they are reconstructions, or None
 
 
 @dataclass
@@ -64,36 +61,22 @@ class Request:
 
 class Task:
     """One kind of run: its data, networks, batches, step, previews and scores, and how a sample becomes a picture.
-
-    Args:
-        data: Training data given as an array, in place of the data set that the configuration names.
-    """
+    `data` are training data given as an array, in place of the data set that the configuration names."""
 
     noun = "images"  # what one sample is called
     unit = "img"  # its abbreviation in the progress bar
     flip = False
     steps_per_call = 1
-    # Set by `start`
-    run_dir: Path
     checkpoint: Checkpoint
     optimizer: nn.Optimizer
-    data: np.ndarray
-    labels: np.ndarray
-    state: dict[str, Any] | None
-    rank: int
-    world_size: int
 
     def __init__(self, config: Config, data: np.ndarray | None = None):
         self.config, self.given_data = config, data
 
     # Networks
 
-    def build(self) -> tuple[nn.Cell, GaussianDiffusion | None]:
-        """The network with its initial weights, and the process.
-
-        Raises:
-            UserError: the configuration's values do not fit together.
-        """
+    def build(self) -> tuple[nn.Cell, Any]:
+        """The network with its initial weights, and the process. Raises UserError if the values do not fit together."""
         self.config.check()
         try:
             return self.build_parts()
@@ -107,9 +90,7 @@ class Task:
 
     def start(self, run_dir: Path, device: str = "CPU", rank: int = 0, world_size: int = 1) -> None:
         """Make everything that training needs, and restore the newest checkpoint, whose state goes into `.state`.
-
-        Bad input is refused here, before anything is written.
-        """
+        Bad input is refused here, before anything is written."""
         train = self.config.train
         self.run_dir, self.rank, self.world_size = run_dir, rank, world_size
         self.make_networks(device)
@@ -138,10 +119,8 @@ class Task:
         return self.state["step"] if self.state else 0
 
     def batches(self) -> Iterator[Arrays]:
-        """The batches from the step after the checkpoint on: named arrays, drawn from (seed, stream, rank, step) alone.
-
-        Each is of `steps_per_call` steps, (steps_per_call, B, ...) where these are more than one.
-        """
+        """The batches from the step after the checkpoint on: named arrays, drawn from (seed, stream, rank, step) alone. Each
+        is of `steps_per_call` steps, (steps_per_call, B, ...) where these are more than one."""
         train, count = self.config.train, self.steps_per_call
         if self.start_step >= train.total_steps:
             return
@@ -185,7 +164,7 @@ class Task:
         """Load what a run keeps beside its weights: `home` is the run's folder, `state` its checkpoint's state.json."""
 
     def conditions(
-        self, num: int, labels: Any = None, prompt: str | None = None, pictures: np.ndarray | None = None, seed: int = 0
+        self, num: int, labels: Any = None, prompt: str | None = None, pictures: np.ndarray | None = None, seed: Any = 0
     ) -> Arrays:
         """What the network is conditioned on for `num` samples: arrays (num, ...) by the names in `cond_fields`.
 
@@ -193,11 +172,9 @@ class Task:
             labels: A class's number or name, or an array (num,) of numbers; by default each class in turn.
             prompt: A caption; by default one of each class in turn.
             pictures: Images (N, H, W, C) uint8 for an image condition; by default the run's test images.
-            seed: Draws what an image condition hides.
+            seed: A number or numbers, which draw what an image condition hides.
 
-        Raises:
-            UserError: the network is not conditioned on one that is given.
-        """
+        Raises UserError if the network is not conditioned on one that is given."""
         for name, value in {"class": labels, "prompt": prompt, "image": pictures}.items():
             if value is not None:
                 raise UserError(f"this run is not conditioned on anything that --{name} could set: leave it out")
@@ -215,7 +192,7 @@ class Task:
         """A picture of samples as `to_output` returns them."""
         raise NotImplementedError
 
-    def render(self, run: "Run", request: Request, folder: Path) -> list[Path]:
+    def render(self, run: Run, request: Request, folder: Path) -> list[Path]:
         """Draw what the sample command is asked for; returns the files written, pictures first."""
         raise UserError(f"this run's {self.noun} cannot be drawn by the sample command")
 
@@ -225,10 +202,8 @@ class Task:
         """Height and width, and number of channels, of the images that are scored."""
         raise UserError(f"this run's {self.noun} are scored by {command('sample')}, not by {command('evaluate')}")
 
-    def samples_to_score(
-        self, run: "Run", sampling: Sampling, num: int, reference: Reference
-    ) -> tuple[Samples, np.ndarray | None]:
-        """Images to score against `reference`, and the originals of which they are reconstructions, or None."""
+    def samples_to_score(self, run: Run, sampling: Sampling, num: int, reference: Reference) -> Scored:
+        """Images to score against `reference`."""
         raise NotImplementedError
 
     def likelihood_data(self, split: str) -> tuple[np.ndarray, Arrays]:

@@ -12,13 +12,7 @@ from mindspore import Parameter, Tensor, nn, ops
 
 from ...models.layers import set_compute_type
 from ...process import GaussianDiffusion
-from ...randomness import (
-    ImportanceTimesteps,
-    Stream,
-    antithetic_timesteps,
-    offset_noise,
-    uniform_timesteps,
-)
+from ...randomness import ImportanceTimesteps, Stream, antithetic_timesteps, offset_noise, uniform_timesteps
 from ...runtime import UserError
 from ...sampling import Generator, Sampling
 from ..checkpoint import Checkpoint
@@ -50,42 +44,35 @@ class DiffusionTask(Task):
 
     def make_networks(self, device: str) -> None:
         config, train = self.config, self.config.train
-        self.net, diffusion = self.build()
-        assert diffusion
-        self.diffusion = diffusion
+        self.net, self.diffusion = self.build()
         T = self.diffusion.num_timesteps
         self.loaded = load_initial_weights(config, self.run_dir, self.net)
         self.preview_sampling = Sampling(sampler="ddpm", steps=train.sample_steps).resolve(self)
 
         loss_scaler = None
+        if config.precision == "bf16" and device == "CPU":
+            raise UserError("MindSpore has no bf16 on the CPU: use --precision fp16 or fp32")
         if config.precision != "fp32":
-            if config.precision == "bf16" and device == "CPU":
-                raise UserError("MindSpore has no bf16 on the CPU: use --precision fp16 or fp32")
             set_compute_type(self.net, {"fp16": ms.float16, "bf16": ms.bfloat16}[config.precision])
-            if config.precision == "fp16":
-                loss_scaler = ms.amp.DynamicLossScaler(scale_value=2.0**16, scale_factor=2, scale_window=2000)
-
+        if config.precision == "fp16":
+            loss_scaler = ms.amp.DynamicLossScaler(scale_value=2.0**16, scale_factor=2, scale_window=2000)
         self.ema, extra_emas = EMA(self.net, train.ema_decay), [EMA(self.net, length=each) for each in train.ema_lengths]
         self.average = self.generator(self.ema.net, self.diffusion)
         self.net.set_train()  # after the averages are copied, which stay in evaluation mode
         self.logvar = Parameter(Tensor(np.zeros(T, np.float32)), name="logvar") if train.learn_logvar else None
-        extra = [self.logvar] if train.learn_logvar else []
-        self.optimizer = make_optimizer(
-            self.net, train.lr, train.warmup_steps, train.total_steps, extra_parameters=extra, decay=train.lr_decay
-        )
+        options = {"extra_parameters": [self.logvar] if train.learn_logvar else [], "decay": train.lr_decay}
+        self.optimizer = make_optimizer(self.net, train.lr, train.warmup_steps, train.total_steps, **options)
         self.importance = ImportanceTimesteps(T) if train.timestep_sampling == "importance" else None
-        parameters = self.importance.parameters if self.importance else []
         self.step_options = {"extra_emas": extra_emas, "loss_scaler": loss_scaler}
-        kept = {"extra_parameters": parameters, "keep": train.keep_checkpoints, **self.step_options}
-        self.checkpoint = Checkpoint(self.run_dir, self.net, self.optimizer, self.ema, **kept)
+        kept = {"extra_parameters": self.importance.parameters if self.importance else [], **self.step_options}
+        self.checkpoint = Checkpoint(self.run_dir, self.net, self.optimizer, self.ema, keep=train.keep_checkpoints, **kept)
         self.step_options |= {"clip_norm": train.clip_norm, "world_size": self.world_size, "has_aux": bool(self.importance)}
 
     def prepare(self) -> None:
         train, options = self.config.train, self.step_options
         if not (options["has_aux"] or options["extra_emas"] or options["loss_scaler"]):  # these need the host each step
-            every = "total_steps", "log_every", "sample_every", "save_every", "score_every"
-            counts = [getattr(train, name, 0) for name in every]
-            self.steps_per_call = math.gcd(train.steps_per_call, self.start_step, *counts)
+            counts = [getattr(train, f"{name}_every", 0) for name in ("log", "sample", "save", "score")]
+            self.steps_per_call = math.gcd(train.steps_per_call, self.start_step, train.total_steps, *counts)
         options["steps_per_call"] = self.steps_per_call
         self.train_step = make_train_step(self.make_loss(), self.optimizer, self.ema, **options)
 
@@ -97,24 +84,11 @@ class DiffusionTask(Task):
         """The loss of a batch, whose fields are the function's parameters."""
         net, diffusion, logvar, to_x_start = self.net, self.diffusion, self.logvar, self.make_x_start()
 
-        def loss_fn(
-            x_start,
-            t,
-            noise,
-            weights=None,
-            latent_noise=None,
-            self_cond_mask=None,
-            labels=None,
-            tokens=None,
-            cond_image=None,
-        ):
-            cond = ()
-            if labels is not None:
-                cond = cond + (labels,)
-            if tokens is not None:
-                cond = cond + (tokens,)
-            if cond_image is not None:
-                cond = cond + (cond_image,)
+        def loss_fn(x_start, t, noise, weights=None, latent_noise=None, self_cond_mask=None,
+                labels=None, tokens=None, cond_image=None):  # fmt: skip
+            cond = () if labels is None else (labels,)
+            cond = cond if tokens is None else cond + (tokens,)
+            cond = cond if cond_image is None else cond + (cond_image,)
             x_start = to_x_start(x_start, latent_noise)
             losses = diffusion.losses(net, x_start, t, noise, cond, logvar, self_cond_mask)
             return ops.mean(losses) if weights is None else (ops.mean(weights * losses), losses)
@@ -127,18 +101,15 @@ class DiffusionTask(Task):
         batch = {"x_start": x}
         if self.importance:
             batch["t"], batch["weights"] = self.importance.draw(rng, train.batch_size)
-        elif train.timestep_sampling == "antithetic":
-            batch["t"] = antithetic_timesteps(rng, T, train.batch_size)
         else:
-            batch["t"] = uniform_timesteps(rng, T, train.batch_size)
+            draw = antithetic_timesteps if train.timestep_sampling == "antithetic" else uniform_timesteps
+            batch["t"] = draw(rng, T, train.batch_size)
         batch["noise"] = offset_noise(rng, (train.batch_size, *self.shape), train.offset_noise)
         return batch | self.draw_conditions(rng, batch, labels)
 
     def draw_conditions(self, rng: np.random.Generator, batch: Arrays, labels: np.ndarray) -> Arrays:
         """The other fields of a batch, drawn from `rng`."""
-        if not self.self_condition:
-            return {}
-        return {"self_cond_mask": rng.integers(0, 2, len(labels)).astype(np.float32)}
+        return {"self_cond_mask": rng.integers(0, 2, len(labels)).astype(np.float32)} if self.self_condition else {}
 
     def advance(self, batch: Arrays, step: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         loss, norm, *aux = self.train_step(**{name: Tensor(values) for name, values in batch.items()})

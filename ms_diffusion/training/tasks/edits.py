@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -14,21 +14,15 @@ from ...denoiser import inpaint, with_self_conditioning
 from ...editing import invert_ddim, sample_repaint, slerp
 from ...runtime import UserError
 from ...samplers import SAMPLERS, SeededNoise, is_stochastic
+from ..runs import Run
 from .base import Request
 from .images import Plan, rms
-
-if TYPE_CHECKING:
-    from ..runs import Run
 
 EDITS = ("inpaint", "interpolate", "init")
 
 
-def plan(task: Any, run: "Run", request: Request) -> Plan:
-    """How a PixelTask draws a request.
-
-    Raises:
-        UserError: the request does not fit the run, or an image cannot be read.
-    """
+def plan(task: Any, run: Run, request: Request) -> Plan:
+    """How a PixelTask draws a request. Raises UserError if the request does not fit the run or an image cannot be read."""
     check(task, request)
     chosen = next((name for name in EDITS if getattr(request, name)), None)
     if chosen is None:
@@ -90,7 +84,7 @@ def show_conditions(task: Any, request: Request, made: Plan) -> None:
     made.arrange, made.columns, made.scale, made.captions = arrange, 12 if num > 3 else 3, 2, None
 
 
-def plan_inpaint(task: Any, run: "Run", request: Request, made: Plan) -> None:
+def plan_inpaint(task: Any, run: Run, request: Request, made: Plan) -> None:
     assert request.inpaint
     mask, image = request.inpaint
     original, known = read_images(task, [image]), read_mask(task, mask, image)
@@ -102,7 +96,7 @@ def plan_inpaint(task: Any, run: "Run", request: Request, made: Plan) -> None:
     made.arrange, made.columns = lambda x: np.concatenate([original, original * known, x]), min(made.num + 2, 12)
 
 
-def plan_init(task: Any, run: "Run", request: Request, made: Plan) -> None:
+def plan_init(task: Any, run: Run, request: Request, made: Plan) -> None:
     original = read_images(task, [request.init])
     t = Tensor(np.full(made.num, made.timesteps[0], np.int32))
     noise = SeededNoise(made.sampling.seed, range(made.num))(task.shape)
@@ -110,7 +104,7 @@ def plan_init(task: Any, run: "Run", request: Request, made: Plan) -> None:
     made.arrange, made.columns = lambda x: np.concatenate([original, x]), min(made.num + 1, 12)
 
 
-def plan_interpolate(task: Any, run: "Run", request: Request, made: Plan) -> None:
+def plan_interpolate(task: Any, run: Run, request: Request, made: Plan) -> None:
     assert request.interpolate
     original = read_images(task, request.interpolate)
     cond = [Tensor(values[:1].repeat(2, 0)) for values in task.in_order(made.cond)]
@@ -128,11 +122,7 @@ def plan_interpolate(task: Any, run: "Run", request: Request, made: Plan) -> Non
 
 
 def read_images(task: Any, names: Any, channels: int | None = None) -> np.ndarray:
-    """Files, or test:N for the run's test image N -> (N, C, H, W) in [-1, 1].
-
-    Raises:
-        UserError: one of them cannot be read.
-    """
+    """Files, or test:N for the run's test image N -> (N, C, H, W) in [-1, 1]. Raises UserError if one cannot be read."""
     size, channels = task.config.data.size, int(channels or task.config.model.channels)
     test = task.test_images() if any(name.startswith("test:") for name in names) else ()
     found = []

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -20,11 +20,9 @@ from ...metrics.scores import Reference, Samples
 from ...models.classifier import Classifier
 from ...runtime import UserError, command
 from ...sampling import Sampling
-from .base import Arrays, Request
+from ..runs import Run
+from .base import Arrays, Request, Scored
 from .diffusion import DiffusionTask
-
-if TYPE_CHECKING:
-    from ..runs import Run
 
 GIF_FRAMES = 40
 ROW_STEPS = 10
@@ -37,14 +35,8 @@ class ImageData:
     model: Any
 
     def with_data(self, data: Any) -> tuple[Any, tuple[np.ndarray, np.ndarray] | None]:
-        """The configuration for these training data, and the arrays, if they are some.
-
-        Args:
-            data: The name of a data set, a folder of images, an array (N, H, W, C) uint8, or (images, labels).
-
-        Raises:
-            UserError: it is none of these.
-        """
+        """The configuration for these training data, and the arrays, if they are some. `data` are the name of a data set, a
+        folder of images, an array (N, H, W, C) uint8, or (images, labels). Raises UserError if they are none of these."""
         config: Any = self
         if isinstance(data, str | Path):
             name = str(data)
@@ -67,8 +59,7 @@ class Plan:
     num: int
     sampling: Sampling
     cond: Arrays
-    labels: np.ndarray | None = None
-    """Classes (num,) of the samples, if they have any."""
+    labels: np.ndarray | None = None  # classes (num,) of the samples, if they have any
     columns: int | None = None
     gif_columns: int | None = None
     scale: int = 2
@@ -78,8 +69,7 @@ class Plan:
     denoise: Callable | None = None
     sampler: Callable | None = None
     calls_per_step: int = 1
-    arrange: Callable[[np.ndarray], np.ndarray] = lambda x: x
-    """From the samples (num, C, H, W) to the images of the grid."""
+    arrange: Callable[[np.ndarray], np.ndarray] = lambda x: x  # from the samples (num, C, H, W) to the images of the grid
 
 
 class Images:
@@ -105,6 +95,8 @@ class Images:
 
 class ImageTask(Images, DiffusionTask):
     """Images of a data set, perhaps with classes."""
+
+    captions: tuple[str, ...] | None = None  # for each class, what is written below its images; by default its name
 
     @property
     def num_classes(self) -> Any:
@@ -154,40 +146,37 @@ class ImageTask(Images, DiffusionTask):
         steps = min(15, self.diffusion.num_timesteps)
         x = self.draw(train.score_num, replace(self.preview_sampling, sampler="dpmpp_2m", steps=steps))
         if not np.isfinite(x).all():
-            raise UserError(
-                f"samples are not finite at step {step}: resume from the last checkpoint with a lower --train.lr"
-            )
+            what = f"samples are not finite at step {step}"
+            raise UserError(f"{what}: resume from the last checkpoint with a lower --train.lr")
         return frechet_distance(*self.mean_and_covariance(images.to_uint8(x)), *self.reference)
 
     # Samples
 
-    def conditions(
-        self, num: int, labels: Any = None, prompt: str | None = None, pictures: np.ndarray | None = None, seed: int = 0
-    ) -> Arrays:
+    def conditions(self, num: int, labels: Any = None, prompt: Any = None, pictures: Any = None, seed: Any = 0) -> Arrays:
         if pictures is not None:
             raise UserError("this run has no image condition, which --image needs: leave it out")
         return self.class_conditions(num, labels, prompt)
 
     def class_conditions(self, num: int, labels: Any = None, prompt: str | None = None) -> Arrays:
         """The class or caption of each sample."""
+        train = command("train")
         if prompt is not None:
-            raise UserError(
-                f"this run was not trained on captions, which --prompt needs: {command('train')} --preset latent-text"
-            )
-        if self.num_classes is None:
-            if labels is not None:
-                raise UserError(
-                    f"this run has no classes, which --class needs: train one with {command('train')} --preset quick-class"
-                )
-            return {}
-        return {"labels": self.label_array(labels, num)}
+            raise UserError(f"this run was not trained on captions, which --prompt needs: {train} --preset latent-text")
+        if self.num_classes is None and labels is not None:
+            raise UserError(f"this run has no classes, which --class needs: train one with {train} --preset quick-class")
+        return {} if self.num_classes is None else {"labels": self.label_array(labels, num)}
 
     def label_array(self, labels: Any, num: int) -> np.ndarray:
         """Labels (num,) int32 from a class's number or name, or an array of numbers; each class in turn from None."""
         if labels is None:
             return np.arange(num, dtype=np.int32) % self.num_classes
         if isinstance(labels, str):
-            labels = self.class_number(labels)
+            name, names = labels.lower(), [each.lower() for each in self.class_names or ()]
+            is_number = name.isdecimal() and int(name) < self.num_classes
+            if not is_number and name not in names:
+                choices = f", or one of {', '.join(self.class_names or ())}" if names else ""
+                raise UserError(f"--class {labels}: choose from 0 to {self.num_classes - 1}{choices}")
+            labels = int(name) if is_number else names.index(name)
         labels = np.asarray(labels)
         if labels.dtype.kind not in "iu" or labels.shape not in ((), (num,)):
             raise UserError(f"labels must be one or {num} whole numbers or a class name, these are {labels.shape}")
@@ -196,27 +185,15 @@ class ImageTask(Images, DiffusionTask):
             raise UserError(f"class {wrong.flat[0]}: choose from 0 to {self.num_classes - 1}")
         return np.broadcast_to(labels, num).astype(np.int32)
 
-    def class_number(self, name: str) -> int:
-        """The class of a number or name on the command line."""
-        if name.isdecimal() and int(name) < (self.num_classes or 0):
-            return int(name)
-        names = [each.lower() for each in self.class_names or ()]
-        if name.lower() in names:
-            return names.index(name.lower())
-        choices = f"from 0 to {self.num_classes - 1}" + (f", or one of {', '.join(self.class_names or ())}" if names else "")
-        raise UserError(f"--class {name}: choose {choices}")
-
     def to_output(self, x: np.ndarray) -> np.ndarray:
         return images.to_uint8(x)
 
-    def render(self, run: "Run", request: Request, folder: Path) -> list[Path]:
+    def render(self, run: Run, request: Request, folder: Path) -> list[Path]:
         plan = self.plan(run, request)
-        sampling = plan.sampling
-        calls = len(plan.timesteps) * plan.calls_per_step
-        batch_size = sampling.batch_size or 64
+        sampling, calls = plan.sampling, len(plan.timesteps) * plan.calls_per_step
         frames, every = [], max(calls // GIF_FRAMES, 1)
         rows, picked = [], set(np.linspace(0, calls - 1, ROW_STEPS, dtype=int))
-        bar = tqdm(total=-(-plan.num // batch_size) * calls, unit="step", desc=sampling.sampler)
+        bar = tqdm(total=-(-plan.num // (sampling.batch_size or 64)) * calls, unit="step", desc=sampling.sampler)
 
         def watch(i: int, x: Any, x_start: Any) -> None:
             bar.update()
@@ -231,36 +208,27 @@ class ImageTask(Images, DiffusionTask):
         x = run.generator.draw(sampling, plan.num, cond, watch, plan.start, plan.timesteps, plan.denoise, plan.sampler)
         x = self.decode(x)
         bar.close()
-
         out = Path(request.out or folder / "sample.png")
         images.save_grid(out, images.to_uint8(plan.arrange(x)), plan.columns, plan.scale, plan.captions)
-        written = [out]
         if request.gif:
             images.save_gif(request.gif, frames, plan.gif_columns)
-            written.append(Path(request.gif))
         if request.denoise_row:
             images.save_grid(request.denoise_row, np.stack(rows, 1).reshape(-1, *rows[0].shape[1:]), len(rows))
-            written.append(Path(request.denoise_row))
         if request.npz:
             arrays = {"images": images.to_uint8(x)}
             if plan.labels is not None and plan.labels.max() < self.num_classes:
                 arrays["labels"] = plan.labels
             write(request.npz, lambda f: np.savez_compressed(f, **arrays))
-            written.append(Path(request.npz))
-        return written
+        return [out, *(Path(path) for path in (request.gif, request.denoise_row, request.npz) if path)]
 
-    def plan(self, run: "Run", request: Request) -> Plan:
-        """How to draw a request for new images.
-
-        Raises:
-            UserError: the request does not fit the run.
-        """
+    def plan(self, run: Run, request: Request) -> Plan:
+        """How to draw a request for new images. Raises UserError if the request does not fit the run."""
         for name in ("inpaint", "interpolate", "init", "image"):
             if getattr(request, name):
                 raise UserError(f"--{name} works on pixels, which this run does not draw: leave it out")
         return self.plan_grid(run, request)
 
-    def plan_grid(self, run: "Run", request: Request) -> Plan:
+    def plan_grid(self, run: Run, request: Request) -> Plan:
         if request.strength is not None:
             raise UserError(f"--strength is {request.strength}: it needs --init or --interpolate")
         if request.resample != 1:
@@ -274,26 +242,20 @@ class ImageTask(Images, DiffusionTask):
             plan.labels = self.label_array(request.class_, num)
             if request.class_ is None and num % self.num_classes == 0:
                 plan.columns = plan.gif_columns = self.num_classes
-            if request.class_ is None and self.class_names:
-                plan.captions, plan.scale = [self.caption(label) for label in plan.labels], 3
+            captions = self.class_names and (self.captions or self.class_names)
+            if request.class_ is None and captions:
+                plan.captions, plan.scale = [captions[label] for label in plan.labels], 3
         return plan
-
-    def caption(self, label: int) -> str:
-        """What is written below an image of this class."""
-        assert self.class_names
-        return self.class_names[label]
 
     # Scores
 
-    def samples_to_score(
-        self, run: "Run", sampling: Sampling, num: int, reference: Reference
-    ) -> tuple[Samples, np.ndarray | None]:
+    def samples_to_score(self, run: Run, sampling: Sampling, num: int, reference: Reference) -> Scored:
         sampling = sampling.resolve(self)
         batch_size = min(sampling.batch_size or 100, num)
-        timesteps, cond = sampling.timesteps(run.diffusion), self.conditions(num)
+        sampling = replace(sampling, batch_size=batch_size)
+        timesteps, cond = sampling.timesteps(run.diffusion), self.in_order(self.conditions(num))
         with tqdm(total=-(-num // batch_size) * len(timesteps), unit="step", desc=sampling.sampler) as bar:
-            options = replace(sampling, batch_size=batch_size)
-            x = self.decode(run.generator.draw(options, num, self.in_order(cond), lambda *_: bar.update()))
+            x = self.decode(run.generator.draw(sampling, num, cond, lambda *_: bar.update()))
         if bad := num - np.isfinite(x).all((1, 2, 3)).sum():
             raise UserError(f"{bad} of {num} samples are not finite, so training has diverged: use an earlier checkpoint")
         made = f"{sampling.sampler}, {len(timesteps)} steps, guidance {sampling.guidance:g}"

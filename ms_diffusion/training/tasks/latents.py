@@ -51,9 +51,8 @@ class LatentConfig(ImageData, DiffusionRunConfig):
         check_image_size(model.latent_size, model.size_multiple, "model.latent-size")
         check_scored(self)
         if model.out_channels != model.in_channels or model.n_embed:
-            raise UserError(
-                "the network predicts latents: set --model.out-channels to --model.in-channels, and leave out n-embed"
-            )
+            both = "set --model.out-channels to --model.in-channels, and leave out n-embed"
+            raise UserError(f"the network predicts latents: {both}")
         if patch is not None and patch > data.size:
             raise UserError(f"--first-stage-patch is {patch}: choose at most the size of the images, {data.size}")
         if data.condition != "none":
@@ -88,10 +87,8 @@ class LatentTask(ImageTask):
         self.first_stage = resolve_first_stage(config, self.run_dir, self.rank)
         self.data = self.first_stage.cached_moments(self.originals, config.data.dir)
         if state and "latent_scale" not in state:
-            raise UserError(
-                f"the checkpoint of step {self.start_step} in {self.run_dir} has no latent_scale: remove it, or use another "
-                "--run-dir"
-            )
+            which = f"the checkpoint of step {self.start_step} in {self.run_dir}"
+            raise UserError(f"{which} has no latent_scale: remove it, or use another --run-dir")
         known = state["latent_scale"] if state else config.latent_scale or (self.loaded and self.loaded.scale_factor)
         self.first_stage.scale = known or scale_of(self.data, config.train)
         if self.rank == 0 and not state:
@@ -131,6 +128,8 @@ class LatentTask(ImageTask):
 class CaptionTask(LatentTask):
     """A UNetModel on latents, conditioned on captions of Fashion-MNIST's classes."""
 
+    captions = tuple(names[0] for names in NAMES)
+
     @property
     def num_classes(self) -> Any:
         return len(CAPTIONS)
@@ -145,25 +144,17 @@ class CaptionTask(LatentTask):
             return {"tokens": labels}
         return {"tokens": plain_captions(self.label_array(labels, num))}
 
-    def caption(self, label: int) -> str:
-        return NAMES[label][0]
-
 
 def resolve_first_stage(config: LatentConfig, run: Path, rank: int = 0) -> FirstStage:
     """The first stage that a run of latents has saved, or the one of --first-stage, of which it (rank 0) keeps a copy.
-
-    Raises:
-        UserError: there is none, or another one, or one whose latents the network does not take.
-    """
+    Raises UserError if there is none, or another one, or one whose latents the network does not take."""
     saved, requested = run / "first_stage", config.first_stage
     is_saved = (saved / "state.json").exists()  # which is written last
     if is_saved and requested and not Path(requested).exists():
         requested = None  # it was needed only for the copy
     if not requested and not is_saved:
-        raise UserError(
-            "no autoencoder is given: add --first-stage runs/autoencoder, the run of "
-            f"{command('train')} --preset autoencoder"
-        )
+        trained = f"the run of {command('train')} --preset autoencoder"
+        raise UserError(f"no autoencoder is given: add --first-stage runs/autoencoder, {trained}")
     if requested:
         folder = run_folders(Path(requested))[0]
         hashes = [read_state(f)["sha256"]["ema.safetensors"] for f in (folder, *[saved] * is_saved)]
@@ -172,14 +163,11 @@ def resolve_first_stage(config: LatentConfig, run: Path, rank: int = 0) -> First
     source = saved if is_saved else Path(requested or "")
     first_stage = load_first_stage(source, config.first_stage_patch)
     model, autoencoder = config.model, Config.from_json(run_folders(source)[1] / "config.json").model
-    f = autoencoder.size_multiple
-    if config.data.size % f:
-        raise UserError(
-            f"--data.size is {config.data.size}: the first stage {source} takes sizes divisible by {f}, such as "
-            f"{model.latent_size * f}"
-        )
-    size = config.data.size // f
-    made, taken = (autoencoder.embed_dim, size, size), (model.in_channels, model.latent_size, model.latent_size)
+    size, side, f = config.data.size, model.latent_size, autoencoder.size_multiple
+    if size % f:
+        sizes = f"sizes divisible by {f}, such as {side * f}"
+        raise UserError(f"--data.size is {size}: the first stage {source} takes {sizes}")
+    made, taken = (autoencoder.embed_dim, size // f, size // f), (model.in_channels, side, side)
     if made != taken or autoencoder.channels != model.channels:
         raise UserError(
             f"the first stage {source} makes latents {made} of images with {autoencoder.channels} channels, the network "

@@ -1,7 +1,7 @@
 """Images in pixel space: the annotated U-Net, with classes, image conditions and edits."""
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -11,12 +11,10 @@ from ...models.unet import UnetConfig
 from ...randomness import Stream, drop_labels
 from ...runtime import UserError
 from ..config import DataConfig, DiffusionRunConfig, ImageTrainConfig
+from ..runs import Run
 from . import edits
 from .base import Arrays, Request
 from .images import ImageData, ImageTask, Plan, check_image_size, check_scored
-
-if TYPE_CHECKING:
-    from ..runs import Run
 
 
 @dataclass(frozen=True)
@@ -69,15 +67,10 @@ class PixelTask(ImageTask):
         return condition_image(self.config.data.condition, x, self.config.data.lowres_size, rng)
 
     def preview_conditions(self, num: int) -> Arrays:
-        cond = self.class_conditions(num)
-        if "cond_image" in self.cond_fields:
-            originals = to_float(self.originals[np.arange(num) % len(self.originals)])
-            cond["cond_image"] = self.cond_image(originals, np.random.default_rng((self.config.train.seed, Stream.NOISE)))
-        return cond
+        pictures = self.originals if "cond_image" in self.cond_fields else None
+        return self.conditions(num, pictures=pictures, seed=(self.config.train.seed, Stream.NOISE))
 
-    def conditions(
-        self, num: int, labels: Any = None, prompt: str | None = None, pictures: np.ndarray | None = None, seed: int = 0
-    ) -> Arrays:
+    def conditions(self, num: int, labels: Any = None, prompt: Any = None, pictures: Any = None, seed: Any = 0) -> Arrays:
         if "cond_image" not in self.cond_fields:
             return super().conditions(num, labels, prompt, pictures)
         originals = self.test_images()[:num] if pictures is None else pictures
@@ -89,10 +82,10 @@ class PixelTask(ImageTask):
         """The run's test images (N, H, W, C) uint8."""
         return self.load_split("test")[0]
 
-    def plan(self, run: "Run", request: Request) -> Plan:
+    def plan(self, run: Run, request: Request) -> Plan:
         return edits.plan(self, run, request)
 
-    def samples_to_score(self, run: "Run", *args: Any) -> Any:
+    def samples_to_score(self, run: Run, *args: Any) -> Any:
         if "cond_image" in self.cond_fields:
             raise UserError(
                 f"{run.name} is conditioned on images ({self.config.data.condition}): evaluate the .npz file that the "

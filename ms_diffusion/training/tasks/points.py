@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import numpy as np
 from PIL import Image
@@ -21,11 +21,9 @@ from ...models.mlp import MLPConfig, ResidualMLPConfig
 from ...runtime import UserError
 from ...samplers import SAMPLERS, SeededNoise, sampling_timesteps
 from ..config import DiffusionRunConfig, DiffusionTrainConfig
+from ..runs import Run
 from .base import Request
 from .diffusion import DiffusionTask
-
-if TYPE_CHECKING:
-    from ..runs import Run
 
 GIF_FRAMES = 40
 PANELS = 10
@@ -58,11 +56,8 @@ class PointsConfig(DiffusionRunConfig):
         return PointsTask(self, data)
 
     def with_data(self, data: Any) -> tuple["PointsConfig", np.ndarray | None]:
-        """The configuration for these points, and the array, if it is one.
-
-        Args:
-            data: The name of a toy distribution, a file of points, or an array (N, 2).
-        """
+        """The configuration for these points, and the array, if it is one. `data` are the name of a toy distribution, a
+        file of points, or an array (N, 2)."""
         if isinstance(data, str | Path):
             chosen = {"name": str(data)} if str(data) in TOYS else {"name": POINTS_FILE, "dir": str(data)}
             return replace(self, data=replace(self.data, **chosen)), None
@@ -70,11 +65,9 @@ class PointsConfig(DiffusionRunConfig):
 
     def check(self) -> None:
         super().check()
-        needed = self.diffusion.num_timesteps
-        if self.model.num_embeddings < needed:
-            raise UserError(
-                f"--model.num-embeddings is {self.model.num_embeddings}: set it to {needed} or more, the number of timesteps"
-            )
+        found, needed = self.model.num_embeddings, self.diffusion.num_timesteps
+        if found < needed:
+            raise UserError(f"--model.num-embeddings is {found}: set it to {needed} or more, the number of timesteps")
 
 
 class PointsTask(DiffusionTask):
@@ -118,15 +111,14 @@ class PointsTask(DiffusionTask):
     def show(self, x: np.ndarray) -> Image.Image:
         return plots2d.points_image(x, self.test[: len(x)])
 
-    def render(self, run: "Run", request: Request, folder: Path) -> list[Path]:
+    def render(self, run: Run, request: Request, folder: Path) -> list[Path]:
         """Samples, all pictures of the way there and back, and scores against held-out data."""
         names = "class_", "prompt", "image", "inpaint", "resample", "interpolate", "init", "strength", "denoise_row"
         for name in names:
             if getattr(request, name) != getattr(Request, name):
                 flag = name.strip("_").replace("_", "-")
                 raise UserError(f"--{flag} works on images, and this run draws points in the plane: leave it out")
-        num = request.num or 10_000
-        sampling = request.sampling.resolve(self)
+        num, sampling = request.num or 10_000, request.sampling.resolve(self)
         sampling = replace(sampling, batch_size=sampling.batch_size or num)
         diffusion, data, timesteps = run.diffusion, self.test, sampling.timesteps(run.diffusion)
 
@@ -177,10 +169,9 @@ class PointsTask(DiffusionTask):
         write(report, lambda f: f.write(json.dumps(record, indent=1).encode()))
         return [*written, report]
 
-    def draw_fields(self, run: "Run", seed: int, folder: Path) -> None:
+    def draw_fields(self, run: Run, seed: int, folder: Path) -> None:
         """forward.png, the data noised at ten times, and score.png, density and score at these times."""
-        diffusion = run.diffusion
-        x_test = self.normalizer.normalize(self.test[:SHOWN])
+        diffusion, x_test = run.diffusion, self.normalizer.normalize(self.test[:SHOWN])
         ts = np.linspace(0, diffusion.num_timesteps - 1, PANELS).round().astype(int)
         noise = np.random.default_rng(seed).standard_normal(x_test.shape, np.float32)
         alphas_cumprod = diffusion.alphas_cumprod[ts, None, None]
