@@ -1,7 +1,6 @@
 """The machine: device, compilation, ranks, interrupts, and how a program ends. The only file that knows a device's name.
 
-Importing this module makes the settings that must precede ``import mindspore``. It imports MindSpore only when needed.
-"""
+Importing this module makes the settings that must precede ``import mindspore``. It imports MindSpore only when needed."""
 
 import contextlib
 import errno

@@ -32,12 +32,8 @@ SAMPLES = 64  # images that are drawn at once
 
 
 class Work:
-    """Training calls of a run on the device; each waits for its result.
-
-    Args:
-        data: Training data in place of the configured data set, as `config.task` takes them.
-        steps_per_call: Training steps in one call of the compiled function.
-    """
+    """Training calls of a run on the device, of `steps_per_call` steps each; every call waits for its result.
+    `data` are training data in place of the configured data set, as `config.task` takes them."""
 
     def __init__(self, config: Any, batch_size: int, data: Any = None, steps_per_call: int = 1):
         every = dict.fromkeys(("total_steps", "log_every", "sample_every", "save_every"), steps_per_call * 10**6)
@@ -123,11 +119,7 @@ class Args:
 
 
 def work_of(preset: str) -> type[Work]:
-    """What is timed of a preset.
-
-    Raises:
-        UserError: the preset needs a trained first stage or data of its own.
-    """
+    """What is timed of a preset. Raises UserError if the preset needs a trained first stage or data of its own."""
     if PRESETS[preset].kind not in WORKS:
         raise UserError(
             f"--presets {preset}: only presets of {' and '.join(WORKS)} can be timed; time a trained run, --runs"

@@ -54,9 +54,8 @@ def main(argv: Sequence[str]) -> int:
     diffusion, name, ode = run.diffusion, run.config.data.name, args.method == "ode"
     assert diffusion
     if ode and not 2 <= args.steps <= diffusion.num_timesteps:
-        raise UserError(
-            f"--steps is {args.steps}: choose from 2 to {diffusion.num_timesteps}, the run's number of timesteps"
-        )
+        most = diffusion.num_timesteps
+        raise UserError(f"--steps is {args.steps}: choose from 2 to {most}, the run's number of timesteps")
     if ode and diffusion.alphas_cumprod[-1] == 0:
         raise UserError("the run's last timestep holds no data (zero terminal SNR), which the ODE needs: use --method bound")
     if args.num > len(pictures):
@@ -75,9 +74,8 @@ def main(argv: Sequence[str]) -> int:
             x, probes = (n + rng.random(n.shape) - 0.5) / 127.5 - 1, rng.choice([-1.0, 1.0], n.shape)
             log_density = ode_log_likelihood(lambda x, t: graph(x, t, probes, *cond), diffusion, x, timesteps, watch)
             return [dequantised_bits_per_dim(log_density, n[0].size)]
-        bound = bits_per_dim(
-            lambda x, t: graph(Tensor(np.float32(x)), t, *cond).asnumpy(), diffusion, n / 127.5 - 1, rng, watch
-        )
+        x = n / 127.5 - 1
+        bound = bits_per_dim(lambda x, t: graph(Tensor(np.float32(x)), t, *cond).asnumpy(), diffusion, x, rng, watch)
         return [bound.prior, bound.terms[:, 1:].sum(1), bound.terms[:, 0]]
 
     def watch(t: int) -> None:

@@ -33,7 +33,8 @@ def train(
     on_save: Callable[[Path], None] | None = None,
     **overrides: Any,
 ) -> Run:
-    """Train a run, or continue one: the same call goes on where it stopped.
+    """Train a run, or continue one: the same call goes on where it stopped. Returns the run, ready to sample from. Raises
+    UserError if the configuration or the data are not valid, the folder holds another run, or training diverged.
 
     Args:
         config: The name of a preset, or a configuration.
@@ -43,14 +44,7 @@ def train(
         device: auto (Ascend, then GPU, then CPU), ascend, gpu or cpu.
         stop: Training saves a checkpoint and returns soon after this event is set.
         on_save: Called with the run's folder after each checkpoint.
-        overrides: Values of the configuration's fields, such as total_steps=1000 or lr=1e-3.
-
-    Returns:
-        The run, ready to sample from.
-
-    Raises:
-        UserError: the configuration or the data are not valid, the folder holds another run, or training diverged.
-    """
+        overrides: Values of the configuration's fields, such as total_steps=1000 or lr=1e-3."""
     if isinstance(config, str):
         if config not in PRESETS:
             raise UserError(f"unknown preset {config!r}: choose one of {', '.join(PRESETS)}")
@@ -61,9 +55,8 @@ def train(
     check_fields(chosen)  # the types of values from Python; whether they fit the data is checked with the data
     if data is not None:
         chosen, arrays = chosen.with_data(data)
-    run_dir = Path(run_dir)
     name = set_device(device)
-    train_task(chosen.task(arrays), run_dir, name, stop or threading.Event(), on_save)
+    train_task(chosen.task(arrays), Path(run_dir), name, stop or threading.Event(), on_save)
     run = Run(run_dir)
     run.task.given_data = arrays
     return run
@@ -114,15 +107,9 @@ def train_task(
                     )
                 bar.set_postfix_str(f"loss {mean:.4f}, {rate:.0f} {task.unit}/s")
                 if metrics:
-                    metrics.append(
-                        step=step,
-                        loss=mean,
-                        grad_norm=float(norm.asnumpy()),
-                        lr=float(rates[step - 1]),
-                        img_per_s=rate,
-                        epoch=step / steps_per_epoch,
-                        **{name: float(value.asnumpy()) for name, value in extras.items()},
-                    )
+                    grad_norm, lr, epoch = float(norm.asnumpy()), float(rates[step - 1]), step / steps_per_epoch
+                    more = {name: float(value.asnumpy()) for name, value in extras.items()}
+                    metrics.append(step=step, loss=mean, grad_norm=grad_norm, lr=lr, img_per_s=rate, epoch=epoch, **more)
                 losses, clock = [], time.perf_counter()
             if stop.is_set():
                 break
@@ -148,27 +135,21 @@ def train_task(
 
 def check_same_run(run_dir: Path, config: Config) -> None:
     """Refuse a folder that holds another run: only the location of the data and the training options may change.
-
-    Raises:
-        UserError: names what differs.
-    """
+    The UserError names what differs."""
     record = run_dir / "config.json"
     if not record.exists():
         return
     old, new = fixed_parts(Config.from_json(record)), fixed_parts(config)
-    for name in old.keys() | new.keys():
-        if old.get(name) != new.get(name):
-            raise UserError(
-                f"{run_dir} holds a run with another {name}: use another --run-dir, or the command it began with"
-            )
+    if differs := [name for name in old.keys() | new.keys() if old.get(name) != new.get(name)]:
+        part = differs[0]
+        raise UserError(f"{run_dir} holds a run with another {part}: use another --run-dir, or the command it began with")
 
 
 def fixed_parts(config: Config) -> dict[str, Any]:
     """What stays the same in a run."""
     record = config.to_record()
     fixed = {name: record.get(name) for name in ("kind", "model", "diffusion", "precision")}
-    fixed["data"] = record["data"] | {"dir": None}
-    fixed["seed"] = record["train"]["seed"]
+    fixed |= {"data": record["data"] | {"dir": None}, "seed": record["train"]["seed"]}
     return fixed | {f"--{name.replace('_', '-')}": record.get(name) for name in ("first_stage_patch", "latent_scale")}
 
 
