@@ -101,9 +101,8 @@ def find_problem(value: Any, hint: Any) -> str | None:
     return None if hint is Any or isinstance(value, hint) else f"it must be {kinds.get(hint, hint.__name__)}"
 
 
-def from_record(
-    cls: type[T], record: dict[str, Any], renamed: Mapping[str, str], obsolete: Container[str] = (), path: str = ""
-) -> T:
+def from_record(cls: type[T], record: dict[str, Any], renamed: Mapping[str, str], obsolete: Container[str] = (),
+        path: str = "") -> T:  # fmt: skip
     """An instance of the dataclass `cls` from a JSON object: lists become tuples, nested objects dataclasses.
 
     Where a field may hold one of several dataclasses, the first that has all keys of the object is used. `renamed` holds the

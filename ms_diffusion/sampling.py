@@ -49,14 +49,14 @@ class Sampling:
     """Device: auto is Ascend, then GPU, then CPU."""
 
     def resolve(self, task: Any) -> "Sampling":
-        """These options with the defaults of the run of `task`, a `training.tasks.diffusion.DiffusionTask`, filled in. Raises
-        UserError if an option is out of range, or does not fit the run or another option."""
+        """These options with the defaults of the run of `task`, a `training.tasks.diffusion.DiffusionTask`, filled in.
+        Raises UserError if an option is out of range, or does not fit the run or another option."""
         check_fields(self)
         train, T = task.config.train, task.config.diffusion.num_timesteps
         options = self
-        if options.guidance is None:
-            interval = options.guidance_interval or getattr(train, "sample_guidance_interval", None)
-            options = replace(options, guidance=getattr(train, "sample_guidance", 1.0), guidance_interval=interval)
+        if self.guidance is None:
+            interval = self.guidance_interval or getattr(train, "sample_guidance_interval", None)
+            options = replace(self, guidance=getattr(train, "sample_guidance", 1.0), guidance_interval=interval)
         options.check(T)
         if options.guidance != 1 and task.null_label is None:
             flag = "--train.sample-guidance" if self.guidance is None else "--guidance"
@@ -82,12 +82,11 @@ class Sampling:
                 raise UserError(f"--{flag} is an option of {', '.join(takers)}, not of {self.sampler}: leave it out")
         if self.guidance in (None, 1) and (self.guidance_rescale or self.guidance_interval):
             raise UserError("--guidance-rescale and --guidance-interval need --guidance: set it to 3, for example")
-        if self.guidance_interval:
-            first, last = self.guidance_interval
-            if not 0 <= first <= last < num_timesteps:
-                raise UserError(
-                    f"--guidance-interval is {first} {last}: give two timesteps in 0..{num_timesteps - 1}, the lower first"
-                )
+        first, last = self.guidance_interval or (0, 0)
+        if not 0 <= first <= last < num_timesteps:
+            raise UserError(
+                f"--guidance-interval is {first} {last}: give two timesteps in 0..{num_timesteps - 1}, the lower first"
+            )
 
     def make_sampler(self) -> Callable:
         """The sampler with its options set."""
@@ -108,14 +107,8 @@ class Generator:
         null_label: The label for "no class", which guidance needs.
         self_condition: Whether the network takes its last x_0."""
 
-    def __init__(
-        self,
-        net: nn.Cell,
-        diffusion: GaussianDiffusion,
-        shape: Sequence[int],
-        null_label: int | None = None,
-        self_condition: bool = False,
-    ):
+    def __init__(self, net: nn.Cell, diffusion: GaussianDiffusion, shape: Sequence[int], null_label: int | None = None,
+            self_condition: bool = False):  # fmt: skip
         self.net, self.diffusion, self.shape = net, diffusion, tuple(shape)
         self.null_label, self.self_condition = null_label, self_condition
         self._denoisers: dict[bool, Callable] = {}
@@ -136,17 +129,9 @@ class Generator:
         raw, options = self.raw_denoiser(False), (sampling.guidance_rescale, sampling.guidance_interval)
         return guide(raw, with_label(raw, self.null_label), scale, *options, clip)
 
-    def draw(
-        self,
-        sampling: Sampling,
-        num: int,
-        cond: Sequence[np.ndarray] = (),
-        callback: Callable | None = None,
-        start: np.ndarray | None = None,
-        timesteps: list[int] | None = None,
-        denoise: Callable | None = None,
-        sampler: Callable | None = None,
-    ) -> np.ndarray:
+    def draw(self, sampling: Sampling, num: int, cond: Sequence[np.ndarray] = (), callback: Callable | None = None,
+            start: np.ndarray | None = None, timesteps: list[int] | None = None, denoise: Callable | None = None,
+            sampler: Callable | None = None) -> np.ndarray:  # fmt: skip
         """`num` samples (num, *shape) float32.
 
         Args:
@@ -161,18 +146,9 @@ class Generator:
         return generate(sampler, denoise, self.diffusion, timesteps, self.shape, *size, callback, cond, start)
 
 
-def sample(
-    net: nn.Cell,
-    diffusion: GaussianDiffusion,
-    shape: Sequence[int],
-    num: int = 64,
-    *,
-    cond: Sequence[np.ndarray] = (),
-    null_label: int | None = None,
-    self_condition: bool = False,
-    callback: Callable | None = None,
-    **options: Any,
-) -> np.ndarray:
+def sample(net: nn.Cell, diffusion: GaussianDiffusion, shape: Sequence[int], num: int = 64, *,
+        cond: Sequence[np.ndarray] = (), null_label: int | None = None, self_condition: bool = False,
+        callback: Callable | None = None, **options: Any) -> np.ndarray:  # fmt: skip
     """`num` samples (num, *shape) float32 from any network net(x_t, t, *cond) that predicts what `diffusion` says.
     Raises UserError if an option is unknown or out of range.
 

@@ -146,8 +146,7 @@ class Config:
     def check(self) -> None:
         """Refuse values out of range, or that do not fit each other: UserError names the flag, its value and what to do."""
         check_fields(self)
-        train = self.train
-        if train.total_steps == 0 and not self.init_from:
+        if self.train.total_steps == 0 and not self.init_from:
             raise UserError("--train.total-steps is 0: it must be at least 1, except with --init-from")
         if not self.init_from and (self.init_ignore or self.init_partial or self.init_ema):
             raise UserError("--init-ignore, --init-partial and --init-ema apply to a file of weights: add --init-from")

@@ -22,17 +22,11 @@ from .presets import PRESETS
 from .runs import Run
 from .tasks.base import Task
 
+OnSave = Callable[[Path], None] | None
 
-def train(
-    config: str | Config = "quick",
-    run_dir: str | Path | None = None,
-    data: Any = None,
-    *,
-    device: str = "auto",
-    stop: threading.Event | None = None,
-    on_save: Callable[[Path], None] | None = None,
-    **overrides: Any,
-) -> Run:
+
+def train(config: str | Config = "quick", run_dir: str | Path | None = None, data: Any = None, *, device: str = "auto",
+        stop: threading.Event | None = None, on_save: OnSave = None, **overrides: Any) -> Run:  # fmt: skip
     """Train a run, or continue one: the same call goes on where it stopped. Returns the run, ready to sample from. Raises
     UserError if the configuration or the data are not valid, the folder holds another run, or training diverged.
 
@@ -62,9 +56,8 @@ def train(
     return run
 
 
-def train_task(
-    task: Task, run_dir: Path, device: str, stop: threading.Event, on_save: Callable[[Path], None] | None = None
-) -> tuple[int, Path | None]:
+def train_task(task: Task, run_dir: Path, device: str, stop: threading.Event, on_save: OnSave = None,
+        ) -> tuple[int, Path | None]:  # fmt: skip
     """Train the task to its last step, or until `stop` is set; returns the step and the last preview, if there is one."""
     config, train = task.config, task.config.train
     rank, world_size = initialise_ranks()

@@ -34,8 +34,8 @@ def default_run() -> str:
 def run_folders(run: str | Path) -> tuple[Path, Path]:
     """(checkpoint, run): the newest checkpoint of a run's folder, or the given checkpoint or weights file, and its run.
 
-    A bundled model goes by its name; its folder is run and checkpoint in one. Raises UserError if there is no such run, or it
-    has no checkpoint."""
+    A bundled model goes by its name; its folder is run and checkpoint in one. Raises UserError if there is no such run, or
+    it has no checkpoint."""
     run = Path(run)
     if not run.exists() and str(run) in bundled_models():
         run = WEIGHTS / run
@@ -46,15 +46,14 @@ def run_folders(run: str | Path) -> tuple[Path, Path]:
         raise UserError(f"{run} is not a folder: give a run's folder, such as runs/quick, or a bundled model: {known}")
     if (run / "state.json").exists():
         return run, run if (run / "config.json").exists() else run.resolve().parent.parent
-    found = checkpoints(run)
-    if not found:
+    if not (found := checkpoints(run)):
         raise UserError(f"{run} holds no checkpoint: train it first with {command('train')} --run-dir {run}")
     return found[-1], run
 
 
 class Run:
-    """A trained run: `md.load("runs/mine")`, or what `md.train` returns. Raises UserError if there is no such run, or it cannot
-    be read, or it keeps no averages.
+    """A trained run: `md.load("runs/mine")`, or what `md.train` returns. Raises UserError if there is no such run, or it
+    cannot be read, or it keeps no averages.
 
     Args:
         path: A run's folder, for its newest checkpoint; one of its checkpoints; or the name of a bundled model.
@@ -79,14 +78,12 @@ class Run:
         self.task.open(self.home, state)
 
     def average(self, length: float) -> dict[str, np.ndarray]:
-        """The weights' average of this length, from the averages in the run's checkpoints up to its step. Raises UserError if
-        the run keeps none, or the length is out of range."""
-        lengths = getattr(self.config.train, "ema_lengths", ())
-        if not lengths:
+        """The weights' average of this length, from the averages in the run's checkpoints up to its step. Raises UserError
+        if the run keeps none, or the length is out of range."""
+        if not (lengths := getattr(self.config.train, "ema_lengths", ())):
             raise UserError("this run keeps no averages for --ema-length: train with --train.ema-lengths 0.05 0.1")
         kept = [(read_state(folder)["step"], each, folder) for folder in checkpoints(self.home) for each in lengths]
-        kept = [row for row in kept if row[0] <= self.step]
-        if not kept:
+        if not (kept := [row for row in kept if row[0] <= self.step]):
             raise UserError("this run has no checkpoint with averages for --ema-length: leave it out")
         steps, lengths, folders = zip(*kept, strict=True)
         try:
@@ -106,17 +103,8 @@ class Run:
             raise UserError(f"{self.name} is no diffusion model and draws no samples: evaluate it, or train on its latents")
         return self.task.generator(self.net, self.diffusion)
 
-    def sample(
-        self,
-        num: int = 64,
-        *,
-        labels: Any = None,
-        prompt: str | None = None,
-        pictures: np.ndarray | None = None,
-        raw: bool = False,
-        callback: Any = None,
-        **options: Any,
-    ) -> np.ndarray:
+    def sample(self, num: int = 64, *, labels: Any = None, prompt: str | None = None, pictures: np.ndarray | None = None,
+            raw: bool = False, callback: Any = None, **options: Any) -> np.ndarray:  # fmt: skip
         """Draw `num` samples: images (num, H, W, C) uint8, or points (num, 2) in the data's units. Raises
         UserError if an option is unknown, out of range, or does not fit the run.
 
@@ -135,15 +123,8 @@ class Run:
         x = self.task.decode(generator.draw(sampling, num, self.task.in_order(cond), callback))
         return x if raw else self.task.to_output(x)
 
-    def evaluate(
-        self,
-        num: int = 10_000,
-        *,
-        against: str = "test",
-        against_num: int | None = None,
-        inception: str | None = None,
-        **options: Any,
-    ) -> dict[str, Any]:
+    def evaluate(self, num: int = 10_000, *, against: str = "test", against_num: int | None = None,
+            inception: str | None = None, **options: Any) -> dict[str, Any]:  # fmt: skip
         """Score `num` samples (or reconstructions) against real images: {"protocol", "samples", "floor", ...}. Raises
         UserError if the run has no images, or there are too few.
 
@@ -156,15 +137,8 @@ class Run:
         reference = self.reference(Features(inception), num, against, against_num)
         return reference.score(*self.task.samples_to_score(self, sampling, num, reference))
 
-    def reference(
-        self,
-        features: Features,
-        num: int,
-        against: str = "test",
-        against_num: int | None = None,
-        name: str | None = None,
-        folder: str | None = None,
-    ) -> Reference:
+    def reference(self, features: Features, num: int, against: str = "test", against_num: int | None = None,
+            name: str | None = None, folder: str | None = None) -> Reference:  # fmt: skip
         """The real images that this run's samples are scored against: its own data set, or the one of this name."""
         size, channels = self.task.image_format()
         data, arrays = self.config.data, self.task.given_data
