@@ -82,11 +82,9 @@ class Sampling:
                 raise UserError(f"--{flag} is an option of {', '.join(takers)}, not of {self.sampler}: leave it out")
         if self.guidance in (None, 1) and (self.guidance_rescale or self.guidance_interval):
             raise UserError("--guidance-rescale and --guidance-interval need --guidance: set it to 3, for example")
-        first, last = self.guidance_interval or (0, 0)
-        if not 0 <= first <= last < num_timesteps:
-            raise UserError(
-                f"--guidance-interval is {first} {last}: give two timesteps in 0..{num_timesteps - 1}, the lower first"
-            )
+        (first, last), most = self.guidance_interval or (0, 0), num_timesteps - 1
+        if not 0 <= first <= last <= most:
+            raise UserError(f"--guidance-interval is {first} {last}: give two timesteps in 0..{most}, the lower first")
 
     def make_sampler(self) -> Callable:
         """The sampler with its options set."""
@@ -169,7 +167,6 @@ def sample(net: nn.Cell, diffusion: GaussianDiffusion, shape: Sequence[int], num
 def sampling_from(options: dict[str, Any]) -> Sampling:
     """`Sampling` from keyword arguments. Raises UserError if one of them is not a field of it."""
     names = [field.name for field in fields(Sampling)]
-    for name in options:
-        if name not in names:
-            raise UserError(f"unknown option {name!r}: choose from {', '.join(names)}")
+    if unknown := [name for name in options if name not in names]:
+        raise UserError(f"unknown option {unknown[0]!r}: choose from {', '.join(names)}")
     return Sampling(**options)

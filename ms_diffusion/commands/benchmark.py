@@ -1,10 +1,12 @@
 """How fast this machine trains and samples: `benchmark --presets quick`. `benchmarks/` compares it with PyTorch."""
 
+import gc
 import json
 import math
 import os
 import platform
 import time
+import timeit
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
@@ -120,21 +122,15 @@ class Args:
 
 def work_of(preset: str) -> type[Work]:
     """What is timed of a preset. Raises UserError if the preset needs a trained first stage or data of its own."""
-    if PRESETS[preset].kind not in WORKS:
-        raise UserError(
-            f"--presets {preset}: only presets of {' and '.join(WORKS)} can be timed; time a trained run, --runs"
-        )
-    return WORKS[PRESETS[preset].kind]
+    kind, kinds = PRESETS[preset].kind, " and ".join(WORKS)
+    if kind not in WORKS:
+        raise UserError(f"--presets {preset}: only presets of {kinds} can be timed; time a trained run, --runs")
+    return WORKS[kind]
 
 
 def seconds_of(call: Callable[[], Any], rounds: int) -> list[float]:
     """Seconds of each of `rounds` calls, after one that does not count."""
-    found = []
-    for _ in range(rounds + 1):
-        start = time.perf_counter()
-        call()
-        found.append(time.perf_counter() - start)
-    return found[1:]
+    return timeit.repeat(call, gc.enable, number=1, repeat=rounds + 1)[1:]
 
 
 def measure(args: Args) -> list[dict[str, Any]]:

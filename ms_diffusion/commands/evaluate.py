@@ -1,5 +1,4 @@
 """Score samples against real images: `evaluate runs/quick-class`, or images.npz, or train, the real images themselves.
-
 Every score stands beside its floor: what as many real images of the other split score in the same comparison."""
 
 import json

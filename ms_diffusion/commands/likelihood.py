@@ -52,7 +52,6 @@ def main(argv: Sequence[str]) -> int:
     run = load(args.run, args.weights, device=args.device)
     pictures, conditions = run.task.likelihood_data(args.split)
     diffusion, name, ode = run.diffusion, run.config.data.name, args.method == "ode"
-    assert diffusion
     if ode and not 2 <= args.steps <= diffusion.num_timesteps:
         most = diffusion.num_timesteps
         raise UserError(f"--steps is {args.steps}: choose from 2 to {most}, the run's number of timesteps")
@@ -93,8 +92,6 @@ def main(argv: Sequence[str]) -> int:
     print(f"{bits.mean():.4f} +- {error:.4f} bits per dimension, mean and standard error over {args.num} images")
     if not ode:
         print("of which prior {:.4f}, KL terms {:.4f}, decoder (t = 0) {:.4f}".format(*parts.mean(1)))
-    print(
-        f"{args.run} at step {run.step}, {args.weights} weights; {name}, {args.split} split, seed {args.seed}; "
-        f"{args.method}, {len(timesteps)} timesteps; {time.perf_counter() - clock:.1f} s"
-    )
+    print(f"{args.run} at step {run.step}, {args.weights} weights; {name}, {args.split} split, seed {args.seed}; ", end="")
+    print(f"{args.method}, {len(timesteps)} timesteps; {time.perf_counter() - clock:.1f} s")
     return 0

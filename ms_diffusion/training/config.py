@@ -206,7 +206,6 @@ def config_from_record(record: dict[str, Any]) -> Config:
 
 def override(config: Config, **values: Any) -> Config:
     """The configuration with other values: override(config, lr=1e-3, total_steps=100), or by section, {"data.size": 32}.
-
     A name without its section is looked for in train, then data, model, diffusion and the run's own fields. Raises UserError
     if no field has such a name."""
     sections = [name for name in ("train", "data", "model", "diffusion") if hasattr(config, name)]

@@ -56,8 +56,8 @@ def train(config: str | Config = "quick", run_dir: str | Path | None = None, dat
     return run
 
 
-def train_task(task: Task, run_dir: Path, device: str, stop: threading.Event, on_save: OnSave = None,
-        ) -> tuple[int, Path | None]:  # fmt: skip
+def train_task(task: Task, run_dir: Path, device: str, stop: threading.Event,
+        on_save: OnSave = None) -> tuple[int, Path | None]:  # fmt: skip
     """Train the task to its last step, or until `stop` is set; returns the step and the last preview, if there is one."""
     config, train = task.config, task.config.train
     rank, world_size = initialise_ranks()

@@ -32,10 +32,9 @@ def default_run() -> str:
 
 
 def run_folders(run: str | Path) -> tuple[Path, Path]:
-    """(checkpoint, run): the newest checkpoint of a run's folder, or the given checkpoint or weights file, and its run.
-
-    A bundled model goes by its name; its folder is run and checkpoint in one. Raises UserError if there is no such run, or
-    it has no checkpoint."""
+    """(checkpoint, run): the newest checkpoint of a run's folder, or the given checkpoint or weights file, and its run. A
+    bundled model goes by its name; its folder is run and checkpoint in one. Raises UserError if there is no such run, or it
+    has no checkpoint."""
     run = Path(run)
     if not run.exists() and str(run) in bundled_models():
         run = WEIGHTS / run
