@@ -181,7 +181,7 @@ def measure_runs(args: Args) -> list[dict[str, Any]]:
 def machine(device: str) -> dict[str, Any]:
     """What the figures depend on."""
     cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    lines = cpuinfo.read_text().splitlines() if os.access(cpuinfo, os.R_OK) else []
     cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     versions = {"mindspore": ms.__version__, "python": platform.python_version()}

@@ -133,8 +133,7 @@ def check_same_run(run_dir: Path, config: Config) -> None:
     if not record.exists():
         return
     old, new = fixed_parts(Config.from_json(record)), fixed_parts(config)
-    if differs := [name for name in old.keys() | new.keys() if old.get(name) != new.get(name)]:
-        part = differs[0]
+    if part := next((name for name in old.keys() | new.keys() if old.get(name) != new.get(name)), None):
         raise UserError(f"{run_dir} holds a run with another {part}: use another --run-dir, or the command it began with")
 
 
@@ -151,14 +150,13 @@ class Metrics:
 
     def __init__(self, path: Path, start: int):
         self.path, self.rows = path, []
-        if path.exists():
-            for line in path.read_text().splitlines():
-                try:
-                    row = json.loads(line)
-                except ValueError:  # a crash cut the last line
-                    break
-                if row["step"] <= start:
-                    self.rows.append(row)
+        for line in path.read_text().splitlines() if path.exists() else []:
+            try:
+                row = json.loads(line)
+            except ValueError:  # a crash cut the last line
+                break
+            if row["step"] <= start:
+                self.rows.append(row)
         write(path, lambda f: f.write("".join(json.dumps(row) + "\n" for row in self.rows).encode()))
 
     def append(self, **row: float) -> None:

@@ -94,9 +94,7 @@ PRESETS: dict[str, Config] = {  # PRESETS["mine"] = config adds a preset
         train=replace(KL_F8, disc_start=50_001, disc_lr=1.8e-5, disc_channels=64, disc_layers=3),
     ),
     "latent": LATENT,
-    "latent-text": replace(
-        LATENT,
-        model=replace(LATENT.model, condition="text", num_classes=None, vocab_size=len(WORDS), max_length=LENGTH),
-        train=replace(LATENT.train, total_steps=6000),
+    "latent-text": override(
+        LATENT, total_steps=6000, **{"model.condition": "text"}, num_classes=None, vocab_size=len(WORDS), max_length=LENGTH
     ),
 }
