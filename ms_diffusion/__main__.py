@@ -18,8 +18,7 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, 2 after bad input, 130 after an interruption."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    return runtime.run_program(run_command, argv)
+    return runtime.run_program(run_command, sys.argv[1:] if argv is None else argv)
 
 
 def run_command(argv: list[str]) -> int:

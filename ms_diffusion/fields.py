@@ -1,7 +1,6 @@
 """Checked configuration fields: a range or a set of names beside a field's type, and the one validator that reads them.
 
-lr: Annotated[float, POSITIVE] = 1e-3
-"""
+lr: Annotated[float, POSITIVE] = 1e-3"""
 
 import math
 import types
@@ -102,15 +101,13 @@ def find_problem(value: Any, hint: Any) -> str | None:
     return None if hint is Any or isinstance(value, hint) else f"it must be {kinds.get(hint, hint.__name__)}"
 
 
-def from_record(
-    cls: type[T], record: dict[str, Any], renamed: Mapping[str, str], obsolete: Container[str] = (), path: str = ""
-) -> T:
+def from_record(cls: type[T], record: dict[str, Any], renamed: Mapping[str, str], obsolete: Container[str] = (),
+        path: str = "") -> T:  # fmt: skip
     """An instance of the dataclass `cls` from a JSON object: lists become tuples, nested objects dataclasses.
 
     Where a field may hold one of several dataclasses, the first that has all keys of the object is used. `renamed` holds the
     new dotted name of each field that once had another, `obsolete` dotted names of fields that are dropped where `cls` lacks
-    them. Raises ValueError for an unknown key, or for something else where an object is expected.
-    """
+    them. Raises ValueError for an unknown key, or for something else where an object is expected."""
     if not isinstance(record, dict):
         raise ValueError(f"{path or 'it'} is not an object")
     record = {renamed.get(path + key, path + key).removeprefix(path): value for key, value in record.items()}

@@ -1,7 +1,5 @@
 """The machine: device, compilation, ranks, interrupts, and how a program ends. The only file that knows a device's name.
-
-Importing this module makes the settings that must precede ``import mindspore``. It imports MindSpore only when needed.
-"""
+Importing this module makes the settings that must precede ``import mindspore``. It imports MindSpore only when needed."""
 
 import contextlib
 import errno
@@ -134,7 +132,6 @@ def initialise_ranks() -> tuple[int, int]:
 
 def catch_interrupts() -> None:
     """Let Ctrl-C and SIGTERM set STOP; a second Ctrl-C ends the process at once. Call this before ``import mindspore``.
-
     Once an operator has run, SIGINT kills a MindSpore process without KeyboardInterrupt (2.7 to 2.10), so the signal is
     blocked and a thread waits for it."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})

@@ -13,14 +13,7 @@ from .denoiser import guide, make_denoiser, self_conditioned, with_label
 from .fields import AT_LEAST_1, FRACTION, NON_NEGATIVE, OneOf, check_fields
 from .process import GaussianDiffusion
 from .runtime import DEVICES, UserError, command
-from .samplers import (
-    SAMPLERS,
-    SPACINGS,
-    default_spacing,
-    generate,
-    sampler_options,
-    sampling_timesteps,
-)
+from .samplers import SAMPLERS, SPACINGS, default_spacing, generate, sampler_options, sampling_timesteps
 
 
 @dataclass(frozen=True)
@@ -56,23 +49,14 @@ class Sampling:
     """Device: auto is Ascend, then GPU, then CPU."""
 
     def resolve(self, task: Any) -> "Sampling":
-        """These options with the run's defaults filled in.
-
-        Args:
-            task: a `training.tasks.diffusion.DiffusionTask`.
-
-        Raises:
-            UserError: an option is out of range, or does not fit the run or another option.
-        """
+        """These options with the defaults of the run of `task`, a `training.tasks.diffusion.DiffusionTask`, filled in.
+        Raises UserError if an option is out of range, or does not fit the run or another option."""
         check_fields(self)
         train, T = task.config.train, task.config.diffusion.num_timesteps
         options = self
-        if options.guidance is None:
-            options = replace(
-                options,
-                guidance=getattr(train, "sample_guidance", 1.0),
-                guidance_interval=options.guidance_interval or getattr(train, "sample_guidance_interval", None),
-            )
+        if self.guidance is None:
+            interval = self.guidance_interval or getattr(train, "sample_guidance_interval", None)
+            options = replace(self, guidance=getattr(train, "sample_guidance", 1.0), guidance_interval=interval)
         options.check(T)
         if options.guidance != 1 and task.null_label is None:
             flag = "--train.sample-guidance" if self.guidance is None else "--guidance"
@@ -98,12 +82,9 @@ class Sampling:
                 raise UserError(f"--{flag} is an option of {', '.join(takers)}, not of {self.sampler}: leave it out")
         if self.guidance in (None, 1) and (self.guidance_rescale or self.guidance_interval):
             raise UserError("--guidance-rescale and --guidance-interval need --guidance: set it to 3, for example")
-        if self.guidance_interval:
-            first, last = self.guidance_interval
-            if not 0 <= first <= last < num_timesteps:
-                raise UserError(
-                    f"--guidance-interval is {first} {last}: give two timesteps in 0..{num_timesteps - 1}, the lower first"
-                )
+        (first, last), most = self.guidance_interval or (0, 0), num_timesteps - 1
+        if not 0 <= first <= last <= most:
+            raise UserError(f"--guidance-interval is {first} {last}: give two timesteps in 0..{most}, the lower first")
 
     def make_sampler(self) -> Callable:
         """The sampler with its options set."""
@@ -122,17 +103,10 @@ class Generator:
     Args:
         shape: Shape of one sample, (C, H, W) or (2,).
         null_label: The label for "no class", which guidance needs.
-        self_condition: Whether the network takes its last x_0.
-    """
+        self_condition: Whether the network takes its last x_0."""
 
-    def __init__(
-        self,
-        net: nn.Cell,
-        diffusion: GaussianDiffusion,
-        shape: Sequence[int],
-        null_label: int | None = None,
-        self_condition: bool = False,
-    ):
+    def __init__(self, net: nn.Cell, diffusion: GaussianDiffusion, shape: Sequence[int], null_label: int | None = None,
+            self_condition: bool = False):  # fmt: skip
         self.net, self.diffusion, self.shape = net, diffusion, tuple(shape)
         self.null_label, self.self_condition = null_label, self_condition
         self._denoisers: dict[bool, Callable] = {}
@@ -150,69 +124,38 @@ class Generator:
             return self.raw_denoiser(clip)
         if self.null_label is None:
             raise UserError(f"guidance is {scale:g}, but there is no null_label: leave it out, or give that label")
-        raw = self.raw_denoiser(False)
-        uncond = with_label(raw, self.null_label)
-        return guide(raw, uncond, scale, sampling.guidance_rescale, sampling.guidance_interval, clip)
+        raw, options = self.raw_denoiser(False), (sampling.guidance_rescale, sampling.guidance_interval)
+        return guide(raw, with_label(raw, self.null_label), scale, *options, clip)
 
-    def draw(
-        self,
-        sampling: Sampling,
-        num: int,
-        cond: Sequence[np.ndarray] = (),
-        callback: Callable | None = None,
-        start: np.ndarray | None = None,
-        timesteps: list[int] | None = None,
-        denoise: Callable | None = None,
-        sampler: Callable | None = None,
-    ) -> np.ndarray:
+    def draw(self, sampling: Sampling, num: int, cond: Sequence[np.ndarray] = (), callback: Callable | None = None,
+            start: np.ndarray | None = None, timesteps: list[int] | None = None, denoise: Callable | None = None,
+            sampler: Callable | None = None) -> np.ndarray:  # fmt: skip
         """`num` samples (num, *shape) float32.
 
         Args:
             cond: The network's conditions in its order, arrays (num, ...).
             callback: callback(i, x, x_start) after each step.
             start: The first x (num, *shape), at the noise level of the first timestep; by default noise.
-            timesteps, denoise, sampler: Replace those of `sampling`.
-        """
-        sampler = sampler or sampling.make_sampler()
-        return generate(
-            self_conditioned(sampler) if self.self_condition else sampler,
-            denoise or self.denoiser(sampling),
-            self.diffusion,
-            timesteps or sampling.timesteps(self.diffusion),
-            self.shape,
-            num,
-            sampling.seed,
-            sampling.batch_size or (64 if len(self.shape) > 1 else num),
-            callback,
-            cond,
-            start,
-        )
+            timesteps, denoise, sampler: Replace those of `sampling`."""
+        sampler, denoise = sampler or sampling.make_sampler(), denoise or self.denoiser(sampling)
+        sampler = self_conditioned(sampler) if self.self_condition else sampler
+        timesteps = timesteps or sampling.timesteps(self.diffusion)
+        size = num, sampling.seed, sampling.batch_size or (64 if len(self.shape) > 1 else num)
+        return generate(sampler, denoise, self.diffusion, timesteps, self.shape, *size, callback, cond, start)
 
 
-def sample(
-    net: nn.Cell,
-    diffusion: GaussianDiffusion,
-    shape: Sequence[int],
-    num: int = 64,
-    *,
-    cond: Sequence[np.ndarray] = (),
-    null_label: int | None = None,
-    self_condition: bool = False,
-    callback: Callable | None = None,
-    **options: Any,
-) -> np.ndarray:
+def sample(net: nn.Cell, diffusion: GaussianDiffusion, shape: Sequence[int], num: int = 64, *,
+        cond: Sequence[np.ndarray] = (), null_label: int | None = None, self_condition: bool = False,
+        callback: Callable | None = None, **options: Any) -> np.ndarray:  # fmt: skip
     """`num` samples (num, *shape) float32 from any network net(x_t, t, *cond) that predicts what `diffusion` says.
+    Raises UserError if an option is unknown or out of range.
 
     Args:
         cond: Conditions in the network's order, arrays (num, ...); with guidance, labels come first.
         null_label: The label for "no class", needed with guidance other than 1.
         self_condition: Whether the network takes its last x_0 after the conditions.
         callback: callback(i, x, x_start) after each step.
-        options: Fields of `Sampling`: sampler, steps, seed, guidance, batch_size, ...
-
-    Raises:
-        UserError: an option is unknown or out of range.
-    """
+        options: Fields of `Sampling`: sampler, steps, seed, guidance, batch_size, ..."""
     sampling = sampling_from(options)
     check_fields(sampling)
     if num < 1:
@@ -222,13 +165,8 @@ def sample(
 
 
 def sampling_from(options: dict[str, Any]) -> Sampling:
-    """`Sampling` from keyword arguments.
-
-    Raises:
-        UserError: one of them is not a field of it.
-    """
+    """`Sampling` from keyword arguments. Raises UserError if one of them is not a field of it."""
     names = [field.name for field in fields(Sampling)]
-    for name in options:
-        if name not in names:
-            raise UserError(f"unknown option {name!r}: choose from {', '.join(names)}")
+    if unknown := [name for name in options if name not in names]:
+        raise UserError(f"unknown option {unknown[0]!r}: choose from {', '.join(names)}")
     return Sampling(**options)

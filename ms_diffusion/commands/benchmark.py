@@ -1,10 +1,12 @@
 """How fast this machine trains and samples: `benchmark --presets quick`. `benchmarks/` compares it with PyTorch."""
 
+import gc
 import json
 import math
 import os
 import platform
 import time
+import timeit
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
@@ -32,12 +34,8 @@ SAMPLES = 64  # images that are drawn at once
 
 
 class Work:
-    """Training calls of a run on the device; each waits for its result.
-
-    Args:
-        data: Training data in place of the configured data set, as `config.task` takes them.
-        steps_per_call: Training steps in one call of the compiled function.
-    """
+    """Training calls of a run on the device, of `steps_per_call` steps each; every call waits for its result.
+    `data` are training data in place of the configured data set, as `config.task` takes them."""
 
     def __init__(self, config: Any, batch_size: int, data: Any = None, steps_per_call: int = 1):
         every = dict.fromkeys(("total_steps", "log_every", "sample_every", "save_every"), steps_per_call * 10**6)
@@ -123,26 +121,16 @@ class Args:
 
 
 def work_of(preset: str) -> type[Work]:
-    """What is timed of a preset.
-
-    Raises:
-        UserError: the preset needs a trained first stage or data of its own.
-    """
-    if PRESETS[preset].kind not in WORKS:
-        raise UserError(
-            f"--presets {preset}: only presets of {' and '.join(WORKS)} can be timed; time a trained run, --runs"
-        )
-    return WORKS[PRESETS[preset].kind]
+    """What is timed of a preset. Raises UserError if the preset needs a trained first stage or data of its own."""
+    kind, kinds = PRESETS[preset].kind, " and ".join(WORKS)
+    if kind not in WORKS:
+        raise UserError(f"--presets {preset}: only presets of {kinds} can be timed; time a trained run, --runs")
+    return WORKS[kind]
 
 
 def seconds_of(call: Callable[[], Any], rounds: int) -> list[float]:
     """Seconds of each of `rounds` calls, after one that does not count."""
-    found = []
-    for _ in range(rounds + 1):
-        start = time.perf_counter()
-        call()
-        found.append(time.perf_counter() - start)
-    return found[1:]
+    return timeit.repeat(call, gc.enable, number=1, repeat=rounds + 1)[1:]
 
 
 def measure(args: Args) -> list[dict[str, Any]]:
@@ -192,10 +180,8 @@ def measure_runs(args: Args) -> list[dict[str, Any]]:
 
 def machine(device: str) -> dict[str, Any]:
     """What the figures depend on."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if os.access(cpuinfo, os.R_OK) else []
     cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     versions = {"mindspore": ms.__version__, "python": platform.python_version()}

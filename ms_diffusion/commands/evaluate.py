@@ -1,12 +1,10 @@
 """Score samples against real images: `evaluate runs/quick-class`, or images.npz, or train, the real images themselves.
-
-Every score stands beside its floor: what as many real images of the other split score in the same comparison.
-"""
+Every score stands beside its floor: what as many real images of the other split score in the same comparison."""
 
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -37,9 +35,7 @@ class Args:
     """Split of the real images to compare with."""
     against_num: Annotated[int, AT_LEAST_1] | None = None
     """Number of real images; by default as many as are scored, or all if there are fewer."""
-    sampling: Annotated[Sampling, tyro.conf.arg(name="")] = field(
-        default_factory=lambda: Sampling(sampler="dpmpp_2m", steps=20)
-    )
+    sampling: Annotated[Sampling, tyro.conf.arg(name="")] = Sampling(sampler="dpmpp_2m", steps=20)
     data: Annotated[str, OneOf(DATASETS)] | None = None
     """Data set of the real images; by default the run's own, or fashion-mnist."""
     data_dir: str | None = None

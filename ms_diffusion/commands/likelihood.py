@@ -52,11 +52,9 @@ def main(argv: Sequence[str]) -> int:
     run = load(args.run, args.weights, device=args.device)
     pictures, conditions = run.task.likelihood_data(args.split)
     diffusion, name, ode = run.diffusion, run.config.data.name, args.method == "ode"
-    assert diffusion
     if ode and not 2 <= args.steps <= diffusion.num_timesteps:
-        raise UserError(
-            f"--steps is {args.steps}: choose from 2 to {diffusion.num_timesteps}, the run's number of timesteps"
-        )
+        most = diffusion.num_timesteps
+        raise UserError(f"--steps is {args.steps}: choose from 2 to {most}, the run's number of timesteps")
     if ode and diffusion.alphas_cumprod[-1] == 0:
         raise UserError("the run's last timestep holds no data (zero terminal SNR), which the ODE needs: use --method bound")
     if args.num > len(pictures):
@@ -75,9 +73,8 @@ def main(argv: Sequence[str]) -> int:
             x, probes = (n + rng.random(n.shape) - 0.5) / 127.5 - 1, rng.choice([-1.0, 1.0], n.shape)
             log_density = ode_log_likelihood(lambda x, t: graph(x, t, probes, *cond), diffusion, x, timesteps, watch)
             return [dequantised_bits_per_dim(log_density, n[0].size)]
-        bound = bits_per_dim(
-            lambda x, t: graph(Tensor(np.float32(x)), t, *cond).asnumpy(), diffusion, n / 127.5 - 1, rng, watch
-        )
+        x = n / 127.5 - 1
+        bound = bits_per_dim(lambda x, t: graph(Tensor(np.float32(x)), t, *cond).asnumpy(), diffusion, x, rng, watch)
         return [bound.prior, bound.terms[:, 1:].sum(1), bound.terms[:, 0]]
 
     def watch(t: int) -> None:
@@ -95,8 +92,6 @@ def main(argv: Sequence[str]) -> int:
     print(f"{bits.mean():.4f} +- {error:.4f} bits per dimension, mean and standard error over {args.num} images")
     if not ode:
         print("of which prior {:.4f}, KL terms {:.4f}, decoder (t = 0) {:.4f}".format(*parts.mean(1)))
-    print(
-        f"{args.run} at step {run.step}, {args.weights} weights; {name}, {args.split} split, seed {args.seed}; "
-        f"{args.method}, {len(timesteps)} timesteps; {time.perf_counter() - clock:.1f} s"
-    )
+    print(f"{args.run} at step {run.step}, {args.weights} weights; {name}, {args.split} split, seed {args.seed}; ", end="")
+    print(f"{args.method}, {len(timesteps)} timesteps; {time.perf_counter() - clock:.1f} s")
     return 0

@@ -18,10 +18,7 @@ T = TypeVar("T")
 
 def parse(cls: type[T], argv: Sequence[str], default: T | None = None, prog: str | None = None) -> T:
     """An instance of the dataclass `cls` from the command line. On ModelArts unknown flags are ignored.
-
-    Raises:
-        UserError: an unknown flag, or a value of the wrong type.
-    """
+    Raises UserError for an unknown flag, or a value of the wrong type."""
     plain: Any = tyro.conf.AvoidSubcommands[cls]  # type: ignore[valid-type]  # of a union, the default's class is used
     messages = io.StringIO()
     try:
@@ -37,7 +34,10 @@ def parse(cls: type[T], argv: Sequence[str], default: T | None = None, prog: str
     on_platform = modelarts.on_modelarts() or getattr(args, "data_url", None) or getattr(args, "train_url", None)
     if dotted or (flags and not on_platform):
         flag = (dotted or flags)[0].split("=")[0]
-        known = re.findall(r"--[\w.-]+", help_text(plain, default))
+        usage = io.StringIO()
+        with contextlib.redirect_stdout(usage), contextlib.suppress(SystemExit):
+            tyro.cli(plain, default=default, args=["--help"])
+        known = re.findall(r"--[\w.-]+", usage.getvalue())
         close = difflib.get_close_matches(flag.replace("_", "-"), known, 1, 0.5)
         raise UserError(f"unknown argument {flag}: " + (f"did you mean {close[0]}?" if close else "see --help"))
     if flags:
@@ -46,11 +46,8 @@ def parse(cls: type[T], argv: Sequence[str], default: T | None = None, prog: str
 
 
 def rename_flags(argv: Sequence[str], renamed: Mapping[str, str]) -> list[str]:
-    """The command line with today's names of flags; a line on stderr names each that was replaced.
-
-    Args:
-        renamed: Old dotted name of a field -> its new name.
-    """
+    """The command line with today's names of flags; a line on stderr names each that was replaced. `renamed` maps the old
+    dotted name of a field to its new name."""
     flags = {f"--{old.replace('_', '-')}": f"--{new.replace('_', '-')}" for old, new in renamed.items()}
     result = []
     for argument in argv:
@@ -60,10 +57,3 @@ def rename_flags(argv: Sequence[str], renamed: Mapping[str, str]) -> list[str]:
             argument = new + equals + value
         result.append(argument)
     return result
-
-
-def help_text(cls: Any, default: Any) -> str:
-    text = io.StringIO()
-    with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
-        tyro.cli(cls, default=default, args=["--help"])
-    return text.getvalue()

@@ -20,8 +20,7 @@ from .parse import parse
 class Args(Request):
     """Draw samples from a trained run, or edit images with it.
 
-    IMAGE is a file, or test:N, image N of the run's own test set. A run of points gets all its pictures and scores.
-    """
+    IMAGE is a file, or test:N, image N of the run's own test set. A run of points gets all its pictures and scores."""
 
     run: Annotated[str | None, tyro.conf.Positional] = None
     """A run's folder, one of its checkpoints, or the name of a bundled model (see --list)."""

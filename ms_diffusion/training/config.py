@@ -144,14 +144,9 @@ class Config:
         raise UserError(f"runs of {self.kind} take no data from Python: leave out data")
 
     def check(self) -> None:
-        """Refuse values out of range, or that do not fit each other.
-
-        Raises:
-            UserError: names the flag, its value and what to do.
-        """
+        """Refuse values out of range, or that do not fit each other: UserError names the flag, its value and what to do."""
         check_fields(self)
-        train = self.train
-        if train.total_steps == 0 and not self.init_from:
+        if self.train.total_steps == 0 and not self.init_from:
             raise UserError("--train.total-steps is 0: it must be at least 1, except with --init-from")
         if not self.init_from and (self.init_ignore or self.init_partial or self.init_ema):
             raise UserError("--init-ignore, --init-partial and --init-ema apply to a file of weights: add --init-from")
@@ -162,11 +157,7 @@ class Config:
 
     @staticmethod
     def from_json(path: str | Path) -> "Config":
-        """Read a run's config.json.
-
-        Raises:
-            UserError: the file is missing or is no such record.
-        """
+        """Read a run's config.json. Raises UserError if the file is missing or is no such record."""
         try:
             return config_from_record(json.loads(Path(path).read_text()))
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
@@ -187,19 +178,14 @@ class DiffusionRunConfig(Config):
                 power_of_length(length)
             except ValueError as e:
                 raise UserError(f"--train.ema-lengths: {e}") from e
-        if self.train.sample_steps > self.diffusion.num_timesteps:
-            raise UserError(
-                f"--train.sample-steps is {self.train.sample_steps}: choose at most {self.diffusion.num_timesteps}, "
-                "the number of timesteps"
-            )
+        steps, most = self.train.sample_steps, self.diffusion.num_timesteps
+        if steps > most:
+            raise UserError(f"--train.sample-steps is {steps}: choose at most {most}, the number of timesteps")
 
 
 def config_from_record(record: dict[str, Any]) -> Config:
     """The configuration in a config.json. A record without `kind` is of the first kind that has its model's fields.
-
-    Raises:
-        ValueError: no kind has these fields.
-    """
+    Raises ValueError if no kind has these fields."""
     kind, record = record.get("kind"), {key: value for key, value in record.items() if key != "kind"}
     if kind is not None:
         if kind not in Config.kinds:
@@ -220,12 +206,8 @@ def config_from_record(record: dict[str, Any]) -> Config:
 
 def override(config: Config, **values: Any) -> Config:
     """The configuration with other values: override(config, lr=1e-3, total_steps=100), or by section, {"data.size": 32}.
-
-    A name without its section is looked for in train, then data, model, diffusion and the run's own fields.
-
-    Raises:
-        UserError: no field has such a name.
-    """
+    A name without its section is looked for in train, then data, model, diffusion and the run's own fields. Raises UserError
+    if no field has such a name."""
     sections = [name for name in ("train", "data", "model", "diffusion") if hasattr(config, name)]
     owners: dict[str, str] = {}
     for section in [*sections, ""]:

@@ -22,18 +22,13 @@ from .presets import PRESETS
 from .runs import Run
 from .tasks.base import Task
 
+OnSave = Callable[[Path], None] | None
 
-def train(
-    config: str | Config = "quick",
-    run_dir: str | Path | None = None,
-    data: Any = None,
-    *,
-    device: str = "auto",
-    stop: threading.Event | None = None,
-    on_save: Callable[[Path], None] | None = None,
-    **overrides: Any,
-) -> Run:
-    """Train a run, or continue one: the same call goes on where it stopped.
+
+def train(config: str | Config = "quick", run_dir: str | Path | None = None, data: Any = None, *, device: str = "auto",
+        stop: threading.Event | None = None, on_save: OnSave = None, **overrides: Any) -> Run:  # fmt: skip
+    """Train a run, or continue one: the same call goes on where it stopped. Returns the run, ready to sample from. Raises
+    UserError if the configuration or the data are not valid, the folder holds another run, or training diverged.
 
     Args:
         config: The name of a preset, or a configuration.
@@ -43,14 +38,7 @@ def train(
         device: auto (Ascend, then GPU, then CPU), ascend, gpu or cpu.
         stop: Training saves a checkpoint and returns soon after this event is set.
         on_save: Called with the run's folder after each checkpoint.
-        overrides: Values of the configuration's fields, such as total_steps=1000 or lr=1e-3.
-
-    Returns:
-        The run, ready to sample from.
-
-    Raises:
-        UserError: the configuration or the data are not valid, the folder holds another run, or training diverged.
-    """
+        overrides: Values of the configuration's fields, such as total_steps=1000 or lr=1e-3."""
     if isinstance(config, str):
         if config not in PRESETS:
             raise UserError(f"unknown preset {config!r}: choose one of {', '.join(PRESETS)}")
@@ -61,17 +49,15 @@ def train(
     check_fields(chosen)  # the types of values from Python; whether they fit the data is checked with the data
     if data is not None:
         chosen, arrays = chosen.with_data(data)
-    run_dir = Path(run_dir)
     name = set_device(device)
-    train_task(chosen.task(arrays), run_dir, name, stop or threading.Event(), on_save)
+    train_task(chosen.task(arrays), Path(run_dir), name, stop or threading.Event(), on_save)
     run = Run(run_dir)
     run.task.given_data = arrays
     return run
 
 
-def train_task(
-    task: Task, run_dir: Path, device: str, stop: threading.Event, on_save: Callable[[Path], None] | None = None
-) -> tuple[int, Path | None]:
+def train_task(task: Task, run_dir: Path, device: str, stop: threading.Event,
+        on_save: OnSave = None) -> tuple[int, Path | None]:  # fmt: skip
     """Train the task to its last step, or until `stop` is set; returns the step and the last preview, if there is one."""
     config, train = task.config, task.config.train
     rank, world_size = initialise_ranks()
@@ -114,15 +100,9 @@ def train_task(
                     )
                 bar.set_postfix_str(f"loss {mean:.4f}, {rate:.0f} {task.unit}/s")
                 if metrics:
-                    metrics.append(
-                        step=step,
-                        loss=mean,
-                        grad_norm=float(norm.asnumpy()),
-                        lr=float(rates[step - 1]),
-                        img_per_s=rate,
-                        epoch=step / steps_per_epoch,
-                        **{name: float(value.asnumpy()) for name, value in extras.items()},
-                    )
+                    grad_norm, lr, epoch = float(norm.asnumpy()), float(rates[step - 1]), step / steps_per_epoch
+                    more = {name: float(value.asnumpy()) for name, value in extras.items()}
+                    metrics.append(step=step, loss=mean, grad_norm=grad_norm, lr=lr, img_per_s=rate, epoch=epoch, **more)
                 losses, clock = [], time.perf_counter()
             if stop.is_set():
                 break
@@ -148,27 +128,20 @@ def train_task(
 
 def check_same_run(run_dir: Path, config: Config) -> None:
     """Refuse a folder that holds another run: only the location of the data and the training options may change.
-
-    Raises:
-        UserError: names what differs.
-    """
+    The UserError names what differs."""
     record = run_dir / "config.json"
     if not record.exists():
         return
     old, new = fixed_parts(Config.from_json(record)), fixed_parts(config)
-    for name in old.keys() | new.keys():
-        if old.get(name) != new.get(name):
-            raise UserError(
-                f"{run_dir} holds a run with another {name}: use another --run-dir, or the command it began with"
-            )
+    if part := next((name for name in old.keys() | new.keys() if old.get(name) != new.get(name)), None):
+        raise UserError(f"{run_dir} holds a run with another {part}: use another --run-dir, or the command it began with")
 
 
 def fixed_parts(config: Config) -> dict[str, Any]:
     """What stays the same in a run."""
     record = config.to_record()
     fixed = {name: record.get(name) for name in ("kind", "model", "diffusion", "precision")}
-    fixed["data"] = record["data"] | {"dir": None}
-    fixed["seed"] = record["train"]["seed"]
+    fixed |= {"data": record["data"] | {"dir": None}, "seed": record["train"]["seed"]}
     return fixed | {f"--{name.replace('_', '-')}": record.get(name) for name in ("first_stage_patch", "latent_scale")}
 
 
@@ -177,14 +150,13 @@ class Metrics:
 
     def __init__(self, path: Path, start: int):
         self.path, self.rows = path, []
-        if path.exists():
-            for line in path.read_text().splitlines():
-                try:
-                    row = json.loads(line)
-                except ValueError:  # a crash cut the last line
-                    break
-                if row["step"] <= start:
-                    self.rows.append(row)
+        for line in path.read_text().splitlines() if path.exists() else []:
+            try:
+                row = json.loads(line)
+            except ValueError:  # a crash cut the last line
+                break
+            if row["step"] <= start:
+                self.rows.append(row)
         write(path, lambda f: f.write("".join(json.dumps(row) + "\n" for row in self.rows).encode()))
 
     def append(self, **row: float) -> None:

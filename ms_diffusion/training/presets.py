@@ -9,46 +9,29 @@ from ..models.context import LatentUnetConfig
 from ..models.mlp import MLPConfig, ResidualMLPConfig
 from ..models.unet import UnetConfig
 from ..process import DiffusionConfig
-from .config import Config, DataConfig, DiffusionTrainConfig, ImageTrainConfig
+from .config import Config, DataConfig, DiffusionTrainConfig, ImageTrainConfig, override
 from .tasks.autoencoder import AutoencoderRunConfig, AutoencoderTrainConfig
 from .tasks.latents import LatentConfig
 from .tasks.pixels import PixelConfig
 from .tasks.points import PointsConfig, PointsDataConfig
 
-# Sized for a few minutes on two CPU cores
+# Sized for a few minutes on two CPU cores: 4800 steps
 QUICK = PixelConfig(
     data=DataConfig("fashion-mnist-mini"),
     # Predicting x0 gives whole shapes much sooner than predicting eps or v
     diffusion=DiffusionConfig(schedule="cosine", objective="x0", loss="l2"),
     model=UnetConfig(dim=32, init_dim=32, dim_mults=(1, 2), use_convnext=False, patch_size=2),
     train=ImageTrainConfig(
-        total_steps=4800,
-        batch_size=16,
-        lr=3e-3,
-        warmup_steps=50,
-        ema_decay=0.995,
-        log_every=25,
-        sample_every=1600,
-        save_every=800,
+        4800, batch_size=16, lr=3e-3, warmup_steps=50, ema_decay=0.995, log_every=25, sample_every=1600, save_every=800
     ),
 )
 
 # Points in the plane: a network that learns in seconds, then the network and training of the S-curve experiment
+REPORTS = DiffusionTrainConfig(log_every=100, sample_every=5000, save_every=5000, sample_num=2000, sample_steps=100)
 SCURVE = PointsConfig(
     diffusion=DiffusionConfig(schedule="sigmoid", loss="l2"),
     model=ResidualMLPConfig(),
-    train=DiffusionTrainConfig(
-        total_steps=10_000,
-        batch_size=256,
-        steps_per_call=100,
-        timestep_sampling="antithetic",
-        lr=2e-3,
-        log_every=100,
-        sample_every=5000,
-        save_every=5000,
-        sample_num=2000,
-        sample_steps=100,
-    ),
+    train=replace(REPORTS, total_steps=10_000, batch_size=256, steps_per_call=100, timestep_sampling="antithetic", lr=2e-3),
 )
 SCURVE_SEED = replace(
     SCURVE,
@@ -61,61 +44,36 @@ SCURVE_SEED = replace(
 CLASS = PixelConfig(
     data=DataConfig(flip=False),
     diffusion=DiffusionConfig(schedule="cosine", objective="x0", loss="l2", weighting="min-snr"),
-    model=UnetConfig(
-        dim=48,
-        init_dim=48,
-        dim_mults=(1, 2),
-        use_convnext=False,
-        scale_shift=True,
-        final_skip=True,
-        patch_size=2,
-        num_classes=10,
-    ),
+    model=replace(QUICK.model, dim=48, init_dim=48, scale_shift=True, final_skip=True, num_classes=10),
     train=ImageTrainConfig(
-        total_steps=6000,
-        batch_size=64,
-        lr=2e-3,
-        ema_decay=0.998,
-        sample_guidance=2.0,
-        sample_guidance_interval=(150, 750),
+        total_steps=6000, batch_size=64, lr=2e-3, ema_decay=0.998, sample_guidance=2.0, sample_guidance_interval=(150, 750)
     ),
 )
+LONG = replace(CLASS.train, warmup_steps=500, ema_decay=0.999, timestep_sampling="antithetic")
 
-# From images of 32 x 32 pixels to latents of 8 x 8 x 2 numbers, and the diffusion of these latents
+# From images of 32 x 32 pixels to latents of 8 x 8 x 2 numbers, and the diffusion of these latents.
+# The autoencoder's losses are sums over an image, hence the large clip_norm.
 AUTOENCODER = AutoencoderRunConfig(
     model=AutoencoderConfig(
         ch=16, ch_mult=(1, 2, 4), num_res_blocks=1, channels=1, resolution=32, z_channels=2, embed_dim=2, groups=8
     ),
     train=AutoencoderTrainConfig(
-        total_steps=12_000,
-        batch_size=16,
-        lr=4e-3,
-        clip_norm=1e4,  # the losses are sums over an image
-        ema_decay=0.998,
-        kl_weight=1e-2,
-        disc_start=9500,
+        total_steps=12_000, batch_size=16, lr=4e-3, clip_norm=1e4, ema_decay=0.998, kl_weight=1e-2, disc_start=9500
     ),
 )
 LATENT = LatentConfig(
     diffusion=DiffusionConfig(schedule="cosine", objective="v", loss="l2", weighting="min-snr"),
     model=LatentUnetConfig(groups=8),
-    train=ImageTrainConfig(
-        total_steps=10_000,
-        batch_size=64,
-        lr=2e-3,
-        warmup_steps=500,
-        timestep_sampling="antithetic",
-        sample_guidance=2.0,
-        sample_guidance_interval=(150, 750),
-    ),
+    train=replace(LONG, total_steps=10_000),
+)
+KL_F8 = AutoencoderTrainConfig(
+    total_steps=500_000, batch_size=4, lr=1.8e-5, lr_decay=False, warmup_steps=0, clip_norm=1e9, adam_betas=(0.5, 0.9)
 )
 
 PRESETS: dict[str, Config] = {  # PRESETS["mine"] = config adds a preset
     "quick": QUICK,
-    "quick-class": replace(QUICK, model=replace(QUICK.model, num_classes=10)),
-    "quick-upscale": replace(
-        QUICK, data=replace(QUICK.data, condition="lowres"), model=replace(QUICK.model, cond_channels=1)
-    ),
+    "quick-class": override(QUICK, num_classes=10),
+    "quick-upscale": override(QUICK, condition="lowres", cond_channels=1),
     "fashion-mnist": PixelConfig(),
     # The annotated diffusion model's own recipe for comparison: its process, constant learning rate and no average
     "fashion-mnist-seed": PixelConfig(
@@ -125,11 +83,7 @@ PRESETS: dict[str, Config] = {  # PRESETS["mine"] = config adds a preset
     "fashion-mnist-resnet": PixelConfig(model=UnetConfig(dim=32, use_convnext=False)),
     "fashion-mnist-class": CLASS,
     "fashion-mnist-large": replace(
-        CLASS,
-        model=replace(CLASS.model, dim=64, init_dim=64),
-        train=replace(
-            CLASS.train, total_steps=22_000, lr=1.5e-3, warmup_steps=500, ema_decay=0.999, timestep_sampling="antithetic"
-        ),
+        CLASS, model=replace(CLASS.model, dim=64, init_dim=64), train=replace(LONG, total_steps=22_000, lr=1.5e-3)
     ),
     **{name: replace(SCURVE, data=PointsDataConfig(name)) for name in TOYS},
     "scurve-seed": SCURVE_SEED,
@@ -137,24 +91,10 @@ PRESETS: dict[str, Config] = {  # PRESETS["mine"] = config adds a preset
     "autoencoder-kl-f8": AutoencoderRunConfig(
         data=DataConfig("image-folder", size=256),
         model=AutoencoderConfig(),
-        train=AutoencoderTrainConfig(
-            total_steps=500_000,
-            batch_size=4,
-            lr=1.8e-5,
-            lr_decay=False,
-            warmup_steps=0,
-            clip_norm=1e9,
-            adam_betas=(0.5, 0.9),
-            disc_start=50_001,
-            disc_lr=1.8e-5,
-            disc_channels=64,
-            disc_layers=3,
-        ),
+        train=replace(KL_F8, disc_start=50_001, disc_lr=1.8e-5, disc_channels=64, disc_layers=3),
     ),
     "latent": LATENT,
-    "latent-text": replace(
-        LATENT,
-        model=replace(LATENT.model, condition="text", num_classes=None, vocab_size=len(WORDS), max_length=LENGTH),
-        train=replace(LATENT.train, total_steps=6000),
+    "latent-text": override(
+        LATENT, total_steps=6000, **{"model.condition": "text"}, num_classes=None, vocab_size=len(WORDS), max_length=LENGTH
     ),
 }

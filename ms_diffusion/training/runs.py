@@ -25,24 +25,16 @@ def bundled_models() -> list[str]:
 
 
 def default_run() -> str:
-    """The first bundled model.
-
-    Raises:
-        UserError: there is none.
-    """
+    """The first bundled model. Raises UserError if there is none."""
     if not bundled_models():
         raise UserError("no run is given and no model is bundled with this package: give a run's folder, such as runs/quick")
     return bundled_models()[0]
 
 
 def run_folders(run: str | Path) -> tuple[Path, Path]:
-    """(checkpoint, run): the newest checkpoint of a run's folder, or the given checkpoint or weights file, and its run.
-
-    A bundled model goes by its name; its folder is run and checkpoint in one.
-
-    Raises:
-        UserError: there is no such run, or it has no checkpoint.
-    """
+    """(checkpoint, run): the newest checkpoint of a run's folder, or the given checkpoint or weights file, and its run. A
+    bundled model goes by its name; its folder is run and checkpoint in one. Raises UserError if there is no such run, or it
+    has no checkpoint."""
     run = Path(run)
     if not run.exists() and str(run) in bundled_models():
         run = WEIGHTS / run
@@ -53,14 +45,14 @@ def run_folders(run: str | Path) -> tuple[Path, Path]:
         raise UserError(f"{run} is not a folder: give a run's folder, such as runs/quick, or a bundled model: {known}")
     if (run / "state.json").exists():
         return run, run if (run / "config.json").exists() else run.resolve().parent.parent
-    found = checkpoints(run)
-    if not found:
+    if not (found := checkpoints(run)):
         raise UserError(f"{run} holds no checkpoint: train it first with {command('train')} --run-dir {run}")
     return found[-1], run
 
 
 class Run:
-    """A trained run: `md.load("runs/mine")`, or what `md.train` returns.
+    """A trained run: `md.load("runs/mine")`, or what `md.train` returns. Raises UserError if there is no such run, or it
+    cannot be read, or it keeps no averages.
 
     Args:
         path: A run's folder, for its newest checkpoint; one of its checkpoints; or the name of a bundled model.
@@ -70,11 +62,7 @@ class Run:
 
     Attributes:
         net, diffusion: The network in evaluation mode and its process (None for an autoencoder).
-        config, task, step: Its configuration, its kind, and the step of the checkpoint.
-
-    Raises:
-        UserError: there is no such run, or it cannot be read, or it keeps no averages.
-    """
+        config, task, step: Its configuration, its kind, and the step of the checkpoint."""
 
     def __init__(self, path: str | Path, weights: str = "ema", ema_length: float | None = None):
         self.name, (folder, self.home) = str(path), run_folders(path)
@@ -89,17 +77,12 @@ class Run:
         self.task.open(self.home, state)
 
     def average(self, length: float) -> dict[str, np.ndarray]:
-        """The weights' average of this length, from the averages in the run's checkpoints up to its step.
-
-        Raises:
-            UserError: the run keeps none, or the length is out of range.
-        """
-        lengths = getattr(self.config.train, "ema_lengths", ())
-        if not lengths:
+        """The weights' average of this length, from the averages in the run's checkpoints up to its step. Raises UserError
+        if the run keeps none, or the length is out of range."""
+        if not (lengths := getattr(self.config.train, "ema_lengths", ())):
             raise UserError("this run keeps no averages for --ema-length: train with --train.ema-lengths 0.05 0.1")
         kept = [(read_state(folder)["step"], each, folder) for folder in checkpoints(self.home) for each in lengths]
-        kept = [row for row in kept if row[0] <= self.step]
-        if not kept:
+        if not (kept := [row for row in kept if row[0] <= self.step]):
             raise UserError("this run has no checkpoint with averages for --ema-length: leave it out")
         steps, lengths, folders = zip(*kept, strict=True)
         try:
@@ -119,18 +102,10 @@ class Run:
             raise UserError(f"{self.name} is no diffusion model and draws no samples: evaluate it, or train on its latents")
         return self.task.generator(self.net, self.diffusion)
 
-    def sample(
-        self,
-        num: int = 64,
-        *,
-        labels: Any = None,
-        prompt: str | None = None,
-        pictures: np.ndarray | None = None,
-        raw: bool = False,
-        callback: Any = None,
-        **options: Any,
-    ) -> np.ndarray:
-        """Draw `num` samples: images (num, H, W, C) uint8, or points (num, 2) in the data's units.
+    def sample(self, num: int = 64, *, labels: Any = None, prompt: str | None = None, pictures: np.ndarray | None = None,
+            raw: bool = False, callback: Any = None, **options: Any) -> np.ndarray:  # fmt: skip
+        """Draw `num` samples: images (num, H, W, C) uint8, or points (num, 2) in the data's units. Raises UserError if
+        an option is unknown, out of range, or does not fit the run.
 
         Args:
             labels: A class's number or name, or (num,) of numbers; by default each class in turn.
@@ -138,11 +113,7 @@ class Run:
             pictures: Images (N, H, W, C) uint8 that an image condition is made of; by default test images.
             raw: Return floats, (num, C, H, W) in [-1, 1].
             callback: callback(i, x, x_start) after each step.
-            options: Fields of `Sampling`: sampler, steps, seed, guidance, batch_size, ...
-
-        Raises:
-            UserError: an option is unknown, out of range, or does not fit the run.
-        """
+            options: Fields of `Sampling`: sampler, steps, seed, guidance, batch_size, ..."""
         if num < 1:
             raise UserError(f"num is {num}: it must be at least 1")
         generator = self.generator
@@ -151,39 +122,22 @@ class Run:
         x = self.task.decode(generator.draw(sampling, num, self.task.in_order(cond), callback))
         return x if raw else self.task.to_output(x)
 
-    def evaluate(
-        self,
-        num: int = 10_000,
-        *,
-        against: str = "test",
-        against_num: int | None = None,
-        inception: str | None = None,
-        **options: Any,
-    ) -> dict[str, Any]:
-        """Score `num` samples (or reconstructions) against real images: {"protocol", "samples", "floor", ...}.
+    def evaluate(self, num: int = 10_000, *, against: str = "test", against_num: int | None = None,
+            inception: str | None = None, **options: Any) -> dict[str, Any]:  # fmt: skip
+        """Score `num` samples (or reconstructions) against real images: {"protocol", "samples", "floor", ...}. Raises
+        UserError if the run has no images, or there are too few.
 
         Args:
             against: The split of real images, "test" or "train".
             against_num: How many of them; by default `num`.
             inception: File of InceptionV3's weights, to use its features in place of the bundled classifier's.
-            options: Fields of `Sampling`; by default dpmpp_2m in 20 steps.
-
-        Raises:
-            UserError: the run has no images, or there are too few.
-        """
+            options: Fields of `Sampling`; by default dpmpp_2m in 20 steps."""
         sampling = sampling_from({"sampler": "dpmpp_2m", "steps": 20} | options)
         reference = self.reference(Features(inception), num, against, against_num)
         return reference.score(*self.task.samples_to_score(self, sampling, num, reference))
 
-    def reference(
-        self,
-        features: Features,
-        num: int,
-        against: str = "test",
-        against_num: int | None = None,
-        name: str | None = None,
-        folder: str | None = None,
-    ) -> Reference:
+    def reference(self, features: Features, num: int, against: str = "test", against_num: int | None = None,
+            name: str | None = None, folder: str | None = None) -> Reference:  # fmt: skip
         """The real images that this run's samples are scored against: its own data set, or the one of this name."""
         size, channels = self.task.image_format()
         data, arrays = self.config.data, self.task.given_data
@@ -198,9 +152,6 @@ class Run:
 
 def load(run: str | Path, weights: str = "ema", ema_length: float | None = None, device: str = "auto") -> Run:
     """The trained run in a folder, at one of its checkpoints, or a bundled model; the arguments are those of `Run`.
-
-    Raises:
-        UserError: it cannot be loaded, or there is no such device.
-    """
+    Raises UserError if it cannot be loaded, or there is no such device."""
     set_device(device)
     return Run(run, weights, ema_length)
