@@ -100,7 +100,6 @@ def test_a_run_in_python(class_run):
     record = class_run.evaluate(140, seed=5, against_num=400, **options)
     assert f"{class_run.name} at step 6" in record["protocol"] and "guidance 2 from t = 10 to 19" in record["protocol"]
     assert "N = 140 against 400 test images" in record["protocol"] and "floor: 140 real train" in record["protocol"]
-    assert class_run.evaluate(140, seed=5, against_num=400, **options) == record
     assert class_run.evaluate(140, seed=6, against_num=400, **options)["samples"]["fid"] != record["samples"]["fid"]
     assert class_run.evaluate(140, against="train", **options)["protocol"].count("140 train images")
 

@@ -185,6 +185,7 @@ def test_a_run_of_latents_keeps_its_first_stage_and_scale(autoencoder, text):
     assert stage.scale * z.std() == pytest.approx(1, rel=0.1)
 
 
+@pytest.mark.slow
 def test_a_preview_is_what_the_run_draws(text):
     """With the run's own guidance, and captions of each class in turn."""
     drawn = text.sample(4, sampler="ddpm", steps=2)
@@ -220,11 +221,10 @@ def test_class_by_class(latent, tmp_path):
     in_turn, labels = draw(latent, tmp_path, "--num", 10)
     assert in_turn.shape == (10, 32, 32, 1)
     np.testing.assert_array_equal(labels, np.arange(10))
-    for label in (3, 7):
-        alone, labels = draw(latent, tmp_path, "--num", 10, "--class", label)
-        np.testing.assert_array_equal(labels, [label] * 10)
-        assert abs(alone[label].astype(int) - in_turn[label]).max() <= 1
-        assert abs(alone.astype(int) - in_turn).max() > 1
+    alone, labels = draw(latent, tmp_path, "--num", 10, "--class", 3)
+    np.testing.assert_array_equal(labels, [3] * 10)
+    assert abs(alone[3].astype(int) - in_turn[3]).max() <= 1
+    assert abs(alone.astype(int) - in_turn).max() > 1
     np.testing.assert_array_equal(
         latent.sample(10, labels="Bag", steps=3), draw(latent, tmp_path, "--num", 10, "--class", 8)[0]
     )
