@@ -138,9 +138,7 @@ def _image_folder(directory: str | None, split: str, size: int, channels: int) -
 
 
 def _arrays(directory: str | None, split: str, size: int, channels: int) -> Labelled:
-    raise UserError(
-        "this run was trained on arrays, which it does not keep: name a data set, or call md.train again"
-    )
+    raise UserError("this run was trained on arrays, which it does not keep: name a data set, or call md.train again")
 
 
 # DATASETS["mine"] = loader adds a data set: loader(directory, split, size, channels) -> (images, labels), see load_images
