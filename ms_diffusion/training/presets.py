@@ -15,14 +15,21 @@ from .tasks.latents import LatentConfig
 from .tasks.pixels import PixelConfig
 from .tasks.points import PointsConfig, PointsDataConfig
 
-# Sized for a few minutes on two CPU cores: 4800 steps
+# Sized for a few minutes on two CPU cores
 QUICK = PixelConfig(
     data=DataConfig("fashion-mnist-mini"),
     # Predicting x0 gives whole shapes much sooner than predicting eps or v
     diffusion=DiffusionConfig(schedule="cosine", objective="x0", loss="l2"),
     model=UnetConfig(dim=32, init_dim=32, dim_mults=(1, 2), use_convnext=False, patch_size=2),
     train=ImageTrainConfig(
-        4800, batch_size=16, lr=3e-3, warmup_steps=50, ema_decay=0.995, log_every=25, sample_every=1600, save_every=800
+        total_steps=4800,
+        batch_size=16,
+        lr=3e-3,
+        warmup_steps=50,
+        ema_decay=0.995,
+        log_every=25,
+        sample_every=1600,
+        save_every=800,
     ),
 )
 
