@@ -58,9 +58,9 @@ def show_grid(
     font = ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", int(CAPTION * scale * 0.8))
     draw = ImageDraw.Draw(picture)
     height, width = images.shape[1] + CAPTION + GAP, images.shape[2] + GAP
-    columns = (picture.width // scale - GAP) // width
+    per_row = (picture.width // scale - GAP) // width
     for i, caption in enumerate(captions):
-        center, top = GAP + (i % columns + 0.5) * width, (i // columns + 1) * height - CAPTION
+        center, top = GAP + (i % per_row + 0.5) * width, (i // per_row + 1) * height - CAPTION
         draw.text((scale * center, scale * top), caption, "white", font, "mt")
     return picture
 

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -56,7 +56,11 @@ class Features:
         name is a hash of the images and of the weights."""
         key = hashlib.sha256(self.weights + str(images.shape).encode() + images.tobytes()).hexdigest()
         path = cache_folder(folder) / f"features-{key[:16]}.npz"
-        return load_or_compute(path, self._read, lambda: self(images), lambda file, outputs: np.savez(file, **outputs))
+
+        def save(file: BinaryIO, outputs: Any) -> None:
+            np.savez(file, **outputs)
+
+        return load_or_compute(path, self._read, lambda: self(images), save)
 
     def _read(self, file: BinaryIO) -> Outputs:
         with np.load(file) as arrays:

@@ -215,7 +215,7 @@ class ImageTask(Images, DiffusionTask):
         if request.denoise_row:
             images.save_grid(request.denoise_row, np.stack(rows, 1).reshape(-1, *rows[0].shape[1:]), len(rows))
         if request.npz:
-            arrays = {"images": images.to_uint8(x)}
+            arrays: dict[str, Any] = {"images": images.to_uint8(x)}
             if plan.labels is not None and plan.labels.max() < self.num_classes:
                 arrays["labels"] = plan.labels
             write(request.npz, lambda f: np.savez_compressed(f, **arrays))
