@@ -22,6 +22,9 @@ from ms_diffusion.samplers import (
 )
 from ms_diffusion.schedules import SCHEDULES
 
+# diffusers hands torch tensors to NumPy 2
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn:DeprecationWarning")
+
 
 def ratio(alpha_bar):
     """sigma / alpha, the noise in the units of the data."""
