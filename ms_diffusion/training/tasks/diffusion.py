@@ -30,7 +30,6 @@ class DiffusionTask(Task):
     clip_denoised = True  # whether the data are known to lie in [-1, 1]
     null_label: int | None = None  # the label or token for "no condition"; None where the network has no such condition
     self_condition = False
-    score_every = 0
     cond_fields: tuple[str, ...] = ()  # names of the network's conditions, in its order
 
     def build_parts(self) -> tuple[nn.Cell, GaussianDiffusion]:

@@ -117,7 +117,7 @@ class ImageTask(Images, DiffusionTask):
 
     def prepare(self) -> None:
         train = self.config.train
-        self.originals, self.score_every = self.data, train.score_every
+        self.originals = self.data
         self.scored = bool(train.score_every) and self.rank == 0 and self.start_step < train.total_steps
         if self.scored:
             if len(self.data) <= Classifier.num_features:
