@@ -130,6 +130,14 @@ def initialise_ranks() -> tuple[int, int]:
     return communication.get_rank(), communication.get_group_size()
 
 
+def barrier() -> None:
+    """Wait until all ranks are here; nothing with one rank."""
+    if int(os.environ.get("RANK_SIZE") or os.environ.get("MS_WORKER_NUM") or 1) > 1:
+        from mindspore import Tensor, ops
+
+        ops.AllReduce()(Tensor([0.0])).asnumpy()
+
+
 def catch_interrupts() -> None:
     """Let Ctrl-C and SIGTERM set STOP; a second Ctrl-C ends the process at once. Call this before ``import mindspore``.
     Once an operator has run, SIGINT kills a MindSpore process without KeyboardInterrupt (2.7 to 2.10), so the signal is
