@@ -26,7 +26,7 @@ from ..checkpoint import Checkpoint
 from ..config import Config, DataConfig, TrainConfig
 from ..pack import make_pack
 from ..runs import Run
-from ..step import EMA, make_optimizer, make_train_step
+from ..step import EMA, make_optimizer, make_train_step, to_device
 from .base import Arrays, Request, Scored, Task, load_initial_weights
 from .images import ImageData, Images, check_image_size
 
@@ -138,6 +138,7 @@ class AutoencoderTask(Images, Task):
         pack = make_pack(net, self.optimizer)
         d_pack = make_pack(discriminator, self.d_optimizer) if discriminator else None
         self.packs = [each for each in (pack, d_pack) if each]
+        self.to_device = to_device(bool(self.packs))
         generator = {"has_aux": True, "pack": pack, **options}
         self.likelihood_step = make_train_step(likelihood, self.optimizer, self.ema, **generator)
         if discriminator:
@@ -150,7 +151,7 @@ class AutoencoderTask(Images, Task):
         return {"x": x, "noise": rng.standard_normal((len(x), *self.latent_shape), np.float32)}
 
     def advance(self, batch: Arrays, step: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        train, x, noise = self.config.train, Tensor(batch["x"]), Tensor(batch["noise"])
+        train, (x, noise) = self.config.train, self.to_device(batch["x"], batch["noise"])
         if not self.discriminator or step < train.disc_start:
             loss, norm, _ = self.likelihood_step(x, noise)
             return loss, norm, {"logvar": self.logvar}

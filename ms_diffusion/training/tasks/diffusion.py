@@ -116,7 +116,7 @@ class DiffusionTask(Task):
         return {"self_cond_mask": rng.integers(0, 2, len(labels)).astype(np.float32)} if self.self_condition else {}
 
     def advance(self, batch: Arrays, step: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        loss, norm, *aux = self.train_step(**{name: Tensor(values) for name, values in batch.items()})
+        loss, norm, *aux = self.train_step(**batch)
         if self.importance:
             self.importance.update(batch["t"], aux[0].asnumpy())
         return loss, norm, {}
