@@ -21,7 +21,7 @@ static std::map<std::string, long> &noted() {  // never destroyed: MindSpore cal
   static auto &map = *new std::map<std::string, long>();
   return map;
 }
-static std::atomic<int> truths{0};
+static std::atomic<int> truths{1}, conditions{0};
 
 void note(const std::string &what, long times) {
   std::lock_guard<std::mutex> lock(mutex);
@@ -37,7 +37,7 @@ void copy(void *to, const void *from, size_t bytes, int kind) {
   // A single byte that the host reads is the condition of an `if` or `while` in the graph
   if (kind == 2 && bytes == 1) {
     note("condition");
-    *static_cast<char *>(to) = truths-- > 0;
+    *static_cast<char *>(to) = conditions++ % (truths + 1) < truths;
   }
 }
 
@@ -47,7 +47,11 @@ void *device_memory(size_t bytes) {
 }
 
 extern "C" {
-__attribute__((visibility("default"))) void dry_run_set_truths(int n) { truths = n; }
+// Of the conditions that the host reads from now on, n are true, one is false, and so on
+__attribute__((visibility("default"))) void dry_run_answer(int n) {
+  truths = n;
+  conditions = 0;
+}
 
 // Lines "name<tab>calls" of all that was called so far
 __attribute__((visibility("default"))) const char *dry_run_counts() {

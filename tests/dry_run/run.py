@@ -15,14 +15,14 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from .build import DEVICES, MAIN, libraries
 
 SOCS = ("Ascend910B2", "Ascend910_9391", "Ascend310P3")
-WARM, COUNTED = 4, 10  # steps before and between the two counts
+WARM = 4  # calls before the first count
 LOOP = 10  # steps in one call, for presets with a loop in the graph
 SAMPLES = 64
 NOT_LAUNCHED = re.compile(r"Create|Destroy|Set|Get|Find|Status|Version|bufferSize|GetErrorString")
@@ -58,8 +58,8 @@ class Card:
         return Counter({name: int(times) for name, times in rows})
 
     def answer(self, truths: int) -> None:
-        """Let the next conditions that the host reads of the card be true this often, and false then."""
-        self.library.dry_run_set_truths(truths)
+        """Of the conditions that the host reads of the card from now on, let this many be true, one false, and so on."""
+        self.library.dry_run_answer(truths)
 
     def graphs(self) -> Iterator[str]:
         """The text of each graph that was compiled since the last call: nodes with their types and devices."""
@@ -99,9 +99,11 @@ def flaws(graph: str) -> dict[str, list[str]]:
     return {name: sorted(node for node in nodes if not node.endswith("Actor")) for name, nodes in found.items()}
 
 
-def measure(card: Card, prepare: Callable[[], Callable[[Callable[[int], None]], None]], steps: int = 1) -> dict[str, Any]:
-    """Count what `prepare()` tells the card. It returns work(after), which calls after(i) after each of its calls i; a call
-    is of this many steps."""
+After = Callable[[int], None]  # is called after call i
+
+
+def measure(card: Card, work: Callable[[int, After], None], counted: int, steps: int = 1) -> dict[str, Any]:
+    """Count what work(calls, after) tells the card in `counted` calls, of `steps` steps each, after the first `WARM`."""
     import mindspore as ms
     from mindspore.common.api import ms_compile_cache
 
@@ -112,20 +114,18 @@ def measure(card: Card, prepare: Callable[[], Callable[[Callable[[int], None]], 
     first, marks = [], []
 
     def after(i: int) -> None:
-        card.answer(steps)
         if i == 0:
             ms.runtime.synchronize()
             first.append((len(ms_compile_cache), time.perf_counter()))
-        if i in (WARM - 1, WARM + COUNTED - 1):
+        if i in (WARM - 1, WARM + counted - 1):
             start = time.perf_counter()
             marks.append((settled(), start, time.perf_counter()))
 
     record: dict[str, Any] = {"error": None}
     start = time.perf_counter()
     try:
-        work = prepare()
-        card.answer(steps)
-        work(after)
+        card.answer(steps if steps > 1 else 10**9)  # a loop of so many steps, or a step that has not overflowed
+        work(WARM + counted, after)
         ms.runtime.synchronize()
     except (RuntimeError, TypeError, ValueError, NotImplementedError) as e:
         record["error"] = f"{type(e).__name__}: {e}"[:600]
@@ -136,23 +136,24 @@ def measure(card: Card, prepare: Callable[[], Callable[[Callable[[int], None]], 
     idle = settled()
     idle = settled() - idle  # what waiting costs
     (before, _, begun), (then, ended, _) = marks
-    calls = {name: (then[name] - before[name] - idle[name]) / (COUNTED * steps) for name in then}
+    calls = {name: (then[name] - before[name] - idle[name]) / (counted * steps) for name in then}
+    calls = {name: round(times, 2) if times % 1 else int(times) for name, times in calls.items()}
     launches: Counter[str] = Counter()
     for name, times in calls.items():
         if times > 0 and (launched := card.launch(name)):
             launches[launched] += times
-    waits = {name: round(times, 2) for name, times in calls.items() if "Synchronize" in name and times > 0}
+    waits = {name: times for name, times in calls.items() if "Synchronize" in name and times > 0}
     record |= {
         "launches": round(sum(launches.values()), 2),
         "aclnn": round(sum(times for name, times in launches.items() if name.startswith("aclnn")), 2),
         "aclop": round(sum(times for name, times in launches.items() if name.startswith("aclop")), 2),
-        **{kind: round(calls.get(f"copy {kind}", 0), 2) for kind in ("H2D", "D2H", "D2D")},
+        **{kind: calls.get(f"copy {kind}", 0) for kind in ("H2D", "D2H", "D2D")},
         "synchronisations": round(sum(waits.values()), 2),
-        "conditions": round(calls.get("condition", 0), 2),
+        "conditions": calls.get("condition", 0),
         "recompilations": len(ms_compile_cache) - first[0][0],
-        "host_ms": round((ended - begun) * 1000 / (COUNTED * steps), 2),
+        "host_ms": round((ended - begun) * 1000 / (counted * steps), 2),
         "first_s": round(first[0][1] - start, 1),
-        "types": {name: round(times, 2) for name, times in launches.most_common()},
+        "types": dict(launches.most_common()),
         "waits": waits,
     }
     if card.device == "gpu":
@@ -203,32 +204,25 @@ def start_task(preset: str, precision: str, device: str) -> Any:
     return task
 
 
-def training(task: Any) -> Callable[[Callable[[int], None]], None]:
+def training(task: Any, calls: int, after: After) -> None:
     batches = task.batches()
-
-    def work(after: Callable[[int], None]) -> None:
-        for i in range(WARM + COUNTED):
-            task.advance(next(batches), i)
-            after(i)
-
-    return work
+    for i in range(calls):
+        task.advance(next(batches), i)
+        after(i)
 
 
-def sampling(task: Any) -> Callable[[Callable[[int], None]], None]:
+def sampling(task: Any, calls: int, after: After) -> None:
     """DDIM with the preset's guidance; of an autoencoder, images through encoder and decoder."""
     from ms_diffusion.sampling import Sampling
 
-    def draw(after: Callable[[int], None]) -> None:
-        options = Sampling(steps=WARM + COUNTED, batch_size=SAMPLES).resolve(task)
-        cond = task.in_order(task.preview_conditions(SAMPLES))
-        task.decode(task.average.draw(options, SAMPLES, cond, lambda i, *_: after(i)))
-
-    def reconstruct(after: Callable[[int], None]) -> None:
-        for i in range(WARM + COUNTED):
+    if not hasattr(task, "diffusion"):
+        for i in range(calls):
             task.average.reconstruct(task.data[:2])
             after(i)
-
-    return draw if hasattr(task, "diffusion") else reconstruct
+        return
+    options = Sampling(steps=calls, batch_size=SAMPLES).resolve(task)
+    cond = task.in_order(task.preview_conditions(SAMPLES))
+    task.decode(task.average.draw(options, SAMPLES, cond, lambda i, *_: after(i)))
 
 
 MODES = {"train": training, "sample": sampling}
@@ -275,27 +269,26 @@ def controls() -> dict[str, Callable[[int], Any]]:
     return calls
 
 
-def run(card: Card, preset: str, mode: str, precision: str) -> dict[str, Any]:
+def run(card: Card, counted: int, preset: str, mode: str, precision: str) -> dict[str, Any]:
     """The record of a preset, or of a control, of which there are no modes and precisions."""
     from ms_diffusion.runtime import UserError
 
-    device = {"ascend": "Ascend", "gpu": "GPU"}[card.device]
     if preset.startswith("control-"):
         call = controls()[preset.removeprefix("control-")]
 
-        def work(after: Callable[[int], None]) -> None:
-            for i in range(WARM + COUNTED):
+        def work(calls: int, after: After) -> None:
+            for i in range(calls):
                 call(i)
                 after(i)
 
-        return {"preset": preset, **measure(card, lambda: work)}
+        return {"preset": preset, **measure(card, work, counted)}
     record: dict[str, Any] = {"preset": preset, "mode": mode, "precision": precision}
     try:
-        task = start_task(preset, precision, device)
+        task = start_task(preset, precision, {"ascend": "Ascend", "gpu": "GPU"}[card.device])
     except UserError as e:
         return record | {"refused": str(e)}
     steps = task.steps_per_call if mode == "train" else 1
-    return record | measure(card, lambda: MODES[mode](task), steps)
+    return record | measure(card, partial(MODES[mode], task), counted, steps)
 
 
 def main() -> None:
@@ -305,6 +298,7 @@ def main() -> None:
     parser.add_argument("--mode", nargs="+", choices=MODES, default=["train"])
     parser.add_argument("--precision", nargs="+", choices=("fp32", "fp16", "bf16"), default=["fp32"])
     parser.add_argument("--soc", choices=SOCS, default=SOCS[0])
+    parser.add_argument("--steps", type=int, default=10, help="calls to count, after the first 4")
     parser.add_argument("--cases", help="a JSON list of [preset, mode, precision], in place of all combinations")
     args = parser.parse_args()
     cases = [(p, m, q) for p in args.preset for m in args.mode for q in args.precision]
@@ -316,7 +310,7 @@ def main() -> None:
     from ms_diffusion import runtime
 
     runtime.set_device(args.device)
-    records = [run(card, *case) for case in cases]
+    records = [run(card, args.steps, *case) for case in cases]
     json.dump(
         {"device": args.device, "soc": args.soc if args.device == "ascend" else None, "records": records}, out, indent=1
     )
