@@ -9,6 +9,7 @@ import ctypes
 import json
 import os
 import re
+import shutil
 import sys
 import tempfile
 import time
@@ -21,6 +22,7 @@ from typing import Any
 
 from .build import DEVICES, MAIN, libraries
 
+PRECISIONS = ("fp32", "fp16", "bf16")
 SOCS = ("Ascend910B2", "Ascend910_9391", "Ascend310P3")
 WARM = 4  # calls before the first count
 LOOP = 10  # steps in one call, for presets with a loop in the graph
@@ -33,7 +35,8 @@ class Card:
 
     def __init__(self, device: str, soc: str = SOCS[0]):
         self.device, folder = device, libraries(device)
-        self.ir = Path(tempfile.mkdtemp(prefix="dry-run-ir-"))
+        self.scratch = Path(tempfile.mkdtemp(prefix="dry-run-"))
+        self.ir = self.scratch / "ir"
         os.environ |= {
             "MS_DEV_SAVE_GRAPHS": "1",
             "MS_DEV_SAVE_GRAPHS_PATH": str(self.ir),
@@ -47,9 +50,7 @@ class Card:
             os.environ["CUDA_HOME"] = str(folder / "cuda")
         main = next(folder.rglob(MAIN[device]))
         # Loaded first, so that MindSpore's plugin finds these by their names, and no others that may be installed
-        for path in [main, *main.parent.iterdir()]:
-            self.library = ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)
-        self.library = ctypes.CDLL(str(main))
+        self.library, *_ = (ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL) for path in [main, *main.parent.iterdir()])
         self.library.dry_run_counts.restype = ctypes.c_char_p
 
     def counts(self) -> Counter[str]:
@@ -161,19 +162,19 @@ def measure(card: Card, work: Callable[[int, After], None], counted: int, steps:
     return record
 
 
-# What is run
+# Tasks and controls
 
 
 @cache
-def first_stage() -> str:
+def first_stage(folder: Path) -> str:
     """An autoencoder's run with initial weights, for the presets of latents."""
     from ms_diffusion.training.presets import PRESETS
     from tests.runs import untrained
 
-    return str(untrained(Path(tempfile.mkdtemp(prefix="dry-run-")) / "autoencoder", PRESETS["autoencoder"]))
+    return str(untrained(folder / "first-stage", PRESETS["autoencoder"]))
 
 
-def start_task(preset: str, precision: str, device: str) -> Any:
+def start_task(card: Card, preset: str, precision: str) -> Any:
     """A preset's task with few random data, started in an empty folder. Raises UserError if the kind lacks the precision."""
     import numpy as np
 
@@ -182,7 +183,7 @@ def start_task(preset: str, precision: str, device: str) -> Any:
     from ms_diffusion.training.tasks import autoencoder
 
     config: Any = PRESETS[preset]
-    train, folder = replace(config.train, total_steps=10**6), Path(tempfile.mkdtemp(prefix="dry-run-"))
+    train, folder = replace(config.train, total_steps=10**6), Path(tempfile.mkdtemp(dir=card.scratch))
     data = None
     if config.kind == "autoencoder":
         train = replace(train, disc_start=0)
@@ -197,10 +198,10 @@ def start_task(preset: str, precision: str, device: str) -> Any:
         data = rng.integers(0, 256, size, np.uint8), np.arange(num, dtype=np.int32) % 10
         config = replace(config, data=replace(config.data, dir=str(folder)))
     if config.kind == "latents":
-        config = replace(config, first_stage=first_stage(), latent_scale=1.0)
+        config = replace(config, first_stage=first_stage(card.scratch), latent_scale=1.0)
     task = replace(config, train=train, precision=precision).task(data)
     task.config.check()
-    task.start(folder / "run", device)
+    task.start(folder / "run", {"ascend": "Ascend", "gpu": "GPU"}[card.device])
     return task
 
 
@@ -284,7 +285,7 @@ def run(card: Card, counted: int, preset: str, mode: str, precision: str) -> dic
         return {"preset": preset, **measure(card, work, counted)}
     record: dict[str, Any] = {"preset": preset, "mode": mode, "precision": precision}
     try:
-        task = start_task(preset, precision, {"ascend": "Ascend", "gpu": "GPU"}[card.device])
+        task = start_task(card, preset, precision)
     except UserError as e:
         return record | {"refused": str(e)}
     steps = task.steps_per_call if mode == "train" else 1
@@ -296,7 +297,7 @@ def main() -> None:
     parser.add_argument("device", choices=DEVICES)
     parser.add_argument("--preset", nargs="+", default=["quick"])
     parser.add_argument("--mode", nargs="+", choices=MODES, default=["train"])
-    parser.add_argument("--precision", nargs="+", choices=("fp32", "fp16", "bf16"), default=["fp32"])
+    parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=["fp32"])
     parser.add_argument("--soc", choices=SOCS, default=SOCS[0])
     parser.add_argument("--steps", type=int, default=10, help="calls to count, after the first 4")
     parser.add_argument("--cases", help="a JSON list of [preset, mode, precision], in place of all combinations")
@@ -316,6 +317,7 @@ def main() -> None:
     )
     out.write("\n")
     out.close()
+    shutil.rmtree(card.scratch)
     sys.stdout.flush()
     os._exit(0)  # the stand-in has nothing to tidy up, and MindSpore would wait for it
 
