@@ -1,8 +1,9 @@
 """What each preset may tell a card in a step, and which presets are tried on which card.
 
-    python -m tests.dry_run.budgets              # measure everything anew and write budgets.json; about 20 minutes
+    python -m tests.dry_run.budgets              # measure what the tests try and write budgets.json; some minutes
     python -m tests.dry_run.budgets quick        # only the presets named
-    python -m tests.dry_run.budgets --check ...  # write nothing, and say what is over its budget
+    python -m tests.dry_run.budgets --all        # also every other preset, mode and precision; half an hour
+    python -m tests.dry_run.budgets --check      # write nothing, and say what is over its budget
 
 budgets.json holds [launches, copies, synchronisations] of a step, by card and "preset mode precision"."""
 
@@ -11,41 +12,52 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .run import PRECISIONS, SOCS
+from ms_diffusion.training.presets import PRESETS
+
+from .run import MODES, PRECISIONS, SOCS
 
 Case = tuple[str, str, str]  # preset, mode, precision
 
 ROOT = Path(__file__).parents[2]
 FILE = Path(__file__).with_name("budgets.json")
-# One preset of each network, and of each loss that has graphs of its own
-NETWORKS = ("quick-class", "fashion-mnist", "scurve", "scurve-seed", "autoencoder", "latent-text")
-FEW = ("quick", "scurve", "latent")
 
 
-def presets() -> list[str]:
+def different() -> list[str]:
     """All presets but those whose graphs are another's: they differ in their data alone."""
-    from dataclasses import replace
-
-    from ms_diffusion.training.presets import PRESETS
-
     seen: dict[str, str] = {}
     for name, config in PRESETS.items():
         seen.setdefault(repr(replace(config, data=None)) if config.kind == "points" else name, name)
     return list(seen.values())
 
 
-def all_cases() -> dict[str, list[Case]]:
-    """Every case that has a budget, by card."""
-    every = [(preset, mode, precision) for precision in PRECISIONS for mode in ("train", "sample") for preset in presets()]
-    few = [(preset, mode, precision) for preset in FEW for mode in ("train", "sample") for precision in ("fp32", "fp16")]
-    gpu = [(preset, mode, precision) for preset, mode, precision in every if preset in NETWORKS and precision != "bf16"]
-    return {SOCS[0]: every, **{soc: few for soc in SOCS[1:]}, "gpu": gpu}
+def combine(presets: Iterable[str], modes: str, precisions: str) -> list[Case]:
+    return [(p, mode, precision) for p in presets for mode in modes.split() for precision in precisions.split()]
 
 
-def measured(card: str, cases: Iterable[Case], steps: int = 5) -> list[dict[str, Any]]:
+EVERY = different()
+PIXELS = [name for name in EVERY if PRESETS[name].kind == "pixels"]
+NETWORKS = ("quick-class", "fashion-mnist", "scurve", "scurve-seed", "autoencoder", "latent-text")  # one of each
+# What the tests try; each group is a process
+GROUPS: dict[str, tuple[str, list[Case]]] = {
+    "pixels": (SOCS[0], combine(PIXELS, "train", "fp32")),
+    "others": (SOCS[0], combine([name for name in EVERY if name not in PIXELS], "train", "fp32")),
+    "samples": (SOCS[0], combine(EVERY, "sample", "fp32") + combine(("quick-class", "latent-text"), "sample", "fp16 bf16")),
+    "half": (SOCS[0], combine(NETWORKS, "train", "fp16 bf16")),
+    **{
+        soc: (soc, combine(("quick", "scurve"), "train sample", "fp16") + [("latent", "sample", "fp32")]) for soc in SOCS[1:]
+    },
+    "gpu": (
+        "gpu",
+        combine(NETWORKS, "train", "fp32") + [("quick-class", "train", "fp16"), ("latent-text", "sample", "fp32")],
+    ),
+}
+
+
+def measured(card: str, cases: Iterable[Case], steps: int = 3) -> list[dict[str, Any]]:
     """The records of these cases, of a process of their own. Raises RuntimeError if it fails."""
     device = ["gpu"] if card == "gpu" else ["ascend", "--soc", card]
     command = [sys.executable, "-m", "tests.dry_run.run", *device, "--steps", str(steps), "--cases", json.dumps(list(cases))]
@@ -96,31 +108,41 @@ def save(budgets: dict[str, dict[str, list[float]]]) -> None:
     FILE.write_text("{\n" + ",\n".join(cards) + "\n}\n")
 
 
+def groups(everything: bool) -> list[tuple[str, list[Case]]]:
+    """(card, cases) of each process."""
+    found, known = list(GROUPS.values()), {case for card, cases in GROUPS.values() if card == SOCS[0] for case in cases}
+    for preset in EVERY * everything:
+        cases = combine([preset], " ".join(MODES), " ".join(PRECISIONS))
+        found.append((SOCS[0], [case for case in cases if case not in known]))
+    return found
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.dry_run.budgets")
     parser.add_argument("presets", nargs="*", help="by default all")
-    parser.add_argument("--card", nargs="+", help="by default all", choices=(*SOCS, "gpu"), default=(*SOCS, "gpu"))
+    parser.add_argument("--all", action="store_true", help="also what the tests do not try")
     parser.add_argument("--check", action="store_true", help="write nothing")
     args = parser.parse_args()
-    budgets, found = load(), []
-    for card, cases in all_cases().items():
-        for preset in dict.fromkeys(case[0] for case in cases if card in args.card):  # a process each
-            if args.presets and preset not in args.presets:
-                continue
-            for record in measured(card, [case for case in cases if case[0] == preset]):
-                rows = budgets.setdefault(card, {})
-                budget = rows.get(key(record)) if args.check or record.get("error") or "refused" in record else cost(record)
-                found += [f"{card} {problem}" for problem in problems(record, budget)]
-                if "refused" in record or record["error"]:
-                    print(f"{card} {key(record)}: {record.get('refused') or record['error']}")
-                    rows.pop(key(record), None)
-                    continue
-                rows[key(record)] = cost(record)
-                print(f"{card} {key(record)}: {rows[key(record)]}, host {record['host_ms']} ms", flush=True)
-                if not args.check:
-                    save(budgets)
+    if unknown := set(args.presets) - set(EVERY):
+        parser.error(f"unknown: {', '.join(unknown)}; choose from {', '.join(EVERY)}")
+    found = []
+    for card, cases in groups(args.all):
+        cases = [case for case in cases if case[0] in (args.presets or EVERY)]
+        for record in measured(card, cases) if cases else []:
+            budgets = load()
+            rows, name = budgets.setdefault(card, {}), f"{card} {key(record)}"
+            if "refused" in record or record["error"]:
+                print(f"{name}: {record.get('refused') or record['error']}", flush=True)
+                rows.pop(key(record), None)
+            else:
+                print(f"{name}: {cost(record)}, host {record['host_ms']} ms, budget {rows.get(key(record))}", flush=True)
+            budget = rows.get(key(record))
+            if not args.check and "refused" not in record and not record["error"]:
+                budget = rows[key(record)] = cost(record)
+                save(budgets)
+            found += [f"{card} {problem}" for problem in problems(record, budget)]
     print(*found, sep="\n")
-    return bool(args.check and found)
+    return bool(found)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from .build import DEVICES, MAIN, libraries
 
 PRECISIONS = ("fp32", "fp16", "bf16")
 SOCS = ("Ascend910B2", "Ascend910_9391", "Ascend310P3")
-WARM = 4  # calls before the first count
+WARM = 2  # calls before the first count
 LOOP = 10  # steps in one call, for presets with a loop in the graph
 SAMPLES = 64
 NOT_LAUNCHED = re.compile(r"Create|Destroy|Set|Get|Find|Status|Version|bufferSize|GetErrorString")
@@ -213,7 +213,7 @@ def training(task: Any, calls: int, after: After) -> None:
 
 
 def sampling(task: Any, calls: int, after: After) -> None:
-    """DDIM with the preset's guidance; of an autoencoder, images through encoder and decoder."""
+    """DDIM with the preset's guidance in every step; of an autoencoder, images through encoder and decoder."""
     from ms_diffusion.sampling import Sampling
 
     if not hasattr(task, "diffusion"):
@@ -221,7 +221,7 @@ def sampling(task: Any, calls: int, after: After) -> None:
             task.average.reconstruct(task.data[:2])
             after(i)
         return
-    options = Sampling(steps=calls, batch_size=SAMPLES).resolve(task)
+    options = replace(Sampling(steps=calls, batch_size=SAMPLES).resolve(task), guidance_interval=None)
     cond = task.in_order(task.preview_conditions(SAMPLES))
     task.decode(task.average.draw(options, SAMPLES, cond, lambda i, *_: after(i)))
 
@@ -299,7 +299,7 @@ def main() -> None:
     parser.add_argument("--mode", nargs="+", choices=MODES, default=["train"])
     parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=["fp32"])
     parser.add_argument("--soc", choices=SOCS, default=SOCS[0])
-    parser.add_argument("--steps", type=int, default=10, help="calls to count, after the first 4")
+    parser.add_argument("--steps", type=int, default=10, help="calls to count, after the first 2")
     parser.add_argument("--cases", help="a JSON list of [preset, mode, precision], in place of all combinations")
     args = parser.parse_args()
     cases = [(p, m, q) for p in args.preset for m in args.mode for q in args.precision]
