@@ -75,3 +75,29 @@ def test_kernels_on_the_host_are_found_in_the_actors_too():
     on_host = "%5 = kernel_graph2:Custom-op0(%4[0])\n\t# device context: CPU_0 \n\t# shape : <(2, 2)> -> <(2, 2)> \n"
     assert flaws(on_host)["host"] == ["Custom"]
     assert not flaws(on_host.replace("CPU_0", "Ascend_0"))["host"]
+
+
+RECORD = {"preset": "quick", "mode": "train", "precision": "fp32", "error": None, "host": [], "dynamic": [], "float64": []}
+RECORD |= {"launches": 100, "H2D": 3, "D2H": 1, "synchronisations": 2, "recompilations": 0}
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"error": "RuntimeError: no kernel"},
+        {"host": ["Custom"]},
+        {"dynamic": ["NonZero"]},
+        {"float64": ["Cos"]},
+        {"recompilations": 1},
+        {"launches": 101},
+        {"D2H": 2},
+        {"synchronisations": 2.5},
+    ],
+    ids=str,
+)
+def test_problems_of_a_record(changed):
+    budget = [100, 4, 2]
+    assert not problems(RECORD, budget)
+    assert not problems({"preset": "autoencoder", "refused": "an autoencoder is trained in fp32"}, None)
+    (problem,) = problems(RECORD | changed, budget)
+    assert problem.startswith("quick train fp32: ")

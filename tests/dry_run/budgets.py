@@ -91,7 +91,7 @@ def problems(record: dict[str, Any], budget: list[float] | None) -> list[str]:
             found.append("it has no budget: run python -m tests.dry_run.budgets with its name")
         names = ("launches", "copies", "synchronisations")
         over = zip(names, cost(record), budget or cost(record), strict=True)
-        found += [f"{cost} {name}, and {limit} are allowed" for name, cost, limit in over if cost > limit]
+        found += [f"{spent} {name}, and {limit} are allowed" for name, spent, limit in over if spent > limit]
     return [f"{key(record)}: {problem}" for problem in found]
 
 
