@@ -298,7 +298,7 @@ def main() -> None:
     parser.add_argument("--preset", nargs="+", default=["quick"])
     parser.add_argument("--mode", nargs="+", choices=MODES, default=["train"])
     parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=["fp32"])
-    parser.add_argument("--soc", choices=SOCS, default=SOCS[0])
+    parser.add_argument("--soc", default=SOCS[0], help="such as " + ", ".join(SOCS))
     parser.add_argument("--steps", type=int, default=10, help="calls to count, after the first 2")
     parser.add_argument("--cases", help="a JSON list of [preset, mode, precision], in place of all combinations")
     args = parser.parse_args()
