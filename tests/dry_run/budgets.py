@@ -46,7 +46,8 @@ GROUPS: dict[str, tuple[str, list[Case]]] = {
     "pixels": (SOCS[0], combine(PIXELS, "train", "fp32")),
     "others": (SOCS[0], combine([name for name in EVERY if name not in PIXELS], "train", "fp32")),
     "samples": (SOCS[0], combine(EVERY, "sample", "fp32") + combine(("quick-class", "latent-text"), "sample", "fp16 bf16")),
-    "half": (SOCS[0], combine(NETWORKS, "train", "fp16 bf16")),
+    "fp16": (SOCS[0], combine(NETWORKS, "train", "fp16")),
+    "bf16": (SOCS[0], combine(("quick-class", "scurve", "autoencoder", "latent-text"), "train", "bf16")),
     **{
         soc: (soc, combine(("quick", "scurve"), "train sample", "fp16") + [("latent", "sample", "fp32")]) for soc in SOCS[1:]
     },
