@@ -98,6 +98,8 @@ RECORD |= {"launches": 100, "H2D": 3, "D2H": 1, "synchronisations": 2, "recompil
 def test_problems_of_a_record(changed):
     budget = [100, 4, 2]
     assert not problems(RECORD, budget)
-    assert not problems({"preset": "autoencoder", "refused": "an autoencoder is trained in fp32"}, None)
+    refused = {"preset": "autoencoder", "mode": "train", "refused": "--precision is fp16: it is trained in fp32"}
+    assert not problems({**refused, "precision": "fp16"}, None)
+    assert problems({**refused, "precision": "fp32"}, None)
     (problem,) = problems(RECORD | changed, budget)
     assert problem.startswith("quick train fp32: ")

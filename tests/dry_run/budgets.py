@@ -79,8 +79,9 @@ def cost(record: dict[str, Any]) -> list[float]:
 
 def problems(record: dict[str, Any], budget: list[float] | None) -> list[str]:
     """What is wrong with a record: graphs that a card should not get, and costs over the budget."""
-    if "refused" in record:  # the kind has no such precision
-        return []
+    if "refused" in record:
+        no_such_precision = record["precision"] != "fp32" and "--precision" in record["refused"]
+        return [] if no_such_precision else [f"{key(record)}: {record['refused']}"]
     found = [record["error"]] if record["error"] else []
     for name, meaning in {"host": "on the host", "dynamic": "of a dynamic shape", "float64": "in float64"}.items():
         if record[name]:

@@ -62,9 +62,8 @@ def plugin(device: str) -> Path:
 def libraries(device: str) -> Path:
     """The folder of the stand-ins, which is built in 10 s the first time, under $DRY_RUN_CACHE or the temporary folder."""
     key = hashlib.sha256(version("mindspore").encode() + str(plugin(device)).encode())
-    for source in sorted([*HERE.glob("*.py"), *HERE.glob("*.cc"), *HERE.glob("*.h"), *(HERE / device).iterdir()]):
-        if source.name not in ("run.py", "__init__.py"):
-            key.update(source.read_bytes())
+    for source in sorted([HERE / "build.py", *HERE.glob("calls.*"), *(HERE / device).iterdir()]):
+        key.update(source.read_bytes())
     root = Path(os.environ.get("DRY_RUN_CACHE") or Path(tempfile.gettempdir()) / f"ms-dry-run-{os.getuid()}")
     root.mkdir(parents=True, exist_ok=True)
     folder = root / f"{device}-{key.hexdigest()[:12]}"

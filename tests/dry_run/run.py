@@ -287,7 +287,7 @@ def run(card: Card, counted: int, preset: str, mode: str, precision: str) -> dic
     try:
         task = start_task(card, preset, precision)
     except UserError as e:
-        return record | {"refused": str(e)}
+        return record | {"refused": str(e)}  # there may be no such precision for this kind
     steps = task.steps_per_call if mode == "train" else 1
     return record | measure(card, partial(MODES[mode], task), counted, steps)
 
@@ -312,9 +312,7 @@ def main() -> None:
 
     runtime.set_device(args.device)
     records = [run(card, args.steps, *case) for case in cases]
-    json.dump(
-        {"device": args.device, "soc": args.soc if args.device == "ascend" else None, "records": records}, out, indent=1
-    )
+    json.dump({"card": args.soc if args.device == "ascend" else "gpu", "records": records}, out, indent=1)
     out.write("\n")
     out.close()
     shutil.rmtree(card.scratch)
