@@ -73,6 +73,7 @@ def train_task(task: Task, run_dir: Path, device: str, stop: threading.Event,
 
     def save(step: int, fid: float | None = None) -> None:
         if metrics:
+            task.write_back()
             record, epoch = config.to_record(), step // steps_per_epoch
             checkpoint.save(step, epoch=epoch, seed=train.seed, fid=fid, config=record, **task.checkpoint_record())
             metrics.draw(run_dir / "loss.png")
