@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from ...metrics.distances import frechet_distance, mean_and_covariance
 from ...metrics.features import Features
 from ...metrics.scores import Reference, Samples
 from ...models.classifier import Classifier
-from ...runtime import UserError, command
+from ...runtime import UserError, alone, command, ranks
 from ...sampling import Sampling
 from ..runs import Run
 from .base import Arrays, Request, Scored
@@ -118,7 +119,7 @@ class ImageTask(Images, DiffusionTask):
     def prepare(self) -> None:
         train = self.config.train
         self.originals = self.data
-        self.scored = bool(train.score_every) and self.rank == 0 and self.start_step < train.total_steps
+        self.scored = bool(train.score_every) and self.start_step < train.total_steps
         if self.scored:
             if len(self.data) <= Classifier.num_features:
                 raise UserError(f"{len(self.data)} images are too few for --train.score-every: leave it out")
@@ -136,7 +137,9 @@ class ImageTask(Images, DiffusionTask):
 
     def preview(self, step: int) -> Path:
         path = self.run_dir / "samples" / f"step-{step:07d}.png"
-        images.save_grid(path, images.to_uint8(self.draw(self.config.train.sample_num)), columns=self.num_classes)
+        x = self.draw(self.config.train.sample_num)
+        if self.rank == 0:
+            images.save_grid(path, images.to_uint8(x), columns=self.num_classes)
         return path
 
     def score(self, step: int) -> float | None:
@@ -204,10 +207,13 @@ class ImageTask(Images, DiffusionTask):
             if request.denoise_row and i in picked:
                 rows.append(images.to_uint8(self.decode(x_start.asnumpy()[:8])))
 
-        cond = self.in_order(plan.cond)
-        x = run.generator.draw(sampling, plan.num, cond, watch, plan.start, plan.timesteps, plan.denoise, plan.sampler)
-        x = self.decode(x)
+        # The pictures of the way are of the first batch, as one rank draws it
+        with alone() if request.gif or request.denoise_row else nullcontext():
+            cond, how = self.in_order(plan.cond), (plan.start, plan.timesteps, plan.denoise, plan.sampler)
+            x = self.decode(run.generator.draw(sampling, plan.num, cond, watch, *how))
         bar.close()
+        if ranks()[0]:
+            return []
         out = Path(request.out or folder / "sample.png")
         images.save_grid(out, images.to_uint8(plan.arrange(x)), plan.columns, plan.scale, plan.captions)
         if request.gif:

@@ -90,12 +90,15 @@ class PointsTask(DiffusionTask):
         path = self.run_dir / "points.npz"
         if path.exists() and not all(map(np.array_equal, read_saved_points(path), self.points)):
             raise UserError(f"{path} holds other points than these: use another --run-dir for them")
-        write(path, partial(np.savez, train=self.points[0], test=self.points[1]))
+        if self.rank == 0:
+            write(path, partial(np.savez, train=self.points[0], test=self.points[1]))
         super().prepare()
 
     def preview(self, step: int) -> Path:
         num, path = self.config.train.sample_num, self.run_dir / "samples" / f"step-{step:07d}.png"
-        plots2d.save_samples(path, self.draw(num, batch_size=num), self.test[:num], f"step {step}")
+        x = self.draw(num, batch_size=num)
+        if self.rank == 0:
+            plots2d.save_samples(path, x, self.test[:num], f"step {step}")
         return path
 
     def next_commands(self) -> dict[str, str]:
