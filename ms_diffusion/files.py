@@ -92,7 +92,7 @@ def load_or_compute(
 def in_batches(
     fn: Callable[[np.ndarray], Sequence[np.ndarray]], rows: np.ndarray, size: int, name: str | None = None
 ) -> list[np.ndarray]:
-    """The arrays, float32 or int32, that fn(rows) returns, computed in batches of one size, for which fn is compiled once.
+    """The arrays that fn(rows) returns, computed in batches of one size, for which fn is compiled once.
     The last batch is filled up with the last row. With `name` there is a progress bar.
 
     Several ranks share the batches and all return the same: all of them call this with the same rows, or one of them

@@ -27,47 +27,57 @@ class Stream(IntEnum):
 BLOCK = 256  # rows of a batch that share a generator
 
 
-class BatchRandom:
-    """The random numbers of one rank's part of a training step's batch, which do not depend on the number of ranks.
-
-    The batch of all ranks is divided into blocks of `BLOCK` rows. Block k has the generator (seed, stream, k, step), from
-    which a rank draws whole blocks, to use the rows that are its own. The methods are those of a NumPy Generator, with an
-    array's first axis for the rows of this rank.
+class RowsRandom:
+    """Random numbers for some rows of a batch, the same whoever draws the other rows: each block of rows is drawn whole, and
+    those that are not wanted are left out. The methods are those of a NumPy Generator; the first axis of a size is replaced.
 
     Args:
-        rows: Number of rows of each rank; rank r has the rows r * rows to (r + 1) * rows - 1 of the batch."""
+        blocks: (generator, number of rows, the wanted ones of them), a slice or an array of indices."""
 
-    def __init__(self, seed: int, stream: Stream, step: int, rows: int, rank: int = 0, world_size: int = 1):
-        first, last, total = rank * rows, (rank + 1) * rows, world_size * rows
-        self.blocks = []  # (generator, number of rows, those of this rank)
-        for k in range(first // BLOCK, -(-last // BLOCK)):
-            start, stop = k * BLOCK, min((k + 1) * BLOCK, total)
-            own = slice(max(first - start, 0), min(last, stop) - start)
-            self.blocks.append((np.random.default_rng((seed, stream, k, step)), stop - start, own))
+    def __init__(self, blocks: Sequence[tuple[np.random.Generator, int, Any]]):
+        self.blocks = blocks
 
     def rows(self, draw: Callable[[np.random.Generator, int], np.ndarray]) -> np.ndarray:
-        """The rows of this rank of what draw(generator, n) returns for the n rows of a block, (n, ...)."""
-        return np.concatenate([draw(rng, n)[own] for rng, n, own in self.blocks])
+        """The wanted rows of what draw(generator, n) returns for the n rows of each block, (n, ...)."""
+        return np.concatenate([draw(rng, n)[wanted] for rng, n, wanted in self.blocks])
 
-    def random(self, n: int) -> np.ndarray:
-        return self.rows(lambda rng, n: rng.random(n))
+    def random(self, size: Any) -> np.ndarray:
+        return self.rows(lambda rng, n: rng.random(of_rows(size, n)))
 
-    def integers(self, low: int, high: int, n: int) -> np.ndarray:
-        return self.rows(lambda rng, n: rng.integers(low, high, n))
+    def integers(self, low: int, high: int, size: Any) -> np.ndarray:
+        return self.rows(lambda rng, n: rng.integers(low, high, of_rows(size, n)))
 
-    def choice(self, a: int, n: int, p: Any = None) -> np.ndarray:
-        return self.rows(lambda rng, n: rng.choice(a, n, p=p))
+    def choice(self, a: Any, size: Any, p: Any = None) -> np.ndarray:
+        return self.rows(lambda rng, n: rng.choice(a, of_rows(size, n), p=p))
 
-    def standard_normal(self, shape: Sequence[int], dtype: Any = np.float64) -> np.ndarray:
-        return self.rows(lambda rng, n: rng.standard_normal((n, *shape[1:]), dtype))
+    def standard_normal(self, size: Any, dtype: Any = np.float64) -> np.ndarray:
+        return self.rows(lambda rng, n: rng.standard_normal(of_rows(size, n), dtype))
 
 
-Random = np.random.Generator | BatchRandom
+def of_rows(size: Any, n: int) -> tuple[int, ...]:
+    """A size, an int or a shape, with n rows."""
+    return (n, *size[1:]) if isinstance(size, Sequence) else (n,)
+
+
+def of_step(seed: int, stream: Stream, step: int, rows: int, rank: int = 0, world_size: int = 1) -> RowsRandom:
+    """The random numbers of a rank in a training step. They do not depend on the number of ranks: the batch of all ranks is
+    divided into blocks of `BLOCK` rows, and block k has the generator (seed, stream, k, step). `rows` is the batch of one
+    rank; rank r has the rows r * rows to (r + 1) * rows - 1."""
+    first, last, total = rank * rows, (rank + 1) * rows, world_size * rows
+    blocks = []
+    for k in range(first // BLOCK, -(-last // BLOCK)):
+        start, stop = k * BLOCK, min((k + 1) * BLOCK, total)
+        wanted = slice(max(first - start, 0), min(last, stop) - start)
+        blocks.append((np.random.default_rng((seed, stream, k, step)), stop - start, wanted))
+    return RowsRandom(blocks)
+
+
+Random = np.random.Generator | RowsRandom
 
 
 def draw_rows(rng: Random, n: int, draw: Callable[[np.random.Generator, int], np.ndarray]) -> np.ndarray:
-    """draw(rng, n), rows (n, ...) that depend on one another, such as pairs; of a `BatchRandom` its n rows."""
-    return rng.rows(draw) if isinstance(rng, BatchRandom) else draw(rng, n)
+    """draw(rng, n), rows (n, ...) that depend on one another, such as pairs; those that are wanted of a `RowsRandom`."""
+    return rng.rows(draw) if isinstance(rng, RowsRandom) else draw(rng, n)
 
 
 TIMESTEP_SAMPLING = ("uniform", "antithetic", "importance")

@@ -167,15 +167,16 @@ def alone() -> Iterator[None]:
 
 
 def gather(values: "np.ndarray") -> "np.ndarray":
-    """The arrays of all ranks, (world size, *shape), the same on each rank. They are float32 or int32, of one shape."""
+    """The arrays of all ranks, (world size, *shape), the same on each rank. They have one shape, and numbers of 4 or 8
+    bytes."""
     import numpy as np
 
     if ranks()[1] == 1:
         return values[None]
     from mindspore import Tensor, ops
 
-    flat = np.ascontiguousarray(values).reshape(-1)
-    return ops.AllGather()(Tensor(flat)).asnumpy().reshape(-1, *values.shape)
+    bits = np.ascontiguousarray(values).reshape(-1).view(np.int32)  # a type that all devices gather
+    return ops.AllGather()(Tensor(bits)).asnumpy().view(values.dtype).reshape(-1, *values.shape)
 
 
 def broadcast(data: bytes, root: int = 0) -> bytes:

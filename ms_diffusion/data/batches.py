@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..images import to_float
-from ..randomness import BatchRandom, Stream
+from ..randomness import Stream, of_step
 from ..runtime import UserError
 from .fashion_mnist import CLASSES, load_fashion_mnist, load_fashion_mnist_mini
 from .image_folder import load_image_folder
@@ -62,7 +62,7 @@ def make_dataset(
         if x.dtype != np.uint8:
             return x, labels[chosen]
         if flip:
-            flipped = BatchRandom(seed, Stream.FLIP, step, batch_size, rank, world_size).random(batch_size) < 0.5
+            flipped = of_step(seed, Stream.FLIP, step, batch_size, rank, world_size).random(batch_size) < 0.5
             x[flipped] = x[flipped, :, ::-1]
         return to_float(x), labels[chosen]
 

@@ -146,7 +146,7 @@ class StopOfAnyRank:
         if step < self.next and not last:
             return False
         seconds = (time.perf_counter() - self.clock) / max(step - self.step, 1)
-        stops, slowest = gather(np.float32([self.stop.is_set(), seconds])).max(0)
+        stops, slowest = gather(np.array([self.stop.is_set(), seconds], np.float32)).max(0)
         self.step, self.next, self.clock = step, step + min(max(int(1 / slowest), 1), 1000), time.perf_counter()
         if stops:
             self.stop.set()

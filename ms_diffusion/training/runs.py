@@ -10,7 +10,7 @@ from PIL import Image
 from ..convert import load_into
 from ..metrics.features import Features
 from ..metrics.scores import Reference, halve
-from ..runtime import UserError, command, set_device
+from ..runtime import UserError, command, initialise_ranks, set_device
 from ..sampling import Generator, sampling_from
 from .checkpoint import checkpoints, read_state, read_weights
 from .config import Config
@@ -154,4 +154,5 @@ def load(run: str | Path, weights: str = "ema", ema_length: float | None = None,
     """The trained run in a folder, at one of its checkpoints, or a bundled model; the arguments are those of `Run`.
     Raises UserError if it cannot be loaded, or there is no such device."""
     set_device(device)
+    initialise_ranks()
     return Run(run, weights, ema_length)

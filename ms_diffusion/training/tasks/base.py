@@ -16,7 +16,7 @@ from ...convert import LoadReport, load_pretrained
 from ...data.batches import check_enough, make_dataset
 from ...metrics.scores import Reference, Samples
 from ...process import GaussianDiffusion
-from ...randomness import BatchRandom, Stream
+from ...randomness import Random, Stream, of_step
 from ...runtime import UserError, command
 from ...sampling import Sampling
 from ..checkpoint import Checkpoint, checkpoints
@@ -152,10 +152,10 @@ class Task:
                 drawn = [self.draw_batch(x[k], labels[k], step + k) for k in range(count)]
                 yield {name: np.stack([batch[name] for batch in drawn]) for name in drawn[0]}
 
-    def random(self, step: int) -> BatchRandom:
+    def random(self, step: int) -> Random:
         """The generator of a step's timesteps, noise and conditions."""
         train = self.config.train
-        return BatchRandom(train.seed, Stream.NOISE, step, train.batch_size, self.rank, self.world_size)
+        return of_step(train.seed, Stream.NOISE, step, train.batch_size, self.rank, self.world_size)
 
     def draw_batch(self, x: np.ndarray, labels: np.ndarray, step: int) -> Arrays:
         """What the compiled step takes, from data x (B, ...) and labels (B,)."""

@@ -192,11 +192,15 @@ class ImageTask(Images, DiffusionTask):
         return images.to_uint8(x)
 
     def render(self, run: Run, request: Request, folder: Path) -> list[Path]:
-        plan = self.plan(run, request)
+        plan, (rank, world_size) = self.plan(run, request), ranks()
+        in_steps = bool(request.gif or request.denoise_row)  # these show the first batch as one rank draws it
+        if rank and in_steps:
+            return []
         sampling, calls = plan.sampling, len(plan.timesteps) * plan.calls_per_step
         frames, every = [], max(calls // GIF_FRAMES, 1)
         rows, picked = [], set(np.linspace(0, calls - 1, ROW_STEPS, dtype=int))
-        bar = tqdm(total=-(-plan.num // (sampling.batch_size or 64)) * calls, unit="step", desc=sampling.sampler)
+        size = (sampling.batch_size or 64) * (1 if in_steps else world_size)
+        bar = tqdm(total=-(-plan.num // size) * calls, unit="step", desc=sampling.sampler, disable=rank > 0)
 
         def watch(i: int, x: Any, x_start: Any) -> None:
             bar.update()
@@ -207,12 +211,11 @@ class ImageTask(Images, DiffusionTask):
             if request.denoise_row and i in picked:
                 rows.append(images.to_uint8(self.decode(x_start.asnumpy()[:8])))
 
-        # The pictures of the way are of the first batch, as one rank draws it
-        with alone() if request.gif or request.denoise_row else nullcontext():
+        with alone() if in_steps else nullcontext():
             cond, how = self.in_order(plan.cond), (plan.start, plan.timesteps, plan.denoise, plan.sampler)
             x = self.decode(run.generator.draw(sampling, plan.num, cond, watch, *how))
         bar.close()
-        if ranks()[0]:
+        if rank:
             return []
         out = Path(request.out or folder / "sample.png")
         images.save_grid(out, images.to_uint8(plan.arrange(x)), plan.columns, plan.scale, plan.captions)
@@ -260,7 +263,9 @@ class ImageTask(Images, DiffusionTask):
         batch_size = min(sampling.batch_size or 100, num)
         sampling = replace(sampling, batch_size=batch_size)
         timesteps, cond = sampling.timesteps(run.diffusion), self.in_order(self.conditions(num))
-        with tqdm(total=-(-num // batch_size) * len(timesteps), unit="step", desc=sampling.sampler) as bar:
+        rank, world_size = ranks()
+        total = -(-num // (batch_size * world_size)) * len(timesteps)
+        with tqdm(total=total, unit="step", desc=sampling.sampler, disable=rank > 0) as bar:
             x = self.decode(run.generator.draw(sampling, num, cond, lambda *_: bar.update()))
         if bad := num - np.isfinite(x).all((1, 2, 3)).sum():
             raise UserError(f"{bad} of {num} samples are not finite, so training has diverged: use an earlier checkpoint")

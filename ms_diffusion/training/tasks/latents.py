@@ -17,7 +17,7 @@ from ...latent import FirstStage
 from ...models.autoencoder import gaussian_sample
 from ...models.context import LatentUnetConfig
 from ...randomness import Random, Stream, drop_labels
-from ...runtime import UserError, command, gather
+from ...runtime import UserError, broadcast, command
 from ..checkpoint import read_state
 from ..config import Config, DataConfig, DiffusionRunConfig, ImageTrainConfig
 from ..runs import run_folders
@@ -95,7 +95,8 @@ class LatentTask(ImageTask):
             which = f"the checkpoint of step {self.start_step} in {self.run_dir}"
             raise UserError(f"{which} has no latent_scale: remove it, or use another --run-dir")
         known = state["latent_scale"] if state else config.latent_scale or (self.loaded and self.loaded.scale_factor)
-        self.first_stage.scale = known or float(gather(np.float32([scale_of(self.data, config.train)]))[0, 0])  # rank 0's
+        scale = known or scale_of(self.data, config.train, self.world_size)
+        self.first_stage.scale = json.loads(broadcast(json.dumps(scale).encode()))  # rank 0's, should they differ by a bit
         if not state:
             path = self.run_dir / "samples" / "first-stage.png"
             save_reconstructions(path, self.first_stage, self.originals[: config.train.sample_num])
@@ -190,9 +191,9 @@ def resolve_first_stage(config: LatentConfig, run: Path) -> FirstStage:
     return first_stage
 
 
-def scale_of(moments: np.ndarray, train: ImageTrainConfig) -> float:
-    """1 / the standard deviation of a first batch's latents (Rombach et al. 2022, appendix G)."""
+def scale_of(moments: np.ndarray, train: ImageTrainConfig, world_size: int = 1) -> float:
+    """1 / the standard deviation of the latents of a first batch of all ranks (Rombach et al. 2022, appendix G)."""
     rng = np.random.default_rng((train.seed, Stream.NOISE))
-    batch = moments[rng.permutation(len(moments))[: train.batch_size]]
+    batch = moments[rng.permutation(len(moments))[: train.batch_size * world_size]]
     noise = rng.standard_normal((len(batch), batch.shape[1] // 2, *batch.shape[2:]), np.float32)
     return float(1 / gaussian_sample(Tensor(batch), Tensor(noise)).asnumpy().std())

@@ -18,7 +18,7 @@ from ...fields import AT_LEAST_1, OneOf
 from ...files import write
 from ...metrics.distances import compare
 from ...models.mlp import MLPConfig, ResidualMLPConfig
-from ...runtime import UserError
+from ...runtime import UserError, alone, initialise_ranks
 from ...samplers import SAMPLERS, SeededNoise, sampling_timesteps
 from ..config import DiffusionRunConfig, DiffusionTrainConfig
 from ..runs import Run
@@ -114,8 +114,11 @@ class PointsTask(DiffusionTask):
     def show(self, x: np.ndarray) -> Image.Image:
         return plots2d.points_image(x, self.test[: len(x)])
 
+    @alone()
     def render(self, run: Run, request: Request, folder: Path) -> list[Path]:
         """Samples, all pictures of the way there and back, and scores against held-out data."""
+        if initialise_ranks()[0]:
+            return []  # points are few: rank 0 draws them
         names = "class_", "prompt", "image", "inpaint", "resample", "interpolate", "init", "strength", "denoise_row"
         for name in names:
             if getattr(request, name) != getattr(Request, name):
