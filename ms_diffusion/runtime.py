@@ -173,10 +173,22 @@ def gather(values: "np.ndarray") -> "np.ndarray":
 
     if ranks()[1] == 1:
         return values[None]
+    bits = np.ascontiguousarray(values).reshape(-1).view(np.int32)  # a type that all devices gather
+    return all_gather(bits).view(values.dtype).reshape(-1, *values.shape)
+
+
+def all_gather(numbers: "np.ndarray") -> "np.ndarray":
+    """MindSpore's operator: numbers (n,) int32 of each rank -> those of all, (world size * n,)."""
     from mindspore import Tensor, ops
 
-    bits = np.ascontiguousarray(values).reshape(-1).view(np.int32)  # a type that all devices gather
-    return ops.AllGather()(Tensor(bits)).asnumpy().view(values.dtype).reshape(-1, *values.shape)
+    return ops.AllGather()(Tensor(numbers)).asnumpy()
+
+
+def from_rank(root: int, numbers: "np.ndarray") -> "np.ndarray":
+    """MindSpore's operator: numbers (n,) int32 of each rank -> those of rank `root`."""
+    from mindspore import Tensor, ops
+
+    return ops.Broadcast(root)((Tensor(numbers),))[0].asnumpy()
 
 
 def broadcast(data: bytes, root: int = 0) -> bytes:
@@ -186,8 +198,6 @@ def broadcast(data: bytes, root: int = 0) -> bytes:
     rank, world_size = ranks()
     if world_size == 1:
         return data
-    from mindspore import Tensor, ops
-
     padded = np.frombuffer(data + bytes(-len(data) % 4), np.int32)
     size, rest = gather(np.array([len(padded), len(padded) * 4 - len(data)], np.int32))[root].tolist()
     parts = []
@@ -195,16 +205,21 @@ def broadcast(data: bytes, root: int = 0) -> bytes:
         part = np.zeros(CHUNK, np.int32)
         if rank == root:
             part[: len(padded) - first] = padded[first : first + CHUNK]
-        parts.append(ops.Broadcast(root)((Tensor(part),))[0].asnumpy())
-    return b"".join(parts)[: 4 * size - rest] if parts else b""
+        parts.append(from_rank(root, part).tobytes())
+    return b"".join(parts)[: 4 * size - rest]
+
+
+def several_ranks() -> bool:
+    """Whether this process is connected to other ranks."""
+    return bool(initialise_ranks.cache_info().currsize) and initialise_ranks()[1] > 1
 
 
 def barrier() -> None:
     """Wait until all ranks are here; nothing with one rank, or where the ranks are not connected."""
     import numpy as np
 
-    if initialise_ranks.cache_info().currsize:
-        gather(np.zeros(1, np.float32))
+    if several_ranks():
+        gather(np.zeros(1, np.int32))
 
 
 def catch_interrupts() -> None:
@@ -220,7 +235,7 @@ def catch_interrupts() -> None:
         interrupted = False
         while True:
             info = signal.sigwaitinfo(signals)
-            if info.si_signo == signal.SIGTERM and info.si_pid == os.getpid():
+            if info.si_signo == signal.SIGTERM and info.si_pid == os.getpid() and several_ranks():
                 print("error: another rank has ended, so this one ends too: see its log", file=sys.stderr, flush=True)
                 os._exit(1)
             if interrupted and info.si_signo == signal.SIGINT:

@@ -1,4 +1,5 @@
-"""Several ranks, as processes on the CPU that msrun starts: they train, stop, resume, sample and score as one process."""
+"""Several ranks train, stop, resume, sample and score as one process does: threads that stand for ranks, and, with --slow,
+processes on the CPU that msrun starts."""
 
 import json
 import os
@@ -7,14 +8,185 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from runs import checkpoint, metrics, picture, weights
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from runs import PIXELS, checkpoint, metrics, picture, weights
 
-pytestmark = pytest.mark.slow
+from ms_diffusion import runtime
+from ms_diffusion.files import in_batches, load_or_compute, share_files
+from ms_diffusion.randomness import RowsRandom, Stream, antithetic_timesteps, of_step
+from ms_diffusion.runtime import UserError
+from ms_diffusion.training.config import override
+from ms_diffusion.training.loop import StopOfAnyRank
+
+examples = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+# What a step draws
+
+
+@examples
+@given(rows=st.integers(1, 12), world_size=st.integers(1, 60), step=st.integers(0, 9))
+def test_draws_do_not_depend_on_the_number_of_ranks(rows, world_size, step):
+    """Ranks draw what one draws with all their rows, of one block or several."""
+
+    def draw(rank, size, n):
+        rng = of_step(3, Stream.NOISE, step, n, rank, size)
+        drawn = [antithetic_timesteps(rng, 100, n), rng.standard_normal((n, 2), np.float32), rng.random(n)]
+        return [*drawn, rng.integers(0, 9, n), rng.choice(5, n, p=np.full(5, 0.2))]
+
+    whole = draw(0, 1, rows * world_size)
+    parts = zip(*(draw(rank, world_size, rows) for rank in range(world_size)), strict=True)
+    for found, expected in zip(parts, whole, strict=True):
+        np.testing.assert_array_equal(np.concatenate(found), expected)
+    rng, n = np.random.default_rng((3, Stream.NOISE, 0, step)), min(rows * world_size, 256)
+    np.testing.assert_array_equal(whole[0][:n], antithetic_timesteps(rng, 100, n))  # the numbers of runs made before
+    np.testing.assert_array_equal(whole[1][:n], rng.standard_normal((n, 2), np.float32))
+
+
+def test_any_rows_of_a_draw():
+    rng, wanted = RowsRandom([(np.random.default_rng(5), 7, np.array([6, 2, 2]))]), np.array([6, 2, 2])
+    plain = np.random.default_rng(5)
+    np.testing.assert_array_equal(rng.random((3, 4)), plain.random((7, 4))[wanted])
+    np.testing.assert_array_equal(rng.choice([-1.0, 1.0], (3, 2)), plain.choice([-1.0, 1.0], (7, 2))[wanted])
+
+
+# Threads that stand for ranks
+
+
+@pytest.fixture
+def on_ranks(monkeypatch):
+    """A function that calls fn(rank) on so many ranks: what each returns."""
+
+    def run(world_size, fn):
+        here, board, meet = threading.local(), [None] * world_size, threading.Barrier(world_size, timeout=20)
+
+        def all_gather(numbers):
+            assert numbers.dtype == np.int32
+            board[here.rank] = numbers
+            meet.wait()
+            found = np.concatenate(board)
+            meet.wait()
+            return found
+
+        def work(rank):
+            here.rank = rank
+            try:
+                return fn(rank)
+            except Exception:
+                meet.abort()
+                raise
+
+        monkeypatch.setattr(runtime, "initialise_ranks", lambda: (here.rank, world_size))
+        monkeypatch.setattr(runtime, "all_gather", all_gather)
+        monkeypatch.setattr(runtime, "from_rank", lambda root, numbers: np.split(all_gather(numbers), world_size)[root])
+        with ThreadPoolExecutor(world_size) as pool:
+            ends = [pool.submit(work, rank) for rank in range(world_size)]
+        first = [end.exception() for end in ends if not isinstance(end.exception(), threading.BrokenBarrierError)]
+        assert first == [None] * world_size
+        return [end.result() for end in ends]
+
+    return run
+
+
+@examples
+@given(world_size=st.integers(1, 4), n=st.integers(1, 20), size=st.integers(1, 8))
+def test_batches_are_shared(on_ranks, world_size, n, size):
+    rows = np.random.default_rng(n).normal(size=(n, 3))
+    seen = []
+
+    def fn(x):
+        assert runtime.ranks() == (0, 1) and len(x) <= size
+        seen.append(len(x))
+        (nested,) = in_batches(lambda x: [x.sum(1)], x, 2)  # of this rank alone
+        return [np.float32(x), nested]
+
+    for x, sums in on_ranks(world_size, lambda rank: in_batches(fn, rows, size)):
+        np.testing.assert_array_equal(x, np.float32(rows))
+        np.testing.assert_array_equal(sums, rows.sum(1))
+    assert len(set(seen)) == 1 and sum(seen) < n + world_size * size
+
+
+@examples
+@given(size=st.integers(0, 50), world_size=st.integers(2, 3), root=st.integers(0, 1))
+def test_bytes_of_one_rank_reach_all(on_ranks, monkeypatch, size, world_size, root):
+    monkeypatch.setattr(runtime, "CHUNK", 3)
+    data = np.random.default_rng(size).bytes(size)
+    found = on_ranks(world_size, lambda rank: runtime.broadcast(data if rank == root else b"x" * rank, root))
+    assert found == [data] * world_size
+
+
+def test_a_cache_that_one_rank_misses_is_computed_by_all_and_written_by_rank_0(on_ranks, tmp_path):
+    paths, computed = [tmp_path / "0.npy", tmp_path / "1.npy"], []
+
+    def load(rank):
+        return load_or_compute(paths[rank], np.load, lambda: computed.append(rank) or np.arange(3), np.save).tolist()
+
+    assert on_ranks(2, load) == [[0, 1, 2]] * 2 and sorted(computed) == [0, 1]
+    assert paths[0].exists() and not paths[1].exists()
+    on_ranks(2, load)
+    assert len(computed) == 4
+    shutil.copy(*paths)
+    assert on_ranks(2, load) == [[0, 1, 2]] * 2 and len(computed) == 4
+
+
+def test_files_of_rank_0_reach_other_disks(on_ranks, tmp_path):
+    paths = [tmp_path / str(rank) / "a" for rank in range(3)]
+    paths[0].parent.mkdir()
+    paths[0].write_bytes(b"new")
+    paths[2].parent.mkdir()
+    paths[2].write_bytes(b"old")
+    on_ranks(3, lambda rank: share_files([paths[rank]]))
+    assert [path.read_bytes() for path in paths] == [b"new"] * 3
+
+
+@pytest.mark.parametrize("asked", [0, 2])
+def test_a_stop_of_any_rank_stops_all_at_one_step(on_ranks, asked):
+    events = [threading.Event() for _ in range(3)]
+
+    def train(rank):
+        stopping = StopOfAnyRank(events[rank], 0)
+        for step in range(1, 10_000):
+            if step == 7 and rank == asked:
+                events[rank].set()
+            if stopping(step):
+                return step
+        return None
+
+    steps = on_ranks(3, train)
+    assert len(set(steps)) == 1 and 7 <= steps[0] <= 1010 and all(event.is_set() for event in events)
+
+
+@pytest.mark.parametrize(("now", "size"), [(1, 24), (3, 8), (6, 4)])
+def test_the_batch_of_all_ranks_is_kept_unless_the_user_changes_it(now, size):
+    task = override(PIXELS, batch_size=8).task()
+    task.rank, task.world_size = 0, now
+    task.state = {"batch_size": 12, "world_size": 2, "config": task.config.to_record()}  # it ran on 3 ranks, then on 2
+    task.keep_batch()
+    assert task.config.train.batch_size == size
+    task.config = replace(task.config, train=replace(task.config.train, batch_size=5))
+    task.keep_batch()
+    assert task.config.train.batch_size == 5
+
+
+def test_ranks_that_do_not_divide_the_batch_are_refused():
+    task = override(PIXELS, batch_size=8).task()
+    task.rank, task.world_size = 0, 3
+    task.state = {"batch_size": 8, "world_size": 2, "config": task.config.to_record()}
+    with pytest.raises(UserError, match="16, cannot be divided by 3 ranks"):
+        task.keep_batch()
+
+
+# Processes
+
 HERE, BIN = Path(__file__).parent, Path(sys.executable).parent
 KINDS = "pixels classes fp16 importance points autoencoder actnorm latents".split()
 
@@ -64,6 +236,7 @@ def assert_close(found, expected, atol):
             np.testing.assert_allclose(found[name], expected[name], rtol=0, atol=atol, err_msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_ranks_train_as_one(trained, kind):
     """Ten steps: both ranks have the same parameters bit for bit, and those of one process with both their batches."""
@@ -77,18 +250,21 @@ def test_two_ranks_train_as_one(trained, kind):
     assert max(abs(alone[f"model.{name}"] - initial[name]).max() for name in initial) > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_logged_is_of_all_ranks(trained, kind):
     for ours, theirs in zip(*(metrics(folder / kind) for folder in trained), strict=True):
         assert ours == pytest.approx(theirs, rel=0.01 if kind == "fp16" else 1e-3)
 
 
+@pytest.mark.slow
 def test_previews_are_those_of_one(trained):
     for kind in ("pixels", "classes", "autoencoder", "points"):
         ours, theirs = (picture(folder / kind / "samples/step-0000010.png")[0].astype(int) for folder in trained)
         assert ours.shape == theirs.shape and (abs(ours - theirs) <= 2).mean() > 0.99
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_resume_on_as_many_ranks_or_others(trained, tmp_path, ranks):
     """From step 5: bit for bit on as many ranks, to rounding otherwise; the batch of all ranks stays as it was."""
@@ -104,6 +280,7 @@ def test_resume_on_as_many_ranks_or_others(trained, tmp_path, ranks):
     assert "the batch is still 8" in (tmp_path / "log.txt").read_text()
 
 
+@pytest.mark.slow
 def test_a_folder_for_each_rank(trained, tmp_path):
     """Rank 1 finds no checkpoint on its own disk and gets rank 0's; the other way round if the ranks have changed places."""
     for rank in (0, 1):
@@ -118,6 +295,7 @@ def test_a_folder_for_each_rank(trained, tmp_path):
         assert checkpoint(folder / "own-0", 10).exists() and not checkpoint(folder / "own-1", 10).exists()
 
 
+@pytest.mark.slow
 def test_the_commands_of_two_ranks_do_what_those_of_one_do(trained, tmp_path):
     folders = [tmp_path / "two", tmp_path / "one"]
     for folder in folders:
@@ -178,6 +356,7 @@ def train_long(tmp_path):
             process.wait()
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_rank_stops_all(tmp_path, train_long):
     process, rank_1 = train_long()
     os.kill(rank_1, signal.SIGTERM)
@@ -187,6 +366,7 @@ def test_a_signal_to_one_rank_stops_all(tmp_path, train_long):
     assert f"stopped at step {steps[0]} of 100000" in (tmp_path / "log.txt").read_text()
 
 
+@pytest.mark.slow
 def test_one_rank_killed_ends_all_and_the_run_resumes(tmp_path, train_long):
     process, rank_1 = train_long("--train.save-every", 2)
     os.kill(rank_1, signal.SIGKILL)
@@ -198,6 +378,7 @@ def test_one_rank_killed_ends_all_and_the_run_resumes(tmp_path, train_long):
     assert metrics(tmp_path / "run")[-1]["step"] == step + 2
 
 
+@pytest.mark.slow
 def test_bad_input_is_one_line(tmp_path):
     """And ends both ranks; 2,000 images are too few for two ranks at 1,500 each."""
     assert start(tmp_path, 2, HERE.parent / "train.py", "--preset", "quick", "--train.batch-size", 1500).wait(120) != 0

@@ -15,7 +15,7 @@ from mindspore import Tensor
 from ..fields import check_fields
 from ..files import write
 from ..images import save_loss_curve
-from ..runtime import UserError, barrier, gather, initialise_ranks, set_device
+from ..runtime import UserError, barrier, gather, initialise_ranks, ranks, set_device
 from .checkpoint import best_checkpoint, read_state
 from .config import Config, override
 from .presets import PRESETS
@@ -141,7 +141,7 @@ class StopOfAnyRank:
         self.stop, self.step, self.next, self.clock = stop, step, step, time.perf_counter()
 
     def __call__(self, step: int, last: bool = False) -> bool:
-        if initialise_ranks()[1] == 1:
+        if ranks()[1] == 1:
             return self.stop.is_set()
         if step < self.next and not last:
             return False
