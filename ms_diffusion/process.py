@@ -28,7 +28,7 @@ Cond = Tensor | tuple[Tensor, ...] | None  # what a network is conditioned on, (
 
 def at(table: Tensor, t: Tensor, x: Tensor) -> Tensor:
     """The entries of `table` (T,) at t (B,), shaped (B, 1, ...) to multiply x (B, ...)."""
-    return ops.gather(table, t, 0).reshape((t.shape[0],) + (1,) * (x.ndim - 1))
+    return ops.gather_elements(table, 0, t).reshape((t.shape[0],) + (1,) * (x.ndim - 1))
 
 
 def as_tuple(cond: Cond) -> tuple[Tensor, ...]:
@@ -213,11 +213,11 @@ class GaussianDiffusion:
         error = ops.mean(self.loss(predict(net, x_t, t, cond), target).reshape(x_t.shape[0], -1), 1)
         simple = error
         if logvar is not None:
-            logvar_t = ops.gather(logvar, t, 0)
+            logvar_t = ops.gather_elements(logvar, 0, t)
             simple = error * ops.exp(-logvar_t) + logvar_t
         if self._simple_weights is not None:
-            simple = ops.gather(self._simple_weights, t, 0) * simple
-        return simple if self._elbo_weights is None else simple + ops.gather(self._elbo_weights, t, 0) * error
+            simple = ops.gather_elements(self._simple_weights, 0, t) * simple
+        return simple if self._elbo_weights is None else simple + ops.gather_elements(self._elbo_weights, 0, t) * error
 
     def p_losses(self, net: Net, x_start: Tensor, t: Tensor, noise: Tensor, *options: Any) -> Tensor:
         """The mean () of `losses`; `options` are its other arguments."""

@@ -68,6 +68,13 @@ def set_device(device: str = "auto") -> str:
     raise UserError(f"no {kinds[device]} device is usable here: check its driver, or run with --device auto or --device cpu")
 
 
+def on_ascend() -> bool:
+    """Whether MindSpore runs on Ascend."""
+    import mindspore as ms
+
+    return ms.get_context("device_target") == "Ascend"
+
+
 @functools.cache
 def allow_numpy_2() -> None:
     """Let MindSpore's operators work beside NumPy 2; call it before the first operator.

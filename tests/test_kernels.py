@@ -393,7 +393,7 @@ def test_transposed_convolution_like_pytorch_and_mindspore(batch, size, c_in, c_
     torch = pytest.importorskip("torch")
     assume((min(size) - 1) * stride + kernel > 2 * padding)
     x = draw(batch, c_in, *size)
-    net = drawn(kernels.Conv2dTranspose(c_in, c_out, kernel, stride, padding))
+    net = drawn(layers.Conv2dTranspose(c_in, c_out, kernel, stride, padding))
     twin = nn.Conv2dTranspose(c_in, c_out, kernel, stride, pad_mode="pad", padding=padding, has_bias=True)
     arrays = [torch.tensor(a, requires_grad=True) for a in (x, net.weight.asnumpy(), net.bias.asnumpy())]
     y = torch.nn.functional.conv_transpose2d(*arrays, stride, padding)

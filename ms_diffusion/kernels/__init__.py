@@ -213,37 +213,6 @@ def freeze(net: nn.Cell) -> None:
             cell.settings = Tensor([*cell.settings.asnumpy()[:3], True], ms.int32)
 
 
-class Conv2d(nn.Conv2d):
-    """``nn.Conv2d`` with square kernels, the same padding on all sides and pad_mode "pad"."""
-
-    def __init__(self, c_in: int, c_out: int, kernel: int, stride: int, padding: int, group: int, has_bias: bool):
-        super().__init__(c_in, c_out, kernel, stride, pad_mode="pad", padding=padding, group=group, has_bias=has_bias)
-        self.convolution, self.in_float32 = Convolution(stride, padding, group), True
-        self.norm_convolution = NormConvolution(stride, padding, group)
-        if not has_bias:
-            self.zeros = Tensor(np.zeros(c_out, np.float32))
-
-    def construct(self, x: Tensor, norm_weight=None, norm_bias=None, norm_settings=None) -> Tensor:
-        """The convolution of x, or of GroupNorm(x)."""
-        if not self.in_float32:
-            return super().construct(x)
-        bias = self.bias if self.has_bias else self.zeros
-        if norm_weight is not None:
-            return self.norm_convolution(x, norm_weight, norm_bias, norm_settings, self.weight, bias)
-        return self.convolution(x, self.weight, bias)
-
-
-class Conv2dTranspose(nn.Conv2dTranspose):
-    """``nn.Conv2dTranspose`` with square kernels, the same padding on all sides, pad_mode "pad" and a bias."""
-
-    def __init__(self, c_in: int, c_out: int, kernel: int, stride: int, padding: int):
-        super().__init__(c_in, c_out, kernel, stride, pad_mode="pad", padding=padding, has_bias=True)
-        self.convolution, self.in_float32 = Convolution(stride, padding, 1, transposed=True), True
-
-    def construct(self, x: Tensor) -> Tensor:
-        return self.convolution(x, self.weight, self.bias) if self.in_float32 else super().construct(x)
-
-
 class GroupNorm(nn.Cell):
     """(x, weight, bias) -> ``ops.group_norm``; `activation`: "gelu-before" (of x) or "silu-after" (of the result)."""
 

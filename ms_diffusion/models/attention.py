@@ -4,13 +4,13 @@ import mindspore as ms
 from mindspore import Tensor, nn, ops
 
 from .. import kernels
-from .layers import GroupNorm, conv2d
+from .layers import GroupNorm, chunk, conv2d
 
 
 def split_heads(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
     """(B, 3 h d, H, W) -> q, k, v, each (B, h, d, H W), in float32."""
     b, c, height, width = qkv.shape
-    parts = ops.split(ops.cast(qkv, ms.float32), c // 3, 1)
+    parts = chunk(ops.cast(qkv, ms.float32), 3, 1)
     q, k, v = [part.reshape(b, heads, c // (3 * heads), height * width) for part in parts]
     return q, k, v
 

@@ -13,7 +13,7 @@ from mindspore import Parameter, Tensor, nn, ops
 
 from ..fields import AT_LEAST_1, NOT_EMPTY, Bounds, check_fields
 from .attention import attend, matmul, matmul_t, split_heads
-from .layers import GroupNorm, Identity, UpsampleNearest, conv2d, name_and_initialise, norm_conv
+from .layers import GroupNorm, Identity, UpsampleNearest, chunk, conv2d, name_and_initialise, norm_conv
 
 EPS = 1e-6  # of every GroupNorm; PyTorch's default is 1e-5
 
@@ -23,7 +23,7 @@ EPS = 1e-6  # of every GroupNorm; PyTorch's default is 1e-5
 
 def mean_and_logvar(moments: Tensor) -> tuple[Tensor, Tensor]:
     """(B, 2C, h, w) -> mean and logvar, both (B, C, h, w), logvar clipped to [-30, 20]. Moments of N(0, I) are 0."""
-    mean, logvar = ops.chunk(moments, 2, 1)
+    mean, logvar = chunk(moments, 2, 1)
     return mean, ops.clamp(logvar, -30.0, 20.0)
 
 

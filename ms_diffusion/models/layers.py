@@ -11,49 +11,130 @@ import numpy as np
 
 import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
+from mindspore.mint.nn import functional as F
+from mindspore.ops.auto_generate import SplitWithSize
 
 from .. import kernels
-from ..runtime import initialise_ranks
+from ..runtime import initialise_ranks, on_ascend
 
 CONVOLUTIONS_AND_LINEAR = (nn.Conv2d, nn.Conv2dTranspose, nn.Dense)
 Identity = nn.Identity  # x -> x
 
+# On Ascend, mint's operators are one launch each, by aclnn, where those of ops and nn are several, or take the slower aclop.
+# They exist on Ascend alone (MindSpore 2.10). In a graph the question is answered when it is compiled.
+ascend = ops.constexpr(on_ascend)
+split = SplitWithSize()
 
-def conv2d(c_in: int, c_out: int, kernel: int, stride=1, padding=0, groups=1, bias: bool = True) -> nn.Conv2d:
+
+def chunk(x: Tensor, parts: int, axis: int) -> tuple[Tensor, ...]:
+    """`parts` equal parts of x along an axis."""
+    size = x.shape[axis] // parts
+    return split(x, (size,) * parts, axis) if ascend() else ops.split(x, size, axis)
+
+
+def rows(table: Tensor, index: Tensor) -> Tensor:
+    """The rows (B, dim) with indices (B,) int32 of a table (num, dim)."""
+    return F.embedding(index, table) if ascend() else ops.gather(table, index, 0)
+
+
+def read(parameter: Parameter, slot: tuple[nn.Cell] | None) -> Tensor:
+    """The value of a layer's parameter: its own, or that in the buffer where it is trained (`training.pack.Slot`)."""
+    return parameter if slot is None else slot[0](parameter)
+
+
+class Conv2d(nn.Conv2d):
+    """``torch.nn.Conv2d`` with square kernels, computed in `compute_type`: (B, c_in, H, W) -> (B, c_out, H', W')."""
+
+    def __init__(self, c_in: int, c_out: int, kernel: int, stride: int, padding: int, groups: int, bias: bool):
+        super().__init__(c_in, c_out, kernel, stride, pad_mode="pad", padding=padding, group=groups, has_bias=bias)
+        self.compute_type = ms.float32
+        self.weight_slot = self.bias_slot = self.kernel = None
+        if kernels.available():
+            self.kernel = kernels.Convolution(stride, padding, groups)
+            self.norm_kernel = kernels.NormConvolution(stride, padding, groups)
+            self.zeros = Tensor(np.zeros(c_out, np.float32))
+
+    def construct(self, x: Tensor, norm_weight=None, norm_bias=None, norm_settings=None) -> Tensor:
+        """The convolution of x, or, by the CPU kernel, of GroupNorm(x)."""
+        weight = read(self.weight, self.weight_slot)
+        bias = read(self.bias, self.bias_slot) if self.has_bias else None
+        if self.kernel is not None and self.compute_type == ms.float32:
+            bias = self.zeros if bias is None else bias
+            if norm_weight is not None:
+                return self.norm_kernel(x, norm_weight, norm_bias, norm_settings, weight, bias)
+            return self.kernel(x, weight, bias)
+        x, weight = ops.cast(x, self.compute_type), ops.cast(weight, self.compute_type)
+        bias = None if bias is None else ops.cast(bias, self.compute_type)
+        if ascend():
+            return F.conv2d(x, weight, bias, self.stride[0], self.padding, 1, self.group)
+        x = self.conv2d(x, weight)
+        return x if bias is None else ops.bias_add(x, bias)
+
+
+def conv2d(c_in: int, c_out: int, kernel: int, stride=1, padding=0, groups=1, bias: bool = True) -> Conv2d:
     """``torch.nn.Conv2d``: (B, c_in, H, W) -> (B, c_out, H', W')."""
-    if kernels.available():
-        return kernels.Conv2d(c_in, c_out, kernel, stride, padding, groups, bias)
-    return nn.Conv2d(c_in, c_out, kernel, stride, pad_mode="pad", padding=padding, group=groups, has_bias=bias)
+    return Conv2d(c_in, c_out, kernel, stride, padding, groups, bias)
+
+
+class Conv2dTranspose(nn.Conv2dTranspose):
+    """``torch.nn.ConvTranspose2d`` with square kernels and a bias, computed in `compute_type`."""
+
+    def __init__(self, c_in: int, c_out: int, kernel: int, stride: int, padding: int):
+        super().__init__(c_in, c_out, kernel, stride, pad_mode="pad", padding=padding, has_bias=True)
+        self.compute_type = ms.float32
+        self.weight_slot = self.bias_slot = None
+        self.border = kernel - 2 * padding
+        self.kernel = kernels.Convolution(stride, padding, 1, transposed=True) if kernels.available() else None
+
+    def construct(self, x: Tensor) -> Tensor:
+        weight, bias = read(self.weight, self.weight_slot), read(self.bias, self.bias_slot)
+        if self.kernel is not None and self.compute_type == ms.float32:
+            return self.kernel(x, weight, bias)
+        x, weight = ops.cast(x, self.compute_type), ops.cast(weight, self.compute_type)
+        bias, stride = ops.cast(bias, self.compute_type), self.stride[0]
+        if ascend():
+            return F.conv_transpose2d(x, weight, bias, stride, self.padding)
+        b, _, height, width = x.shape
+        size = (b, self.out_channels, (height - 1) * stride + self.border, (width - 1) * stride + self.border)
+        return ops.bias_add(self.conv2d_transpose(x, weight, size), bias)
 
 
 class Linear(nn.Dense):
     """``torch.nn.Linear`` of f(x), with the `activation` f ("relu", "silu" or None), plus `addend`; one pass on the CPU.
 
-    x (B, c_in), addend (B, c_out) or None -> (B, c_out).
+    x (B, ..., c_in), addend (B, c_out) or None -> (B, ..., c_out), computed in `compute_type`.
     """
 
-    def __init__(self, c_in: int, c_out: int, activation: str | None = None):
-        super().__init__(c_in, c_out)
-        self.before, self.in_float32 = {None: None, "relu": ops.relu, "silu": ops.silu}[activation], True
-        self.kernel = kernels.Linear(activation) if kernels.available() else None
+    def __init__(self, c_in: int, c_out: int, activation: str | None = None, bias: bool = True):
+        super().__init__(c_in, c_out, has_bias=bias)
+        self.compute_type = ms.float32
+        self.weight_slot = self.bias_slot = None
+        self.before = {None: None, "relu": ops.relu, "silu": ops.silu}[activation]
+        self.kernel = kernels.Linear(activation) if kernels.available() and bias else None
 
     def construct(self, x: Tensor, addend: Tensor | None = None) -> Tensor:
-        if self.kernel is not None and self.in_float32:
-            return self.kernel(x, self.weight, self.bias, addend)
-        x = super().construct(x if self.before is None else self.before(x))
-        return x if addend is None else x + addend
+        weight = read(self.weight, self.weight_slot)
+        bias = read(self.bias, self.bias_slot) if self.has_bias else None
+        if self.kernel is not None and self.compute_type == ms.float32 and x.ndim == 2:
+            return self.kernel(x, weight, bias, addend)
+        x = ops.cast(x if self.before is None else self.before(x), self.compute_type)
+        weight, bias = ops.cast(weight, self.compute_type), None if bias is None else ops.cast(bias, self.compute_type)
+        if ascend():
+            y = F.linear(x, weight, bias)
+        else:
+            y = self.matmul(x.reshape(-1, x.shape[-1]), weight)
+            y = (y if bias is None else ops.bias_add(y, bias)).reshape(x.shape[:-1] + (-1,))
+        return y if addend is None else y + addend
 
 
-def Downsample(dim: int) -> nn.Conv2d:
+def Downsample(dim: int) -> Conv2d:
     """Halve H and W: (B, C, H, W) -> (B, C, H/2, W/2)."""
     return conv2d(dim, dim, 4, stride=2, padding=1)
 
 
-def Upsample(dim: int) -> nn.Conv2dTranspose:
+def Upsample(dim: int) -> Conv2dTranspose:
     """Double H and W by a transposed convolution: (B, C, H, W) -> (B, C, 2H, 2W)."""
-    if kernels.available():
-        return kernels.Conv2dTranspose(dim, dim, 4, 2, 1)
-    return nn.Conv2dTranspose(dim, dim, 4, 2, pad_mode="pad", padding=1, has_bias=True)
+    return Conv2dTranspose(dim, dim, 4, 2, 1)
 
 
 class UpsampleNearest(nn.Cell):
@@ -67,7 +148,8 @@ class UpsampleNearest(nn.Cell):
         self.conv = conv2d(channels, channels, 3, padding=1) if with_conv else Identity()
 
     def construct(self, x: Tensor, emb: Tensor | None = None, context: Tensor | None = None) -> Tensor:
-        return self.conv(ops.interpolate(x, size=(2 * x.shape[2], 2 * x.shape[3]), mode="nearest"))
+        interpolate = F.interpolate if ascend() else ops.interpolate
+        return self.conv(interpolate(x, size=(2 * x.shape[2], 2 * x.shape[3]), mode="nearest"))
 
 
 class GroupNorm(nn.Cell):
@@ -86,21 +168,23 @@ class GroupNorm(nn.Cell):
         self.groups, self.eps, self.activation = groups, eps, activation
         self.weight = Parameter(Tensor(np.ones(channels, np.float32)), name="weight")
         self.bias = Parameter(Tensor(np.zeros(channels, np.float32)), name="bias")
+        self.weight_slot = self.bias_slot = None
+        self.activate = Activation(activation[:4]) if activation else None
         self.kernel = kernels.GroupNorm(groups, eps, activation) if kernels.available() else None
 
     def construct(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
         """With `scale` and `shift` (B, C), the activation applies to the normalised x times (1 + scale), plus shift."""
-        x = ops.cast(x, ms.float32)
+        x, weight, bias = ops.cast(x, ms.float32), read(self.weight, self.weight_slot), read(self.bias, self.bias_slot)
         if self.kernel is not None:
             if scale is None:
-                return self.kernel(x, self.weight, self.bias)
-            return self.kernel(x, self.weight * (1 + scale), self.bias * (1 + scale) + shift)
+                return self.kernel(x, weight, bias)
+            return self.kernel(x, weight * (1 + scale), bias * (1 + scale) + shift)
         if self.activation == "gelu-before":
-            x = ops.gelu(x, approximate="none")
-        x = ops.group_norm(x, self.groups, self.weight, self.bias, self.eps)
+            x = self.activate(x)
+        x = ops.group_norm(x, self.groups, weight, bias, self.eps)
         if scale is not None and shift is not None:
             x = x * (1 + scale).expand_dims(-1).expand_dims(-1) + shift.expand_dims(-1).expand_dims(-1)
-        return ops.silu(x) if self.activation == "silu-after" else x
+        return self.activate(x) if self.activation == "silu-after" else x
 
 
 class RankMean(nn.Cell):
@@ -155,10 +239,11 @@ def freeze(net: nn.Cell) -> nn.Cell:
     return net
 
 
-def norm_conv(norm: GroupNorm, conv: nn.Conv2d, x: Tensor) -> Tensor:
+def norm_conv(norm: GroupNorm, conv: Conv2d, x: Tensor) -> Tensor:
     """conv(norm(x)); on the CPU as one operator, which does not store the normalised x."""
-    if norm.kernel is not None and conv.in_float32:
-        return conv(ops.cast(x, ms.float32), norm.weight, norm.bias, norm.kernel.settings)
+    if norm.kernel is not None and conv.compute_type == ms.float32:
+        weight, bias = read(norm.weight, norm.weight_slot), read(norm.bias, norm.bias_slot)
+        return conv(ops.cast(x, ms.float32), weight, bias, norm.kernel.settings)
     return conv(norm(x))
 
 
@@ -173,7 +258,9 @@ class Activation(nn.Cell):
     def construct(self, x: Tensor) -> Tensor:
         if self.kernel is not None:
             return self.kernel(ops.cast(x, ms.float32))
-        return ops.silu(x) if self.is_silu else ops.gelu(x, approximate="none")
+        if self.is_silu:
+            return ops.silu(x)
+        return F.gelu(x, approximate="none") if ascend() else ops.gelu(x, approximate="none")
 
 
 GELU, SiLU = partial(Activation, "gelu"), partial(Activation, "silu")
@@ -206,10 +293,10 @@ class Embedding(nn.Cell):
 
     def __init__(self, num: int, dim: int):
         super().__init__()
-        self.weight = Parameter(Tensor(np.zeros((num, dim), np.float32)), name="weight")
+        self.weight, self.weight_slot = Parameter(Tensor(np.zeros((num, dim), np.float32)), name="weight"), None
 
     def construct(self, index: Tensor) -> Tensor:
-        return ops.gather(self.weight, index, 0)
+        return rows(read(self.weight, self.weight_slot), index)
 
 
 class SinusoidalPositionEmbeddings(nn.Cell):
@@ -251,5 +338,4 @@ def set_compute_type(net: nn.Cell, dtype: ms.Type) -> None:
     """Run convolutions and linear layers in `dtype`; parameters, norms and softmax stay in float32."""
     for _, cell in net.cells_and_names():
         if isinstance(cell, CONVOLUTIONS_AND_LINEAR):
-            cell.to_float(dtype)
-            cell.in_float32 = dtype == ms.float32  # our CPU kernels are for float32 alone
+            cell.compute_type = dtype

@@ -11,7 +11,7 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 
 from ..fields import AT_LEAST_1, NON_NEGATIVE, Bounds, check_fields
-from .layers import Embedding, Linear, SinusoidalPositionEmbeddings, name_and_initialise
+from .layers import Embedding, Linear, SinusoidalPositionEmbeddings, name_and_initialise, rows
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class ResidualMLP(nn.Cell):
         name_and_initialise(self, seed)
 
     def construct(self, x: Tensor, t: Tensor) -> Tensor:
-        emb = self.time_mlp(ops.gather(self.time_embeddings, t, 0))  #                (B, dim)
+        emb = self.time_mlp(rows(self.time_embeddings, t))  #                (B, dim)
         angles = (x.expand_dims(-1) * self.frequencies).reshape(x.shape[0], -1)  #    (B, 2 frequencies)
         x = self.first(ops.concat((x, ops.sin(angles), ops.cos(angles)), 1))  #       (B, dim)
         for block in self.blocks:

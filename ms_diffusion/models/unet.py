@@ -14,7 +14,7 @@ from mindspore import Tensor, nn, ops
 from ..fields import AT_LEAST_1, NON_NEGATIVE, NOT_EMPTY, Bounds, check_fields
 from . import layers
 from .attention import Attention, LinearAttention
-from .layers import GELU, Embedding, GroupNorm, Identity, Linear, SiLU, conv2d, name_and_initialise, norm_conv
+from .layers import GELU, Embedding, GroupNorm, Identity, Linear, SiLU, chunk, conv2d, name_and_initialise, norm_conv
 
 
 class Block(nn.Cell):
@@ -47,7 +47,7 @@ class ResnetBlock(nn.Cell):
         if self.mlp is None or time_emb is None:
             h = self.block1(x)
         elif self.scale_shift:
-            scale, shift = ops.chunk(self.mlp(time_emb), 2, 1)
+            scale, shift = chunk(self.mlp(time_emb), 2, 1)
             h = self.block1(x, scale, shift)
         else:
             h = self.block1(x) + self.mlp(time_emb).expand_dims(-1).expand_dims(-1)

@@ -14,11 +14,25 @@ import numpy as np
 
 import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
+from mindspore.mint.nn import functional as F
 
 from ..fields import AT_LEAST_1, NOT_EMPTY, Bounds, check_fields
 from . import layers
 from .attention import attend, matmul, matmul_t, softmax, split_heads
-from .layers import GELU, Embedding, GroupNorm, Identity, Linear, UpsampleNearest, conv2d, name_and_initialise, norm_conv
+from .layers import (
+    GELU,
+    Embedding,
+    GroupNorm,
+    Identity,
+    Linear,
+    UpsampleNearest,
+    ascend,
+    chunk,
+    conv2d,
+    name_and_initialise,
+    norm_conv,
+    read,
+)
 
 TimestepEmbedding = partial(layers.SinusoidalPositionEmbeddings, cosines_first=True)
 
@@ -60,7 +74,7 @@ class ResBlock(nn.Cell):
             x = self.resample(x)
         emb = self.emb_layers(emb)
         if self.scale_shift:
-            scale, shift = ops.chunk(emb, 2, 1)
+            scale, shift = chunk(emb, 2, 1)
             h = self.out_layers[0](h, scale, shift)
         else:
             h = self.out_layers[0](h + emb.expand_dims(-1).expand_dims(-1))
@@ -73,9 +87,14 @@ class Conv1d(nn.Conv2d):
     def __init__(self, c_in: int, c_out: int):
         super().__init__(c_in, c_out, 1, has_bias=True)
         self.weight = Parameter(Tensor(np.zeros((c_out, c_in, 1), np.float32)), name="weight")
+        self.weight_slot = self.bias_slot = None
+        self.compute_type = ms.float32
 
     def construct(self, x: Tensor) -> Tensor:
-        return ops.conv2d(x, self.weight.expand_dims(-1), self.bias)
+        weight, bias = read(self.weight, self.weight_slot), read(self.bias, self.bias_slot)
+        x, bias = ops.cast(x, self.compute_type), ops.cast(bias, self.compute_type)
+        convolution = F.conv2d if ascend() else ops.conv2d
+        return convolution(x, ops.cast(weight.expand_dims(-1), self.compute_type), bias)
 
 
 class AttentionBlock(nn.Cell):
@@ -98,7 +117,7 @@ class AttentionBlock(nn.Cell):
             q, k, v = split_heads(qkv, self.heads)  #       (B, h, d, N)
         else:
             qkv = ops.cast(qkv, ms.float32).reshape(b, self.heads, -1, height * width)
-            q, k, v = ops.split(qkv, c // self.heads, 2)  # (B, h, d, N)
+            q, k, v = chunk(qkv, 3, 2)  # (B, h, d, N)
         out = attend(q, k, v, self.scale, self.lean)  #     (B, h, d, N)
         return x + self.proj_out(out.reshape(x.shape))
 
@@ -110,10 +129,14 @@ class LayerNorm(nn.Cell):
         super().__init__()
         self.weight = Parameter(Tensor(np.ones(dim, np.float32)), name="weight")
         self.bias = Parameter(Tensor(np.zeros(dim, np.float32)), name="bias")
+        self.weight_slot = self.bias_slot = None
         self.norm = ops.LayerNorm(begin_norm_axis=-1, begin_params_axis=-1, epsilon=1e-5)
 
     def construct(self, x: Tensor) -> Tensor:
-        return self.norm(ops.cast(x, ms.float32), self.weight, self.bias)[0]
+        x, weight, bias = ops.cast(x, ms.float32), read(self.weight, self.weight_slot), read(self.bias, self.bias_slot)
+        if ascend():
+            return F.layer_norm(x, x.shape[-1:], weight, bias, 1e-5)
+        return self.norm(x, weight, bias)[0]
 
 
 class CrossAttention(nn.Cell):
@@ -126,8 +149,8 @@ class CrossAttention(nn.Cell):
         super().__init__()
         self.heads, self.scale, self.lean = heads, dim_head**-0.5, False
         inner, dims = heads * dim_head, (query_dim, context_dim, context_dim)
-        self.to_q, self.to_k, self.to_v = [nn.Dense(dim, inner, has_bias=False) for dim in dims]
-        self.to_out = nn.SequentialCell(nn.Dense(inner, query_dim))
+        self.to_q, self.to_k, self.to_v = [Linear(dim, inner, bias=False) for dim in dims]
+        self.to_out = nn.SequentialCell(Linear(inner, query_dim))
 
     def heads_first(self, x: Tensor) -> Tensor:
         """(B, n, h d) -> (B, h, n, d), in float32."""
@@ -149,10 +172,10 @@ class GEGLU(nn.Cell):
 
     def __init__(self, dim: int, dim_out: int):
         super().__init__()
-        self.proj, self.gelu = nn.Dense(dim, 2 * dim_out), GELU()
+        self.proj, self.gelu = Linear(dim, 2 * dim_out), GELU()
 
     def construct(self, x: Tensor) -> Tensor:
-        x, gate = ops.chunk(self.proj(x), 2, -1)
+        x, gate = chunk(self.proj(x), 2, -1)
         return x * self.gelu(gate)
 
 
@@ -161,7 +184,7 @@ class FeedForward(nn.Cell):
 
     def __init__(self, dim: int):
         super().__init__()
-        self.net = nn.SequentialCell(GEGLU(dim, 4 * dim), Identity(), nn.Dense(4 * dim, dim))  # Identity: CompVis's dropout
+        self.net = nn.SequentialCell(GEGLU(dim, 4 * dim), Identity(), Linear(4 * dim, dim))  # Identity: CompVis's dropout
 
     def construct(self, x: Tensor) -> Tensor:
         return self.net(x)

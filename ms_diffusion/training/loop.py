@@ -77,6 +77,7 @@ def train_task(task: Task, run_dir: Path, device: str, stop: threading.Event,
 
     def save(step: int, fid: float | None = None) -> None:
         if metrics:
+            task.write_back()
             record = {"epoch": step // steps_per_epoch, "seed": train.seed, "fid": fid, "config": config.to_record()}
             record |= {"batch_size": train.batch_size, "world_size": world_size}
             checkpoint.save(step, **record, **task.checkpoint_record())

@@ -13,7 +13,9 @@ import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 
 from .. import kernels
+from ..models.layers import split
 from ..runtime import compiled
+from .pack import Pack, each, flatten
 
 
 class WarmupCosine(nn.learning_rate_schedule.LearningRateSchedule):
@@ -52,6 +54,15 @@ class EMA:
         for source, average in zip(self.sources, self.averages, strict=True):
             average.name = f"{self.name}.{source.name}"
             average.requires_grad = False
+        self.targets, self.followed = self.averages, self.sources  # what the step moves, and towards what
+
+    def use(self, pack: Pack) -> None:
+        """Average the pack's buffer in place of the parameters in it."""
+        averages = {id(source): average for source, average in zip(self.sources, self.averages, strict=True)}
+        packed = [averages.pop(id(p)) for p in pack.members]
+        others = [p for p in self.sources if id(p) in averages]
+        self.targets = ms.ParameterTuple([*pack.buffers(packed), *averages.values()])
+        self.followed = ms.ParameterTuple([*pack.buffers(pack.members), *others])
 
     def decay_after(self, n: Tensor) -> Tensor:
         """The decay in step n, a float32 Tensor; the first step is 1."""
@@ -94,23 +105,35 @@ def make_optimizer(net: nn.Cell, lr: float, warmup_steps: int, total_steps: int,
     return nn.Adam(parameters, learning_rate=schedule, beta1=adam_betas[0], beta2=adam_betas[1], eps=1e-8)
 
 
-# HyperMap loops over all gradients: with list comprehensions the step compiled in 38 s instead of 5 (MindSpore 2.10).
-each = ops.HyperMap()
+adam = ops.Adam()
 
 
 def _sum_of_squares(gradient: Tensor) -> Tensor:
     return ops.square(gradient).sum()
 
 
-def _move_average(decay: Tensor, after: Tensor, average: Tensor, source: Tensor) -> Tensor:
-    """Update the average with the value that `source` has once `after` is computed."""
-    new = ops.depend(source, after)
-    return ops.assign(average, new + decay * (average - new))
+def _like(parameter: Tensor, values: Tensor) -> Tensor:
+    return values.reshape(parameter.shape)
+
+
+def _if_finite(finite: Tensor, value: Tensor) -> Tensor:
+    """The value, or 0 after an overflow, where a product with 0 would not be finite."""
+    return ops.where(finite, value, ops.zeros_like(value))
+
+
+def _adam(powers, lr, betas, eps, parameter, moment1, moment2, gradient):
+    return adam(parameter, moment1, moment2, powers[0], powers[1], lr, betas[0], betas[1], eps, gradient)
+
+
+def _move_average(weight: Tensor, after: Tensor, average: Tensor, source: Tensor) -> Tensor:
+    """Move the average by `weight` towards the value that `source` has once `after` is computed."""
+    return ops.assign(average, ops.lerp(average, ops.depend(source, after), weight))
 
 
 def make_train_step(loss_fn: Callable[..., Any], optimizer: nn.Optimizer, ema: EMA | None = None, *, clip_norm: float = 1.0,
         loss_scaler: ms.amp.LossScaler | None = None, world_size: int = 1, has_aux: bool = False,
-        extra_emas: Sequence[EMA] = (), steps_per_call: int = 1) -> Callable[..., tuple[Tensor, ...]]:  # fmt: skip
+        extra_emas: Sequence[EMA] = (), steps_per_call: int = 1,
+        pack: Pack | None = None) -> Callable[..., tuple[Tensor, ...]]:  # fmt: skip
     """Compile `step(*values, **batch) -> (loss (), gradient norm ())`: the gradients of `loss_fn`, clipping, Adam, EMA.
 
     The names of loss_fn's parameters are the fields of a batch. The step takes Tensors by position or by name; a field that
@@ -118,53 +141,94 @@ def make_train_step(loss_fn: Callable[..., Any], optimizer: nn.Optimizer, ema: E
 
     Args:
         clip_norm: the largest global norm of the gradients, which are scaled down to it (Pascanu et al. 2013).
-        loss_scaler: `mindspore.amp.DynamicLossScaler` for float16; a step with an overflow is skipped.
-        world_size: number of devices; their gradients are averaged.
+        loss_scaler: `mindspore.amp.DynamicLossScaler` for float16; a step with an overflow is skipped, and its norm is 0.
+        world_size: number of ranks; their losses and gradients are averaged, and all skip a step if one has an overflow.
         has_aux: loss_fn returns (loss, aux), and the step (loss, gradient norm, aux).
         extra_emas: averages of the network besides `ema`.
         steps_per_call: K > 1 makes K steps per call, with batches that have an additional first axis (K, ...), and returns
-            the mean loss and the last gradient norm. For small networks, whose steps take less time than a call.
+            the mean loss and the last gradient norm. For small networks, whose steps take less time than a call, on the CPU.
+        pack: buffers that are trained in place of the network's parameters.
 
     Raises ValueError if steps_per_call is above 1 together with loss_scaler, has_aux or extra_emas."""
     if steps_per_call > 1 and (loss_scaler is not None or has_aux or extra_emas):
         raise ValueError("steps_per_call above 1 works without loss_scaler, has_aux and extra_emas only: set it to 1")
     fields = inspect.signature(loss_fn)
-    parameters = optimizer.parameters
-    reduce_gradients = nn.DistributedGradReducer(parameters, mean=True, degree=world_size) if world_size > 1 else None
+    fused = kernels.adam(optimizer, clip_norm, ema) if pack is None and kernels.adam_available() else None
+    emas = [*([] if ema is None else [ema]), *extra_emas]
+    trained, state = optimizer.parameters, (optimizer.parameters, optimizer.moment1, optimizer.moment2)
+    if pack is not None:
+        trained, state = pack.trained, tuple(map(pack.group, state))
+        for average in emas:
+            average.use(pack)
+    parameters, moment1, moment2 = state
+    sizes = (*(p.size for p in parameters), 1, 1)
 
     def scaled_loss(*batch):
         loss, aux = loss_fn(*batch) if has_aux else (loss_fn(*batch), ())
         return loss if loss_scaler is None else loss_scaler.scale(loss), aux
 
-    loss_and_gradients = ms.value_and_grad(scaled_loss, None, parameters, has_aux=True)
-    fused = kernels.adam(optimizer, clip_norm, ema) if kernels.adam_available() else None
-
-    def update(loss, gradients):
-        if fused is not None:
-            return loss, fused(gradients)
-        norm = ops.sqrt(ops.addn(each(_sum_of_squares, gradients)))
-        shrink = ops.clamp(clip_norm / (norm + 1e-6), 0.0, 1.0)
-        loss = ops.depend(loss, optimizer(each(partial(ops.mul, shrink), gradients)))
-        return (loss if ema is None else update_average(ema, loss)), norm
-
-    def update_average(average, loss):
-        n = ops.cast(ops.depend(optimizer.global_step, loss), ms.float32).reshape(())
-        moved = each(partial(_move_average, average.decay_after(n), loss), average.averages, average.sources)
-        return ops.depend(loss, moved)
+    loss_and_gradients = ms.value_and_grad(scaled_loss, None, trained, has_aux=True)
 
     def step(*batch):
         (loss, aux), gradients = loss_and_gradients(*batch)
-        if reduce_gradients is not None:
-            gradients = reduce_gradients(gradients)
-        if loss_scaler is None:
-            loss, norm = update(loss, gradients)
-        else:
+        if pack is not None:
+            gradients = pack.join(gradients)
+        finite = Tensor(True)
+        if loss_scaler is not None:
             loss, finite = loss_scaler.unscale(loss), ms.amp.all_finite(gradients)
-            norm = loss * 0
-            if finite:
-                loss, norm = update(loss, loss_scaler.unscale(gradients))
+        if world_size > 1:
+            loss, finite, gradients = over_ranks(loss, finite, gradients)
+        loss, norm = update(loss, finite, gradients) if fused is None else fused_update(loss, finite, gradients)
+        if loss_scaler is not None:
             loss = ops.depend(loss, loss_scaler.adjust(finite))
         return (loss, norm, aux) if has_aux else (loss, norm)
+
+    def over_ranks(loss, finite, gradients):
+        """Mean loss, whether all are finite, mean gradients, by one reduction."""
+        values = each(flatten, gradients) + (loss.reshape(1), ops.cast(finite, ms.float32).reshape(1))
+        means = split(ops.AllReduce()(ops.concat(values)) / world_size, sizes, 0)
+        return means[-2].reshape(()), means[-1].reshape(()) == 1, each(_like, parameters, means[:-2])
+
+    def update(loss, finite, gradients):
+        """Clipping, Adam and averages. After an overflow all stays as it is, by arithmetic: an `if` in the graph would bring
+        the state to the host and back on Ascend and on a GPU."""
+        norm = ops.sqrt(ops.addn(each(_sum_of_squares, gradients)))
+        norm = norm if loss_scaler is None else norm / loss_scaler.scale_value
+        shrink = ops.clamp(clip_norm / (norm + 1e-6), 0.0, 1.0)
+        shrink = shrink if loss_scaler is None else shrink / loss_scaler.scale_value
+        gradients = each(partial(ops.mul, shrink), gradients)
+        lr, betas = optimizer.learning_rate(optimizer.global_step).reshape(()), (optimizer.beta1, optimizer.beta2)
+        powers, count = (optimizer.beta1_power * betas[0], optimizer.beta2_power * betas[1]), ops.cast(finite, ms.int32)
+        kept = powers
+        if loss_scaler is not None:
+            gradients = each(partial(_if_finite, finite), gradients)
+            norm, lr = _if_finite(finite, norm), _if_finite(finite, lr)
+            betas = ops.where(finite, betas[0], 1.0), ops.where(finite, betas[1], 1.0)
+            kept = ops.where(finite, powers[0], optimizer.beta1_power), ops.where(finite, powers[1], optimizer.beta2_power)
+        done = each(partial(_adam, powers, lr, betas, optimizer.eps), parameters, moment1, moment2, gradients)
+        loss = ops.depend(loss, done)
+        ops.assign(optimizer.beta1_power, kept[0])
+        ops.assign(optimizer.beta2_power, kept[1])
+        ops.assign_add(optimizer.global_step, count)
+        return move_averages(emas, loss, finite), norm
+
+    def fused_update(loss, finite, gradients):
+        """The same by one operator of the CPU, where control flow in the graph costs nothing."""
+        if loss_scaler is None:
+            return loss, fused(gradients)
+        norm = ops.zeros_like(loss)
+        if finite:
+            norm = fused(loss_scaler.unscale(gradients))
+        return loss, norm
+
+    def move_averages(emas, loss, finite):
+        """The loss, after the averages have followed the parameters that the step has trained."""
+        for average in emas:
+            n = ops.cast(ops.depend(optimizer.global_step, loss), ms.float32).reshape(())
+            weight = 1 - average.decay_after(n)
+            weight = weight if loss_scaler is None else _if_finite(finite, weight)
+            loss = ops.depend(loss, each(partial(_move_average, weight, loss), average.targets, average.followed))
+        return loss
 
     def repeat(count, *batches):
         i, total, norm = Tensor(0, ms.int32), Tensor(0.0, ms.float32), Tensor(0.0, ms.float32)
@@ -176,15 +240,13 @@ def make_train_step(loss_fn: Callable[..., Any], optimizer: nn.Optimizer, ema: E
             total, i = total + loss, i + 1
         return total / steps_per_call, norm
 
-    def update_extra_averages(loss):
-        for average in extra_emas:
-            loss = update_average(average, loss)
-        return loss
+    def move_extra_averages(loss):
+        return move_averages(extra_emas, loss, Tensor(True))
 
     train = compiled(repeat if steps_per_call > 1 else step)
     count = (Tensor(steps_per_call, ms.int32),) if steps_per_call > 1 else ()
     # A graph of its own: in one with the fused update MindSpore would update copies
-    after = compiled(update_extra_averages) if extra_emas else None
+    after = compiled(move_extra_averages) if extra_emas and fused is not None else None
 
     def train_step(*values: Tensor, **batch: Tensor) -> tuple[Tensor, ...]:
         bound = fields.bind(*values, **batch)

@@ -24,6 +24,7 @@ from ...runtime import UserError, command, compiled, ranks
 from ...sampling import Sampling
 from ..checkpoint import Checkpoint
 from ..config import Config, DataConfig, TrainConfig
+from ..pack import make_pack
 from ..runs import Run
 from ..step import EMA, make_optimizer, make_train_step
 from .base import Arrays, Request, Scored, Task, load_initial_weights
@@ -117,24 +118,30 @@ class AutoencoderTask(Images, Task):
             d_steps = max(train.total_steps - train.disc_start, 1)
             layers = train.disc_channels, train.disc_layers, train.disc_norm
             self.discriminator = NLayerDiscriminator(config.model.channels, *layers, train.seed)
-            d_optimizer = make_optimizer(self.discriminator, train.disc_lr, 0, d_steps, **adam)
+            d_optimizer = self.d_optimizer = make_optimizer(self.discriminator, train.disc_lr, 0, d_steps, **adam)
             both = (*self.discriminator.get_parameters(), *d_optimizer.get_parameters())
             parameters = list({id(p): p for p in both}.values())
             for p in parameters:  # the names in a checkpoint must differ
                 p.name = f"discriminator.{p.name}"
         keep = train.keep_checkpoints
         self.checkpoint = Checkpoint(self.run_dir, net, self.optimizer, ema, keep=keep, extra_parameters=parameters)
-        self.average = FirstStage(ema.net)
+        self.net, self.ema, self.average = net, ema, FirstStage(ema.net)
 
-        # The steps, compiled when first called: the first without the discriminator, until disc_start
-        distance = perceptual_distance(config)
+    def prepare(self) -> None:
+        """The steps, compiled when first called: the first without the discriminator, until disc_start."""
+        train, net, discriminator = self.config.train, self.net, self.discriminator
         options = {"clip_norm": train.clip_norm, "world_size": self.world_size}
-        likelihood, adversarial, weigh, d_loss = autoencoder_losses(net, self.discriminator, self.logvar, distance, train)
-        self.likelihood_step = make_train_step(likelihood, self.optimizer, ema, has_aux=True, **options)
-        if self.discriminator:
+        losses = autoencoder_losses(net, discriminator, self.logvar, perceptual_distance(self.config), train)
+        likelihood, adversarial, weigh, d_loss = losses
+        pack = make_pack(net, self.optimizer)
+        d_pack = make_pack(discriminator, self.d_optimizer) if discriminator else None
+        self.packs = [each for each in (pack, d_pack) if each]
+        generator = {"has_aux": True, "pack": pack, **options}
+        self.likelihood_step = make_train_step(likelihood, self.optimizer, self.ema, **generator)
+        if discriminator:
             self.weigh = compiled(weigh)
-            self.adversarial_step = make_train_step(adversarial, self.optimizer, ema, has_aux=True, **options)
-            self.discriminator_step = make_train_step(d_loss, d_optimizer, **options)
+            self.adversarial_step = make_train_step(adversarial, self.optimizer, self.ema, **generator)
+            self.discriminator_step = make_train_step(d_loss, self.d_optimizer, pack=d_pack, **options)
 
     def draw_batch(self, x: np.ndarray, labels: np.ndarray, step: int) -> Arrays:
         return {"x": x, "noise": self.random(step).standard_normal((len(x), *self.latent_shape), np.float32)}
@@ -152,6 +159,7 @@ class AutoencoderTask(Images, Task):
         return loss, norm, {"logvar": self.logvar, "disc_weight": weight, "disc_loss": d_loss}
 
     def preview(self, step: int) -> Path:
+        self.write_back()
         path = self.run_dir / "samples" / f"step-{step:07d}.png"
         return save_reconstructions(path, self.average, self.data[: self.config.train.sample_num])
 

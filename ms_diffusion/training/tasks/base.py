@@ -1,7 +1,7 @@
 """What every kind of run has to know: one object, asked by the training loop, sampling, evaluation and likelihood.
 `config.task()` makes it. Training, sampling and scoring never ask what kind a run is: they call these methods."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,6 +21,7 @@ from ...runtime import UserError, command
 from ...sampling import Sampling
 from ..checkpoint import Checkpoint, checkpoints
 from ..config import Config
+from ..pack import Pack
 from ..runs import Run
 
 Arrays = dict[str, np.ndarray]
@@ -68,6 +69,7 @@ class Task:
     unit = "img"  # its abbreviation in the progress bar
     flip = False
     steps_per_call = 1
+    packs: Sequence[Pack] = ()  # what is trained in buffers
     checkpoint: Checkpoint
     optimizer: nn.Optimizer
 
@@ -164,6 +166,11 @@ class Task:
     def advance(self, batch: Arrays, step: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Train on a batch of `batches`: loss (), gradient norm (), and other values to log, by name."""
         raise NotImplementedError
+
+    def write_back(self) -> None:
+        """Set the parameters from the buffers in which they are trained, before anything else reads them."""
+        for pack in self.packs:
+            pack.write_back()
 
     def preview(self, step: int) -> Path:
         """Draw samples of the averaged network, all ranks together; returns the picture's path. Rank 0 writes it."""

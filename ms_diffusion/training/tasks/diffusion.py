@@ -16,6 +16,7 @@ from ...randomness import ImportanceTimesteps, Random, antithetic_timesteps, off
 from ...runtime import UserError, gather
 from ...sampling import Generator, Sampling
 from ..checkpoint import Checkpoint
+from ..pack import make_pack
 from ..step import EMA, make_optimizer, make_train_step
 from .base import Arrays, Task, load_initial_weights
 
@@ -68,11 +69,15 @@ class DiffusionTask(Task):
         self.step_options |= {"clip_norm": train.clip_norm, "world_size": self.world_size, "has_aux": bool(self.importance)}
 
     def prepare(self) -> None:
-        train, options = self.config.train, self.step_options
-        if not (options["has_aux"] or options["extra_emas"] or options["loss_scaler"]):  # these need the host each step
+        train, options, pack = self.config.train, self.step_options, make_pack(self.net, self.optimizer)
+        self.packs = [] if pack is None else [pack]
+        # A loop in the graph keeps its state on the CPU alone; elsewhere each iteration would copy it
+        if pack is None and not (
+            options["has_aux"] or options["extra_emas"] or options["loss_scaler"]
+        ):  # these need the host each step
             counts = [getattr(train, f"{name}_every", 0) for name in ("log", "sample", "save", "score")]
             self.steps_per_call = math.gcd(train.steps_per_call, self.start_step, train.total_steps, *counts)
-        options["steps_per_call"] = self.steps_per_call
+        options |= {"steps_per_call": self.steps_per_call, "pack": pack}
         self.train_step = make_train_step(self.make_loss(), self.optimizer, self.ema, **options)
 
     def make_x_start(self) -> Callable:
@@ -123,6 +128,7 @@ class DiffusionTask(Task):
 
     def draw(self, num: int, sampling: Sampling | None = None, batch_size: int = 64) -> np.ndarray:
         """`num` samples (num, ...) of the averaged network, as floats."""
+        self.write_back()
         sampling = replace(sampling or self.preview_sampling, seed=self.config.train.seed, batch_size=batch_size)
         return self.decode(self.average.draw(sampling, num, self.in_order(self.preview_conditions(num))))
 
