@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -259,15 +260,23 @@ HINTS |= dict.fromkeys((errno.EACCES, errno.EROFS, errno.EEXIST, errno.ENOTDIR, 
 
 def run_program(main: Callable[[list[str]], int], argv: Sequence[str]) -> int:
     """The exit code of main(argv). Bad input and a full disk give one line and code 2, or a traceback with --debug.
-    Several ranks end together: a launcher ends the others as soon as one has an exit code other than 0."""
+
+    Several ranks end together: a launcher ends the others as soon as one has an exit code other than 0. Without a launcher
+    MindSpore's scheduler does so, but not if a process signs off; one that fails therefore ends without that."""
     try:
         code = main(list(argv))
         barrier()
         return code
-    except (UserError, OSError) as e:
-        hint = "" if isinstance(e, UserError) else HINTS.get(e.errno or 0)
-        if hint is None or "--debug" in argv:
+    except Exception as e:
+        hint = "" if isinstance(e, UserError) else HINTS.get(e.errno or 0) if isinstance(e, OSError) else None
+        is_known = hint is not None and "--debug" not in argv
+        if is_known:
+            with contextlib.suppress(OSError):
+                print(f"error: {e}{hint}", file=sys.stderr, flush=True)
+        if several_ranks():
+            if not is_known:
+                traceback.print_exc()
+            os._exit(2 if is_known else 1)
+        if not is_known:
             raise
-        with contextlib.suppress(OSError):
-            print(f"error: {e}{hint}", file=sys.stderr)
         return 2

@@ -104,8 +104,9 @@ class Run:
 
     def sample(self, num: int = 64, *, labels: Any = None, prompt: str | None = None, pictures: np.ndarray | None = None,
             raw: bool = False, callback: Any = None, **options: Any) -> np.ndarray:  # fmt: skip
-        """Draw `num` samples: images (num, H, W, C) uint8, or points (num, 2) in the data's units. Raises UserError if
-        an option is unknown, out of range, or does not fit the run.
+        """Draw `num` samples: images (num, H, W, C) uint8, or points (num, 2) in the data's units. Several ranks share the
+        work: all of them call this, or one of them `runtime.alone`, and each gets all samples. Raises UserError if an
+        option is unknown, out of range, or does not fit the run.
 
         Args:
             labels: A class's number or name, or (num,) of numbers; by default each class in turn.

@@ -17,7 +17,7 @@ from ...data.batches import check_enough, make_dataset
 from ...metrics.scores import Reference, Samples
 from ...process import GaussianDiffusion
 from ...randomness import Random, Stream, of_step
-from ...runtime import UserError, command
+from ...runtime import UserError, command, ranks
 from ...sampling import Sampling
 from ..checkpoint import Checkpoint, checkpoints
 from ..config import Config
@@ -246,5 +246,6 @@ def load_initial_weights(config: Config, run_dir: Path, net: nn.Cell) -> LoadRep
     if not config.init_from or checkpoints(run_dir):
         return None
     report = load_pretrained(net, config.init_from, None, config.init_ignore, config.init_partial, config.init_ema)
-    print(f"{config.init_from}: {report}")
+    if ranks()[0] == 0:
+        print(f"{config.init_from}: {report}")
     return report
