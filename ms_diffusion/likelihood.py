@@ -17,6 +17,7 @@ from mindspore import Tensor, nn, ops
 
 from .denoiser import evaluation_mode
 from .process import GaussianDiffusion, predict
+from .randomness import Random
 from .runtime import compiled
 
 Callback = Callable[[int], Any] | None
@@ -35,7 +36,7 @@ class Bound:
 
 
 def bits_per_dim(denoise: Callable[[np.ndarray, int], np.ndarray], diffusion: GaussianDiffusion, x_start: np.ndarray,
-        rng: np.random.Generator, callback: Callback = None) -> Bound:  # fmt: skip
+        rng: Random, callback: Callback = None) -> Bound:  # fmt: skip
     """The variational bound on -log p(x_0), estimated with one draw of each x_t (Ho et al. 2020, eqs. 5 and 13; evaluated as
     in Nichol & Dhariwal 2021). The reverse variance is the diffusion's; t = 0, where it may be 0, uses that of t = 1.
 

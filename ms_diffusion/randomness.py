@@ -3,8 +3,9 @@
 A run uses `np.random.default_rng((seed, stream, ...))` with the streams below, sample i `default_rng((seed, i))`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import IntEnum
+from typing import Any
 
 import numpy as np
 
@@ -15,26 +16,86 @@ class Stream(IntEnum):
     """The streams of random numbers of one seed."""
 
     ORDER = 1  # (seed, ORDER, epoch): the order of the training data
-    NOISE = 2  # (seed, NOISE, rank, step): timesteps, noise, dropped labels; (seed, NOISE): the batch for the latent scale
-    FLIP = 3  # (seed, FLIP, rank, step): which images are mirrored
+    NOISE = 2  # (seed, NOISE, block, step): timesteps, noise, dropped labels; (seed, NOISE): the batch for the latent scale
+    FLIP = 3  # (seed, FLIP, block, step): which images are mirrored
     # Larger than any sample's index:
     POINTS_TRAIN = 2**31  # (seed, POINTS_TRAIN): training points of a known distribution
     POINTS_TEST = 2**31 + 1  # its test points
     POINTS_SPLIT = 2**31 + 2  # the split of a file's points into training and test points
 
 
+BLOCK = 256  # rows of a batch that share a generator
+
+
+class RowsRandom:
+    """Random numbers for some rows of a batch, the same whoever draws the other rows: each block of rows is drawn whole, and
+    those that are not wanted are left out. The methods are those of a NumPy Generator; the first axis of a size is replaced.
+
+    Args:
+        blocks: (generator, number of rows, the wanted ones of them), a slice or an array of indices."""
+
+    def __init__(self, blocks: Sequence[tuple[np.random.Generator, int, Any]]):
+        self.blocks = blocks
+
+    def rows(self, draw: Callable[[np.random.Generator, int], np.ndarray]) -> np.ndarray:
+        """The wanted rows of what draw(generator, n) returns for the n rows of each block, (n, ...)."""
+        return np.concatenate([draw(rng, n)[wanted] for rng, n, wanted in self.blocks])
+
+    def random(self, size: Any) -> np.ndarray:
+        return self.rows(lambda rng, n: rng.random(of_rows(size, n)))
+
+    def integers(self, low: int, high: int, size: Any) -> np.ndarray:
+        return self.rows(lambda rng, n: rng.integers(low, high, of_rows(size, n)))
+
+    def choice(self, a: Any, size: Any, p: Any = None) -> np.ndarray:
+        return self.rows(lambda rng, n: rng.choice(a, of_rows(size, n), p=p))
+
+    def standard_normal(self, size: Any, dtype: Any = np.float64) -> np.ndarray:
+        return self.rows(lambda rng, n: rng.standard_normal(of_rows(size, n), dtype))
+
+
+def of_rows(size: Any, n: int) -> tuple[int, ...]:
+    """A size, an int or a shape, with n rows."""
+    return (n, *size[1:]) if isinstance(size, Sequence) else (n,)
+
+
+def of_step(seed: int, stream: Stream, step: int, rows: int, rank: int = 0, world_size: int = 1) -> RowsRandom:
+    """The random numbers of a rank in a training step. They do not depend on the number of ranks: the batch of all ranks is
+    divided into blocks of `BLOCK` rows, and block k has the generator (seed, stream, k, step). `rows` is the batch of one
+    rank; rank r has the rows r * rows to (r + 1) * rows - 1."""
+    first, last, total = rank * rows, (rank + 1) * rows, world_size * rows
+    blocks = []
+    for k in range(first // BLOCK, -(-last // BLOCK)):
+        start, stop = k * BLOCK, min((k + 1) * BLOCK, total)
+        wanted = slice(max(first - start, 0), min(last, stop) - start)
+        blocks.append((np.random.default_rng((seed, stream, k, step)), stop - start, wanted))
+    return RowsRandom(blocks)
+
+
+Random = np.random.Generator | RowsRandom
+
+
+def draw_rows(rng: Random, n: int, draw: Callable[[np.random.Generator, int], np.ndarray]) -> np.ndarray:
+    """draw(rng, n), rows (n, ...) that depend on one another, such as pairs; those that are wanted of a `RowsRandom`."""
+    return rng.rows(draw) if isinstance(rng, RowsRandom) else draw(rng, n)
+
+
 TIMESTEP_SAMPLING = ("uniform", "antithetic", "importance")
 
 
-def uniform_timesteps(rng: np.random.Generator, T: int, n: int) -> np.ndarray:
+def uniform_timesteps(rng: Random, T: int, n: int) -> np.ndarray:
     """(n,) int32 in [0, T)."""
     return rng.integers(0, T, n).astype(np.int32)
 
 
-def antithetic_timesteps(rng: np.random.Generator, T: int, n: int) -> np.ndarray:
+def antithetic_timesteps(rng: Random, T: int, n: int) -> np.ndarray:
     """Pairs t, T - 1 - t: (n,) int32, each uniform in [0, T); they reduce the variance of a batch's mean loss."""
-    t = rng.integers(0, T, (n + 1) // 2)
-    return np.concatenate([t, T - 1 - t])[:n].astype(np.int32)
+
+    def pairs(rng: np.random.Generator, n: int) -> np.ndarray:
+        t = rng.integers(0, T, (n + 1) // 2)
+        return np.concatenate([t, T - 1 - t])[:n].astype(np.int32)
+
+    return draw_rows(rng, n, pairs)
 
 
 class ImportanceTimesteps:
@@ -55,7 +116,7 @@ class ImportanceTimesteps:
         p = np.sqrt((losses**2).mean(1)) + 1e-12
         return (1 - self.uniform_share) * p / p.sum() + self.uniform_share / self.num_timesteps
 
-    def draw(self, rng: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray]:
+    def draw(self, rng: Random, n: int) -> tuple[np.ndarray, np.ndarray]:
         """Timesteps (n,) int32, and the weights 1 / (T p_t), (n,) float32, that make the mean weighted loss unbiased."""
         p = self.probabilities()
         t = rng.choice(self.num_timesteps, n, p=p)
@@ -72,7 +133,7 @@ class ImportanceTimesteps:
         self.counts.set_data(Tensor(counts))
 
 
-def offset_noise(rng: np.random.Generator, shape: Sequence[int], strength: float) -> np.ndarray:
+def offset_noise(rng: Random, shape: Sequence[int], strength: float) -> np.ndarray:
     """N(0, 1) noise (B, C, H, W) float32, plus `strength` times one N(0, 1) number per image and channel, so that the model
     also learns the mean brightness (Guttenberg 2023, "Diffusion with offset noise"). Strength 0 is plain noise."""
     noise = rng.standard_normal(shape, dtype=np.float32)
@@ -81,7 +142,7 @@ def offset_noise(rng: np.random.Generator, shape: Sequence[int], strength: float
     return noise
 
 
-def drop_labels(rng: np.random.Generator, labels: np.ndarray, probability: float, null: int) -> np.ndarray:
+def drop_labels(rng: Random, labels: np.ndarray, probability: float, null: int) -> np.ndarray:
     """Labels (B, ...) int32; each sample's are replaced by `null` with this probability, to train for guidance (Ho &
     Salimans 2021)."""
     chosen = rng.random(len(labels)).reshape(-1, *[1] * (labels.ndim - 1)) < probability

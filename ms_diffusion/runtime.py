@@ -10,9 +10,14 @@ import signal
 import sys
 import threading
 import time
+import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
 
 # On a CPU with AVX-512, MindSpore's NCHW convolutions fall back to oneDNN's reference kernel, 100 times slower than AVX2.
 # The setting affects only the CPU's oneDNN, so it is made before the device is known; the user's own setting is kept.
@@ -24,6 +29,9 @@ if "mindspore" in sys.modules and "ONEDNN_MAX_CPU_ISA" not in os.environ:
     )
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX2")
 os.environ.setdefault("GLOG_v", "4")  # MindSpore's C++ log on stderr repeats what its exceptions say
+# Seconds that a CPU waits for another rank. MindSpore's 30 would end a run while rank 0 writes its files; a rank that has
+# died is noticed otherwise, by the launcher and by MindSpore's scheduler.
+os.environ.setdefault("MS_CPU_COMM_OP_TIMEOUT", "7200")
 
 DEVICES = ("auto", "ascend", "gpu", "cpu")
 STOP = threading.Event()  # set by Ctrl-C or SIGTERM after `catch_interrupts`
@@ -127,38 +135,123 @@ def compiled(fn: Callable) -> Callable:
     return call
 
 
+@functools.cache
 def initialise_ranks() -> tuple[int, int]:
-    """(rank, world size): (0, 1), or those of a process that msrun or a rank table has launched."""
-    if int(os.environ.get("RANK_SIZE") or os.environ.get("MS_WORKER_NUM") or 1) == 1:
+    """(rank, world size): (0, 1), or those of a process that msrun, mpirun or a rank table has launched. Call it after
+    `set_device` and before the first Tensor. Raises UserError if the ranks cannot be connected."""
+    sizes = (os.environ.get(name) for name in ("RANK_SIZE", "MS_WORKER_NUM", "OMPI_COMM_WORLD_SIZE"))
+    if next((int(size) for size in sizes if size), 1) == 1:
         return 0, 1
     from mindspore import communication
 
-    communication.init()
+    try:
+        communication.init()
+    except RuntimeError as e:
+        first = str(e).splitlines()[0].strip()
+        if "not successfully spawned" in first:  # MindSpore's words where a process did not reach the others in time
+            port = os.environ.get("MS_SCHED_PORT", "of the scheduler")
+            first = f"not all have started, or another program has port {port}: choose another with msrun --master_port"
+        raise UserError(f"the ranks are not connected: {first}") from e
     return communication.get_rank(), communication.get_group_size()
 
 
-def barrier() -> None:
-    """Wait until all ranks are here; nothing with one rank."""
-    if int(os.environ.get("RANK_SIZE") or os.environ.get("MS_WORKER_NUM") or 1) > 1:
-        from mindspore import Tensor, ops
+CHUNK = 1 << 18  # numbers of 4 bytes that are broadcast at once
+_alone = threading.local()
 
-        ops.AllReduce()(Tensor([0.0])).asnumpy()
+
+def ranks() -> tuple[int, int]:
+    """(rank, world size) of a computation that the ranks share: (0, 1) `alone`."""
+    return (0, 1) if getattr(_alone, "active", False) else initialise_ranks()
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """In this context a rank computes for itself what the ranks would otherwise share."""
+    before, _alone.active = getattr(_alone, "active", False), True
+    try:
+        yield
+    finally:
+        _alone.active = before
+
+
+def gather(values: "np.ndarray") -> "np.ndarray":
+    """The arrays of all ranks, (world size, *shape), the same on each rank. They have one shape, and numbers of 4 or 8
+    bytes."""
+    import numpy as np
+
+    if ranks()[1] == 1:
+        return values[None]
+    bits = np.ascontiguousarray(values).reshape(-1).view(np.int32)  # a type that all devices gather
+    return all_gather(bits).view(values.dtype).reshape(-1, *values.shape)
+
+
+def all_gather(numbers: "np.ndarray") -> "np.ndarray":
+    """MindSpore's operator: numbers (n,) int32 of each rank -> those of all, (world size * n,)."""
+    from mindspore import Tensor, ops
+
+    return ops.AllGather()(Tensor(numbers)).asnumpy()
+
+
+def from_rank(root: int, numbers: "np.ndarray") -> "np.ndarray":
+    """MindSpore's operator: numbers (n,) int32 of each rank -> those of rank `root`."""
+    from mindspore import Tensor, ops
+
+    return ops.Broadcast(root)((Tensor(numbers),))[0].asnumpy()
+
+
+def broadcast(data: bytes, root: int = 0) -> bytes:
+    """The bytes of rank `root`, on every rank."""
+    import numpy as np
+
+    rank, world_size = ranks()
+    if world_size == 1:
+        return data
+    padded = np.frombuffer(data + bytes(-len(data) % 4), np.int32)
+    size, rest = gather(np.array([len(padded), len(padded) * 4 - len(data)], np.int32))[root].tolist()
+    parts = []
+    for first in range(0, size, CHUNK):  # of one size, for which the operator is compiled once
+        part = np.zeros(CHUNK, np.int32)
+        if rank == root:
+            part[: len(padded) - first] = padded[first : first + CHUNK]
+        parts.append(from_rank(root, part).tobytes())
+    return b"".join(parts)[: 4 * size - rest]
+
+
+def several_ranks() -> bool:
+    """Whether this process is connected to other ranks."""
+    return bool(initialise_ranks.cache_info().currsize) and initialise_ranks()[1] > 1
+
+
+def barrier() -> None:
+    """Wait until all ranks are here; nothing with one rank, or where the ranks are not connected."""
+    import numpy as np
+
+    if several_ranks():
+        gather(np.zeros(1, np.int32))
 
 
 def catch_interrupts() -> None:
     """Let Ctrl-C and SIGTERM set STOP; a second Ctrl-C ends the process at once. Call this before ``import mindspore``.
-    Once an operator has run, SIGINT kills a MindSpore process without KeyboardInterrupt (2.7 to 2.10), so the signal is
-    blocked and a thread waits for it."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+
+    Once an operator has run, SIGINT kills a MindSpore process without KeyboardInterrupt (2.7 to 2.10), and a process that
+    waits for another rank runs no handler, so the signals are blocked and a thread waits for them. MindSpore sends SIGTERM
+    to its own process when another rank has died; the work of this one can then not be completed."""
+    signals = {signal.SIGINT, signal.SIGTERM}
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
 
     def watch():
-        signal.sigwait({signal.SIGINT})
-        STOP.set()
-        signal.sigwait({signal.SIGINT})
-        os._exit(130)
+        interrupted = False
+        while True:
+            info = signal.sigwaitinfo(signals)
+            if info.si_signo == signal.SIGTERM and info.si_pid == os.getpid() and several_ranks():
+                print("error: another rank has ended, so this one ends too: see its log", file=sys.stderr, flush=True)
+                os._exit(1)
+            if interrupted and info.si_signo == signal.SIGINT:
+                os._exit(130)
+            interrupted = interrupted or info.si_signo == signal.SIGINT
+            STOP.set()
 
     threading.Thread(target=watch, daemon=True).start()
-    signal.signal(signal.SIGTERM, lambda *_: STOP.set())
 
 
 HINTS = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), ": free some space, then run the same command again")
@@ -166,13 +259,24 @@ HINTS |= dict.fromkeys((errno.EACCES, errno.EROFS, errno.EEXIST, errno.ENOTDIR, 
 
 
 def run_program(main: Callable[[list[str]], int], argv: Sequence[str]) -> int:
-    """The exit code of main(argv). Bad input and a full disk give one line and code 2, or a traceback with --debug."""
+    """The exit code of main(argv). Bad input and a full disk give one line and code 2, or a traceback with --debug.
+
+    Several ranks end together: a launcher ends the others as soon as one has an exit code other than 0. Without a launcher
+    MindSpore's scheduler does so, but not if a process signs off; one that fails therefore ends without that."""
     try:
-        return main(list(argv))
-    except (UserError, OSError) as e:
-        hint = "" if isinstance(e, UserError) else HINTS.get(e.errno or 0)
-        if hint is None or "--debug" in argv:
+        code = main(list(argv))
+        barrier()
+        return code
+    except Exception as e:
+        hint = "" if isinstance(e, UserError) else HINTS.get(e.errno or 0) if isinstance(e, OSError) else None
+        is_known = hint is not None and "--debug" not in argv
+        if is_known:
+            with contextlib.suppress(OSError):
+                print(f"error: {e}{hint}", file=sys.stderr, flush=True)
+        if several_ranks():
+            if not is_known:
+                traceback.print_exc()
+            os._exit(2 if is_known else 1)
+        if not is_known:
             raise
-        with contextlib.suppress(OSError):
-            print(f"error: {e}{hint}", file=sys.stderr)
         return 2

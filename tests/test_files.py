@@ -1,9 +1,12 @@
 """Files are whole or absent, and a cache never gives anything but what would be computed."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 
-from ms_diffusion.files import cache_folder, in_batches, load_or_compute, sync_folder, write, write_synced
+from ms_diffusion.files import cache_folder, in_batches, load_or_compute, locked, sync_folder, write, write_synced
 
 
 def files(folder):
@@ -54,6 +57,21 @@ def test_cache_folder(tmp_path, monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert cache_folder() == tmp_path / ".cache" / "ms_diffusion"
+
+
+def test_a_lock_lets_one_in(tmp_path):
+    inside = []
+
+    def work():
+        with locked(tmp_path / "new"):
+            inside.append(1)
+            assert len(inside) == 1
+            time.sleep(0.02)
+            inside.pop()
+
+    with ThreadPoolExecutor(4) as pool:
+        for end in [pool.submit(work) for _ in range(8)]:
+            end.result()
 
 
 def test_load_or_compute(tmp_path):

@@ -320,11 +320,12 @@ def batch_of(task, step=0):
     ],
 )
 def test_what_a_step_draws(started, flags):
-    """All of it from (seed, 2, rank, step), in this order, so that runs of before continue with the same numbers."""
+    """All of it from (seed, 2, 0, step), in this order, so that runs of before continue with the same numbers; the second of
+    two ranks has the second half of it."""
     task, step = started(flags), 3
-    task.rank = 1
+    task.rank, task.world_size = 1, 2
     train, found = task.config.train, batch_of(task, step)
-    rng, n = np.random.default_rng((train.seed, 2, 1, step)), 64
+    rng, n = np.random.default_rng((train.seed, 2, 0, step)), 128
     if train.timestep_sampling == "antithetic":
         half = rng.integers(0, 1000, n // 2)
         expected = {"t": np.concatenate([half, 999 - half])}
@@ -338,12 +339,12 @@ def test_what_a_step_draws(started, flags):
     if task.config.model.self_condition:
         expected["self_cond_mask"] = rng.integers(0, 2, n)
     if task.config.model.num_classes:
-        expected["labels"] = np.where(rng.random(n) < train.label_dropout, 10, np.arange(n) % 10)
+        expected["labels"] = np.where(rng.random(n) < train.label_dropout, 10, np.tile(np.arange(64) % 10, 2))
     if (kind := task.config.data.condition) != "none":
-        expected["cond_image"] = condition_image(kind, found["x_start"], 7, rng)
+        expected["cond_image"] = condition_image(kind, np.concatenate([found["x_start"]] * 2), 7, rng)
     assert found.keys() - {"x_start"} == expected.keys()
     for name, values in expected.items():
-        np.testing.assert_array_equal(found[name], values, err_msg=name)
+        np.testing.assert_array_equal(found[name], values[64:], err_msg=name)
     assert {value.dtype for value in found.values()} <= {np.dtype(np.float32), np.dtype(np.int32)}
     assert (batch_of(task, step + 1)["noise"] != found["noise"]).any()
 

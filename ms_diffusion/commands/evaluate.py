@@ -58,7 +58,8 @@ def main(argv: Sequence[str]) -> int:
     source = args.source or default_run()
     if source == args.against:
         raise UserError(f"{source} against {source} are the same images: add --against {OTHER_SPLIT[source]}")
-    device, features = runtime.set_device(args.sampling.device), Features(args.inception, bar=True)
+    device, (rank, _) = runtime.set_device(args.sampling.device), runtime.initialise_ranks()
+    features = Features(args.inception, bar=True)
     name, folder, options = args.data or "fashion-mnist", args.data_dir, (args.against, args.against_num)
     originals = None
     if source.endswith(".npz"):
@@ -75,6 +76,8 @@ def main(argv: Sequence[str]) -> int:
         beside = (path if path.is_dir() else path.parent) / "evaluation"
         samples, originals = run.task.samples_to_score(run, args.sampling, args.num, reference)
     record = reference.score(samples, originals)
+    if rank:
+        return 0  # rank 0 writes
     record["seconds"] = round(time.perf_counter() - clock, 1)
     print(f"{format_report(record)}; {record['seconds']:.0f} s on {device}")
     report, picture = Path(args.json or f"{beside}.json"), Path(args.out or f"{beside}.png")

@@ -15,7 +15,8 @@ from mindspore import Tensor
 from ..denoiser import make_denoiser
 from ..fields import AT_LEAST_1, NON_NEGATIVE, check_fields
 from ..likelihood import bits_per_dim, dequantised_bits_per_dim, make_divergence, ode_log_likelihood, ode_timesteps
-from ..runtime import DEVICES, UserError, command
+from ..randomness import Random, RowsRandom
+from ..runtime import DEVICES, UserError, alone, command, gather, ranks
 from ..training.runs import load
 from .parse import parse
 
@@ -64,10 +65,11 @@ def main(argv: Sequence[str]) -> int:
     chosen = rng.permutation(len(pictures))[: args.num]
     timesteps = ode_timesteps(diffusion, args.steps) if ode else range(diffusion.num_timesteps)
     calls = 2 * len(timesteps) - 2 if ode else diffusion.num_timesteps
-    bar = tqdm(total=-(-args.num // args.batch_size) * calls, unit="call", desc=args.method)
+    rank, world_size = ranks()
+    bar = tqdm(total=-(-args.num // args.batch_size) * calls, unit="call", desc=args.method, disable=rank > 0)
     graph: Callable = make_divergence(diffusion, run.net) if ode else make_denoiser(diffusion, run.net)
 
-    def evaluate(n: np.ndarray, cond: list[Tensor]) -> list[np.ndarray]:
+    def evaluate(n: np.ndarray, cond: list[Tensor], rng: Random) -> list[np.ndarray]:
         """Images (B, C, H, W) of levels 0..255 -> the parts of their bits per dimension, (parts, B)."""
         if ode:
             x, probes = (n + rng.random(n.shape) - 0.5) / 127.5 - 1, rng.choice([-1.0, 1.0], n.shape)
@@ -83,9 +85,15 @@ def main(argv: Sequence[str]) -> int:
     batches, clock = [], time.perf_counter()
     for first in range(0, args.num, args.batch_size):
         batch = chosen[first : first + args.batch_size]
-        cond = [Tensor(values) for values in run.task.in_order({k: v[batch] for k, v in conditions.items()})]
-        batches.append(evaluate(pictures[batch].transpose(0, 3, 1, 2), cond))
+        share = -(-len(batch) // world_size)  # of each rank
+        own = np.minimum(np.arange(rank * share, (rank + 1) * share), len(batch) - 1)
+        cond = [Tensor(values) for values in run.task.in_order({k: v[batch[own]] for k, v in conditions.items()})]
+        with alone():
+            found = evaluate(pictures[batch[own]].transpose(0, 3, 1, 2), cond, RowsRandom([(rng, len(batch), own)]))
+        batches.append(gather(np.stack(found)).swapaxes(0, 1).reshape(len(found), -1)[:, : len(batch)])
     bar.close()
+    if rank:
+        return 0
     parts = np.concatenate(batches, 1)
     bits = parts.sum(0)
     error = bits.std(ddof=1) / math.sqrt(args.num) if args.num > 1 else math.nan

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import tyro
 
-from ..runtime import UserError, command
+from ..runtime import UserError, command, initialise_ranks
 from ..training.runs import WEIGHTS, bundled_models, default_run, load
 from ..training.tasks.base import Request
 from . import modelarts
@@ -47,6 +47,8 @@ def main(argv: Sequence[str]) -> int:
     clock = time.perf_counter()
     written = run.task.render(run, args, folder)
     seconds = time.perf_counter() - clock
+    if initialise_ranks()[0]:
+        return 0  # rank 0 has written
     print(f"{run.task.noun} of step {run.step} in {seconds:.1f} s: {', '.join(map(str, written))}")
     for file in written:
         modelarts.publish(file, args.train_url and f"{args.train_url.rstrip('/')}/{file.name}")

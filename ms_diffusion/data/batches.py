@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..images import to_float
-from ..randomness import Stream
+from ..randomness import Stream, of_step
 from ..runtime import UserError
 from .fashion_mnist import CLASSES, load_fashion_mnist, load_fashion_mnist_mini
 from .image_folder import load_image_folder
@@ -38,10 +38,11 @@ def make_dataset(
     as points (N, 2), are passed through unchanged. With `steps_per_call` = K > 1 a row holds the batches of K steps,
     (K, B, ...); K must divide the number of steps. The caller checks first that N is large enough (`check_enough`).
 
-    A batch depends on (seed, step, rank) only. A run that resumes at step k therefore gets the same batches as an
-    uninterrupted run, and no data is read to get there; MindSpore's own random state, which cannot be restored, is not used.
-    Each epoch has its own order, the same on all ranks. Each step takes the next world_size * batch_size images, rank by
-    rank; the images at the end of an epoch that are too few for a step are dropped. Raises UserError if no step is left.
+    The batch of all ranks depends on (seed, step) and its size only. A run that resumes at step k therefore gets the same
+    batches as an uninterrupted run, and no data is read to get there; MindSpore's own random state, which cannot be
+    restored, is not used. Each epoch has its own order, the same on all ranks. Each step takes the next world_size *
+    batch_size images, rank by rank; the images at the end of an epoch that are too few for a step are dropped. Raises
+    UserError if no step is left.
     """
     import mindspore.dataset as ds  # imported here, so that loading images alone does not wait for it
 
@@ -61,7 +62,7 @@ def make_dataset(
         if x.dtype != np.uint8:
             return x, labels[chosen]
         if flip:
-            flipped = np.random.default_rng((seed, Stream.FLIP, rank, step)).random(len(x)) < 0.5
+            flipped = of_step(seed, Stream.FLIP, step, batch_size, rank, world_size).random(batch_size) < 0.5
             x[flipped] = x[flipped, :, ::-1]
         return to_float(x), labels[chosen]
 

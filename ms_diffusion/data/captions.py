@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ..randomness import Random
 from ..runtime import UserError
 
 # Three names of each class, in the order of `fashion_mnist.CLASSES`, and three ways to begin a caption
@@ -57,6 +58,6 @@ def plain_captions(labels: np.ndarray) -> np.ndarray:
     return TOKENS[labels % len(TOKENS), 0]
 
 
-def draw_captions(rng: np.random.Generator, labels: np.ndarray) -> np.ndarray:
+def draw_captions(rng: Random, labels: np.ndarray) -> np.ndarray:
     """Tokens (B, LENGTH) int32 of a random caption of the class of each label (B,)."""
     return TOKENS[labels, rng.integers(0, TOKENS.shape[1], len(labels))]

@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from ..randomness import Random, draw_rows
+
 KINDS = ("none", "lowres", "gray", "mask")
 
 
@@ -10,7 +12,7 @@ def condition_channels(kind: str, channels: int) -> int:
     return {"none": 0, "lowres": channels, "gray": 1, "mask": channels + 1}[kind]
 
 
-def condition_image(kind: str, x: np.ndarray, lowres_size: int, rng: np.random.Generator) -> np.ndarray:
+def condition_image(kind: str, x: np.ndarray, lowres_size: int, rng: Random) -> np.ndarray:
     """x (B, C, H, W) float32 in [-1, 1] -> (B, condition_channels, H, W) float32.
 
     lowres: means over lowres_size x lowres_size blocks, repeated to the size of x (super-resolution, Saharia et al. 2021).
@@ -24,9 +26,15 @@ def condition_image(kind: str, x: np.ndarray, lowres_size: int, rng: np.random.G
         return x.reshape(b, c, lowres_size, h, lowres_size, w).mean((3, 5)).repeat(h, 2).repeat(w, 3)
     if kind == "gray":
         return x.mean(1, keepdims=True)
-    hidden = np.full((b, 1, height, width), -1, np.float32)
-    for i in range(b):
+    hidden = draw_rows(rng, b, lambda rng, n: random_rectangles(rng, n, height, width))
+    return np.concatenate([np.where(hidden > 0, np.float32(0), x), hidden], 1)
+
+
+def random_rectangles(rng: np.random.Generator, n: int, height: int, width: int) -> np.ndarray:
+    """(n, 1, height, width) float32: 1 in a rectangle, -1 elsewhere."""
+    hidden = np.full((n, 1, height, width), -1, np.float32)
+    for image in hidden:
         h, w = rng.integers(height // 4, height * 3 // 4 + 1), rng.integers(width // 4, width * 3 // 4 + 1)
         top, left = rng.integers(0, height - h + 1), rng.integers(0, width - w + 1)
-        hidden[i, :, top : top + h, left : left + w] = 1
-    return np.concatenate([np.where(hidden > 0, np.float32(0), x), hidden], 1)
+        image[:, top : top + h, left : left + w] = 1
+    return hidden

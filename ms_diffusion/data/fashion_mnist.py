@@ -21,7 +21,7 @@ from urllib.request import urlopen
 import numpy as np
 from tqdm import tqdm
 
-from ..files import cache_folder, write
+from ..files import cache_folder, locked, write
 from ..runtime import UserError
 
 FILES = {
@@ -66,9 +66,10 @@ def load_fashion_mnist(split: str = "train", directory: str | None = None) -> tu
 
     folder = _first_writable([*named, cache])
     try:
-        for name in MD5:
-            if not (folder / name).exists():
-                _download(name, folder)
+        with locked(folder):  # the ranks of a machine download the files once
+            for name in MD5:
+                if not (folder / name).exists():
+                    _download(name, folder)
     except (URLError, ConnectionError, TimeoutError, HTTPException) as e:
         if isinstance(e, HTTPError):
             e.close()

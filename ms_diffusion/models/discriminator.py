@@ -4,6 +4,7 @@ import numpy as np
 
 from mindspore import Parameter, Tensor, nn, ops
 
+from ..runtime import gather
 from .layers import BatchNorm, conv2d, name_and_initialise
 
 
@@ -22,9 +23,10 @@ class ActNorm(nn.Cell):
         self.initialized = Parameter(Tensor(np.uint8(0)), name="initialized", requires_grad=False)
 
     def initialise(self, x: Tensor) -> None:
-        """Set scale and loc so that x is mapped to mean 0 and variance 1; only the first call has an effect."""
+        """Set scale and loc so that all ranks' x are mapped to mean 0 and variance 1; only the first call has an effect."""
         if self.initialized.asnumpy() == 0:
-            a = x.asnumpy()
+            a = gather(x.asnumpy())  # (ranks, B, C, H, W)
+            a = a.reshape(-1, *a.shape[2:])
             ops.assign(self.loc, Tensor(-a.mean((0, 2, 3), keepdims=True)))
             ops.assign(self.scale, Tensor(1 / (a.std((0, 2, 3), ddof=1, keepdims=True) + 1e-6)))
             ops.assign(self.initialized, Tensor(np.uint8(1)))

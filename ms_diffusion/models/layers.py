@@ -15,7 +15,7 @@ from mindspore.mint.nn import functional as F
 from mindspore.ops.auto_generate import SplitWithSize
 
 from .. import kernels
-from ..runtime import on_ascend
+from ..runtime import initialise_ranks, on_ascend
 
 CONVOLUTIONS_AND_LINEAR = (nn.Conv2d, nn.Conv2dTranspose, nn.Dense)
 Identity = nn.Identity  # x -> x
@@ -187,11 +187,23 @@ class GroupNorm(nn.Cell):
         return self.activate(x) if self.activation == "silu-after" else x
 
 
+class RankMean(nn.Cell):
+    """The mean of a Tensor over all ranks; its gradient is that of the mean of their losses. The Tensor itself with one."""
+
+    def __init__(self):
+        super().__init__()
+        self.world_size = initialise_ranks()[1]
+        self.sum = ops.AllReduce() if self.world_size > 1 else None
+
+    def construct(self, x: Tensor) -> Tensor:
+        return x if self.sum is None else self.sum(x) / self.world_size
+
+
 class BatchNorm(nn.Cell):
     """``torch.nn.BatchNorm2d`` (Ioffe & Szegedy 2015): (B, C, H, W) -> the same.
 
-    Training mode normalises by the batch's statistics and updates the running ones, which evaluation mode uses; a `frozen`
-    layer is always in evaluation mode. PyTorch's ``num_batches_tracked`` is left out: nothing uses it.
+    Training mode normalises by the statistics of all ranks' batches, and updates the running ones, which evaluation mode
+    uses; a `frozen` layer is always in evaluation mode. PyTorch's ``num_batches_tracked`` is left out: nothing uses it.
     """
 
     def __init__(self, channels: int, eps: float = 1e-5, frozen: bool = False):
@@ -201,10 +213,22 @@ class BatchNorm(nn.Cell):
         self.weight, self.bias = Parameter(Tensor(ones), name="weight"), Parameter(Tensor(zeros), name="bias")
         self.running_mean = Parameter(Tensor(zeros), name="running_mean", requires_grad=False)
         self.running_var = Parameter(Tensor(ones), name="running_var", requires_grad=False)
+        self.of_all_ranks = RankMean()
 
     def construct(self, x: Tensor) -> Tensor:
         statistics, training = (self.running_mean, self.running_var), self.training and not self.frozen
-        return ops.batch_norm(x, *statistics, self.weight, self.bias, training=training, momentum=0.1, eps=self.eps)
+        if not training or self.of_all_ranks.world_size == 1:
+            return ops.batch_norm(x, *statistics, self.weight, self.bias, training=training, momentum=0.1, eps=self.eps)
+        mean = self.of_all_ranks(x.mean((0, 2, 3), keep_dims=True))  # (1, C, 1, 1)
+        x = x - mean
+        var = self.of_all_ranks(ops.square(x).mean((0, 2, 3), keep_dims=True))
+        n = x.shape[0] * x.shape[2] * x.shape[3] * self.of_all_ranks.world_size
+        x = ops.depend(x, self.move(self.running_mean, mean))
+        x = ops.depend(x, self.move(self.running_var, var * (n / (n - 1))))
+        return x * (self.weight.reshape(mean.shape) / ops.sqrt(var + self.eps)) + self.bias.reshape(mean.shape)
+
+    def move(self, average: Parameter, new: Tensor) -> Tensor:
+        return ops.assign(average, 0.9 * average + 0.1 * ops.stop_gradient(new).reshape(average.shape))
 
 
 def freeze(net: nn.Cell) -> nn.Cell:

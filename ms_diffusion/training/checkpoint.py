@@ -23,7 +23,7 @@ from mindspore import Parameter, nn
 
 from ..convert import load_into
 from ..files import sync_folder, write_synced
-from ..runtime import UserError
+from ..runtime import UserError, broadcast, gather, ranks
 from .step import EMA
 
 
@@ -87,10 +87,14 @@ class Checkpoint:
         return target
 
     def load_latest(self) -> dict[str, Any] | None:
-        """Restore the newest intact checkpoint and return its state, or None if there are no checkpoints.
+        """Restore the newest intact checkpoint and return its state, or None if there are no checkpoints. All ranks return
+        the same: where they find different ones, in folders of their own, that of the highest step.
 
         A corrupt checkpoint is skipped with a warning on stderr, and the previous one is used. Raises UserError if all are
         corrupt or belong to another network."""
+        return self._agree(self._load_latest())
+
+    def _load_latest(self) -> dict[str, Any] | None:
         found = checkpoints(self.folder.parent)
         for folder in reversed(found):
             try:
@@ -107,6 +111,31 @@ class Checkpoint:
         if found:
             raise UserError(f"no checkpoint in {self.folder} can be read: delete that folder or use another --run-dir")
         return None
+
+    def _agree(self, state: dict[str, Any] | None) -> dict[str, Any] | None:
+        """The state of all ranks. If they differ in it or in a parameter, those of the highest step are sent to all."""
+        rank, world_size = ranks()
+        if world_size == 1:
+            return state
+        record = json.dumps(state).encode()
+        content = {name: b"".join(p.asnumpy().tobytes() for p in file.values()) for name, file in self.files.items()}
+        digest = hashlib.sha256(b"".join([record, *content.values()])).digest()
+        found = gather(np.array([state["step"] if state else -1, *np.frombuffer(digest, np.int32)], np.int32))
+        if (found == found[0]).all():
+            return state
+        root = int(found[:, 0].argmax())
+        if rank == 0:
+            which = f"step {found[root, 0]}" if found[root, 0] >= 0 else "the start"
+            print(f"the ranks have found different checkpoints: all of them continue from {which}, which rank {root} has")
+        for name, parameters in self.files.items():
+            data = broadcast(content[name], root)
+            if rank != root:
+                arrays, first = {}, 0
+                for p in parameters.values():
+                    array = np.frombuffer(data, p.asnumpy().dtype, p.size, first).reshape(p.shape)
+                    arrays[p.name], first = array, first + array.nbytes
+                load_into(parameters.values(), arrays)
+        return json.loads(broadcast(record, root))
 
 
 def checkpoints(run_dir: str | os.PathLike) -> list[Path]:

@@ -15,7 +15,7 @@ from mindspore import Tensor
 from ..fields import check_fields
 from ..files import write
 from ..images import save_loss_curve
-from ..runtime import UserError, initialise_ranks, set_device
+from ..runtime import UserError, barrier, gather, initialise_ranks, ranks, set_device
 from .checkpoint import best_checkpoint, read_state
 from .config import Config, override
 from .presets import PRESETS
@@ -51,6 +51,7 @@ def train(config: str | Config = "quick", run_dir: str | Path | None = None, dat
         chosen, arrays = chosen.with_data(data)
     name = set_device(device)
     train_task(chosen.task(arrays), Path(run_dir), name, stop or threading.Event(), on_save)
+    barrier()  # rank 0 has written everything
     run = Run(run_dir)
     run.task.given_data = arrays
     return run
@@ -58,24 +59,28 @@ def train(config: str | Config = "quick", run_dir: str | Path | None = None, dat
 
 def train_task(task: Task, run_dir: Path, device: str, stop: threading.Event,
         on_save: OnSave = None) -> tuple[int, Path | None]:  # fmt: skip
-    """Train the task to its last step, or until `stop` is set; returns the step and the last preview, if there is one."""
-    config, train = task.config, task.config.train
+    """Train the task to its last step, or until `stop` is set on any rank, which then is set on all; returns the step and
+    the last preview, if there is one. All ranks call this. Rank 0 alone writes, and calls `on_save`."""
+    config = task.config
     rank, world_size = initialise_ranks()
     config.check()
     check_same_run(run_dir, config)
     task.start(run_dir, device, rank, world_size)
-    checkpoint, start = task.checkpoint, task.start_step
-    if start:
+    checkpoint, start, train = task.checkpoint, task.start_step, task.config.train
+    if start and rank == 0:
         print(f"resuming at step {start} of {train.total_steps} in {run_dir}")
-    write(run_dir / "config.json", lambda f: f.write(json.dumps(config.to_record(), indent=1).encode()))
+    if rank == 0:
+        write(run_dir / "config.json", lambda f: f.write(json.dumps(config.to_record(), indent=1).encode()))
     steps_per_epoch = max(len(task.data) // (train.batch_size * world_size), 1)
     metrics = Metrics(run_dir / "metrics.jsonl", start) if rank == 0 else None
+    asked_to_stop = StopOfAnyRank(stop, start)
 
     def save(step: int, fid: float | None = None) -> None:
         if metrics:
             task.write_back()
-            record, epoch = config.to_record(), step // steps_per_epoch
-            checkpoint.save(step, epoch=epoch, seed=train.seed, fid=fid, config=record, **task.checkpoint_record())
+            record = {"epoch": step // steps_per_epoch, "seed": train.seed, "fid": fid, "config": config.to_record()}
+            record |= {"batch_size": train.batch_size, "world_size": world_size}
+            checkpoint.save(step, **record, **task.checkpoint_record())
             metrics.draw(run_dir / "loss.png")
             if on_save:
                 on_save(run_dir)
@@ -92,7 +97,8 @@ def train_task(task: Task, run_dir: Path, device: str, stop: threading.Event,
             step += task.steps_per_call
             bar.update(task.steps_per_call)
             last = step == train.total_steps
-            if step % train.log_every == 0 or last or stop.is_set():
+            stopping = asked_to_stop(step, last)
+            if step % train.log_every == 0 or last or stopping:
                 mean = float(np.mean([value.asnumpy() for value in losses]))
                 rate = len(losses) * task.steps_per_call * train.batch_size * world_size / (time.perf_counter() - clock)
                 if not np.isfinite(mean):
@@ -105,9 +111,9 @@ def train_task(task: Task, run_dir: Path, device: str, stop: threading.Event,
                     more = {name: float(value.asnumpy()) for name, value in extras.items()}
                     metrics.append(step=step, loss=mean, grad_norm=grad_norm, lr=lr, img_per_s=rate, epoch=epoch, **more)
                 losses, clock = [], time.perf_counter()
-            if stop.is_set():
+            if stopping:
                 break
-            if metrics and (step % train.sample_every == 0 or last):
+            if step % train.sample_every == 0 or last:
                 bar.set_postfix_str("sampling")
                 preview = task.preview(step)
                 clock = time.perf_counter()
@@ -120,11 +126,32 @@ def train_task(task: Task, run_dir: Path, device: str, stop: threading.Event,
             if step % train.save_every == 0 or last or is_best:
                 save(step, fid)
                 clock = time.perf_counter()
-    if stop.is_set() and step > start:
+    stopped = asked_to_stop(step, last=True)
+    if stopped and step > start:
         save(step)
-    elif rank == 0 and not stop.is_set():
+    if not stopped:
         preview = preview or task.preview(step)
     return step, preview
+
+
+class StopOfAnyRank:
+    """Whether a rank has been asked to stop. The ranks ask each other about once a second, and at the last step, so that all
+    of them stop at the same step. With one rank it is the event itself."""
+
+    def __init__(self, stop: threading.Event, step: int):
+        self.stop, self.step, self.next, self.clock = stop, step, step, time.perf_counter()
+
+    def __call__(self, step: int, last: bool = False) -> bool:
+        if ranks()[1] == 1:
+            return self.stop.is_set()
+        if step < self.next and not last:
+            return False
+        seconds = (time.perf_counter() - self.clock) / max(step - self.step, 1)
+        stops, slowest = gather(np.array([self.stop.is_set(), seconds], np.float32)).max(0)
+        self.step, self.next, self.clock = step, step + min(max(int(1 / slowest), 1), 1000), time.perf_counter()
+        if stops:
+            self.stop.set()
+        return bool(stops)
 
 
 def check_same_run(run_dir: Path, config: Config) -> None:

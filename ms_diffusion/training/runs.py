@@ -10,7 +10,7 @@ from PIL import Image
 from ..convert import load_into
 from ..metrics.features import Features
 from ..metrics.scores import Reference, halve
-from ..runtime import UserError, command, set_device
+from ..runtime import UserError, command, initialise_ranks, set_device
 from ..sampling import Generator, sampling_from
 from .checkpoint import checkpoints, read_state, read_weights
 from .config import Config
@@ -104,8 +104,9 @@ class Run:
 
     def sample(self, num: int = 64, *, labels: Any = None, prompt: str | None = None, pictures: np.ndarray | None = None,
             raw: bool = False, callback: Any = None, **options: Any) -> np.ndarray:  # fmt: skip
-        """Draw `num` samples: images (num, H, W, C) uint8, or points (num, 2) in the data's units. Raises UserError if
-        an option is unknown, out of range, or does not fit the run.
+        """Draw `num` samples: images (num, H, W, C) uint8, or points (num, 2) in the data's units. Several ranks share the
+        work: all of them call this, or one of them `runtime.alone`, and each gets all samples. Raises UserError if an
+        option is unknown, out of range, or does not fit the run.
 
         Args:
             labels: A class's number or name, or (num,) of numbers; by default each class in turn.
@@ -154,4 +155,5 @@ def load(run: str | Path, weights: str = "ema", ema_length: float | None = None,
     """The trained run in a folder, at one of its checkpoints, or a bundled model; the arguments are those of `Run`.
     Raises UserError if it cannot be loaded, or there is no such device."""
     set_device(device)
+    initialise_ranks()
     return Run(run, weights, ema_length)

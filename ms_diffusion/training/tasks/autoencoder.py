@@ -18,9 +18,9 @@ from ...metrics.scores import Reference, Samples, choose
 from ...models.autoencoder import AutoencoderConfig, gaussian_kl, gaussian_sample
 from ...models.classifier import load_classifier
 from ...models.discriminator import NORMS, NLayerDiscriminator
+from ...models.layers import RankMean
 from ...models.lpips import classifier_distance, load_lpips
-from ...randomness import Stream
-from ...runtime import UserError, command, compiled
+from ...runtime import UserError, command, compiled, ranks
 from ...sampling import Sampling
 from ..checkpoint import Checkpoint
 from ..config import Config, DataConfig, TrainConfig
@@ -115,8 +115,6 @@ class AutoencoderTask(Images, Task):
         ema = EMA(net, train.ema_decay)
         net.set_train()
         if train.disc_weight:
-            if train.disc_norm == "act" and self.world_size > 1:
-                raise UserError("--train.disc-norm act starts from one device's images: use batch on several devices")
             d_steps = max(train.total_steps - train.disc_start, 1)
             layers = train.disc_channels, train.disc_layers, train.disc_norm
             self.discriminator = NLayerDiscriminator(config.model.channels, *layers, train.seed)
@@ -147,8 +145,7 @@ class AutoencoderTask(Images, Task):
             self.discriminator_step = make_train_step(d_loss, self.d_optimizer, pack=d_pack, **options)
 
     def draw_batch(self, x: np.ndarray, labels: np.ndarray, step: int) -> Arrays:
-        rng = np.random.default_rng((self.config.train.seed, Stream.NOISE, self.rank, step))
-        return {"x": x, "noise": rng.standard_normal((len(x), *self.latent_shape), np.float32)}
+        return {"x": x, "noise": self.random(step).standard_normal((len(x), *self.latent_shape), np.float32)}
 
     def advance(self, batch: Arrays, step: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         train, (x, noise) = self.config.train, self.to_device(batch["x"], batch["noise"])
@@ -224,10 +221,12 @@ def autoencoder_losses(
         return generator_loss(judge(net.decoder.last(h), cond))
 
     nll_gradient, g_gradient = ms.grad(nll_at, None, last_layer), ms.grad(g_loss_at, None, last_layer)
+    of_all_ranks = RankMean()
 
     def weigh(x, noise, cond=None):  # by the gradients at the decoder's last layer alone
         h = net.decoder.features(net.post_quant_conv(gaussian_sample(net.encode(x), noise)))
-        return train.disc_factor * adaptive_weight(nll_gradient(h, x)[0], g_gradient(h, cond)[0], train.disc_weight)
+        gradients = of_all_ranks(nll_gradient(h, x)[0]), of_all_ranks(g_gradient(h, cond)[0])
+        return train.disc_factor * adaptive_weight(*gradients, train.disc_weight)
 
     def d_loss(x, reconstruction, cond=None):
         real, fake = judge(x, cond), judge(reconstruction, cond)
@@ -250,9 +249,10 @@ def perceptual_distance(config: AutoencoderRunConfig) -> Callable | None:
 
 
 def save_reconstructions(path: Path, first_stage: FirstStage, pictures: np.ndarray) -> Path:
-    """Write a grid of images (N, H, W, C) uint8, each beside its reconstruction."""
+    """Write a grid of images (N, H, W, C) uint8, each beside its reconstruction. All ranks call this, and rank 0 writes."""
     pairs = np.stack([pictures, images.to_uint8(first_stage.reconstruct(pictures))], 1)
-    images.save_grid(path, pairs.reshape(-1, *pictures.shape[1:]), columns=min(16, 2 * len(pictures)))
+    if ranks()[0] == 0:
+        images.save_grid(path, pairs.reshape(-1, *pictures.shape[1:]), columns=min(16, 2 * len(pictures)))
     return path
 
 

@@ -2,7 +2,7 @@
 `config.task()` makes it. Training, sampling and scoring never ask what kind a run is: they call these methods."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +16,8 @@ from ...convert import LoadReport, load_pretrained
 from ...data.batches import check_enough, make_dataset
 from ...metrics.scores import Reference, Samples
 from ...process import GaussianDiffusion
-from ...runtime import UserError, command
+from ...randomness import Random, Stream, of_step
+from ...runtime import UserError, command, ranks
 from ...sampling import Sampling
 from ..checkpoint import Checkpoint, checkpoints
 from ..config import Config
@@ -93,14 +94,31 @@ class Task:
     def start(self, run_dir: Path, device: str = "CPU", rank: int = 0, world_size: int = 1) -> None:
         """Make everything that training needs, and restore the newest checkpoint, whose state goes into `.state`.
         Bad input is refused here, before anything is written."""
-        train = self.config.train
         self.run_dir, self.rank, self.world_size = run_dir, rank, world_size
         self.make_networks(device)
         self.data, self.labels = self.load_data()
-        check_enough(self.data, train.batch_size if train.total_steps else 1, world_size)
         self.check_data()
         self.state = self.checkpoint.load_latest()
+        self.keep_batch()
+        check_enough(self.data, self.config.train.batch_size if self.config.train.total_steps else 1, world_size)
         self.prepare()
+
+    def keep_batch(self) -> None:
+        """Where a run goes on with another number of ranks, and the user has not changed --train.batch-size, let the ranks
+        share the batch that it had. Raises UserError if they cannot."""
+        state, train = self.state, self.config.train
+        if not state or "world_size" not in state or state["config"]["train"]["batch_size"] != train.batch_size:
+            return
+        total, before = state["batch_size"] * state["world_size"], state["world_size"]
+        size, rest = divmod(total, self.world_size)
+        if rest:
+            raise UserError(
+                f"the batch of this run, {total}, cannot be divided by {self.world_size} ranks: choose another number of "
+                "ranks, or another --train.batch-size"
+            )
+        if self.rank == 0 and before != self.world_size:
+            print(f"{self.world_size} ranks instead of {before}: the batch is still {total}, {size} on each rank")
+        self.config = replace(self.config, train=replace(train, batch_size=size))
 
     def make_networks(self, device: str) -> None:
         """Set `.checkpoint`, `.optimizer` and the compiled step."""
@@ -121,8 +139,8 @@ class Task:
         return self.state["step"] if self.state else 0
 
     def batches(self) -> Iterator[Arrays]:
-        """The batches from the step after the checkpoint on: named arrays, drawn from (seed, stream, rank, step) alone. Each
-        is of `steps_per_call` steps, (steps_per_call, B, ...) where these are more than one."""
+        """The batches from the step after the checkpoint on: named arrays, drawn from (seed, stream, step) alone. Each is of
+        `steps_per_call` steps, (steps_per_call, B, ...) where these are more than one."""
         train, count = self.config.train, self.steps_per_call
         if self.start_step >= train.total_steps:
             return
@@ -135,6 +153,11 @@ class Task:
             else:
                 drawn = [self.draw_batch(x[k], labels[k], step + k) for k in range(count)]
                 yield {name: np.stack([batch[name] for batch in drawn]) for name in drawn[0]}
+
+    def random(self, step: int) -> Random:
+        """The generator of a step's timesteps, noise and conditions."""
+        train = self.config.train
+        return of_step(train.seed, Stream.NOISE, step, train.batch_size, self.rank, self.world_size)
 
     def draw_batch(self, x: np.ndarray, labels: np.ndarray, step: int) -> Arrays:
         """What the compiled step takes, from data x (B, ...) and labels (B,)."""
@@ -150,11 +173,11 @@ class Task:
             pack.write_back()
 
     def preview(self, step: int) -> Path:
-        """Draw samples of the averaged network; returns the picture's path."""
+        """Draw samples of the averaged network, all ranks together; returns the picture's path. Rank 0 writes it."""
         raise NotImplementedError
 
     def score(self, step: int) -> float | None:
-        """FID of a few samples, or None where this run is not scored."""
+        """FID of a few samples, which all ranks draw together, or None where this run is not scored."""
         return None
 
     def checkpoint_record(self) -> dict[str, Any]:
@@ -223,5 +246,6 @@ def load_initial_weights(config: Config, run_dir: Path, net: nn.Cell) -> LoadRep
     if not config.init_from or checkpoints(run_dir):
         return None
     report = load_pretrained(net, config.init_from, None, config.init_ignore, config.init_partial, config.init_ema)
-    print(f"{config.init_from}: {report}")
+    if ranks()[0] == 0:
+        print(f"{config.init_from}: {report}")
     return report

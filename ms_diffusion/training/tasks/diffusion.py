@@ -12,8 +12,8 @@ from mindspore import Parameter, Tensor, nn, ops
 
 from ...models.layers import set_compute_type
 from ...process import GaussianDiffusion
-from ...randomness import ImportanceTimesteps, Stream, antithetic_timesteps, offset_noise, uniform_timesteps
-from ...runtime import UserError
+from ...randomness import ImportanceTimesteps, Random, antithetic_timesteps, offset_noise, uniform_timesteps
+from ...runtime import UserError, gather
 from ...sampling import Generator, Sampling
 from ..checkpoint import Checkpoint
 from ..pack import make_pack
@@ -101,8 +101,7 @@ class DiffusionTask(Task):
 
     def draw_batch(self, x: np.ndarray, labels: np.ndarray, step: int) -> Arrays:
         train, T = self.config.train, self.diffusion.num_timesteps
-        rng = np.random.default_rng((train.seed, Stream.NOISE, self.rank, step))
-        batch = {"x_start": x}
+        rng, batch = self.random(step), {"x_start": x}
         if self.importance:
             batch["t"], batch["weights"] = self.importance.draw(rng, train.batch_size)
         else:
@@ -111,14 +110,15 @@ class DiffusionTask(Task):
         batch["noise"] = offset_noise(rng, (train.batch_size, *self.shape), train.offset_noise)
         return batch | self.draw_conditions(rng, batch, labels)
 
-    def draw_conditions(self, rng: np.random.Generator, batch: Arrays, labels: np.ndarray) -> Arrays:
+    def draw_conditions(self, rng: Random, batch: Arrays, labels: np.ndarray) -> Arrays:
         """The other fields of a batch, drawn from `rng`."""
         return {"self_cond_mask": rng.integers(0, 2, len(labels)).astype(np.float32)} if self.self_condition else {}
 
     def advance(self, batch: Arrays, step: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         loss, norm, *aux = self.train_step(**batch)
         if self.importance:
-            self.importance.update(batch["t"], aux[0].asnumpy())
+            t, losses = gather(np.stack([np.float32(batch["t"]), aux[0].asnumpy()])).swapaxes(0, 1)  # of all ranks
+            self.importance.update(t.astype(np.int32).ravel(), losses.ravel())
         return loss, norm, {}
 
     # Samples of the average

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from ...metrics.distances import frechet_distance, mean_and_covariance
 from ...metrics.features import Features
 from ...metrics.scores import Reference, Samples
 from ...models.classifier import Classifier
-from ...runtime import UserError, command
+from ...runtime import UserError, alone, command, ranks
 from ...sampling import Sampling
 from ..runs import Run
 from .base import Arrays, Request, Scored
@@ -118,7 +119,7 @@ class ImageTask(Images, DiffusionTask):
     def prepare(self) -> None:
         train = self.config.train
         self.originals = self.data
-        self.scored = bool(train.score_every) and self.rank == 0 and self.start_step < train.total_steps
+        self.scored = bool(train.score_every) and self.start_step < train.total_steps
         if self.scored:
             if len(self.data) <= Classifier.num_features:
                 raise UserError(f"{len(self.data)} images are too few for --train.score-every: leave it out")
@@ -136,7 +137,9 @@ class ImageTask(Images, DiffusionTask):
 
     def preview(self, step: int) -> Path:
         path = self.run_dir / "samples" / f"step-{step:07d}.png"
-        images.save_grid(path, images.to_uint8(self.draw(self.config.train.sample_num)), columns=self.num_classes)
+        x = self.draw(self.config.train.sample_num)
+        if self.rank == 0:
+            images.save_grid(path, images.to_uint8(x), columns=self.num_classes)
         return path
 
     def score(self, step: int) -> float | None:
@@ -189,11 +192,15 @@ class ImageTask(Images, DiffusionTask):
         return images.to_uint8(x)
 
     def render(self, run: Run, request: Request, folder: Path) -> list[Path]:
-        plan = self.plan(run, request)
+        plan, (rank, world_size) = self.plan(run, request), ranks()
+        in_steps = bool(request.gif or request.denoise_row)  # these show the first batch as one rank draws it
+        if rank and in_steps:
+            return []
         sampling, calls = plan.sampling, len(plan.timesteps) * plan.calls_per_step
         frames, every = [], max(calls // GIF_FRAMES, 1)
         rows, picked = [], set(np.linspace(0, calls - 1, ROW_STEPS, dtype=int))
-        bar = tqdm(total=-(-plan.num // (sampling.batch_size or 64)) * calls, unit="step", desc=sampling.sampler)
+        size = (sampling.batch_size or 64) * (1 if in_steps else world_size)
+        bar = tqdm(total=-(-plan.num // size) * calls, unit="step", desc=sampling.sampler, disable=rank > 0)
 
         def watch(i: int, x: Any, x_start: Any) -> None:
             bar.update()
@@ -204,10 +211,12 @@ class ImageTask(Images, DiffusionTask):
             if request.denoise_row and i in picked:
                 rows.append(images.to_uint8(self.decode(x_start.asnumpy()[:8])))
 
-        cond = self.in_order(plan.cond)
-        x = run.generator.draw(sampling, plan.num, cond, watch, plan.start, plan.timesteps, plan.denoise, plan.sampler)
-        x = self.decode(x)
+        with alone() if in_steps else nullcontext():
+            cond, how = self.in_order(plan.cond), (plan.start, plan.timesteps, plan.denoise, plan.sampler)
+            x = self.decode(run.generator.draw(sampling, plan.num, cond, watch, *how))
         bar.close()
+        if rank:
+            return []
         out = Path(request.out or folder / "sample.png")
         images.save_grid(out, images.to_uint8(plan.arrange(x)), plan.columns, plan.scale, plan.captions)
         if request.gif:
@@ -254,7 +263,9 @@ class ImageTask(Images, DiffusionTask):
         batch_size = min(sampling.batch_size or 100, num)
         sampling = replace(sampling, batch_size=batch_size)
         timesteps, cond = sampling.timesteps(run.diffusion), self.in_order(self.conditions(num))
-        with tqdm(total=-(-num // batch_size) * len(timesteps), unit="step", desc=sampling.sampler) as bar:
+        rank, world_size = ranks()
+        total = -(-num // (batch_size * world_size)) * len(timesteps)
+        with tqdm(total=total, unit="step", desc=sampling.sampler, disable=rank > 0) as bar:
             x = self.decode(run.generator.draw(sampling, num, cond, lambda *_: bar.update()))
         if bad := num - np.isfinite(x).all((1, 2, 3)).sum():
             raise UserError(f"{bad} of {num} samples are not finite, so training has diverged: use an earlier checkpoint")

@@ -12,12 +12,12 @@ from mindspore import Tensor
 
 from ...data.captions import CAPTIONS, LENGTH, NAMES, WORDS, draw_captions, plain_captions, tokens
 from ...fields import AT_LEAST_1, POSITIVE
-from ...files import write
+from ...files import share_files, write
 from ...latent import FirstStage
 from ...models.autoencoder import gaussian_sample
 from ...models.context import LatentUnetConfig
-from ...randomness import Stream, drop_labels
-from ...runtime import UserError, command
+from ...randomness import Random, Stream, drop_labels
+from ...runtime import UserError, broadcast, command
 from ..checkpoint import read_state
 from ..config import Config, DataConfig, DiffusionRunConfig, ImageTrainConfig
 from ..runs import run_folders
@@ -84,14 +84,20 @@ class LatentTask(ImageTask):
     def prepare_data(self) -> None:
         """Encode the images, and find the scale of the latents."""
         config, state = self.config, self.state
-        self.first_stage = resolve_first_stage(config, self.run_dir, self.rank)
+        if self.rank == 0:
+            self.first_stage = resolve_first_stage(config, self.run_dir)
+        saved = self.run_dir / "first_stage"
+        share_files([saved / name for name in ("config.json", "ema.safetensors", "state.json")])
+        if self.rank:
+            self.first_stage = load_first_stage(saved, config.first_stage_patch)
         self.data = self.first_stage.cached_moments(self.originals, config.data.dir)
         if state and "latent_scale" not in state:
             which = f"the checkpoint of step {self.start_step} in {self.run_dir}"
             raise UserError(f"{which} has no latent_scale: remove it, or use another --run-dir")
         known = state["latent_scale"] if state else config.latent_scale or (self.loaded and self.loaded.scale_factor)
-        self.first_stage.scale = known or scale_of(self.data, config.train)
-        if self.rank == 0 and not state:
+        scale = known or scale_of(self.data, config.train, self.world_size)
+        self.first_stage.scale = json.loads(broadcast(json.dumps(scale).encode()))  # rank 0's, should they differ by a bit
+        if not state:
             path = self.run_dir / "samples" / "first-stage.png"
             save_reconstructions(path, self.first_stage, self.originals[: config.train.sample_num])
 
@@ -102,14 +108,14 @@ class LatentTask(ImageTask):
         scale = self.first_stage.scale
         return lambda moments, noise: scale * gaussian_sample(moments, noise)
 
-    def draw_conditions(self, rng: np.random.Generator, batch: Arrays, labels: np.ndarray) -> Arrays:
+    def draw_conditions(self, rng: Random, batch: Arrays, labels: np.ndarray) -> Arrays:
         drawn = {"latent_noise": rng.standard_normal(batch["noise"].shape, np.float32)}
         if self.null_label is not None:
             dropout = self.config.train.label_dropout
             drawn[self.cond_fields[0]] = drop_labels(rng, self.draw_labels(rng, labels), dropout, self.null_label)
         return drawn
 
-    def draw_labels(self, rng: np.random.Generator, labels: np.ndarray) -> np.ndarray:
+    def draw_labels(self, rng: Random, labels: np.ndarray) -> np.ndarray:
         """What the network is conditioned on for images of these classes."""
         return labels
 
@@ -134,7 +140,7 @@ class CaptionTask(LatentTask):
     def num_classes(self) -> Any:
         return len(CAPTIONS)
 
-    def draw_labels(self, rng: np.random.Generator, labels: np.ndarray) -> np.ndarray:
+    def draw_labels(self, rng: Random, labels: np.ndarray) -> np.ndarray:
         return draw_captions(rng, labels)
 
     def class_conditions(self, num: int, labels: Any = None, prompt: str | None = None) -> Arrays:
@@ -145,8 +151,8 @@ class CaptionTask(LatentTask):
         return {"tokens": plain_captions(self.label_array(labels, num))}
 
 
-def resolve_first_stage(config: LatentConfig, run: Path, rank: int = 0) -> FirstStage:
-    """The first stage that a run of latents has saved, or the one of --first-stage, of which it (rank 0) keeps a copy.
+def resolve_first_stage(config: LatentConfig, run: Path) -> FirstStage:
+    """The first stage that a run of latents has saved, or the one of --first-stage, of which it keeps a copy.
     Raises UserError if there is none, or another one, or one whose latents the network does not take."""
     saved, requested = run / "first_stage", config.first_stage
     is_saved = (saved / "state.json").exists()  # which is written last
@@ -174,7 +180,7 @@ def resolve_first_stage(config: LatentConfig, run: Path, rank: int = 0) -> First
             f"takes {taken} and {model.channels}: set --model.in-channels, --model.out-channels, --model.latent-size, "
             "--model.channels and --data.size to fit"
         )
-    if not is_saved and rank == 0:
+    if not is_saved:
         folder, home = run_folders(source)
         state = {"step": read_state(folder)["step"], "sha256": {}}
         for path in (home / "config.json", folder / "ema.safetensors"):
@@ -185,9 +191,9 @@ def resolve_first_stage(config: LatentConfig, run: Path, rank: int = 0) -> First
     return first_stage
 
 
-def scale_of(moments: np.ndarray, train: ImageTrainConfig) -> float:
-    """1 / the standard deviation of a first batch's latents (Rombach et al. 2022, appendix G)."""
+def scale_of(moments: np.ndarray, train: ImageTrainConfig, world_size: int = 1) -> float:
+    """1 / the standard deviation of the latents of a first batch of all ranks (Rombach et al. 2022, appendix G)."""
     rng = np.random.default_rng((train.seed, Stream.NOISE))
-    batch = moments[rng.permutation(len(moments))[: train.batch_size]]
+    batch = moments[rng.permutation(len(moments))[: train.batch_size * world_size]]
     noise = rng.standard_normal((len(batch), batch.shape[1] // 2, *batch.shape[2:]), np.float32)
     return float(1 / gaussian_sample(Tensor(batch), Tensor(noise)).asnumpy().std())

@@ -8,7 +8,7 @@ import numpy as np
 from ...data.conditions import condition_channels, condition_image
 from ...images import to_float
 from ...models.unet import UnetConfig
-from ...randomness import Stream, drop_labels
+from ...randomness import Random, Stream, drop_labels
 from ...runtime import UserError
 from ..config import DataConfig, DiffusionRunConfig, ImageTrainConfig
 from ..runs import Run
@@ -54,7 +54,7 @@ class PixelTask(ImageTask):
         self.null_label, self.self_condition = model.null_label, model.self_condition
         self.cond_fields, self.flip = model.cond_fields, config.data.flip
 
-    def draw_conditions(self, rng: np.random.Generator, batch: Arrays, labels: np.ndarray) -> Arrays:
+    def draw_conditions(self, rng: Random, batch: Arrays, labels: np.ndarray) -> Arrays:
         drawn = super().draw_conditions(rng, batch, labels)
         if self.null_label is not None:
             drawn["labels"] = drop_labels(rng, labels, self.config.train.label_dropout, self.null_label)
@@ -62,7 +62,7 @@ class PixelTask(ImageTask):
             drawn["cond_image"] = self.cond_image(batch["x_start"], rng)
         return drawn
 
-    def cond_image(self, x: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    def cond_image(self, x: np.ndarray, rng: Random) -> np.ndarray:
         """The image condition (B, cond_channels, H, W) of images x (B, C, H, W)."""
         return condition_image(self.config.data.condition, x, self.config.data.lowres_size, rng)
 

@@ -18,7 +18,7 @@ from ...fields import AT_LEAST_1, OneOf
 from ...files import write
 from ...metrics.distances import compare
 from ...models.mlp import MLPConfig, ResidualMLPConfig
-from ...runtime import UserError
+from ...runtime import UserError, alone, initialise_ranks
 from ...samplers import SAMPLERS, SeededNoise, sampling_timesteps
 from ..config import DiffusionRunConfig, DiffusionTrainConfig
 from ..runs import Run
@@ -90,12 +90,15 @@ class PointsTask(DiffusionTask):
         path = self.run_dir / "points.npz"
         if path.exists() and not all(map(np.array_equal, read_saved_points(path), self.points)):
             raise UserError(f"{path} holds other points than these: use another --run-dir for them")
-        write(path, partial(np.savez, train=self.points[0], test=self.points[1]))
+        if self.rank == 0:
+            write(path, partial(np.savez, train=self.points[0], test=self.points[1]))
         super().prepare()
 
     def preview(self, step: int) -> Path:
         num, path = self.config.train.sample_num, self.run_dir / "samples" / f"step-{step:07d}.png"
-        plots2d.save_samples(path, self.draw(num, batch_size=num), self.test[:num], f"step {step}")
+        x = self.draw(num, batch_size=num)
+        if self.rank == 0:
+            plots2d.save_samples(path, x, self.test[:num], f"step {step}")
         return path
 
     def next_commands(self) -> dict[str, str]:
@@ -111,8 +114,11 @@ class PointsTask(DiffusionTask):
     def show(self, x: np.ndarray) -> Image.Image:
         return plots2d.points_image(x, self.test[: len(x)])
 
+    @alone()
     def render(self, run: Run, request: Request, folder: Path) -> list[Path]:
         """Samples, all pictures of the way there and back, and scores against held-out data."""
+        if initialise_ranks()[0]:
+            return []  # points are few: rank 0 draws them
         names = "class_", "prompt", "image", "inpaint", "resample", "interpolate", "init", "strength", "denoise_row"
         for name in names:
             if getattr(request, name) != getattr(Request, name):
