@@ -25,10 +25,10 @@ from runs import assert_refused, call, checkpoint, metrics, tree
 
 from ms_diffusion import runtime
 from ms_diffusion.commands import modelarts, train, transfer
-from ms_diffusion.commands.modelarts import Uploads, restore, use_data
+from ms_diffusion.commands.modelarts import Uploads, check_writable, restore, use_data
 from ms_diffusion.commands.parse import parse, split_flags
 from ms_diffusion.commands.sample import Args
-from ms_diffusion.commands.transfer import Folder, alone, fetch, unpack
+from ms_diffusion.commands.transfer import Folder, fetch, locked, unpack
 from ms_diffusion.runtime import UserError
 from ms_diffusion.training.config import override
 from ms_diffusion.training.presets import PRESETS
@@ -345,7 +345,7 @@ def trains(monkeypatch):
 
 def test_a_job_that_is_preempted_and_started_again(tmp_path, obs, moxing, monkeypatch, trains):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(moxing, "seconds", 0.02)
+    monkeypatch.setattr(moxing, "seconds", 0.005)
     monkeypatch.setattr(moxing, "failures", 1)
     trains.append(4)
     platform = ["--train_url", f"{OUT}/", "--num_gpus", "8", "--init_method=tcp://10.0.0.1:66"]
@@ -373,7 +373,7 @@ def test_the_exit_code_where_the_last_state_does_not_arrive(tmp_path, obs, moxin
     check = modelarts.check_writable
     monkeypatch.setattr(modelarts, "check_writable", lambda url: (check(url), setattr(moxing, "failures", ALL)))
     monkeypatch.setattr(modelarts, "restore", lambda *_: None)
-    code, out, err = call("train", "--run-dir", tmp_path / "run", "--train_url", OUT, "--device", "cpu")
+    code, out, err = call("train", "--run-dir", tmp_path / "run", "--train_url", OUT, "--train.total-steps", 6)
     assert code == 2 and err.splitlines()[-1].startswith("error: ") and "Traceback" not in err
     assert steps(tmp_path / "run") == [2, 4, 6]
 
@@ -389,17 +389,65 @@ def test_bad_addresses_are_one_line_of_error(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the way")
     (tmp_path / "empty").mkdir()
     before = tree(tmp_path)
-    for url in (tmp_path / "file", tmp_path / "file/below", "/proc/nowhere/below"):
-        assert_refused(call("train", "--train_url", url), url)
-        assert_refused(call("train", "--run-dir", tmp_path / "run", "--train_url", url), url)
-    for url in ("obs://bucket/nothing", tmp_path / "nothing", tmp_path / "empty"):
-        assert_refused(call("train", "--data.name", "fashion-mnist", "--data_url", url), url)
+    assert_refused(call("train", "--run-dir", tmp_path / "run", "--train_url", "/proc/nowhere/below"), "/proc/nowhere/below")
+    assert_refused(call("train", "--data.name", "fashion-mnist", "--data_url", "obs://bucket/no"), "obs://bucket/no")
     assert_refused(call("train", "--train_url", OUT, "--upload-minutes", 0), "--upload-minutes")
+    for url in (tmp_path / "file", tmp_path / "file/below"):
+        with pytest.raises(UserError, match=str(url)):
+            check_writable(str(url))
+    for url in (tmp_path / "nothing", tmp_path / "empty"):
+        with pytest.raises(UserError, match=str(url)):
+            use_data(FASHION, str(url))
     assert tree(tmp_path) == before
     for name in ("moxing", "moxing.file"):
         monkeypatch.setitem(sys.modules, name, None)
-    for flag in ("--data_url", "--train_url", "--ckpt_url"):
-        assert_refused(call("train", flag, "obs://bucket/data"), "moxing", "obs://bucket/data")
+    for action in (fetch, check_writable, lambda url: restore(tmp_path, url, CONFIG)):
+        with pytest.raises(UserError, match="obs://bucket/data needs moxing"):
+            action("obs://bucket/data")
+
+
+@pytest.mark.slow
+def test_a_training_that_is_preempted_during_an_upload(tmp_path, obs):
+    """With a real network: SIGTERM, then the same command on a machine that has nothing."""
+    net = (
+        "--preset scurve --model.dim 8 --model.depth 1 --data.num 200 --diffusion.num-timesteps 12 --train.steps-per-call 1"
+    )
+    short = (
+        "--train.batch-size 32 --train.sample-num 20 --train.sample-steps 2 --train.log-every 10 --train.sample-every 99999"
+    )
+    env = os.environ | {
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests/stand_in'}",
+        "STAND_IN_SECONDS": "0.5",
+    }
+
+    def job(machine, *flags):
+        command = [
+            sys.executable,
+            ROOT / "train.py",
+            *f"{net} {short} --device cpu --train_url {OUT} --num_gpus 1".split(),
+            *flags,
+        ]
+        (tmp_path / machine).mkdir()
+        more = {"cwd": tmp_path / machine, "env": env | {"XDG_CACHE_HOME": str(tmp_path / machine)}}
+        return subprocess.Popen(command, stdout=-1, stderr=-1, text=True, **more)
+
+    process, limit = job("first", "--train.total-steps", "9999999", "--train.save-every", "100"), time.monotonic() + 240
+    try:
+        while process.poll() is None and not steps(tmp_path / "first/runs/scurve") and time.monotonic() < limit:
+            time.sleep(0.1)
+        process.terminate()  # the upload of the first checkpoint takes seconds
+        out, err = process.communicate(timeout=240)
+    finally:
+        process.kill()
+    assert process.returncode == 130 and "Traceback" not in err, err
+    assert shown(obs / "bucket/out") == shown(tmp_path / "first/runs/scurve")
+    last = steps(obs / "bucket/out")[-1]
+    process = job("second", "--train.total-steps", str(last + 5))
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 0 and f"resuming at step {last} of {last + 5}" in out, err
+    assert steps(obs / "bucket/out")[-1] == last + 5 and shown(obs / "bucket/out") == shown(tmp_path / "second/runs/scurve")
+    rows = metrics(tmp_path / "second/runs/scurve")
+    assert [row["step"] for row in rows] == [*range(10, last + 1, 10), *([last] if last % 10 else []), last + 5]
 
 
 # Data
@@ -415,7 +463,7 @@ def pack(folder, archive, kind):
     shutil.make_archive(str(archive), kind, folder)
 
 
-@pytest.mark.parametrize("where", ["obs://bucket/data", "s3://bucket/data/", "local"])
+@pytest.mark.parametrize("where", ["obs://bucket/data", "local"])
 @pytest.mark.parametrize("kind", ["folder", "nested", "zip", "gztar", "zip inside", "tar alone"])
 def test_fashion_mnist_is_found(tmp_path, obs, where, kind):
     root = tmp_path / "local" if where == "local" else obs / "bucket/data"
@@ -599,7 +647,7 @@ def test_one_process_of_a_machine_copies_for_all(tmp_path, obs):
     for name in "abc":
         (obs / "bucket/data").mkdir(exist_ok=True)
         (obs / "bucket/data" / name).write_text(name)
-    ends = processes(tmp_path, 3, STAND_IN_SECONDS="0.3")
+    ends = processes(tmp_path, 2, STAND_IN_SECONDS="0.3")
     assert {end[2] for end in ends} == {0} and len({end[0] for end in ends}) == 1, ends
     assert (tmp_path / "log").read_text().count("copy") == 3
     assert shown(Path(ends[0][0].strip())) == {name: name.encode() for name in "abc"}
@@ -610,7 +658,7 @@ def test_where_one_process_fails_the_others_do_not_wait(tmp_path, obs, monkeypat
     lock, inside, out = tmp_path / "lock", threading.Event(), []
 
     def fail():
-        with contextlib.suppress(UserError), alone(lock):
+        with contextlib.suppress(UserError), locked(lock):
             inside.set()
             out.append(os.path.getmtime(lock))
             time.sleep(0.2)
@@ -619,11 +667,11 @@ def test_where_one_process_fails_the_others_do_not_wait(tmp_path, obs, monkeypat
     thread = threading.Thread(target=fail)
     thread.start()
     inside.wait(10)
-    with pytest.raises(UserError, match="no such bucket"), alone(lock):
+    with pytest.raises(UserError, match="no such bucket"), locked(lock):
         out.append("inside")
     thread.join()
     time.sleep(0.02)
-    with alone(lock):
+    with locked(lock):
         out.append("later")
     assert out[1:] == ["later"]
 
@@ -632,14 +680,14 @@ def test_a_waiting_process_heeds_sigterm_and_a_time_limit(tmp_path, monkeypatch,
     with open(tmp_path / "lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         monkeypatch.setattr(transfer, "PATIENCE", 0.1)
-        with pytest.raises(UserError, match="does not get on"), alone(tmp_path / "lock"):
+        with pytest.raises(UserError, match="does not get on"), locked(tmp_path / "lock"):
             pass
         monkeypatch.setattr(transfer, "PATIENCE", 60)
         threading.Timer(0.05, runtime.STOP.set).start()
-        with pytest.raises(SystemExit) as end, alone(tmp_path / "lock"):
+        with pytest.raises(SystemExit) as end, locked(tmp_path / "lock"):
             pass
         assert end.value.code == 130 and "stopped" in capsys.readouterr().err
-    with pytest.raises(SystemExit), alone(tmp_path / "lock") as progress:
+    with pytest.raises(SystemExit), locked(tmp_path / "lock") as progress:
         progress()  # so does the one that copies
 
 

@@ -34,11 +34,11 @@ from .transfer import (
     PATIENCE,
     Folder,
     Version,
-    alone,
     cache_of,
     fetch,
     in_threads,
     is_archive,
+    locked,
     read_json,
     unpack,
     visible_files,
@@ -138,7 +138,7 @@ def restore(run_dir: Path, url: str | None, config: Config) -> None:
         return
     source, scratch = Folder(url), run_dir / f".fetch-{platform.node()}"
     lock = cache_of(str(run_dir.resolve())).with_suffix(".lock")
-    with alone(lock) as progress:
+    with locked(lock) as progress:
         try:
             remote = source.list()
             if "config.json" in remote:

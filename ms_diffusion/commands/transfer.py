@@ -157,7 +157,7 @@ def in_threads(action: Callable[[Any], Any], items: Iterable[Any], progress: Pro
 
 
 @contextlib.contextmanager
-def alone(lock: Path) -> Iterator[Progress]:
+def locked(lock: Path) -> Iterator[Progress]:
     """One process of this machine at a time is inside. It gets a function to call now and then, by which the waiting ones
     see that it gets on. Raises UserError if the process before this one failed or does not get on, SystemExit at SIGTERM."""
     started = time.time()
@@ -199,7 +199,7 @@ def cached(source: str, version: Callable[[], Any], fill: Callable[[Path, Any, P
     started = time.time()
     folder = cache_of(source)
     marker = folder.with_suffix(".json")
-    with alone(folder.with_suffix(".lock")) as progress:
+    with locked(folder.with_suffix(".lock")) as progress:
         if marker.exists() and marker.stat().st_mtime >= started:  # another process has just made or checked it
             return folder
         record = {"source": version(), "files": Folder(folder).list()}
