@@ -89,7 +89,7 @@ def use_data(config: Config, url: str) -> tuple[Config, Any]:
     if found and found[0].suffix == ".npz":
         if len(found) > 1:
             raise UserError(f"--data-url {url} holds {found[0].name} and {found[1].name}: give the address of one")
-        print(f"training on the arrays in {found[0]}")
+        print(f"training on the arrays in {found[0]}", file=sys.stderr)
         return config.with_data(read_arrays(config, found[0]))
     if name == "fashion-mnist" and len(folders) > 1:
         raise UserError(f"--data-url {url}: {name} is in {folders[0]} and in {folders[1]}: give the address of one")
@@ -97,7 +97,7 @@ def use_data(config: Config, url: str) -> tuple[Config, Any]:
         where = found[0] if name == points.POINTS_FILE and len(found) == 1 else os.path.commonpath(folders)
         return replace(config, data=replace(config.data, dir=str(where))), None
     if name in EMBEDDED:
-        print(f"note: --data-url is not read, because {name} needs no files: choose other data by --data.name")
+        print(f"note: --data-url is not read, because {name} needs no files: choose others by --data.name", file=sys.stderr)
         return config, None
     raise UserError(f"--data-url {url} holds no data for --data.name {name}: check the address and the name")
 
@@ -146,9 +146,11 @@ def restore(run_dir: Path, url: str | None, config: Config) -> None:
                 check_same_run(scratch, config)
             steps = [name.split("/")[1] for name in remote if re.fullmatch(r"checkpoints/step-\d+/state\.json", name)]
             steps.sort(key=number)
+            if not steps:
+                print(f"note: there is no run in {url} to continue", file=sys.stderr)
             here = [folder.name for folder in checkpoints(run_dir)]
             if steps and (not here or number(steps[-1]) > number(here[-1])):
-                print(f"fetching the run in {url}")
+                print(f"fetching the run in {url}", file=sys.stderr)
                 in_threads(lambda name: source.get(name, scratch / name), remote, progress)
                 move(scratch, run_dir, steps, url)
                 files = Folder(run_dir).list()
