@@ -206,13 +206,15 @@ def test_a_run_in_obs_that_cannot_be_fetched_does_not_start_anew(tmp_path, obs, 
 # Uploads
 
 
-def test_what_the_run_deletes_is_deleted_there_and_state_json_goes_last(tmp_path, obs, moxing):
+def test_the_order_of_an_upload_and_what_is_deleted_there(tmp_path, obs, moxing):
     run = start(tmp_path / "run", 2, 4, 6)
     uploads = upload(run)
     names = [name.removeprefix(f"{OUT}/") for name in copies(moxing)]
     others = [name for name in names if not name.startswith("checkpoints")]
     assert names[: len(others)] == others and others[-1] == "first_stage/state.json"
-    assert [name.endswith("state.json") for name in names[len(others) :]] == [False] * 3 + [True] * 3
+    assert [(name[23], name.endswith("state.json")) for name in names[len(others) :]] == [
+        *[("6", False), ("6", True), ("4", False), ("4", True), ("2", False), ("2", True)]
+    ]
     (obs / "bucket/out/log.txt").write_text("of the platform")
     for step in (8, 10):
         save(run, step)
@@ -243,6 +245,8 @@ def test_training_does_not_wait_for_uploads_but_the_end_does(tmp_path, obs, moxi
     assert time.monotonic() - clock < 0.2 and not steps(obs / "bucket/out")
     assert uploads.finish() and time.monotonic() - clock > 0.4
     assert shown(obs / "bucket/out") == shown(run)
+    sent = [name for name in copies(moxing) if "/checkpoints/" in name]
+    assert "step-0000004" in sent[0] and len(sent) == 4  # the last one does not wait for the one before
     captured = capsys.readouterr()
     assert not captured.out and not captured.err
 
@@ -584,9 +588,9 @@ def test_data_are_copied_once_and_again_when_they_have_changed(tmp_path, obs, mo
     assert (fetch("obs://bucket/data") / "a").read_text() == "ONE"
     (folder / "below/b").write_text("t")  # damaged here
     assert (fetch("obs://bucket/data") / "below/b").read_text() == "two"
+    (folder / "latents.npy").write_text("a cache")
     copies(moxing)
-    (folder / "more").write_text("of an earlier job")
-    assert shown(fetch("obs://bucket/data")) == {"a": b"ONE", "below/b": b"two"}
+    assert (fetch("obs://bucket/data") / "latents.npy").exists() and not copies(moxing)
     (data / "a").unlink()
     assert shown(fetch("obs://bucket/data")) == {"below/b": b"two"}
     moxing.failures = ALL

@@ -44,6 +44,7 @@ from .transfer import (
     visible_files,
 )
 
+STEP = re.compile(r"checkpoints/step-(\d+)/")
 RECORD = ".uploaded.json"  # in a run's folder: which versions of its files its --train_url holds
 
 
@@ -195,16 +196,22 @@ def write_record(run_dir: Path, url: str, sent: dict[str, Version]) -> None:
     write(run_dir / RECORD, lambda file: file.write(json.dumps({"url": url, "sent": sent}).encode()))
 
 
+def upload_order(name: str) -> tuple[int, bool, str]:
+    """Sorts the files of a run: the newest checkpoint comes first after all other files, a state.json after its folder's."""
+    found = STEP.match(name)
+    return -int(found[1]) if found else -sys.maxsize, name.endswith("/state.json"), name
+
+
 class Uploads:
-    """Copies what is new in a run's folder to a --train_url, in a thread of its own: when asked, and every `minutes`. A
-    state.json goes last, so a checkpoint that has one there is whole; checkpoints that the run has deleted are then deleted
-    there. After a failure training goes on, there is one warning, and the next copy makes up for it."""
+    """Copies what is new in a run's folder to a --train_url, in a thread of its own: when asked, and every `minutes`. The
+    newest checkpoint goes first, and its state.json last, so a checkpoint that has one there is whole; checkpoints that the
+    run has deleted are then deleted there. A failure gives one warning, and the next copy makes up for it."""
 
     def __init__(self, run_dir: Path, url: str | None, minutes: float):
         self.run_dir, self.seconds, self.problem = run_dir, 60 * minutes, ""
         self.folder = Folder(url) if url and not is_same(run_dir, url) else None
         self.sent: dict[str, Version] | None = None  # name -> version here of what is there; [] if that is unknown
-        self.asked, self.ending = threading.Event(), threading.Event()
+        self.asked, self.ending, self.last = threading.Event(), threading.Event(), False
         self.thread = threading.Thread(target=self._work, daemon=True)
 
     def ask(self, _: Path) -> None:
@@ -228,22 +235,22 @@ class Uploads:
         return not self.problem
 
     def _work(self) -> None:
-        last = False
-        while not last:
+        while not self.last:
             self.asked.wait(self.seconds)
             self.asked.clear()
-            last = self.ending.is_set()
+            self.last = self.ending.is_set()
             try:
                 self.upload()
                 self.problem = ""
             except Exception as e:  # an upload must not end the training
                 problem = textwrap.shorten(str(e) or repr(e), 300)
-                if not self.problem and not last:
+                if not self.problem and not self.last:
                     tqdm.write(f"warning: {problem}; training goes on, and the upload is tried again", file=sys.stderr)
                 self.problem = problem
 
     def upload(self) -> None:
-        """Make the folder there like the run's. Raises UserError if that fails."""
+        """Make the folder there like the run's; it is left to the last copy where the run has ended meanwhile. Raises
+        UserError if that fails."""
         assert self.folder
         if self.sent is None:
             record = read_json(self.run_dir / RECORD) or {}
@@ -251,12 +258,14 @@ class Uploads:
             there = self.folder.list().items()
             self.sent = {name: known[name] if known.get(name, [])[:1] == [size] else [] for name, (size, _) in there}
         files = Folder(self.run_dir).list()
-        for name in sorted(files, key=lambda name: (name.startswith("checkpoints/"), name.endswith("/state.json"), name)):
-            if self.sent.get(name) != files[name]:
+        for name in sorted(files, key=upload_order):
+            if self.ending.is_set() and not self.last:
+                return
+            if self.sent.get(name) != files[name] and (self.run_dir / name).exists():
                 self._send(name)
                 self.sent[name] = files[name]
         for name in sorted(self.sent, key=lambda name: not name.endswith("/state.json")):
-            if name not in files and re.match(r"checkpoints/step-\d+/", name):
+            if name not in files and STEP.match(name):
                 self.folder.remove(name)
                 del self.sent[name]
         write_record(self.run_dir, self.folder.url, self.sent)

@@ -195,20 +195,24 @@ def stop_if_asked() -> None:
 
 def cached(source: str, version: Callable[[], Any], fill: Callable[[Path, Any, Progress], None]) -> Path:
     """The folder in the cache that fill(folder, version, progress) makes from `source`, once on each machine, and again when
-    version(), a JSON value, or a file in the folder has changed."""
+    version(), a JSON value, or one of its files in the folder has changed; other files there, such as caches, may change."""
     started = time.time()
     folder = cache_of(source)
     marker = folder.with_suffix(".json")
     with locked(folder.with_suffix(".lock")) as progress:
         if marker.exists() and marker.stat().st_mtime >= started:  # another process has just made or checked it
             return folder
-        record = {"source": version(), "files": Folder(folder).list()}
-        if read_json(marker) != record:
+        wanted, record, files = version(), read_json(marker), Folder(folder).list()
+        if (
+            not record
+            or record["source"] != wanted
+            or record["files"] != {name: files.get(name) for name in record["files"]}
+        ):
             marker.unlink(missing_ok=True)
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
-            fill(folder, record["source"], progress)
-            record["files"] = Folder(folder).list()
+            fill(folder, wanted, progress)
+            record = {"source": wanted, "files": Folder(folder).list()}
         write(marker, lambda file: file.write(json.dumps(record).encode()))
     return folder
 
