@@ -7,6 +7,7 @@ import importlib
 import io
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -168,6 +169,7 @@ def test_a_partial_upload_is_not_taken(tmp_path, obs, capsys):
     restore(tmp_path / "first", OUT, CONFIG)
     assert steps(tmp_path / "first") == [2, 4] and not checkpoint(tmp_path / "first", 6).exists()
     shutil.copy(checkpoint(run, 6) / "state.json", checkpoint(out, 6))
+    start(tmp_path / "second" / f".fetch-{platform.node()}", 7)  # a process was killed while it fetched
     (checkpoint(out, 6) / "model.safetensors").write_bytes(b"half")
     (checkpoint(out, 4) / "model.safetensors").unlink()
     capsys.readouterr()
@@ -422,7 +424,7 @@ def test_a_training_that_is_preempted_during_an_upload(tmp_path, obs, ranks):
 
     def job(machine, *flags):
         run = tmp_path / machine
-        platform = {"XDG_CACHE_HOME": run, "MA_LOG_DIR": run, "MA_NUM_GPUS": ranks, "MASTER_PORT": 18245}
+        variables = {"XDG_CACHE_HOME": run, "MA_LOG_DIR": run, "MA_NUM_GPUS": ranks, "MASTER_PORT": 18245}
         command = [
             *start,
             "--run-dir",
@@ -430,7 +432,7 @@ def test_a_training_that_is_preempted_during_an_upload(tmp_path, obs, ranks):
             *f"{net} {few} --device cpu --train_url {OUT} --num_gpus 2".split(),
             *flags,
         ]
-        more = {"cwd": tmp_path, "env": env | {name: str(value) for name, value in platform.items()}}
+        more = {"cwd": tmp_path, "env": env | {name: str(value) for name, value in variables.items()}}
         return run / "run", subprocess.Popen(command, stdout=-1, stderr=-1, text=True, **more)
 
     (run, process), limit = (

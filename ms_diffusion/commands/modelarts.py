@@ -140,6 +140,7 @@ def restore(run_dir: Path, url: str | None, config: Config) -> None:
     source, scratch = Folder(url), run_dir / f".fetch-{platform.node()}"
     lock = cache_of(str(run_dir.resolve())).with_suffix(".lock")
     with locked(lock) as progress:
+        shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed
         try:
             remote = source.list()
             if "config.json" in remote:
