@@ -188,7 +188,7 @@ def test_a_partial_upload_is_not_taken(tmp_path, obs, capsys):
 def test_another_run_in_obs_is_refused(tmp_path, obs):
     upload(start(tmp_path / "other", 2, config=override(CONFIG, seed=5)))
     before = tree(obs)
-    with pytest.raises(UserError, match="obs://bucket/out holds a run with another seed.*--train-url"):
+    with pytest.raises(UserError, match="obs://bucket/out holds a run with another seed: use another address"):
         restore(tmp_path / "run", OUT, CONFIG)
     assert not tree(tmp_path / "run") and tree(obs) == before
 
@@ -235,18 +235,26 @@ def test_the_order_of_an_upload_and_what_is_deleted_there(tmp_path, obs, moxing)
     assert copies(moxing) == [f"{OUT}/metrics.jsonl"]
 
 
-def test_training_does_not_wait_for_uploads_but_the_end_does(tmp_path, obs, moxing, monkeypatch, capsys):
+@pytest.fixture
+def gate(moxing, monkeypatch):
+    """Copies wait until this event is set."""
+    copy, gate = moxing.copy, threading.Event()
+    monkeypatch.setattr(moxing, "copy", lambda *names: gate.wait(10) and copy(*names))
+    yield gate
+    gate.set()
+
+
+def test_training_does_not_wait_for_uploads_but_the_end_does(tmp_path, obs, moxing, gate, monkeypatch, capsys):
     """As at SIGTERM: the last checkpoint is saved while an upload is being made."""
     run = start(tmp_path / "run", 2)
-    monkeypatch.setattr(moxing, "seconds", 0.06)
-    uploads, clock = Uploads(run, OUT, 10), time.monotonic()
+    uploads = Uploads(run, OUT, 10)
     uploads.ask(run)
-    time.sleep(0.05)
     save(run, 4)
     uploads.ask(run)
-    assert time.monotonic() - clock < 0.2 and not steps(obs / "bucket/out")
-    assert uploads.finish() and time.monotonic() - clock > 0.4
-    assert shown(obs / "bucket/out") == shown(run)
+    assert not tree(obs / "bucket")
+    join = uploads.thread.join
+    monkeypatch.setattr(uploads.thread, "join", lambda seconds: (gate.set(), join(seconds)))
+    assert uploads.finish() and shown(obs / "bucket/out") == shown(run)
     sent = [name for name in copies(moxing) if "/checkpoints/" in name]
     assert "step-0000004" in sent[0] and len(sent) == 4  # the last one does not wait for the one before
     captured = capsys.readouterr()
@@ -288,14 +296,13 @@ def test_a_failing_upload_does_not_end_training(tmp_path, obs, moxing, monkeypat
     assert lines[-1].startswith("error: ") and str(run) in lines[-1] and "stat:503" in lines[-1]
 
 
-def test_an_upload_that_never_ends(tmp_path, obs, moxing, monkeypatch, capsys):
+def test_an_upload_that_never_ends(tmp_path, gate, monkeypatch, capsys):
     monkeypatch.setattr(modelarts, "PATIENCE", 0.05)
-    monkeypatch.setattr(moxing, "seconds", 0.3)
     run = start(tmp_path / "run", 2)
     uploads = Uploads(run, OUT, 10)
     uploads.ask(run)
-    assert not uploads.finish() and "0 seconds" in capsys.readouterr().err
-    moxing.seconds = 0
+    assert not uploads.finish() and "error: " in capsys.readouterr().err
+    gate.set()
     uploads.thread.join(10)
 
 
@@ -309,6 +316,7 @@ def test_a_checkpoint_that_is_deleted_during_its_upload(tmp_path, obs, moxing, m
 
     monkeypatch.setattr(moxing, "copy", rotate)
     uploads = upload(run)
+    assert not [name for name in copies(moxing) if "step-0000002/state" in name]  # nobody waits for it
     uploads.upload()
     assert shown(obs / "bucket/out") == shown(run)
 
@@ -354,8 +362,8 @@ def test_a_job_that_is_preempted_and_started_again(tmp_path, obs, moxing, monkey
     monkeypatch.setattr(moxing, "seconds", 0.005)
     monkeypatch.setattr(moxing, "failures", 1)
     trains.append(4)
-    platform = ["--train_url", f"{OUT}/", "--num_gpus", "8", "--init_method=tcp://10.0.0.1:66"]
-    command = ["train", "--device", "cpu", "--train.total-steps", 6, *platform]
+    flags = ["--train_url", f"{OUT}/", "--num_gpus", "8", "--init_method=tcp://10.0.0.1:66"]
+    command = ["train", "--device", "cpu", "--train.total-steps", 6, *flags]
     code, out, err = call(*command, "--run-dir", "first")
     assert code == 130 and "stopped at step 4 of 6" in out and "--num_gpus 8" in err
     assert steps(obs / "bucket/out") == [2, 4] and shown(obs / "bucket/out") == shown(tmp_path / "first")
@@ -585,7 +593,7 @@ def test_data_are_copied_once_and_again_when_they_have_changed(tmp_path, obs, mo
     folder = fetch("obs://bucket/data")
     assert shown(folder) == {"a": b"one", "below/b": b"two"} and len(copies(moxing)) >= 2
     assert fetch("obs://bucket/data/") == folder and not copies(moxing)
-    time.sleep(0.01)
+    time.sleep(0.02)
     (data / "a").write_text("ONE")  # of the same size
     assert (fetch("obs://bucket/data") / "a").read_text() == "ONE"
     (folder / "below/b").write_text("t")  # damaged here
@@ -659,27 +667,28 @@ def test_one_process_of_a_machine_copies_for_all(tmp_path, obs):
     assert shown(Path(ends[0][0].strip())) == {name: name.encode() for name in "abc"}
 
 
-def test_where_one_process_fails_the_others_do_not_wait(tmp_path, obs, monkeypatch):
+def test_where_one_process_fails_the_others_do_not_wait(tmp_path, monkeypatch):
     """The failure of one that they waited for is theirs; that of an earlier job is not."""
-    lock, inside, out = tmp_path / "lock", threading.Event(), []
+    lock, inside, waiting, sleep, entered = tmp_path / "lock", threading.Event(), threading.Event(), time.sleep, []
 
     def fail():
         with contextlib.suppress(UserError), locked(lock):
             inside.set()
-            out.append(os.path.getmtime(lock))
-            time.sleep(0.2)
+            waiting.wait(10)
+            sleep(0.05)
             raise UserError("no such bucket")
 
+    monkeypatch.setattr(time, "sleep", lambda seconds: (waiting.set(), sleep(0.01)))
     thread = threading.Thread(target=fail)
     thread.start()
     inside.wait(10)
     with pytest.raises(UserError, match="no such bucket"), locked(lock):
-        out.append("inside")
+        entered.append("too early")
     thread.join()
-    time.sleep(0.02)
+    sleep(0.05)
     with locked(lock):
-        out.append("later")
-    assert out[1:] == ["later"]
+        entered.append("later")
+    assert entered == ["later"]
 
 
 def test_a_waiting_process_heeds_sigterm_and_a_time_limit(tmp_path, monkeypatch, capsys):

@@ -158,7 +158,7 @@ def restore(run_dir: Path, url: str | None, config: Config) -> None:
                 files = Folder(run_dir).list()
                 write_record(run_dir, url, {name: files[name] for name in remote if name in files})
         except UserError as e:
-            raise UserError(str(e).replace(str(scratch), url).replace("--run-dir", "--train-url")) from e
+            raise UserError(str(e).replace(str(scratch), url).replace("another --run-dir", "another address")) from e
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 
@@ -175,7 +175,7 @@ def move(scratch: Path, run_dir: Path, steps: list[str], url: str) -> None:
         except UserError as e:
             print(f"warning: {str(e).replace(str(scratch), url)}; the checkpoint is left out", file=sys.stderr)
     if not intact:
-        raise UserError(f"no checkpoint in {url} can be read: remove them, or use another --train-url")
+        raise UserError(f"no checkpoint in {url} can be read: remove them, or use another address")
     others = [path for path in visible_files(scratch) if path.parent.parent != scratch / "checkpoints"]
     for path in [*others, *intact]:
         target = run_dir / path.relative_to(scratch)
