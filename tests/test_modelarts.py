@@ -30,6 +30,7 @@ from ms_diffusion.commands.modelarts import Uploads, check_writable, restore, us
 from ms_diffusion.commands.parse import parse, split_flags
 from ms_diffusion.commands.sample import Args
 from ms_diffusion.commands.transfer import Folder, fetch, locked, unpack
+from ms_diffusion.files import write
 from ms_diffusion.runtime import UserError
 from ms_diffusion.training.config import override
 from ms_diffusion.training.presets import PRESETS
@@ -657,6 +658,25 @@ def processes(tmp_path, count, **env):
     return [(*process.communicate(timeout=60), process.returncode) for process in started]
 
 
+def test_one_copies_for_all_that_wait(tmp_path, obs, moxing, gate, monkeypatch):
+    for name in "abc":
+        write(obs / "bucket/data" / name, lambda file, name=name: file.write(name.encode()))
+    waiting, sleep, found, limit = set(), time.sleep, [], time.monotonic() + 10
+    monkeypatch.setattr(time, "sleep", lambda seconds: (waiting.add(threading.get_ident()), sleep(0.01)))
+    threads = [threading.Thread(target=lambda: found.append(fetch("obs://bucket/data"))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    while len(waiting) < 2 and time.monotonic() < limit:
+        sleep(0.01)
+    gate.set()
+    for thread in threads:
+        thread.join(10)
+    assert len(set(found)) == 1 and len(found) == 3 and shown(found[0]) == {name: name.encode() for name in "abc"}
+    names = [names[0] for names in moxing.calls]
+    assert names.count("copy") == 3 and names.count("list_directory") == 1
+
+
+@pytest.mark.slow
 def test_one_process_of_a_machine_copies_for_all(tmp_path, obs):
     for name in "abc":
         (obs / "bucket/data").mkdir(exist_ok=True)
