@@ -13,6 +13,7 @@ COMMANDS = {
     "evaluate": "score samples against real images",
     "likelihood": "bits per dimension of images under a run",
     "benchmark": "time training and sampling on this machine",
+    "export": "write a run's network as ONNX or MindIR for other programs",
 }
 
 

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "ms_diffusion"
 ROOMS = """
 runtime fields files randomness
-images plots2d convert
+images plots2d convert mindir
 kernels
 schedules process losses
 denoiser samplers editing likelihood
