@@ -64,7 +64,8 @@ def set_device(device: str = "auto") -> str:
     for name in [device] if device != "auto" else kinds:
         if getattr(ms.device_context, name).is_available():
             card = int(os.environ.get("DEVICE_ID") or os.environ.get("ASCEND_DEVICE_ID") or 0)
-            ms.set_device(kinds[name], None if name == "cpu" else card)
+            if not several_ranks():  # once they are connected, MindSpore refuses a second call
+                ms.set_device(kinds[name], None if name == "cpu" else card)
             return kinds[name]
     raise UserError(f"no {kinds[device]} device is usable here: check its driver, or run with --device auto or --device cpu")
 
