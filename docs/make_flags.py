@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 import tyro
 
 import ms_diffusion as md
-from ms_diffusion.commands import benchmark, evaluate, likelihood, sample, train
+from ms_diffusion.commands import audit, benchmark, doctor, evaluate, export, likelihood, sample, train
 from ms_diffusion.fields import Bounds, OneOf, find_problem
 from ms_diffusion.training import config
 
@@ -37,6 +37,9 @@ TABLES = [  # title, dataclass, prefix of its flags, base class with a table of 
     ("evaluate", evaluate.Args, "--"),
     ("likelihood", likelihood.Args, "--"),
     ("benchmark", benchmark.Args, "--"),
+    ("audit", audit.Args, "--"),
+    ("doctor", doctor.Args, "--"),
+    ("export", export.Args, "--"),
 ]
 
 

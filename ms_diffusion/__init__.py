@@ -13,7 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import runtime  # noqa: F401
+from . import runtime, versions  # noqa: F401
 
 if TYPE_CHECKING:  # the public names; below, the same lines say where each is found
     # fmt: off
@@ -96,6 +96,7 @@ __all__ = sorted(_HOME_OF)  # pyright: ignore[reportUnsupportedDunderAll]
 def __getattr__(name: str) -> Any:
     if name not in _HOME_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    versions.check()
     return getattr(import_module(f".{_HOME_OF[name]}", __name__), name)
 
 

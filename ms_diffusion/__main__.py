@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
-from . import __version__, runtime
+from . import __version__, runtime, versions
 from .runtime import UserError
 
 COMMANDS = {
@@ -13,6 +13,9 @@ COMMANDS = {
     "evaluate": "score samples against real images",
     "likelihood": "bits per dimension of images under a run",
     "benchmark": "time training and sampling on this machine",
+    "doctor": "say whether this machine can train, and what to mend",
+    "audit": "list the primitives of a preset's graphs and how each device runs them",
+    "export": "write a run's network as ONNX or MindIR for other programs",
 }
 
 
@@ -32,9 +35,19 @@ def run_command(argv: list[str]) -> int:
         return 0
     if name not in COMMANDS:
         raise UserError(f"unknown command {name!r}: choose one of {', '.join(COMMANDS)}")
+    if name != "doctor":
+        versions.check()
     if name == "train":
         runtime.catch_interrupts()  # must precede the import of MindSpore
-    return import_module(f".commands.{name.replace('-', '_')}", __package__).main(argv[1:])
+    try:
+        module = import_module(f".commands.{name.replace('-', '_')}", __package__)
+    except ModuleNotFoundError as e:
+        if not e.name or e.name.startswith(("ms_diffusion", "mindspore")):
+            raise
+        raise UserError(
+            f"the package {e.name} is missing: install this package with pip, which brings all that it needs"
+        ) from e
+    return module.main(argv[1:])
 
 
 if __name__ == "__main__":

@@ -42,7 +42,9 @@ def pytest_configure(config):
         runtime.set_device("cpu")  # imports MindSpore, which the process that only waits for the workers can spare
 
 
-LONGEST = "test_latent_runs test_train_command test_evaluate_command test_api test_unet".split()  # first, to share them out
+LONGEST = (
+    "test_dry_run test_latent_runs test_train_command test_evaluate_command test_api test_unet".split()
+)  # first, to share them out
 
 
 def pytest_collection_modifyitems(config, items):

@@ -473,7 +473,6 @@ MISFITS = {
     "norm": (lambda: layers.GroupNorm(1, 4), (1, 5, 3, 8), "4 channels"),
     "norm, axes": (lambda: layers.GroupNorm(1, 4), (1, 4, 8), "shape"),
     "linear": (lambda: layers.Linear(3, 2), (4, 5), "3 inputs"),
-    "linear, axes": (lambda: layers.Linear(3, 2), (2, 3, 3), "shape"),
     "heads": (lambda: kernels.LinearAttention(4), (1, 30, 4, 4), "4 heads"),
 }
 
@@ -733,7 +732,7 @@ def test_layers_use_mindspores_operators_without_the_library(reason, fresh, monk
         monkeypatch.setenv(name, value)
     assert not kernels.available()
     net = nn.SequentialCell(layers.conv2d(3, 4, 3), layers.GELU(), layers.GroupNorm(2, 4), layers.Upsample(4))
-    assert type(net[0]) is nn.Conv2d
+    assert net[0].kernel is None
     assert np.isfinite(net(Tensor(draw(2, 3, 8, 8))).asnumpy()).all()
     err = capsys.readouterr().err  # one line, once
     assert err == "" if note == "" else err.startswith("note: ") and err.count("\n") == 1 and note in err

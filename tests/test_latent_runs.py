@@ -330,7 +330,7 @@ def test_training_refuses(autoencoder, latent, tmp_path, monkeypatch):
         (f"--preset latent-text {first} --data.name image-folder", "Fashion-MNIST only"),
         (f"--preset latent-text {first} --model.vocab-size 5", "--model.vocab-size 39"),
         (f"--preset quick {first}", "--first-stage"),
-        ("--preset autoencoder --precision fp16", "--precision is fp16"),
+        ("--preset autoencoder --precision bf16", "bf16"),
         ("--preset autoencoder --train.score-every 2", "--train.score-every"),
         ("--preset autoencoder --data.size 30", "--data.size is 30"),
         ("--preset autoencoder --train.adam-betas 1.5 2", "--train.adam-betas is (1.5, 2.0)"),

@@ -14,8 +14,8 @@ import ms_diffusion as md
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "ms_diffusion"
 ROOMS = """
-runtime fields files randomness
-images plots2d convert
+runtime versions fields files randomness
+images plots2d convert mindir
 kernels
 schedules process losses
 denoiser samplers editing likelihood

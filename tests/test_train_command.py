@@ -1,4 +1,4 @@
-"""The train command and its loop: the run's folder, resuming, interruptions, refusals, scores, the disk, ModelArts."""
+"""The train command and its loop: the run's folder, resuming, interruptions, refusals, scores, the disk."""
 
 import contextlib
 import errno
@@ -13,7 +13,6 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -26,11 +25,8 @@ from mindspore import Tensor, nn
 
 from ms_diffusion import runtime
 from ms_diffusion.__main__ import COMMANDS, main
-from ms_diffusion.commands import modelarts
-from ms_diffusion.commands.parse import parse
 from ms_diffusion.commands.train import parse_args
 from ms_diffusion.data.conditions import condition_image
-from ms_diffusion.files import write
 from ms_diffusion.runtime import UserError
 from ms_diffusion.training.checkpoint import Checkpoint, read_state
 from ms_diffusion.training.config import Config, override
@@ -499,110 +495,3 @@ def test_help():
 def test_debug_shows_the_traceback():
     with pytest.raises(UserError, match="quik"):
         call("train", "--preset", "quik", "--debug")
-
-
-# ModelArts
-
-MOXING = """
-import shutil
-from pathlib import Path
-
-
-def local(path):
-    return Path(path.replace("obs://", {bucket!r} + "/"))
-
-
-class file:
-    @staticmethod
-    def copy_parallel(source, target):  # folders alone, as the real one
-        assert local(source).is_dir()
-        shutil.copytree(local(source), local(target), dirs_exist_ok=True)
-
-    @staticmethod
-    def copy(source, target):
-        local(target).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(local(source), local(target))
-"""
-
-
-@pytest.fixture
-def obs(tmp_path, monkeypatch):
-    """The folder behind obs://; the cache volume is a folder too."""
-    write(tmp_path / "python/moxing.py", lambda f: f.write(MOXING.format(bucket=str(tmp_path / "obs")).encode()))
-    write(tmp_path / "obs/bucket/data/file", lambda f: f.write(b"data"))
-    monkeypatch.syspath_prepend(tmp_path / "python")
-    monkeypatch.setattr(modelarts.fetch, "__defaults__", (str(tmp_path / "cache"),))
-    yield tmp_path / "obs"
-    sys.modules.pop("moxing", None)
-
-
-def test_fetch_and_publish(obs, tmp_path):
-    folder = modelarts.fetch("obs://bucket/data/")
-    assert folder == tmp_path / "cache/bucket_data" and (folder / "file").read_text() == "data"
-    assert modelarts.fetch("some/where") == Path("some/where")
-    modelarts.publish(folder, "obs://bucket/new")
-    modelarts.publish(folder / "file", "obs://bucket/one/file")
-    modelarts.publish(folder, None)
-    modelarts.publish(folder, str(tmp_path / "local"))
-    assert (obs / "bucket/new/file").read_text() == (obs / "bucket/one/file").read_text() == "data"
-    assert not (tmp_path / "local").exists()
-    assert modelarts.output_folder(None) is modelarts.output_folder("obs://bucket/out") is None
-    assert modelarts.output_folder("local") == Path("local")
-
-
-def test_only_the_first_process_of_a_machine_fetches(obs, monkeypatch):
-    monkeypatch.setenv("DEVICE_ID", "3")
-    waited = []
-
-    def first_process(seconds):  # it copies while the other sleeps
-        waited.append(seconds)
-        monkeypatch.setenv("DEVICE_ID", "0")
-        modelarts.fetch("obs://bucket/data")
-
-    monkeypatch.setattr(time, "sleep", first_process)
-    assert (modelarts.fetch("obs://bucket/data") / "file").read_text() == "data"
-    assert len(waited) == 1
-
-
-def test_without_moxing(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(sys.modules, "moxing", None)
-    assert_refused(call("train", "--data_url", "obs://bucket/data"), "moxing")
-
-
-def test_a_finished_run_on_modelarts_changes_nothing_and_is_published(run, obs, tmp_path):
-    before = tree(run)
-    urls = ["--data_url", "obs://bucket/data", "--train_url", "obs://bucket/out", "--num_gpus", "8"]
-    code, out, err = call("train", "--run_dir", run, *urls, *EVERYTHING)
-    assert code == 0 and f"{run} is finished" in out and "--train.total-steps" in out, err
-    assert "--num_gpus 8" in err and (tmp_path / "cache/bucket_data/file").exists()
-    after = tree(run)
-    assert json.loads(after.pop(Path("config.json")))["data"]["dir"] == str(tmp_path / "cache/bucket_data")
-    assert after == {name: content for name, content in before.items() if name != Path("config.json")}
-    assert tree(obs / "bucket/out") == tree(run)
-
-
-def test_a_local_train_url_is_the_run_folder(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(PRESETS["quick"].to_record()))
-    assert_refused(call("train", "--train_url", tmp_path, "--train.seed", 1), tmp_path, "seed")
-
-
-@dataclass
-class Flags:
-    size: int = 3
-    data_url: str | None = None
-
-
-def test_flags_of_the_platform_are_ignored_only_there(monkeypatch, capsys):
-    for name in ("MA_JOB_DIR", "MA_NUM_HOSTS", "MA_NUM_GPUS"):
-        monkeypatch.delenv(name, raising=False)
-    argv = ["--size", "4", "--num_gpus", "8"]
-    with pytest.raises(UserError, match="--num_gpus"):
-        parse(Flags, argv)
-    assert parse(Flags, [*argv, "--data_url", "x"]) == Flags(4, "x")
-    monkeypatch.setenv("MA_JOB_DIR", "/job")
-    capsys.readouterr()
-    assert parse(Flags, argv) == Flags(4)
-    assert "--num_gpus 8" in capsys.readouterr().err
-    with pytest.raises(UserError, match=r"--data\.siz"):  # a flag of ours is never the platform's
-        parse(Flags, ["--data.siz", "8"])

@@ -5,7 +5,7 @@ import difflib
 import io
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any, TypeVar
 
 import tyro
@@ -14,6 +14,7 @@ from ..runtime import UserError
 from . import modelarts
 
 T = TypeVar("T")
+FLAG = re.compile("-+[a-zA-Z]")  # -1 is a value
 
 
 def parse(cls: type[T], argv: Sequence[str], default: T | None = None, prog: str | None = None) -> T:
@@ -29,20 +30,34 @@ def parse(cls: type[T], argv: Sequence[str], default: T | None = None, prog: str
             raise
         text = re.split(r"─{20,}(?![╮╯])", messages.getvalue().split("╮", 1)[-1])[0]
         raise UserError(f"{' '.join(re.sub('[│╭╮╰╯─]', ' ', text).split())} (see --help)") from e
-    flags = [flag for flag in unknown if flag.startswith("-")] or unknown
+    if not unknown:
+        return args
+    flags = [argument.split("=")[0] for argument in unknown if FLAG.match(argument)] or unknown
     dotted = [flag for flag in flags if "." in flag]
     on_platform = modelarts.on_modelarts() or getattr(args, "data_url", None) or getattr(args, "train_url", None)
-    if dotted or (flags and not on_platform):
-        flag = (dotted or flags)[0].split("=")[0]
+    if dotted or not on_platform:
+        flag = (dotted or flags)[0]
         usage = io.StringIO()
         with contextlib.redirect_stdout(usage), contextlib.suppress(SystemExit):
             tyro.cli(plain, default=default, args=["--help"])
         known = re.findall(r"--[\w.-]+", usage.getvalue())
         close = difflib.get_close_matches(flag.replace("_", "-"), known, 1, 0.5)
         raise UserError(f"unknown argument {flag}: " + (f"did you mean {close[0]}?" if close else "see --help"))
-    if flags:
-        print(f"ignoring arguments of the platform: {' '.join(unknown)}", file=sys.stderr)
-    return args
+    own, ignored = split_flags(argv, set(flags))
+    print(f"ignoring arguments of the platform: {' '.join(ignored)}", file=sys.stderr)
+    return tyro.cli(plain, prog=prog, default=default, args=own, return_unknown_args=True)[0]
+
+
+def split_flags(argv: Sequence[str], flags: Container[str]) -> tuple[list[str], list[str]]:
+    """(the other arguments, these flags with their values): tyro would take such values for arguments without a flag."""
+    parts: tuple[list[str], list[str]] = ([], [])
+    takes_value = False
+    for argument in argv:
+        is_flag, (flag, equals, _) = FLAG.match(argument), argument.partition("=")
+        found = flag in flags if is_flag else takes_value
+        parts[found].append(argument)
+        takes_value = bool(is_flag and found and not equals)
+    return parts
 
 
 def rename_flags(argv: Sequence[str], renamed: Mapping[str, str]) -> list[str]:

@@ -3,7 +3,7 @@
 import argparse
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Generic, Literal, TypeVar
 
@@ -16,6 +16,7 @@ from ..training.checkpoint import best_checkpoint, read_state
 from ..training.config import RENAMED, Config
 from ..training.loop import train_task
 from ..training.presets import PRESETS
+from ..training.tasks.base import Task
 from . import modelarts
 from .parse import parse, rename_flags
 
@@ -34,9 +35,13 @@ class Args(Generic[C]):
     device: Literal[DEVICES] = "auto"
     """Device: auto is Ascend, then GPU, then CPU."""
     data_url: str | None = None
-    """ModelArts: folder of the data, local or obs://."""
+    """ModelArts: the data, local or obs://: a folder, an archive (.zip, .tar, .tar.gz) or arrays (.npz)."""
     train_url: str | None = None
-    """ModelArts: folder that receives the run, local or obs://."""
+    """ModelArts: folder that receives the run, local or obs://. A run that is there is continued."""
+    ckpt_url: str | None = None
+    """ModelArts: folder of a run to continue, local or obs://, where --train-url has none that is further."""
+    upload_minutes: float = 10.0
+    """Minutes between two uploads to --train-url. There is one after each checkpoint, too."""
     debug: bool = False
     """Show the traceback of an error."""
 
@@ -50,34 +55,49 @@ def parse_args(argv: Sequence[str]) -> Args:
     if name not in PRESETS:
         raise UserError(f"unknown preset {name!r}: choose one of {', '.join(PRESETS)}")
     preset = PRESETS[name]
-    args = parse(Args[type(preset)], argv, Args(preset, name), command("train"))  # type: ignore[misc]
-    if args.data_url:
-        args.config = replace(args.config, data=replace(args.config.data, dir=str(modelarts.fetch(args.data_url))))
-    return args
+    return parse(Args[type(preset)], argv, Args(preset, name), command("train"))  # type: ignore[misc]
 
 
 def main(argv: Sequence[str]) -> int:
     args = parse_args(argv)
-    total = args.config.train.total_steps
+    if not args.upload_minutes > 0:
+        raise UserError(f"--upload-minutes is {args.upload_minutes:g}: it must be above 0")
     run_dir = Path(args.run_dir or modelarts.output_folder(args.train_url) or f"runs/{args.preset}")
-    device = runtime.set_device(args.device)
-    task = args.config.task()
-    step, preview = train_task(task, run_dir, device, runtime.STOP, lambda folder: modelarts.publish(folder, args.train_url))
-    if runtime.STOP.is_set():
+    config, arrays = modelarts.use_data(args.config, args.data_url) if args.data_url else (args.config, None)
+    if args.train_url:
+        modelarts.check_writable(args.train_url)
+    for url in (args.ckpt_url, args.train_url):
+        modelarts.restore(run_dir, url, config)
+    device, task = runtime.set_device(args.device), config.task(arrays)
+    uploads = modelarts.Uploads(run_dir, args.train_url, args.upload_minutes)
+    try:
+        step, preview = train_task(task, run_dir, device, runtime.STOP, uploads.ask)
+        total = config.train.total_steps
+        code = 130 if step < total else 0
         if task.rank == 0:
+            uploads.ask(run_dir)
+    finally:
+        arrived = uploads.finish()
+    if task.rank == 0:
+        if code:
             print(f"stopped at step {step} of {total}, all saved. To continue: {command('train')} {shlex.join(argv)}")
-        return 130
-    if task.rank:
-        return 0
+        else:
+            report(task, run_dir, preview)
+    runtime.barrier()  # a rank that ends ends the others, so all wait until rank 0 has uploaded
+    return code or (0 if arrived else 2)
+
+
+def report(task: Task, run_dir: Path, preview: Path | None) -> None:
+    """Say what is in the folder of a run that has ended, and what can be done with it."""
+    total = task.config.train.total_steps
     if task.start_step >= total > 0:
         print(f"{run_dir} is finished: raise --train.total-steps to train on, or choose another --run-dir for a new run")
-    modelarts.publish(run_dir, args.train_url)
     if best := best_checkpoint(run_dir):
         print(f"best FID    {read_state(best)['fid']:.2f}, in {best}")
-    print(f"samples     {preview}")
+    if preview:
+        print(f"samples     {preview}")
     if total:
         print(f"loss curve  {run_dir / 'loss.png'}\nmetrics     {run_dir / 'metrics.jsonl'}")
     for purpose, line in task.next_commands().items():
         name, _, arguments = line.partition(" ")
         print(f"{purpose + ':':12} {command(name)} {arguments}")
-    return 0

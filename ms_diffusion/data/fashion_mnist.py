@@ -37,6 +37,7 @@ MD5 = {
     "t10k-labels-idx1-ubyte.gz": "bb300cfdad3c16e7a12a480ee83cd310",
 }
 URL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
+BELOW = ("", "fashion-mnist", "FashionMNIST/raw")  # subfolders where the files may be
 TIMEOUT = 30  # seconds without a byte
 MINI = Path(__file__).parent / "fashion-mnist-mini"
 
@@ -54,17 +55,13 @@ def load_fashion_mnist(split: str = "train", directory: str | None = None) -> tu
     if directory and not Path(directory).is_dir():
         raise UserError(f"--data.dir {directory}: no such folder; create it, or leave the option out")
 
-    cache = cache_folder() / "fashion-mnist"
-    named = [Path(folder) for folder in (directory, os.environ.get("MS_DIFFUSION_DATA")) if folder]
-    below = [folder / sub for folder in named for sub in ("", "fashion-mnist", "FashionMNIST/raw")]
-    searched = [*below, cache, *_debian_folders()]
-    for folder in searched:
-        if all(_find(folder, name) for name in FILES[split]):
-            if directory and folder not in below[:3]:
-                print(f"fashion-mnist: not in {directory}, read from {folder}", file=sys.stderr)
-            return _load(folder, split)
+    folder, searched = find_fashion_mnist(split, directory)
+    if folder:
+        if directory and folder not in searched[: len(BELOW)]:
+            print(f"fashion-mnist: not in {directory}, read from {folder}", file=sys.stderr)
+        return _load(folder, split)
 
-    folder = _first_writable([*named, cache])
+    folder = _first_writable([*_named(directory), cache_folder() / "fashion-mnist"])
     try:
         with locked(folder):  # the ranks of a machine download the files once
             for name in MD5:
@@ -79,6 +76,19 @@ def load_fashion_mnist(split: str = "train", directory: str | None = None) -> tu
             "--data.name fashion-mnist-mini, which need no download"
         ) from e
     return _load(folder, split)
+
+
+def find_fashion_mnist(split: str = "train", directory: str | None = None) -> tuple[Path | None, list[Path]]:
+    """The folder that `load_fashion_mnist` reads, or None, and all folders where it looks."""
+    below = [folder / sub for folder in _named(directory) for sub in BELOW]
+    searched = [*below, cache_folder() / "fashion-mnist", *_debian_folders()]
+    found = (folder for folder in searched if all(_find(folder, name) for name in FILES[split]))
+    return next(found, None), searched
+
+
+def _named(directory: str | None) -> list[Path]:
+    """The folders that the user has named."""
+    return [Path(folder) for folder in (directory, os.environ.get("MS_DIFFUSION_DATA")) if folder]
 
 
 def load_fashion_mnist_mini(split: str = "train") -> tuple[np.ndarray, np.ndarray]:

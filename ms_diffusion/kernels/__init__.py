@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -118,9 +118,22 @@ def library() -> str | None:
         return None
 
 
+DISABLED: list[bool] = []  # one entry for each `disabled` block that runs
+
+
+@contextlib.contextmanager
+def disabled() -> Iterator[None]:
+    """Layers that are made within the block use MindSpore's operators alone, for graphs that leave this process."""
+    DISABLED.append(True)
+    try:
+        yield
+    finally:
+        DISABLED.pop()
+
+
 def available() -> bool:
     """Whether the layers use these kernels: MindSpore runs on the CPU and the library could be built."""
-    return ms.get_context("device_target") == "CPU" and library() is not None
+    return not DISABLED and ms.get_context("device_target") == "CPU" and library() is not None
 
 
 def adam_available() -> bool:

@@ -2,10 +2,11 @@
 
 import numpy as np
 
+import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 
 from ..runtime import gather
-from .layers import BatchNorm, conv2d, name_and_initialise
+from .layers import BatchNorm, LeakyReLU, conv2d, name_and_initialise
 
 
 class ActNorm(nn.Cell):
@@ -60,11 +61,11 @@ class NLayerDiscriminator(nn.Cell):
         super().__init__()
         if norm not in NORMS:
             raise ValueError(f"norm is {norm!r}: choose one of {', '.join(NORMS)}")
-        layers, width = [conv2d(channels, ndf, 4, 2, 1), nn.LeakyReLU(0.2)], ndf
+        layers, width = [conv2d(channels, ndf, 4, 2, 1), LeakyReLU(0.2)], ndf
         for n in range(1, n_layers + 1):
             c_in, width = width, ndf * min(2**n, 8)
             stride = 2 if n < n_layers else 1
-            layers += [conv2d(c_in, width, 4, stride, 1, bias=norm == "act"), NORMS[norm](width), nn.LeakyReLU(0.2)]
+            layers += [conv2d(c_in, width, 4, stride, 1, bias=norm == "act"), NORMS[norm](width), LeakyReLU(0.2)]
         self.main = nn.SequentialCell(*layers, conv2d(width, 1, 4, 1, 1))
         name_and_initialise(self, seed)
         rng = np.random.default_rng((seed, 1))
@@ -83,4 +84,4 @@ class NLayerDiscriminator(nn.Cell):
             x = layer(x)
 
     def construct(self, x: Tensor) -> Tensor:
-        return self.main(x)
+        return ops.cast(self.main(x), ms.float32)

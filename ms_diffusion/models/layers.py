@@ -213,19 +213,23 @@ class BatchNorm(nn.Cell):
         self.weight, self.bias = Parameter(Tensor(ones), name="weight"), Parameter(Tensor(zeros), name="bias")
         self.running_mean = Parameter(Tensor(zeros), name="running_mean", requires_grad=False)
         self.running_var = Parameter(Tensor(ones), name="running_var", requires_grad=False)
+        self.weight_slot = self.bias_slot = None
         self.of_all_ranks = RankMean()
 
     def construct(self, x: Tensor) -> Tensor:
+        x, weight, bias = ops.cast(x, ms.float32), read(self.weight, self.weight_slot), read(self.bias, self.bias_slot)
         statistics, training = (self.running_mean, self.running_var), self.training and not self.frozen
         if not training or self.of_all_ranks.world_size == 1:
-            return ops.batch_norm(x, *statistics, self.weight, self.bias, training=training, momentum=0.1, eps=self.eps)
+            if ascend():
+                return F.batch_norm(x, *statistics, weight, bias, training, 0.1, self.eps)
+            return ops.batch_norm(x, *statistics, weight, bias, training=training, momentum=0.1, eps=self.eps)
         mean = self.of_all_ranks(x.mean((0, 2, 3), keep_dims=True))  # (1, C, 1, 1)
         x = x - mean
         var = self.of_all_ranks(ops.square(x).mean((0, 2, 3), keep_dims=True))
         n = x.shape[0] * x.shape[2] * x.shape[3] * self.of_all_ranks.world_size
         x = ops.depend(x, self.move(self.running_mean, mean))
         x = ops.depend(x, self.move(self.running_var, var * (n / (n - 1))))
-        return x * (self.weight.reshape(mean.shape) / ops.sqrt(var + self.eps)) + self.bias.reshape(mean.shape)
+        return x * (weight.reshape(mean.shape) / ops.sqrt(var + self.eps)) + bias.reshape(mean.shape)
 
     def move(self, average: Parameter, new: Tensor) -> Tensor:
         return ops.assign(average, 0.9 * average + 0.1 * ops.stop_gradient(new).reshape(average.shape))
@@ -264,6 +268,17 @@ class Activation(nn.Cell):
 
 
 GELU, SiLU = partial(Activation, "gelu"), partial(Activation, "silu")
+
+
+class LeakyReLU(nn.Cell):
+    """x where x is positive, elsewhere `slope` times x (Maas et al. 2013)."""
+
+    def __init__(self, slope: float):
+        super().__init__()
+        self.slope = slope
+
+    def construct(self, x: Tensor) -> Tensor:
+        return F.leaky_relu(x, self.slope) if ascend() else ops.leaky_relu(x, self.slope)
 
 
 class Residual(nn.Cell):

@@ -31,7 +31,7 @@ class Slot(nn.Cell):
         return split(ops.cast(self.buffer, self.dtype), self.sizes, 0)[self.index].reshape(self.shape)
 
     def bprop(self, parameter: Tensor, out: Tensor, dout: Tensor) -> tuple[Tensor]:
-        return (dout,)
+        return (ops.cast(dout, parameter.dtype),)
 
 
 class Pack:
@@ -51,17 +51,16 @@ class Pack:
             for name, p in cell.parameters_and_names(expand=False):
                 if id(p) in wanted and hasattr(cell, f"{name}_slot"):
                     slots[id(p)] = cell, f"{name}_slot"
-        types = {key: getattr(cell, "compute_type", ms.float32) for key, (cell, _) in slots.items()}
-        places = [(id(p) not in slots, types.get(id(p)) == ms.float32, i) for i, p in enumerate(optimizer.parameters)]
-        self.order = [i for *_, i in sorted(places)]  # packed ones in float16 or bfloat16, then those in float32, the others
-        self.trained = ms.ParameterTuple([optimizer.parameters[i] for i in self.order])
-        self.count, self.count_16 = len(slots), sum(dtype != ms.float32 for dtype in types.values())
+        self.order = [i for _, i in sorted((id(p) not in slots, i) for i, p in enumerate(optimizer.parameters))]
+        self.count, self.trained = len(slots), ms.ParameterTuple([optimizer.parameters[i] for i in self.order])
         self.members = self.trained[: self.count]
         self.sizes = tuple(p.size for p in self.members)
         self.held: list[tuple[Parameter, Sequence[Parameter]]] = []  # (buffer, the parameters that it holds)
         for buffer in self.buffers(self.members):
             for i, p in enumerate(self.members):  # in a tuple, so that the buffer is no parameter of the network
-                setattr(*slots[id(p)], (Slot(buffer, self.sizes, i, p.shape, types[id(p)]),))
+                cell, name = slots[id(p)]
+                slot = Slot(buffer, self.sizes, i, p.shape, getattr(cell, "compute_type", ms.float32))
+                setattr(cell, name, (slot,))
 
     def group(self, state: Sequence[Parameter]) -> ms.ParameterTuple:
         """What there is of each of the optimizer's parameters -> the buffer of the packed ones, then the others."""
@@ -81,13 +80,10 @@ class Pack:
         return [buffer]
 
     def join(self, gradients: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """The gradients of `trained` -> those of the buffer in float32, then those of the others."""
-        joined, rest = (), gradients[self.count :]
-        if self.count_16 > 0:
-            joined = (ops.cast(ops.concat(each(flatten, gradients[: self.count_16])), ms.float32),)
-        if self.count > self.count_16:
-            joined = joined + (ops.concat(each(flatten, gradients[self.count_16 : self.count])),)
-        return ((ops.concat(joined) if len(joined) > 1 else joined[0]),) + rest if self.count > 0 else rest
+        """The gradients of `trained` -> that of the buffer, then those of the others."""
+        if self.count == 0:
+            return gradients
+        return (ops.concat(each(flatten, gradients[: self.count])),) + gradients[self.count :]
 
     def write_back(self) -> None:
         """Set the parameters, moments and averages from the buffers."""

@@ -130,14 +130,56 @@ def _move_average(weight: Tensor, after: Tensor, average: Tensor, source: Tensor
     return ops.assign(average, ops.lerp(average, ops.depend(source, after), weight))
 
 
+def in_one_copy(step: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+    """`step`, compiled for Tensors and arrays, of which the arrays go to the device together, in float32: integers in them
+    must be below 2^24. Each copy of its own would cost two synchronisations on Ascend (MindSpore 2.10)."""
+    graphs: dict[Any, Callable] = {}
+    without_arrays = compiled(step)
+
+    def make_graph(kinds, sizes):
+        def graph(joined, *others):
+            parts, values = split(joined, sizes, 0), ()
+            for place, shape, dtype in kinds:
+                value = others[place] if shape is None else ops.cast(parts[place].reshape(shape), dtype)
+                values = values + (value,)
+            return step(*values)
+
+        return compiled(graph)
+
+    def call(*values):
+        arrays, others, kinds = [], [], []
+        for value in values:
+            is_array = isinstance(value, np.ndarray)
+            group = arrays if is_array else others
+            kinds.append((len(group), value.shape, getattr(ms, value.dtype.name)) if is_array else (len(group), None, None))
+            group.append(value)
+        if not arrays:
+            return without_arrays(*values)
+        key = tuple(map(str, kinds))
+        if key not in graphs:
+            graphs[key] = make_graph(tuple(kinds), tuple(array.size for array in arrays))
+        return graphs[key](Tensor(np.concatenate([np.float32(array).reshape(-1) for array in arrays])), *others)
+
+    return call
+
+
+def to_device(packed: bool) -> Callable[..., tuple[Tensor, ...]]:
+    """A function that puts arrays on the device as Tensors; where parameters are `packed`, in one copy."""
+
+    def same(*tensors):
+        return tensors
+
+    return in_one_copy(same) if packed else lambda *arrays: tuple(map(Tensor, arrays))
+
+
 def make_train_step(loss_fn: Callable[..., Any], optimizer: nn.Optimizer, ema: EMA | None = None, *, clip_norm: float = 1.0,
         loss_scaler: ms.amp.LossScaler | None = None, world_size: int = 1, has_aux: bool = False,
         extra_emas: Sequence[EMA] = (), steps_per_call: int = 1,
         pack: Pack | None = None) -> Callable[..., tuple[Tensor, ...]]:  # fmt: skip
     """Compile `step(*values, **batch) -> (loss (), gradient norm ())`: the gradients of `loss_fn`, clipping, Adam, EMA.
 
-    The names of loss_fn's parameters are the fields of a batch. The step takes Tensors by position or by name; a field that
-    is not passed has loss_fn's default, such as None.
+    The names of loss_fn's parameters are the fields of a batch. The step takes Tensors and arrays by position or by name; a
+    field that is not passed has loss_fn's default, such as None.
 
     Args:
         clip_norm: the largest global norm of the gradients, which are scaled down to it (Pascanu et al. 2013).
@@ -243,7 +285,7 @@ def make_train_step(loss_fn: Callable[..., Any], optimizer: nn.Optimizer, ema: E
     def move_extra_averages(loss):
         return move_averages(extra_emas, loss, Tensor(True))
 
-    train = compiled(repeat if steps_per_call > 1 else step)
+    train = compiled(repeat if steps_per_call > 1 else step) if pack is None else in_one_copy(step)
     count = (Tensor(steps_per_call, ms.int32),) if steps_per_call > 1 else ()
     # A graph of its own: in one with the fused update MindSpore would update copies
     after = compiled(move_extra_averages) if extra_emas and fused is not None else None
@@ -251,7 +293,8 @@ def make_train_step(loss_fn: Callable[..., Any], optimizer: nn.Optimizer, ema: E
     def train_step(*values: Tensor, **batch: Tensor) -> tuple[Tensor, ...]:
         bound = fields.bind(*values, **batch)
         bound.apply_defaults()
-        out = train(*count, *bound.args)
+        args = [Tensor(value) if pack is None and isinstance(value, np.ndarray) else value for value in bound.args]
+        out = train(*count, *args)
         if after is not None:
             after(out[0])
         return out

@@ -26,8 +26,8 @@ from ..checkpoint import Checkpoint
 from ..config import Config, DataConfig, TrainConfig
 from ..pack import make_pack
 from ..runs import Run
-from ..step import EMA, make_optimizer, make_train_step
-from .base import Arrays, Request, Scored, Task, load_initial_weights
+from ..step import EMA, make_optimizer, make_train_step, to_device
+from .base import Arrays, Request, Scored, Task, load_initial_weights, set_precision
 from .images import ImageData, Images, check_image_size
 
 BETA = Bounds(0, 1, low_open=True, high_open=True)
@@ -84,8 +84,6 @@ class AutoencoderRunConfig(ImageData, Config):
         check_image_size(data.size, self.model.size_multiple, "data.size")
         if data.condition != "none":
             raise UserError(f"--data.condition {data.condition} is for networks in pixel space: leave it out")
-        if self.precision != "fp32":
-            raise UserError(f"--precision is {self.precision}: an autoencoder is trained in fp32")
         if train.disc_weight and data.size // 2**train.disc_layers < 3:
             raise UserError(f"--train.disc-layers is {train.disc_layers}: too many for images of {data.size} pixels")
         if bool(train.vgg) != bool(train.lpips):
@@ -106,7 +104,8 @@ class AutoencoderTask(Images, Task):
     def make_networks(self, device: str) -> None:
         config, train = self.config, self.config.train
         net, _ = self.build()
-        self.discriminator, parameters = None, []
+        self.discriminator, parameters, self.scaler = None, [], set_precision(config.precision, net)
+        net.decoder.conv_out.compute_type = ms.float32  # its gradients, which `weigh` compares, are beyond float16
         load_initial_weights(config, self.run_dir, net)
         self.logvar = Parameter(Tensor(np.float32(0)), name="logvar")
         adam = {"decay": train.lr_decay, "adam_betas": train.adam_betas}
@@ -119,12 +118,14 @@ class AutoencoderTask(Images, Task):
             layers = train.disc_channels, train.disc_layers, train.disc_norm
             self.discriminator = NLayerDiscriminator(config.model.channels, *layers, train.seed)
             d_optimizer = self.d_optimizer = make_optimizer(self.discriminator, train.disc_lr, 0, d_steps, **adam)
-            both = (*self.discriminator.get_parameters(), *d_optimizer.get_parameters())
+            self.d_scaler = set_precision(config.precision, self.discriminator)
+            both = [*self.discriminator.get_parameters(), *d_optimizer.get_parameters()]
+            both += [self.d_scaler.scale_value, self.d_scaler.counter] if self.d_scaler else []
             parameters = list({id(p): p for p in both}.values())
             for p in parameters:  # the names in a checkpoint must differ
                 p.name = f"discriminator.{p.name}"
-        keep = train.keep_checkpoints
-        self.checkpoint = Checkpoint(self.run_dir, net, self.optimizer, ema, keep=keep, extra_parameters=parameters)
+        kept = {"keep": train.keep_checkpoints, "loss_scaler": self.scaler, "extra_parameters": parameters}
+        self.checkpoint = Checkpoint(self.run_dir, net, self.optimizer, ema, **kept)
         self.net, self.ema, self.average = net, ema, FirstStage(ema.net)
 
     def prepare(self) -> None:
@@ -136,18 +137,20 @@ class AutoencoderTask(Images, Task):
         pack = make_pack(net, self.optimizer)
         d_pack = make_pack(discriminator, self.d_optimizer) if discriminator else None
         self.packs = [each for each in (pack, d_pack) if each]
-        generator = {"has_aux": True, "pack": pack, **options}
+        self.to_device = to_device(bool(self.packs))
+        generator = {"has_aux": True, "pack": pack, "loss_scaler": self.scaler, **options}
         self.likelihood_step = make_train_step(likelihood, self.optimizer, self.ema, **generator)
         if discriminator:
             self.weigh = compiled(weigh)
             self.adversarial_step = make_train_step(adversarial, self.optimizer, self.ema, **generator)
-            self.discriminator_step = make_train_step(d_loss, self.d_optimizer, pack=d_pack, **options)
+            options |= {"pack": d_pack, "loss_scaler": self.d_scaler}
+            self.discriminator_step = make_train_step(d_loss, self.d_optimizer, **options)
 
     def draw_batch(self, x: np.ndarray, labels: np.ndarray, step: int) -> Arrays:
         return {"x": x, "noise": self.random(step).standard_normal((len(x), *self.latent_shape), np.float32)}
 
     def advance(self, batch: Arrays, step: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        train, x, noise = self.config.train, Tensor(batch["x"]), Tensor(batch["noise"])
+        train, (x, noise) = self.config.train, self.to_device(batch["x"], batch["noise"])
         if not self.discriminator or step < train.disc_start:
             loss, norm, _ = self.likelihood_step(x, noise)
             return loss, norm, {"logvar": self.logvar}

@@ -10,14 +10,17 @@ import numpy as np
 import tyro
 from PIL import Image
 
+import mindspore as ms
 from mindspore import Tensor, nn
+from mindspore.amp import DynamicLossScaler
 
 from ...convert import LoadReport, load_pretrained
 from ...data.batches import check_enough, make_dataset
 from ...metrics.scores import Reference, Samples
+from ...models.layers import set_compute_type
 from ...process import GaussianDiffusion
 from ...randomness import Random, Stream, of_step
-from ...runtime import UserError, command, ranks
+from ...runtime import UserError, command, on_ascend, ranks
 from ...sampling import Sampling
 from ..checkpoint import Checkpoint, checkpoints
 from ..config import Config
@@ -239,6 +242,15 @@ class Task:
     def likelihood_data(self, split: str) -> tuple[np.ndarray, Arrays]:
         """Images (N, H, W, C) uint8 of a split, and the network's conditions for them."""
         raise UserError(f"the likelihood is that of images in pixel space, and this run is one of {self.config.kind}")
+
+
+def set_precision(precision: str, net: nn.Cell) -> DynamicLossScaler | None:
+    """Compute the convolutions and linear layers of `net` in fp32, fp16 or bf16; returns the loss scaler that fp16 needs.
+    Raises UserError for bf16 on other devices than Ascend."""
+    if precision == "bf16" and not on_ascend():
+        raise UserError("MindSpore has bf16 on Ascend alone: use --precision fp16 or fp32")
+    set_compute_type(net, {"fp32": ms.float32, "fp16": ms.float16, "bf16": ms.bfloat16}[precision])
+    return DynamicLossScaler(scale_value=2.0**16, scale_factor=2, scale_window=2000) if precision == "fp16" else None
 
 
 def load_initial_weights(config: Config, run_dir: Path, net: nn.Cell) -> LoadReport | None:

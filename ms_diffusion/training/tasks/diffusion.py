@@ -7,18 +7,16 @@ from typing import Any
 
 import numpy as np
 
-import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 
-from ...models.layers import set_compute_type
 from ...process import GaussianDiffusion
 from ...randomness import ImportanceTimesteps, Random, antithetic_timesteps, offset_noise, uniform_timesteps
-from ...runtime import UserError, gather
+from ...runtime import gather
 from ...sampling import Generator, Sampling
 from ..checkpoint import Checkpoint
 from ..pack import make_pack
 from ..step import EMA, make_optimizer, make_train_step
-from .base import Arrays, Task, load_initial_weights
+from .base import Arrays, Task, load_initial_weights, set_precision
 
 
 class DiffusionTask(Task):
@@ -49,13 +47,7 @@ class DiffusionTask(Task):
         self.loaded = load_initial_weights(config, self.run_dir, self.net)
         self.preview_sampling = Sampling(sampler="ddpm", steps=train.sample_steps).resolve(self)
 
-        loss_scaler = None
-        if config.precision == "bf16" and device == "CPU":
-            raise UserError("MindSpore has no bf16 on the CPU: use --precision fp16 or fp32")
-        if config.precision != "fp32":
-            set_compute_type(self.net, {"fp16": ms.float16, "bf16": ms.bfloat16}[config.precision])
-        if config.precision == "fp16":
-            loss_scaler = ms.amp.DynamicLossScaler(scale_value=2.0**16, scale_factor=2, scale_window=2000)
+        loss_scaler = set_precision(config.precision, self.net)
         self.ema, extra_emas = EMA(self.net, train.ema_decay), [EMA(self.net, length=each) for each in train.ema_lengths]
         self.average = self.generator(self.ema.net, self.diffusion)
         self.net.set_train()  # after the averages are copied, which stay in evaluation mode
@@ -115,7 +107,7 @@ class DiffusionTask(Task):
         return {"self_cond_mask": rng.integers(0, 2, len(labels)).astype(np.float32)} if self.self_condition else {}
 
     def advance(self, batch: Arrays, step: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        loss, norm, *aux = self.train_step(**{name: Tensor(values) for name, values in batch.items()})
+        loss, norm, *aux = self.train_step(**batch)
         if self.importance:
             t, losses = gather(np.stack([np.float32(batch["t"]), aux[0].asnumpy()])).swapaxes(0, 1)  # of all ranks
             self.importance.update(t.astype(np.int32).ravel(), losses.ravel())
