@@ -64,17 +64,18 @@ def set_device(device: str = "auto") -> str:
     for name in [device] if device != "auto" else kinds:
         if getattr(ms.device_context, name).is_available():
             card = int(os.environ.get("DEVICE_ID") or os.environ.get("ASCEND_DEVICE_ID") or 0)
-            ms.set_device(kinds[name], None if name == "cpu" else card)
-            if name != "cpu":
-                set_arithmetic(name)
+            if not several_ranks():  # once they are connected, MindSpore refuses a second call
+                ms.set_device(kinds[name], None if name == "cpu" else card)
+                if name != "cpu":
+                    set_arithmetic(name)
             return kinds[name]
     raise UserError(f"no {kinds[device]} device is usable here: check its driver, or run with --device auto or --device cpu")
 
 
 def set_arithmetic(device: str) -> None:
-    """Let a card compute float32 in float32 and give the same result twice. MindSpore's default shortens the inputs of
-    convolutions to 19 bits (HF32 on Ascend, TF32 on a GPU) and is free to choose algorithms whose sums vary in order, which is
-    faster: MS_DIFFUSION_FAST_MATH=on."""
+    """Let a card compute float32 in float32 and give the same result twice. By default convolutions would shorten their inputs
+    to 19 bits (HF32 on Ascend, TF32 on a GPU) and sums might vary in their order, which is faster:
+    MS_DIFFUSION_FAST_MATH=on."""
     import mindspore as ms
 
     fast, short = os.environ.get("MS_DIFFUSION_FAST_MATH") == "on", {"ascend": "hf32", "gpu": "tf32"}[device]

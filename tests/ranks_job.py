@@ -70,13 +70,14 @@ def own_folders(folder: Path) -> None:
 
 
 def commands(folder: Path) -> None:
-    """Sample, evaluate and measure the likelihood of FOLDER/classes, which is there already."""
+    """Sample from and evaluate FOLDER/classes, and measure the likelihood under FOLDER/pixels, which are there already."""
     run, small = str(folder / "classes"), ["--batch-size", "5", "--steps", "3"]
     assert main(["sample", run, "--num", "20", *small, "--npz", str(folder / "sample.npz")]) == 0
     gif = ["--out", str(folder / "gif.png"), "--gif", str(folder / "x.gif")]
     assert main(["sample", run, "--num", "10", *small, "--npz", str(folder / "gif.npz"), *gif]) == 0
     assert main(["evaluate", run, "--num", "200", *small, "--json", str(folder / "evaluation.json")]) == 0
-    assert main(["likelihood", run, "--num", "8", "--batch-size", "2", "--method", "ode", "--steps", "3"]) == 0
+    likelihood = ["likelihood", str(folder / "pixels"), "--num", "5", "--batch-size", "3"]
+    assert main([*likelihood, "--method", "ode", "--steps", "3"]) == 0
 
 
 if __name__ == "__main__":
