@@ -107,7 +107,7 @@ def dumped_graphs() -> Iterator[Path]:
 def prepare(preset: str, folder: Path) -> tuple[Callable, Callable]:
     """(train, draw) of a preset, on two random images: calls of all its compiled functions."""
     config: Any = PRESETS[preset]
-    config = replace(config, train=replace(config.train, batch_size=2, steps_per_call=1))
+    config = replace(config, train=replace(config.train, batch_size=2))
     data = None
     if hasattr(config.data, "size"):
         size, channels = config.data.size, config.model.channels
