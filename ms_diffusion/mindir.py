@@ -35,12 +35,15 @@ class Method(nn.Cell):
 
 
 def export(net: nn.Cell, inputs: Sequence[Input], batch_size: int | None = None) -> bytes:
-    """The MindIR of `net`, for a batch of any size or of one. `net` must be built without this library's CPU kernels."""
+    """The MindIR of `net`, for a batch of any size or of one. `net` must be built without this library's CPU kernels. Raises
+    UserError if it does not fit one file."""
     types = {"float32": ms.float32, "int32": ms.int32}
     examples = [Tensor(shape=[batch_size, *shape], dtype=types[dtype]) for _, shape, dtype in inputs]
     with TemporaryDirectory() as folder, fixed_rank_resize(), contextlib.redirect_stdout(io.StringIO()):
         ms.export(net, *examples, file_name=f"{folder}/net", file_format="MINDIR")
-        return Path(folder, "net.mindir").read_bytes()
+        if not (file := Path(folder, "net.mindir")).exists():  # MindSpore splits what has more than 1 GB
+            raise UserError("the network has more than 1 GB of weights and does not fit one file")
+        return file.read_bytes()
 
 
 @contextlib.contextmanager

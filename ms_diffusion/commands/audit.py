@@ -23,8 +23,6 @@ from mindspore import ops
 
 from .. import kernels
 from ..fields import OneOf, check_fields
-from ..images import to_uint8
-from ..latent import FirstStage
 from ..runtime import command, set_device
 from ..sampling import Sampling
 from ..training.checkpoint import Checkpoint
@@ -72,9 +70,9 @@ def main(argv: Sequence[str]) -> int:
     args = parse(Args, argv, prog=command("audit"))
     check_fields(args)
     set_device("cpu")
-    with chdir_to_temporary() as folder, kernels.disabled():
+    with dumped_graphs() as folder, kernels.disabled():
         train, draw = prepare(args.preset, folder)
-        graphs = {"training": compile_graphs(train, folder / "train"), "sampling": compile_graphs(draw, folder / "draw")}
+        graphs = {"training": compile_graphs(train, folder), "sampling": compile_graphs(draw, folder)}
     rows = table(list(graphs.values()))
     print(f"{'primitive':28}{'training':>9}{'sampling':>9}  {'Ascend':10}{'GPU':10}CPU")
     for name, ways in rows.items():
@@ -87,21 +85,29 @@ def main(argv: Sequence[str]) -> int:
 
 
 @contextmanager
-def chdir_to_temporary() -> Iterator[Path]:
-    """Work in a temporary folder: the compiler writes beside what is asked for."""
-    here = Path.cwd()
+def dumped_graphs() -> Iterator[Path]:
+    """A temporary folder into which the compiler writes all graphs, if none was compiled before: MindSpore reads these
+    settings once. The folder is also the current one, because the compiler writes beside what is asked for."""
+    here, before = Path.cwd(), dict(os.environ)
     with TemporaryDirectory() as folder:
+        os.environ |= {
+            "MS_DEV_SAVE_GRAPHS": "1",
+            "MS_DEV_SAVE_GRAPHS_PATH": folder,
+            "MS_DEV_DUMP_IR_PASSES": "validate,graph_build",
+        }
         os.chdir(folder)
         try:
             yield Path(folder)
         finally:
             os.chdir(here)
+            os.environ.clear()
+            os.environ |= before
 
 
 def prepare(preset: str, folder: Path) -> tuple[Callable, Callable]:
     """(train, draw) of a preset, on two random images: calls of all its compiled functions."""
     config: Any = PRESETS[preset]
-    config = replace(config, train=replace(config.train, batch_size=2, steps_per_call=1))
+    config = replace(config, train=replace(config.train, batch_size=2))
     data = None
     if hasattr(config.data, "size"):
         size, channels = config.data.size, config.model.channels
@@ -121,7 +127,7 @@ def prepare(preset: str, folder: Path) -> tuple[Callable, Callable]:
         if hasattr(task, "draw"):
             task.draw(2, Sampling(steps=1), 2)
         else:
-            to_uint8(FirstStage(task.average.net).reconstruct(data[0]))
+            task.average.reconstruct(data[0])
 
     return train, draw
 
@@ -135,26 +141,17 @@ def untrained(config: Any, run: Path) -> Path:
 
 
 def compile_graphs(call: Callable, folder: Path) -> Graphs:
-    """The graphs that the call compiles."""
-    names = {
-        "MS_DEV_SAVE_GRAPHS": "1",
-        "MS_DEV_SAVE_GRAPHS_PATH": str(folder),
-        "MS_DEV_DUMP_IR_PASSES": "validate,graph_build",
-    }
-    failed: set[str] = set()
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update(names)
+    """The graphs that the call compiles, from the folder of `dumped_graphs`."""
+    before, failed = set(folder.rglob("*.ir")), set()
     try:
         call()
     except RuntimeError as e:
         failed = set(re.findall(r"Unsupported op \[(\w+)\] on CPU", str(e)))
         if not failed:
             raise
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
-    counts = {kind: sum(map(count, folder.rglob(f"*{kind}*.ir")), Counter()) for kind in ("validate", "graph_build")}
-    return Graphs(counts["validate"], set(counts["graph_build"]), failed)
+    new = set(folder.rglob("*.ir")) - before
+    front, back = (sum((count(f) for f in new if kind in f.name), Counter()) for kind in ("validate", "graph_build"))
+    return Graphs(front, set(back), failed)
 
 
 def count(file: Path) -> Counter:
