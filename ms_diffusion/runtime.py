@@ -73,16 +73,17 @@ def set_device(device: str = "auto") -> str:
 
 
 def set_arithmetic(device: str) -> None:
-    """Let a card compute float32 in float32 and give the same result twice. By default convolutions would shorten their inputs
-    to 19 bits (HF32 on Ascend, TF32 on a GPU) and sums might vary in their order, which is faster:
-    MS_DIFFUSION_FAST_MATH=on."""
+    """Let a card compute float32 in float32 and give the same result twice. By default convolutions would shorten their
+    inputs to 19 bits (HF32 on Ascend, TF32 on a GPU), and sums might vary in their order, which is faster:
+    MS_DIFFUSION_FAST_MATH=on. What the program has already set stays, since MindSpore takes each setting once."""
     import mindspore as ms
 
     fast, short = os.environ.get("MS_DIFFUSION_FAST_MATH") == "on", {"ascend": "hf32", "gpu": "tf32"}[device]
     op_precision = getattr(ms.device_context, device).op_precision
-    for kind in ("conv", "matmul"):
-        getattr(op_precision, f"{kind}_allow_{short}")(fast)
-    ms.set_deterministic(not fast)
+    names = [f"{kind}_allow_{short}" for kind in ("conv", "matmul")]
+    for setting, value in [*((getattr(op_precision, name), fast) for name in names), (ms.set_deterministic, not fast)]:
+        with contextlib.suppress(RuntimeError):
+            setting(value)
 
 
 def on_ascend() -> bool:
@@ -119,7 +120,7 @@ def compiled(fn: Callable) -> Callable:
     from mindspore import Tensor, ops
 
     if ms.get_context("device_target") != "CPU":
-        # Kernel by kernel, on each Ascend: MindSpore would hand the graph to GE on the 910A. O1 fuses kernels and is untested.
+        # Kernel by kernel on every Ascend: MindSpore would give the graph to GE on the 910A. O1 fuses kernels; it is untested
         return ms.jit(fn, jit_level="O0", backend="ms_backend")
 
     done = threading.Event()
