@@ -120,7 +120,7 @@ def compiled(fn: Callable) -> Callable:
     from mindspore import Tensor, ops
 
     if ms.get_context("device_target") != "CPU":
-        # Kernel by kernel on every Ascend: MindSpore would give the graph to GE on the 910A. O1 fuses kernels; it is untested
+        # Kernel by kernel on every Ascend: MindSpore would give graphs to GE on the 910A. O1 fuses kernels; it is untested
         return ms.jit(fn, jit_level="O0", backend="ms_backend")
 
     done = threading.Event()
