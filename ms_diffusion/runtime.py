@@ -119,6 +119,7 @@ def compiled(fn: Callable) -> Callable:
     import mindspore as ms
     from mindspore import Tensor, ops
 
+    ms.set_recursion_limit(4000)  # MindSpore's 1000 ends the compilation of deep U-Nets
     if ms.get_context("device_target") != "CPU":
         # Kernel by kernel on every Ascend: MindSpore would give graphs to GE on the 910A. O1 fuses kernels; it is untested
         return ms.jit(fn, jit_level="O0", backend="ms_backend")

@@ -61,6 +61,7 @@ GRAPH = """
     [
         ("host", "visited: Bool(1)", 'primitive_target: "CPU"'),
         ("float64", "Tensor[Float32]", "Tensor[Float64]"),
+        ("half", "Tensor[Float32]", "Tensor[BFloat16]"),
         ("dynamic", "(2, 2)>)", "(2, -1)>)"),
         ("dynamic", "(2, 2)>)", "(-2)>)"),
     ],
@@ -78,7 +79,7 @@ def test_kernels_on_the_host_are_found_in_the_actors_too():
 
 
 RECORD = {"preset": "quick", "mode": "train", "precision": "fp32", "error": None, "host": [], "dynamic": [], "float64": []}
-RECORD |= {"launches": 100, "H2D": 3, "D2H": 1, "synchronisations": 2, "recompilations": 0}
+RECORD |= {"half": [], "launches": 100, "H2D": 3, "D2H": 1, "synchronisations": 2, "recompilations": 0}
 
 
 @pytest.mark.parametrize(
@@ -88,6 +89,7 @@ RECORD |= {"launches": 100, "H2D": 3, "D2H": 1, "synchronisations": 2, "recompil
         {"host": ["Custom"]},
         {"dynamic": ["NonZero"]},
         {"float64": ["Cos"]},
+        {"half": ["GroupNorm"]},
         {"recompilations": 1},
         {"launches": 101},
         {"D2H": 2},

@@ -18,7 +18,7 @@ from typing import Any
 
 from ms_diffusion.training.presets import PRESETS
 
-from .run import MODES, PRECISIONS, SOCS
+from .run import FLAWS, MODES, PRECISIONS, SOCS
 
 Case = tuple[str, str, str]  # preset, mode, precision
 
@@ -83,7 +83,7 @@ def problems(record: dict[str, Any], budget: list[float] | None) -> list[str]:
         no_such_precision = record["precision"] != "fp32" and "--precision" in record["refused"]
         return [] if no_such_precision else [f"{key(record)}: {record['refused']}"]
     found = [record["error"]] if record["error"] else []
-    for name, meaning in {"host": "on the host", "dynamic": "of a dynamic shape", "float64": "in float64"}.items():
+    for name, meaning in FLAWS.items():
         if record[name]:
             found.append(f"{meaning}: {', '.join(record[name])}")
     if not record["error"]:

@@ -24,9 +24,12 @@ from .build import DEVICES, MAIN, libraries
 
 PRECISIONS = ("fp32", "fp16", "bf16")
 SOCS = ("Ascend910B2", "Ascend910_9391", "Ascend310P3")
+FLAWS = {"host": "on the host", "dynamic": "of a dynamic shape", "float64": "in float64", "half": "in 16 bits"}
 WARM = 2  # calls before the first count
 LOOP = 10  # steps in one call, for presets with a loop in the graph
 SAMPLES = 64
+# Norms, softmax, time embedding, losses, Adam and averages, which are float32 in all precisions
+FLOAT32 = re.compile(r"GroupNorm|LayerNorm|BatchNorm|LogSoftmax|Softmax|Sin|Cos|Exp$|SmoothL1Loss|ReduceMean|Mean|Adam|Lerp")
 NOT_LAUNCHED = re.compile(r"Create|Destroy|Set|Get|Find|Status|Version|bufferSize|GetErrorString")
 
 
@@ -85,7 +88,7 @@ class Card:
 
 def flaws(graph: str) -> dict[str, list[str]]:
     """What a card's graph should not have, with the nodes that have it."""
-    found: dict[str, set[str]] = {"host": set(), "dynamic": set(), "float64": set()}
+    found: dict[str, set[str]] = {name: set() for name in FLAWS}
     node = ""
     for line in graph.splitlines():
         if made := re.match(r"\s*%\S+ = (?:\S+:)?([A-Za-z]\w*)", line):
@@ -95,6 +98,8 @@ def flaws(graph: str) -> dict[str, list[str]]:
         if re.match(r"\s*(:|# (shape|type) :)", line):
             if re.search(r"[<(](\d+, )*-[12][,)]", line):
                 found["dynamic"].add(node)
+            if re.search(r"Tensor\[B?Float16\]", line) and FLOAT32.match(node):
+                found["half"].add(node)
             if "Tensor[Float64]" in line:  # a scalar is an attribute
                 found["float64"].add(node)
     return {name: sorted(node for node in nodes if not node.endswith("Actor")) for name, nodes in found.items()}
@@ -131,7 +136,7 @@ def measure(card: Card, work: Callable[[int, After], None], counted: int, steps:
     except (RuntimeError, TypeError, ValueError, NotImplementedError) as e:
         record["error"] = f"{type(e).__name__}: {e}"[:600]
     found = [flaws(graph) for graph in card.graphs()]
-    record |= {name: sorted({node for each in found for node in each[name]}) for name in ("host", "dynamic", "float64")}
+    record |= {name: sorted({node for each in found for node in each[name]}) for name in FLAWS}
     if record["error"]:
         return record
     idle = settled()
