@@ -135,7 +135,6 @@ def main() -> int:
             rows, name = budgets.setdefault(card, {}), f"{card} {key(record)}"
             if "refused" in record or record["error"]:
                 print(f"{name}: {record.get('refused') or record['error']}", flush=True)
-                rows.pop(key(record), None)
             else:
                 print(f"{name}: {cost(record)}, host {record['host_ms']} ms, budget {rows.get(key(record))}", flush=True)
             budget = rows.get(key(record))
