@@ -91,7 +91,7 @@ def flaws(graph: str) -> dict[str, list[str]]:
     found: dict[str, set[str]] = {name: set() for name in FLAWS}
     node = ""
     for line in graph.splitlines():
-        if made := re.match(r"\s*%\S+ = (?:\S+:)?([A-Za-z]\w*)", line):
+        if made := re.match(r"\s*%\S+ = (?:\S+:)?(\w+)", line):
             node = made[1].removeprefix("PrimFunc_")
         if 'primitive_target: "CPU"' in line or re.search(r"device context: CPU_\d+ *$", line) or node == "PyExecute":
             found["host"].add(node)
