@@ -189,7 +189,8 @@ def on_ascend(name: str) -> str:
 
 def on_gpu(name: str, rewritten: bool) -> str:
     """`rewritten`: whether the passes before the choice of kernels, which CPU and GPU share, replace the primitive."""
-    known = documented(name, "GPU") or ("kernel" if is_named(name, "gpu") else None)
+    named = is_named(name, "gpu") or f"{name}GpuKernelMod".encode() in device_libraries("gpu")
+    known = documented(name, "GPU") or ("kernel" if named else None)
     if rewritten and known != "kernel":
         return "rewritten"
     return known or "unknown"
