@@ -24,6 +24,11 @@ def test_presets_fit_the_card_and_their_budgets(group):
     assert len(records) == len(cases)
     budgets = load()[card]
     assert not [problem for record in records for problem in problems(record, budgets.get(key(record)))]
+    spent = {(record["preset"], record["mode"]): record["launches"] for record in records}
+    updates = [spent[preset, "train"] - found for (preset, mode), found in spent.items() if mode == "gradients"]
+    assert all(0 < update < 80 for update in updates) and len(updates) == 2 * (
+        group == "pixels"
+    )  # for any number of tensors
 
 
 @pytest.mark.slow

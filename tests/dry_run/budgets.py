@@ -18,7 +18,7 @@ from typing import Any
 
 from ms_diffusion.training.presets import PRESETS
 
-from .run import FLAWS, MODES, PRECISIONS, SOCS
+from .run import FLAWS, PRECISIONS, SOCS
 
 Case = tuple[str, str, str]  # preset, mode, precision
 
@@ -43,7 +43,7 @@ PIXELS = [name for name in EVERY if PRESETS[name].kind == "pixels"]
 NETWORKS = ("quick-class", "fashion-mnist", "scurve", "scurve-seed", "autoencoder", "latent-text")  # one of each
 # What the tests try; each group is a process
 GROUPS: dict[str, tuple[str, list[Case]]] = {
-    "pixels": (SOCS[0], combine(PIXELS, "train", "fp32")),
+    "pixels": (SOCS[0], combine(PIXELS, "train", "fp32") + combine(("quick", "fashion-mnist"), "gradients", "fp32")),
     "others": (SOCS[0], combine([name for name in EVERY if name not in PIXELS], "train", "fp32")),
     "samples": (SOCS[0], combine(EVERY, "sample", "fp32") + combine(("quick-class", "latent-text"), "sample", "fp16 bf16")),
     "fp16": (SOCS[0], combine(NETWORKS, "train", "fp16")),
@@ -114,7 +114,7 @@ def groups(everything: bool) -> list[tuple[str, list[Case]]]:
     """(card, cases) of each process."""
     found, known = list(GROUPS.values()), {case for card, cases in GROUPS.values() if card == SOCS[0] for case in cases}
     for preset in EVERY * everything:
-        cases = combine([preset], " ".join(MODES), " ".join(PRECISIONS))
+        cases = combine([preset], "train sample", " ".join(PRECISIONS))
         found.append((SOCS[0], [case for case in cases if case not in known]))
     return found
 

@@ -231,7 +231,27 @@ def sampling(task: Any, calls: int, after: After) -> None:
     task.decode(task.average.draw(options, SAMPLES, cond, lambda i, *_: after(i)))
 
 
-MODES = {"train": training, "sample": sampling}
+def gradients(task: Any, calls: int, after: After) -> None:
+    """The gradients of a training step without the rest, which is the update."""
+    import mindspore as ms
+    from mindspore import ops
+
+    from ms_diffusion.training.step import in_one_copy
+
+    (pack,), loss_fn = task.packs, task.make_loss()
+    loss_and_gradients = ms.value_and_grad(loss_fn, None, pack.trained)
+
+    def step(*batch):
+        loss, found = loss_and_gradients(*batch)
+        return ops.depend(loss, pack.join(found))
+
+    graph, batches = in_one_copy(step), task.batches()
+    for i in range(calls):
+        graph(*next(batches).values())
+        after(i)
+
+
+MODES = {"train": training, "sample": sampling, "gradients": gradients}
 
 
 def controls() -> dict[str, Callable[[int], Any]]:
