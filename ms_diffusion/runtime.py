@@ -29,8 +29,8 @@ if "mindspore" in sys.modules and "ONEDNN_MAX_CPU_ISA" not in os.environ:
     )
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX2")
 os.environ.setdefault("GLOG_v", "4")  # MindSpore's C++ log on stderr repeats what its exceptions say
-# Seconds that a CPU waits for another rank. MindSpore's 30 would end a run while rank 0 writes its files; a rank that has
-# died is noticed otherwise, by the launcher and by MindSpore's scheduler.
+# Seconds that a CPU waits for another rank. MindSpore's 30 (before 2.10 it knows no other) would end a run while rank 0
+# uploads; a rank that has died is noticed otherwise, by the launcher and by MindSpore's scheduler.
 os.environ.setdefault("MS_CPU_COMM_OP_TIMEOUT", "7200")
 
 DEVICES = ("auto", "ascend", "gpu", "cpu")
