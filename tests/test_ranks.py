@@ -29,7 +29,7 @@ from ms_diffusion.runtime import UserError
 from ms_diffusion.training.config import override
 from ms_diffusion.training.loop import StopOfAnyRank
 
-examples = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+examples = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 # What a step draws
