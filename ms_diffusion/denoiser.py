@@ -5,7 +5,7 @@ A denoiser takes x_t (B, ...) float32, one timestep t for the whole batch, and t
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import wraps
+from functools import lru_cache, wraps
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ import numpy as np
 from mindspore import Tensor, nn, ops
 
 from .process import Cond, GaussianDiffusion, as_tuple, predict
-from .runtime import compiled
+from .runtime import compiled, on_device
 
 Array = Any  # a mindspore.Tensor or a numpy array: the wrappers below work on both
 Denoiser = Callable[..., Array]
@@ -44,18 +44,23 @@ def make_denoiser(diffusion: GaussianDiffusion, net: nn.Cell, cond: Cond = None,
         x_start = diffusion.predict_start(predict(net, x_t, t, cond), x_t, t)
         return ops.clamp(x_start, -1.0, 1.0) if clip else x_start
 
-    graph = compiled(predict_start)
+    graph, times = compiled(predict_start), lru_cache(4096)(filled)
 
     def denoise(x_t: Tensor, t: int, *cond: Tensor) -> Tensor:
         with evaluation_mode(net):
-            return graph(x_t, Tensor(np.full(x_t.shape[0], t, np.int32)), *(cond or default))
+            return graph(x_t, times(t, x_t.shape[:1]), *(cond or default))
 
     return denoise
 
 
+def filled(value: int, shape: tuple[int, ...]) -> Tensor:
+    return on_device(np.full(shape, value, np.int32))
+
+
 def with_label(denoise: Denoiser, label: int) -> Denoiser:
     """The denoiser with `label` in place of all class labels; the label `num_classes` stands for no class."""
-    return lambda x_t, t, labels, *cond: denoise(x_t, t, Tensor(np.full(labels.shape, label, np.int32)), *cond)
+    same = lru_cache(4)(filled)
+    return lambda x_t, t, labels, *cond: denoise(x_t, t, same(label, labels.shape), *cond)
 
 
 def guide(denoise: Denoiser, denoise_uncond: Denoiser, scale: float, rescale: float = 0.0,

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import numpy as np
 
+    from mindspore import Tensor
+
 # On a CPU with AVX-512, MindSpore's NCHW convolutions fall back to oneDNN's reference kernel, 100 times slower than AVX2.
 # The setting affects only the CPU's oneDNN, so it is made before the device is known; the user's own setting is kept.
 if "mindspore" in sys.modules and "ONEDNN_MAX_CPU_ISA" not in os.environ:
@@ -70,6 +72,14 @@ def set_device(device: str = "auto") -> str:
                     set_arithmetic(name)
             return kinds[name]
     raise UserError(f"no {kinds[device]} device is usable here: check its driver, or run with --device auto or --device cpu")
+
+
+def on_device(values: "np.ndarray") -> "Tensor":
+    """A Tensor that is on the device: one on the host would be copied to an Ascend or a GPU in each call that takes it."""
+    import mindspore as ms
+
+    tensor, target = ms.Tensor(values), ms.get_context("device_target")
+    return tensor if target == "CPU" else tensor.move_to(target)
 
 
 def set_arithmetic(device: str) -> None:

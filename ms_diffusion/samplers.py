@@ -22,6 +22,7 @@ from mindspore import Tensor
 from .denoiser import Array, Denoiser
 from .files import in_batches
 from .process import GaussianDiffusion
+from .runtime import on_device
 
 Sampler = Callable[..., Array]
 Timesteps = Sequence[int] | None
@@ -298,7 +299,7 @@ def generate(sampler: Sampler, denoise: Denoiser, diffusion: GaussianDiffusion, 
         start: the first x (num, *shape) float32, at the noise level of timesteps[0], instead of N(0, 1)."""
 
     def batch(rows):
-        noise, batch_cond = SeededNoise(seed, rows), [Tensor(values[rows]) for values in cond]
+        noise, batch_cond = SeededNoise(seed, rows), [on_device(values[rows]) for values in cond]
 
         def denoise_batch(x, t, *last):  # last: the x_0 of self-conditioning
             return denoise(x, t, *batch_cond, *last)
