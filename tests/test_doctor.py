@@ -12,6 +12,7 @@ from ms_diffusion import versions
 from ms_diffusion.commands import doctor
 from ms_diffusion.commands.doctor import NOTE, OK, PROBLEM
 from ms_diffusion.runtime import UserError
+from ms_diffusion.versions import numbers
 
 GOOD = {"device": "CPU", "there": ["cpu"], "library": "x.so", "threads": 2, "seconds": 0.1, "steps": 4800}
 
@@ -50,7 +51,7 @@ def test_the_installed_mindspore():
 
     assert versions.mindspore_version() == mindspore.__version__
     assert versions.mindspore_folder() == Path(mindspore.__file__).parent
-    assert "8.3" in doctor.supported_cann()
+    assert doctor.supported_cann() and all(numbers(version) >= (7, 8) for version in doctor.supported_cann())
     assert not [text for mark, text in doctor.examine_packages() if mark == PROBLEM]
 
 
@@ -61,8 +62,9 @@ def test_bounds_of_versions():
     )
 
 
-@pytest.mark.parametrize("cann, mark", [("8.3.RC1", OK), ("7.0.RC1", PROBLEM)])
+@pytest.mark.parametrize("cann, mark", [(None, OK), ("7.0.RC1", PROBLEM)])
 def test_cann(tmp_path, monkeypatch, cann, mark):
+    cann = cann or f"{doctor.supported_cann()[-1]}.RC1"
     (tmp_path / "compiler").mkdir()
     (tmp_path / "compiler" / "version.info").write_text(f"Name=x\nVersion={cann}\n")
     monkeypatch.setenv("ASCEND_HOME_PATH", str(tmp_path))
