@@ -29,7 +29,7 @@ WARM = 2  # calls before the first count
 LOOP = 10  # steps in one call, for presets with a loop in the graph
 SAMPLES = 64
 # Norms, softmax, time embedding, losses, Adam and averages, which are float32 in all precisions
-FLOAT32 = re.compile(r"GroupNorm|LayerNorm|BatchNorm|LogSoftmax|Softmax|Sin|Cos|Exp$|SmoothL1Loss|ReduceMean|Mean|Adam|Lerp")
+FLOAT32 = re.compile(r"GroupNorm|LayerNorm|BatchNorm|LogSoftmax|Softmax|Sin|Cos|SmoothL1Loss|ReduceMean|Mean|Adam|Lerp")
 NOT_LAUNCHED = re.compile(r"Create|Destroy|Set|Get|Find|Status|Version|bufferSize|GetErrorString")
 
 
