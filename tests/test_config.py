@@ -113,7 +113,6 @@ def test_what_the_presets_are():
         # autoencoders
         (AUTOENCODER, {"data.size": 30}, "--data.size", "30"),
         (AUTOENCODER, {"condition": "gray"}, "--data.condition", "gray"),
-        (AUTOENCODER, {"precision": "fp16"}, "--precision", "fp16"),
         (AUTOENCODER, {"disc_layers": 5}, "--train.disc-layers", "5"),
         (AUTOENCODER, {"vgg": "vgg.pth"}, "--train.vgg", "--train.lpips"),
         (AUTOENCODER, {"lpips": "lpips.pth"}, "--train.vgg", "--train.lpips"),

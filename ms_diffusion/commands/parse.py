@@ -42,7 +42,7 @@ def parse(cls: type[T], argv: Sequence[str], default: T | None = None, prog: str
             tyro.cli(plain, default=default, args=["--help"])
         known = re.findall(r"--[\w.-]+", usage.getvalue())
         close = difflib.get_close_matches(flag.replace("_", "-"), known, 1, 0.5)
-        raise UserError(f"unknown argument {flag}: " + (f"did you mean {close[0]}?" if close else "see --help"))
+        raise UserError(f"unknown argument {repr(flag)[1:-1]}: " + (f"did you mean {close[0]}?" if close else "see --help"))
     own, ignored = split_flags(argv, set(flags))
     print(f"ignoring arguments of the platform: {' '.join(ignored)}", file=sys.stderr)
     return tyro.cli(plain, prog=prog, default=default, args=own, return_unknown_args=True)[0]
