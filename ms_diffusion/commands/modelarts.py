@@ -48,10 +48,6 @@ STEP = re.compile(r"checkpoints/step-(\d+)/")
 RECORD = ".uploaded.json"  # in a run's folder: which versions of its files its --train_url holds
 
 
-def on_modelarts() -> bool:
-    return any(name in os.environ for name in ("MA_JOB_DIR", "MA_NUM_HOSTS", "MA_NUM_GPUS"))
-
-
 def output_folder(train_url: str | None) -> Path | None:
     """The folder of a local --train_url; None for OBS, or where there is none."""
     return Path(train_url) if train_url and not train_url.startswith(OBS) else None

@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import io
+import os
 import re
 import sys
 from collections.abc import Container, Mapping, Sequence
@@ -11,7 +12,6 @@ from typing import Any, TypeVar
 import tyro
 
 from ..runtime import UserError
-from . import modelarts
 
 T = TypeVar("T")
 FLAG = re.compile("-+[a-zA-Z]")  # -1 is a value
@@ -34,7 +34,7 @@ def parse(cls: type[T], argv: Sequence[str], default: T | None = None, prog: str
         return args
     flags = [argument.split("=")[0] for argument in unknown if FLAG.match(argument)] or unknown
     dotted = [flag for flag in flags if "." in flag]
-    on_platform = modelarts.on_modelarts() or getattr(args, "data_url", None) or getattr(args, "train_url", None)
+    on_platform = on_modelarts() or getattr(args, "data_url", None) or getattr(args, "train_url", None)
     if dotted or not on_platform:
         flag = (dotted or flags)[0]
         usage = io.StringIO()
@@ -46,6 +46,10 @@ def parse(cls: type[T], argv: Sequence[str], default: T | None = None, prog: str
     own, ignored = split_flags(argv, set(flags))
     print(f"ignoring arguments of the platform: {' '.join(ignored)}", file=sys.stderr)
     return tyro.cli(plain, prog=prog, default=default, args=own, return_unknown_args=True)[0]
+
+
+def on_modelarts() -> bool:
+    return any(name in os.environ for name in ("MA_JOB_DIR", "MA_NUM_HOSTS", "MA_NUM_GPUS"))
 
 
 def split_flags(argv: Sequence[str], flags: Container[str]) -> tuple[list[str], list[str]]:
