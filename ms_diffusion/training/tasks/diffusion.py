@@ -63,10 +63,8 @@ class DiffusionTask(Task):
     def prepare(self) -> None:
         train, options, pack = self.config.train, self.step_options, make_pack(self.net, self.optimizer)
         self.packs = [] if pack is None else [pack]
-        # A loop in the graph keeps its state on the CPU alone; elsewhere each iteration would copy it
-        if pack is None and not (
-            options["has_aux"] or options["extra_emas"] or options["loss_scaler"]
-        ):  # these need the host each step
+        need_host = options["has_aux"] or options["extra_emas"] or options["loss_scaler"]  # each step
+        if pack is None and not need_host:  # a loop in the graph keeps its state on the CPU; a card would copy it each time
             counts = [getattr(train, f"{name}_every", 0) for name in ("log", "sample", "save", "score")]
             self.steps_per_call = math.gcd(train.steps_per_call, self.start_step, train.total_steps, *counts)
         options |= {"steps_per_call": self.steps_per_call, "pack": pack}
