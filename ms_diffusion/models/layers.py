@@ -123,7 +123,7 @@ class Linear(nn.Dense):
             y = F.linear(x, weight, bias)
         else:
             y = self.matmul(x.reshape(-1, x.shape[-1]), weight)
-            y = (y if bias is None else ops.bias_add(y, bias)).reshape(x.shape[:-1] + (-1,))
+            y = (y if bias is None else ops.bias_add(y, bias)).reshape((*x.shape[:-1], self.out_channels))
         return y if addend is None else y + addend
 
 
