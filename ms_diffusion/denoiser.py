@@ -54,6 +54,7 @@ def make_denoiser(diffusion: GaussianDiffusion, net: nn.Cell, cond: Cond = None,
 
 
 def filled(value: int, shape: tuple[int, ...]) -> Tensor:
+    """An int32 Tensor of this shape and value, on the device."""
     return on_device(np.full(shape, value, np.int32))
 
 

@@ -294,7 +294,7 @@ def run_program(main: Callable[[list[str]], int], argv: Sequence[str]) -> int:
     MindSpore's scheduler does so, but not if a process signs off; one that fails therefore ends without that."""
     try:
         code = main(list(argv))
-        barrier()
+        barrier()  # until rank 0 has written and uploaded everything
         return code
     except Exception as e:
         hint = "" if isinstance(e, UserError) else HINTS.get(e.errno or 0) if isinstance(e, OSError) else None

@@ -83,7 +83,6 @@ def main(argv: Sequence[str]) -> int:
             print(f"stopped at step {step} of {total}, all saved. To continue: {command('train')} {shlex.join(argv)}")
         else:
             report(task, run_dir, preview)
-    runtime.barrier()  # a rank that ends ends the others, so all wait until rank 0 has uploaded
     return code or (0 if arrived else 2)
 
 

@@ -3,7 +3,7 @@
 All are float32. `kernels.cc` and its headers are compiled on first use with the machine's C++ compiler ($CXX, c++, g++ or
 clang++). The library is kept in the `kernels` folder of `files.cache_folder()`, one file for each source, CPU and MindSpore
 version. Without a compiler, or with MS_DIFFUSION_KERNELS=off, `available()` is False and the layers use MindSpore's
-operators. Only `models/layers.py`, `models/attention.py` and `training/step.py` use this package.
+operators. Only `models/layers.py`, `models/attention.py` and `training/step.py` use them.
 """
 
 import contextlib

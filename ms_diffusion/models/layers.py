@@ -169,8 +169,8 @@ class GroupNorm(nn.Cell):
         self.weight = Parameter(Tensor(np.ones(channels, np.float32)), name="weight")
         self.bias = Parameter(Tensor(np.zeros(channels, np.float32)), name="bias")
         self.weight_slot = self.bias_slot = None
-        self.activate = Activation(activation[:4]) if activation else None
         self.kernel = kernels.GroupNorm(groups, eps, activation) if kernels.available() else None
+        self.activate = Activation(activation.split("-")[0]) if activation and self.kernel is None else None
 
     def construct(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
         """With `scale` and `shift` (B, C), the activation applies to the normalised x times (1 + scale), plus shift."""
