@@ -43,6 +43,10 @@ class UserError(Exception):
     """Bad input. The message says in one line what is wrong and what to do; programs print it and exit with code 2."""
 
 
+class Interrupted(Exception):
+    """Work that need not be finished was given up, because the program was asked to stop."""
+
+
 def command(name: str) -> str:
     """How a command of this package is called, in the way that the running program was called: "python train.py" in a clone,
     "python -m ms_diffusion train", or "ms-diffusion train"."""
@@ -52,6 +56,40 @@ def command(name: str) -> str:
     if program in ("train.py", "sample.py", "__main__.py"):
         return f"python -m ms_diffusion {name}"
     return f"ms-diffusion {name}"
+
+
+def available_memory() -> int:
+    """Bytes of memory that this process may still take: the least of what the machine, the limit of its address space
+    (ulimit -v) and its cgroup leave."""
+    import resource
+
+    page = resource.getpagesize()
+
+    def numbers(path: str) -> list[int]:
+        try:
+            return [int(word) for word in Path(path).read_text().split() if word.isdecimal()]
+        except OSError:
+            return []
+
+    def of_field(path: str, name: str) -> list[int]:
+        try:
+            lines = Path(path).read_text().splitlines()
+        except OSError:
+            return []
+        return [1024 * int(line.split()[1]) for line in lines if line.startswith(name)]
+
+    left = of_field("/proc/meminfo", "MemAvailable:") or [1 << 62]
+    limit, used = resource.getrlimit(resource.RLIMIT_AS)[0], numbers("/proc/self/statm")[:1]
+    if limit != resource.RLIM_INFINITY and used:
+        left.append(limit - page * used[0])
+    for most, current in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        found = numbers(f"/sys/fs/cgroup/{most}"), numbers(f"/sys/fs/cgroup/{current}")
+        if all(found):
+            left.append(found[0][0] - found[1][0])
+    return max(min(left), 0)
 
 
 def set_device(device: str = "auto") -> str:

@@ -14,7 +14,7 @@ import ms_diffusion as md
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "ms_diffusion"
 ROOMS = """
-runtime versions fields files randomness
+runtime versions progress fields files locks randomness
 images plots2d convert mindir
 kernels
 schedules process losses

@@ -236,7 +236,7 @@ def test_a_stop_in_the_loop_saves_and_makes_no_preview(tmp_path):
     losses = lambda step: (step == 2 and stop.set()) or 1.0  # noqa: E731
     task, end = loop(tmp_path, losses=losses, stop=stop, log_every=6, save_every=6)
     assert end == (3, None) and not task.previews
-    assert [row["step"] for row in metrics(tmp_path)] == [3] and list(fids(tmp_path)) == [3]
+    assert not metrics(tmp_path) and list(fids(tmp_path)) == [3]
     stop.clear()
     assert loop(tmp_path, stop=stop)[0].start_step == 3 and list(fids(tmp_path)) == [3, 4, 6]
 

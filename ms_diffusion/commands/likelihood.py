@@ -8,13 +8,13 @@ from typing import Annotated, Literal
 
 import numpy as np
 import tyro
-from tqdm import tqdm
 
 from mindspore import Tensor
 
 from ..denoiser import make_denoiser
 from ..fields import AT_LEAST_1, NON_NEGATIVE, check_fields
 from ..likelihood import bits_per_dim, dequantised_bits_per_dim, make_divergence, ode_log_likelihood, ode_timesteps
+from ..progress import ProgressBar
 from ..randomness import Random, RowsRandom
 from ..runtime import DEVICES, UserError, alone, command, gather, ranks
 from ..training.runs import load
@@ -66,7 +66,7 @@ def main(argv: Sequence[str]) -> int:
     timesteps = ode_timesteps(diffusion, args.steps) if ode else range(diffusion.num_timesteps)
     calls = 2 * len(timesteps) - 2 if ode else diffusion.num_timesteps
     rank, world_size = ranks()
-    bar = tqdm(total=-(-args.num // args.batch_size) * calls, unit="call", desc=args.method, disable=rank > 0)
+    bar = ProgressBar(total=-(-args.num // args.batch_size) * calls, unit="call", desc=args.method, disable=rank > 0)
     graph: Callable = make_divergence(diffusion, run.net) if ode else make_denoiser(diffusion, run.net)
 
     def evaluate(n: np.ndarray, cond: list[Tensor], rng: Random) -> list[np.ndarray]:

@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from ..data import points
 from ..data.fashion_mnist import FILES
 from ..data.image_folder import EXTENSIONS
 from ..files import write
 from ..metrics.scores import read_npz
+from ..progress import ProgressBar
 from ..runtime import UserError
 from ..training.checkpoint import checkpoints, read_state, read_weights
 from ..training.config import Config
@@ -242,7 +242,9 @@ class Uploads:
             except Exception as e:  # an upload must not end the training
                 problem = textwrap.shorten(str(e) or repr(e), 300)
                 if not self.problem and not self.last:
-                    tqdm.write(f"warning: {problem}; training goes on, and the upload is tried again", file=sys.stderr)
+                    ProgressBar.write(
+                        f"warning: {problem}; training goes on, and the upload is tried again", file=sys.stderr
+                    )
                 self.problem = problem
 
     def upload(self) -> None:

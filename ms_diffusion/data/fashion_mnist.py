@@ -19,9 +19,9 @@ from urllib.error import HTTPError, URLError
 from urllib.request import urlopen
 
 import numpy as np
-from tqdm import tqdm
 
 from ..files import cache_folder, locked, write
+from ..progress import ProgressBar
 from ..runtime import UserError
 
 FILES = {
@@ -165,7 +165,7 @@ def _download(name: str, folder: Path) -> None:
     """Download one official file, check it, and write it to the folder."""
     buffer = io.BytesIO()  # at most 26 MB
     with urlopen(URL + name, timeout=TIMEOUT) as response:
-        with tqdm.wrapattr(response, "read", total=response.length, desc=name) as source:
+        with ProgressBar.wrapattr(response, "read", total=response.length, desc=name) as source:
             shutil.copyfileobj(source, buffer)
     if hashlib.md5(buffer.getvalue(), usedforsecurity=False).hexdigest() != MD5[name]:
         raise UserError(f"{URL + name}: the download is incomplete or corrupt (wrong MD5); run the same command again")

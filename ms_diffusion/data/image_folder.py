@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
-from tqdm import tqdm
 
+from ..progress import ProgressBar
 from ..runtime import UserError
 
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
@@ -33,12 +33,12 @@ def load_image_folder(directory: str | Path, size: int, channels: int) -> tuple[
 
     images = np.empty((len(names), size, size, channels), np.uint8)
     labels = []
-    for name in tqdm(names, desc="reading images", unit="", disable=len(names) < 1000):
+    for name in ProgressBar(names, desc="reading images", unit="", disable=len(names) < 1000):
         try:
             images[len(labels)] = read_image(directory / name, size, channels)
             labels.append(subfolders.index(name.parts[0]) if len(name.parts) > 1 else 0)
         except Exception as e:  # on a corrupt file PIL's decoders raise many kinds of exceptions
-            tqdm.write(f"skipped {directory / name}: {e}", file=sys.stderr)
+            ProgressBar.write(f"skipped {directory / name}: {e}", file=sys.stderr)
     if not labels:
         kinds = " ".join(sorted(kind[1:] for kind in EXTENSIONS))
         raise UserError(f"--data.dir {directory}: no readable image in it; put files of these kinds there: {kinds}")

@@ -22,7 +22,7 @@ import mindspore as ms
 from mindspore import Parameter, nn
 
 from ..convert import load_into
-from ..files import sync_folder, write_synced
+from ..files import sync_folder, write_json, write_synced
 from ..runtime import UserError, broadcast, gather, ranks
 from .step import EMA
 
@@ -85,6 +85,11 @@ class Checkpoint:
             if old != best:
                 shutil.rmtree(old, ignore_errors=True)
         return target
+
+    def update(self, step: int, **state: Any) -> None:
+        """Change `state` in the state.json of the checkpoint of `step`."""
+        folder = self.folder / f"step-{step:07d}"
+        write_json(folder / "state.json", read_state(folder) | state)
 
     def load_latest(self) -> dict[str, Any] | None:
         """Restore the newest intact checkpoint and return its state, or None if there are no checkpoints. All ranks return

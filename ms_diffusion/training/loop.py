@@ -1,21 +1,26 @@
 """The training loop of every kind of run: steps, log, previews, scores, checkpoints; and its Python function, `train()`."""
 
+import contextlib
 import json
+import math
+import os
 import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from mindspore import Tensor
 
 from ..fields import check_fields
-from ..files import write
+from ..files import write, write_json
 from ..images import save_loss_curve
-from ..runtime import UserError, barrier, gather, initialise_ranks, ranks, set_device
+from ..locks import sole_writer
+from ..progress import ProgressBar
+from ..runtime import Interrupted, UserError, barrier, gather, initialise_ranks, ranks, set_device
 from .checkpoint import best_checkpoint, read_state
 from .config import Config, override
 from .presets import PRESETS
@@ -23,6 +28,7 @@ from .runs import Run
 from .tasks.base import Task
 
 OnSave = Callable[[Path], None] | None
+MOST_SKIPPED = 50  # steps in a row without a finite loss; fp16 needs 16 to bring its loss scale down to 1
 
 
 def train(config: str | Config = "quick", run_dir: str | Path | None = None, data: Any = None, *, device: str = "auto",
@@ -60,78 +66,194 @@ def train(config: str | Config = "quick", run_dir: str | Path | None = None, dat
 def train_task(task: Task, run_dir: Path, device: str, stop: threading.Event,
         on_save: OnSave = None) -> tuple[int, Path | None]:  # fmt: skip
     """Train the task to its last step, or until `stop` is set on any rank, which then is set on all; returns the step and
-    the last preview, if there is one. All ranks call this. Rank 0 alone writes, and calls `on_save`."""
-    config = task.config
+    the last preview, if there is one. All ranks call this. Rank 0 alone writes, and calls `on_save`. Raises UserError if
+    another process trains this run."""
     rank, world_size = initialise_ranks()
-    config.check()
-    check_same_run(run_dir, config)
-    task.start(run_dir, device, rank, world_size)
-    checkpoint, start, train = task.checkpoint, task.start_step, task.config.train
-    if start and rank == 0:
-        print(f"resuming at step {start} of {train.total_steps} in {run_dir}")
-    if rank == 0:
-        write(run_dir / "config.json", lambda f: f.write(json.dumps(config.to_record(), indent=1).encode()))
-    steps_per_epoch = max(len(task.data) // (train.batch_size * world_size), 1)
-    metrics = Metrics(run_dir / "metrics.jsonl", start) if rank == 0 else None
-    asked_to_stop = StopOfAnyRank(stop, start)
+    task.config.check()
+    with sole_writer(run_dir) if rank == 0 else nullcontext() as check_lock:
+        check_same_run(run_dir, task.config)
+        task.start(run_dir, device, rank, world_size)
+        return Training(task, stop, check_lock, on_save).run()
 
-    def save(step: int, fid: float | None = None) -> None:
-        if metrics:
-            task.write_back()
-            record = {"epoch": step // steps_per_epoch, "seed": train.seed, "fid": fid, "config": config.to_record()}
-            record |= {"batch_size": train.batch_size, "world_size": world_size}
-            checkpoint.save(step, **record, **task.checkpoint_record())
-            metrics.draw(run_dir / "loss.png")
-            if on_save:
-                on_save(run_dir)
 
-    if config.init_from and not task.state:
-        save(0)
-    step, losses, preview, clock = start, [], None, time.perf_counter()
-    rates = task.optimizer.learning_rate(Tensor(np.arange(train.total_steps, dtype=np.int32))).asnumpy()
-    with tqdm(total=train.total_steps, initial=start, unit="step", disable=rank > 0, dynamic_ncols=True) as bar:
-        bar.set_postfix_str("compiling" if start < train.total_steps else "finished")
+class Training:
+    """One call of `train_task`: steps, log, checkpoints, previews and scores.
+
+    A checkpoint is written before the preview and the score of its step, which may fail or be interrupted. Its state.json
+    says whether these are still missing (`unfinished`); a run that resumes there makes them first. So a run that was killed
+    at any moment and started again ends with the same files as one that was not."""
+
+    def __init__(self, task: Task, stop: threading.Event, check_lock: Callable[[], None] | None, on_save: OnSave):
+        self.task, self.train, self.run_dir, self.start = task, task.config.train, task.run_dir, task.start_step
+        self.check_lock, self.on_save, state = check_lock, on_save, task.state or {}
+        self.asked_to_stop = StopOfAnyRank(stop, self.start)
+        task.interrupted = stop.is_set if task.world_size == 1 else lambda: False  # ranks cannot leave one by one
+        self.steps_per_epoch = max(len(task.data) // (self.train.batch_size * task.world_size), 1)
+        self.saved, self.preview = self.start if task.state else -1, None
+        self.losses = Losses(**state.get("losses", {}))
+        self.metrics = Metrics(self.run_dir / "metrics.jsonl", self.start) if task.rank == 0 else None
+
+    def run(self) -> tuple[int, Path | None]:
+        task, train, step = self.task, self.train, self.start
+        if step and self.metrics:
+            print(f"resuming at step {step} of {train.total_steps} in {self.run_dir}")
+        if self.metrics:
+            write_json(self.run_dir / "config.json", task.config.to_record())
+        if task.config.init_from and not task.state:
+            self.save(0)
+        options = {"unit": "step", "disable": task.rank > 0, "dynamic_ncols": True}
+        with ProgressBar(total=train.total_steps, initial=step, **options) as bar:
+            bar.set_postfix_str("compiling" if step < train.total_steps else "finished")
+            with contextlib.suppress(Interrupted):
+                if (task.state or {}).get("unfinished"):
+                    self.finish(step, bar)
+                step, stopped = self.train_steps(step, bar)
+                if not stopped:
+                    self.preview = self.preview or task.preview(step)
+        return step, self.preview
+
+    def train_steps(self, step: int, bar: ProgressBar) -> tuple[int, bool]:
+        """The step that was reached, and whether training was asked to stop there."""
+        task, train, losses, due = self.task, self.train, self.losses, False
+        clock = time.perf_counter()
         for batch in task.batches():
-            loss, norm, extras = task.advance(batch, step)
-            losses.append(loss)
-            step += task.steps_per_call
-            bar.update(task.steps_per_call)
-            last = step == train.total_steps
-            stopping = asked_to_stop(step, last)
-            if step % train.log_every == 0 or last or stopping:
-                mean = float(np.mean([value.asnumpy() for value in losses]))
-                rate = len(losses) * task.steps_per_call * train.batch_size * world_size / (time.perf_counter() - clock)
-                if not np.isfinite(mean):
-                    raise UserError(
-                        f"the loss is {mean} at step {step}: resume from the last checkpoint with a lower --train.lr"
-                    )
-                bar.set_postfix_str(f"loss {mean:.4f}, {rate:.0f} {task.unit}/s")
-                if metrics:
-                    grad_norm, lr, epoch = float(norm.asnumpy()), float(rates[step - 1]), step / steps_per_epoch
-                    more = {name: float(value.asnumpy()) for name, value in extras.items()}
-                    metrics.append(step=step, loss=mean, grad_norm=grad_norm, lr=lr, img_per_s=rate, epoch=epoch, **more)
-                losses, clock = [], time.perf_counter()
-            if stopping:
-                break
-            if step % train.sample_every == 0 or last:
-                bar.set_postfix_str("sampling")
-                preview = task.preview(step)
-                clock = time.perf_counter()
-            fid, is_best = task.score(step), False
-            if metrics and fid is not None:
-                best = best_checkpoint(run_dir)
-                metrics.append(step=step, fid=fid)
-                is_best = best is None or fid < read_state(best)["fid"]
-                clock = time.perf_counter()
-            if step % train.save_every == 0 or last or is_best:
-                save(step, fid)
-                clock = time.perf_counter()
-    stopped = asked_to_stop(step, last=True)
-    if stopped and step > start:
-        save(step)
-    if not stopped:
-        preview = preview or task.preview(step)
-    return step, preview
+            try:
+                loss, norm, extras = task.advance(batch, step)
+                losses.add(loss)
+                step += task.steps_per_call
+                bar.update(task.steps_per_call)
+                last = step == train.total_steps
+                stopping = self.asked_to_stop(step, last)
+                if step % train.log_every == 0 or last:
+                    self.log(step, norm, extras, time.perf_counter() - clock, bar)
+                    clock = time.perf_counter()
+                due = due or step % train.save_every == 0 or last or stopping
+                if due or losses.are_many():
+                    self.check_losses(step)
+                if due and (losses.in_a_row == 0 or last or stopping):  # else these weights may be what spoils the loss
+                    self.save(step)
+                    due, clock = False, time.perf_counter()
+                if stopping:
+                    break
+                if self.is_due(step):
+                    self.finish(step, bar)
+                    clock = time.perf_counter()
+            except (OSError, Interrupted) as e:  # of the log, the preview or the score: no step must be lost by it
+                if step > self.saved and losses.in_a_row == 0:
+                    self.save(step)
+                if isinstance(e, OSError):
+                    raise
+                return step, True
+        return step, self.asked_to_stop(step, last=True)
+
+    def log(self, step: int, norm: Tensor, extras: dict[str, Tensor], seconds: float, bar: ProgressBar) -> None:
+        task, losses = self.task, self.losses
+        losses.read()
+        rate = losses.steps * self.train.batch_size * task.world_size / seconds
+        skipped = f", {losses.skipped} steps skipped" if losses.skipped else ""
+        bar.set_postfix_str(f"loss {losses.mean():.4f}, {rate:.0f} {task.unit}/s{skipped}")
+        if self.metrics:
+            row = {"loss": losses.mean(), "grad_norm": float(norm.asnumpy()), "lr": self.learning_rate(), "img_per_s": rate}
+            row |= {"epoch": step / self.steps_per_epoch, **{name: float(v.asnumpy()) for name, v in extras.items()}}
+            row |= {"skipped": losses.skipped} if losses.skipped else {}
+            self.metrics.append(step=step, **{name: value for name, value in row.items() if math.isfinite(value)})
+        losses.reset()
+
+    def learning_rate(self) -> float:
+        """The learning rate of the last step that was not skipped."""
+        optimizer = self.task.optimizer
+        step = np.maximum(optimizer.global_step.asnumpy() - 1, 0)
+        return float(optimizer.learning_rate(Tensor(step)).asnumpy().squeeze())
+
+    def check_losses(self, step: int) -> None:
+        """Read the losses that the device still has. Raises UserError after too many steps in a row that were skipped."""
+        self.losses.read()
+        if self.losses.in_a_row >= MOST_SKIPPED:
+            kept = f"the checkpoint of step {self.saved} stands" if self.saved >= 0 else "nothing was saved"
+            raise UserError(
+                f"{self.losses.in_a_row} steps in a row, up to step {step}, had a loss or gradients that are not finite, so "
+                f"training has diverged; {kept}. Run the same command with a lower --train.lr, or look at the data"
+            )
+
+    def save(self, step: int, **scores: float) -> None:
+        """Write the checkpoint of a step. All ranks call this."""
+        self.saved = step
+        if not self.metrics or not self.check_lock:
+            return
+        task, train = self.task, self.train
+        self.check_lock()
+        task.write_back()
+        self.metrics.sync()
+        record = {"epoch": step // self.steps_per_epoch, "seed": train.seed, "fid": None, "losses": self.losses.state()}
+        record |= {"batch_size": train.batch_size, "world_size": task.world_size, "config": task.config.to_record()}
+        record |= {"unfinished": self.is_due(step), **task.checkpoint_record(), **scores}
+        task.checkpoint.save(step, **record)
+        self.metrics.draw(self.run_dir / "loss.png")
+        if self.on_save:
+            self.on_save(self.run_dir)
+
+    def is_due(self, step: int) -> bool:
+        """Whether a preview or a score belongs to a step."""
+        train = self.train
+        return step > 0 and (step % train.sample_every == 0 or step == train.total_steps or self.task.is_scored(step))
+
+    def finish(self, step: int, bar: ProgressBar) -> None:
+        """Make the preview and the score of a step, and save the step if its score is the best so far."""
+        task, train = self.task, self.train
+        if step % train.sample_every == 0 or step == train.total_steps:
+            bar.set_postfix_str("sampling")
+            self.preview = task.preview(step)
+        scores = {}
+        if task.is_scored(step):
+            bar.set_postfix_str("scoring")
+            scores = {"fid": task.score(step)}
+        if not self.metrics or not self.check_lock:
+            return
+        is_best = False
+        if scores:
+            best = best_checkpoint(self.run_dir)
+            is_best = best is None or scores["fid"] < read_state(best)["fid"]
+            self.metrics.append(step=step, **scores)
+        if self.saved == step:
+            self.check_lock()
+            task.checkpoint.update(step, unfinished=False, **scores)
+            self.metrics.draw(self.run_dir / "loss.png")
+        elif is_best:
+            self.save(step, unfinished=False, **scores)
+
+
+class Losses:
+    """The losses since the last line of the log. A step whose loss or gradients were not finite was skipped; its loss is
+    NaN. `state` is saved with a checkpoint, so that the log of a run that resumes there goes on the same."""
+
+    def __init__(self, total: float = 0.0, steps: int = 0, skipped: int = 0, in_a_row: int = 0):
+        self.total, self.steps, self.skipped = total, steps, skipped
+        self.in_a_row = in_a_row  # skipped steps up to the last one, also over lines of the log
+        self.unread: list[Tensor] = []  # read late, since that waits for the device
+
+    def add(self, loss: Tensor) -> None:
+        self.unread.append(loss)
+
+    def are_many(self) -> bool:
+        return len(self.unread) >= MOST_SKIPPED
+
+    def read(self) -> None:
+        for value in (float(each) for loss in self.unread for each in loss.asnumpy().reshape(-1)):
+            self.steps += 1
+            self.in_a_row = 0 if math.isfinite(value) else self.in_a_row + 1
+            self.total += value if math.isfinite(value) else 0.0
+            self.skipped += not math.isfinite(value)
+        self.unread.clear()
+
+    def mean(self) -> float:
+        return self.total / (self.steps - self.skipped) if self.steps > self.skipped else math.nan
+
+    def reset(self) -> None:
+        self.total, self.steps, self.skipped = 0.0, 0, 0
+
+    def state(self) -> dict[str, float]:
+        self.read()
+        return {"total": self.total, "steps": self.steps, "skipped": self.skipped, "in_a_row": self.in_a_row}
 
 
 class StopOfAnyRank:
@@ -174,17 +296,13 @@ def fixed_parts(config: Config) -> dict[str, Any]:
 
 
 class Metrics:
-    """metrics.jsonl: a line of numbers every `log_every` steps. Lines after the step that a run resumes at are dropped."""
+    """metrics.jsonl: a line of numbers every `log_every` steps. Lines after the step that a run resumes at are dropped, and
+    lines that cannot be read, such as one that a crash has cut."""
 
     def __init__(self, path: Path, start: int):
-        self.path, self.rows = path, []
-        for line in path.read_text().splitlines() if path.exists() else []:
-            try:
-                row = json.loads(line)
-            except ValueError:  # a crash cut the last line
-                break
-            if row["step"] <= start:
-                self.rows.append(row)
+        self.path = path
+        rows = parse_rows(path.read_bytes()) if path.exists() else []
+        self.rows = [row for row in rows if row["step"] <= start]
         write(path, lambda f: f.write("".join(json.dumps(row) + "\n" for row in self.rows).encode()))
 
     def append(self, **row: float) -> None:
@@ -192,8 +310,24 @@ class Metrics:
         with open(self.path, "a") as f:
             f.write(json.dumps(row) + "\n")
 
+    def sync(self) -> None:
+        """Wait until all lines are on the disk."""
+        with open(self.path, "rb") as f:
+            os.fsync(f.fileno())
+
     def draw(self, path: Path) -> None:
         steps, losses = ([row[key] for row in self.rows if "loss" in row] for key in ("step", "loss"))
         scores = [(row["step"], row["fid"]) for row in self.rows if "fid" in row]
         if steps:
             save_loss_curve(path, steps, losses, scores)
+
+
+def parse_rows(content: bytes) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl whose values are numbers."""
+    rows = []
+    for line in content.splitlines():
+        with contextlib.suppress(ValueError, RecursionError):
+            row = json.loads(line)
+            if isinstance(row, dict) and type(row.get("step")) is int and all(type(v) in (int, float) for v in row.values()):
+                rows.append(row)
+    return rows

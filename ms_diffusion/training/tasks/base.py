@@ -179,9 +179,17 @@ class Task:
         """Draw samples of the averaged network, all ranks together; returns the picture's path. Rank 0 writes it."""
         raise NotImplementedError
 
-    def score(self, step: int) -> float | None:
-        """FID of a few samples, which all ranks draw together, or None where this run is not scored."""
-        return None
+    def is_scored(self, step: int) -> bool:
+        """Whether a score belongs to this step."""
+        return False
+
+    def score(self, step: int) -> float:
+        """FID of a few samples, which all ranks draw together."""
+        raise NotImplementedError
+
+    def interrupted(self) -> bool:
+        """Whether a preview or a score need not be finished, because training was asked to stop."""
+        return False
 
     def checkpoint_record(self) -> dict[str, Any]:
         """Additional content of a checkpoint's state.json."""

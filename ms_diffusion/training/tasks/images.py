@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from ... import images
 from ...data.batches import CLASS_NAMES, DATASETS, check_images, load_images
@@ -19,6 +18,7 @@ from ...metrics.distances import frechet_distance, mean_and_covariance
 from ...metrics.features import Features
 from ...metrics.scores import Reference, Samples
 from ...models.classifier import Classifier
+from ...progress import ProgressBar
 from ...runtime import UserError, alone, command, ranks
 from ...sampling import Sampling
 from ..runs import Run
@@ -119,8 +119,7 @@ class ImageTask(Images, DiffusionTask):
     def prepare(self) -> None:
         train = self.config.train
         self.originals = self.data
-        self.scored = bool(train.score_every) and self.start_step < train.total_steps
-        if self.scored:
+        if train.score_every and (self.start_step < train.total_steps or (self.state or {}).get("unfinished")):
             if len(self.data) <= Classifier.num_features:
                 raise UserError(f"{len(self.data)} images are too few for --train.score-every: leave it out")
             self.features = Features()
@@ -142,10 +141,12 @@ class ImageTask(Images, DiffusionTask):
             images.save_grid(path, images.to_uint8(x), columns=self.num_classes)
         return path
 
-    def score(self, step: int) -> float | None:
+    def is_scored(self, step: int) -> bool:
         train = self.config.train
-        if not self.scored or (step % train.score_every and step != train.total_steps):
-            return None
+        return bool(train.score_every) and step > 0 and (step % train.score_every == 0 or step == train.total_steps)
+
+    def score(self, step: int) -> float:
+        train = self.config.train
         steps = min(15, self.diffusion.num_timesteps)
         x = self.draw(train.score_num, replace(self.preview_sampling, sampler="dpmpp_2m", steps=steps))
         if not np.isfinite(x).all():
@@ -200,7 +201,7 @@ class ImageTask(Images, DiffusionTask):
         frames, every = [], max(calls // GIF_FRAMES, 1)
         rows, picked = [], set(np.linspace(0, calls - 1, ROW_STEPS, dtype=int))
         size = (sampling.batch_size or 64) * (1 if in_steps else world_size)
-        bar = tqdm(total=-(-plan.num // size) * calls, unit="step", desc=sampling.sampler, disable=rank > 0)
+        bar = ProgressBar(total=-(-plan.num // size) * calls, unit="step", desc=sampling.sampler, disable=rank > 0)
 
         def watch(i: int, x: Any, x_start: Any) -> None:
             bar.update()
@@ -265,7 +266,7 @@ class ImageTask(Images, DiffusionTask):
         timesteps, cond = sampling.timesteps(run.diffusion), self.in_order(self.conditions(num))
         rank, world_size = ranks()
         total = -(-num // (batch_size * world_size)) * len(timesteps)
-        with tqdm(total=total, unit="step", desc=sampling.sampler, disable=rank > 0) as bar:
+        with ProgressBar(total=total, unit="step", desc=sampling.sampler, disable=rank > 0) as bar:
             x = self.decode(run.generator.draw(sampling, num, cond, lambda *_: bar.update()))
         if bad := num - np.isfinite(x).all((1, 2, 3)).sum():
             raise UserError(f"{bad} of {num} samples are not finite, so training has diverged: use an earlier checkpoint")

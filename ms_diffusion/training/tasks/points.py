@@ -8,7 +8,6 @@ from typing import Annotated, Any
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from mindspore import Tensor
 
@@ -18,6 +17,7 @@ from ...fields import AT_LEAST_1, OneOf
 from ...files import write
 from ...metrics.distances import compare
 from ...models.mlp import MLPConfig, ResidualMLPConfig
+from ...progress import ProgressBar
 from ...runtime import UserError, alone, initialise_ranks
 from ...samplers import SAMPLERS, SeededNoise, sampling_timesteps
 from ..config import DiffusionRunConfig, DiffusionTrainConfig
@@ -132,7 +132,7 @@ class PointsTask(DiffusionTask):
             """Points (n, 2), and the paths of those of the first batch, (steps + 1, B, 2), in the data's units."""
             size, calls = min(sampling.batch_size or n, n), len(timesteps)
             path = [SeededNoise(sampling.seed, range(size))((2,))]
-            bar = tqdm(total=-(-n // size) * calls, unit="step", desc=f"{n} points")
+            bar = ProgressBar(total=-(-n // size) * calls, unit="step", desc=f"{n} points")
 
             def watch(i: int, x: Any, x_start: Any) -> None:
                 bar.update()
