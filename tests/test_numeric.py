@@ -7,7 +7,9 @@ import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 
 from ms_diffusion import kernels
+from ms_diffusion.training.config import override
 from ms_diffusion.training.pack import Pack
+from ms_diffusion.training.presets import PRESETS
 from ms_diffusion.training.step import EMA, make_optimizer, make_train_step
 
 
@@ -112,3 +114,38 @@ def test_a_rate_that_is_not_finite_changes_nothing(kernel, monkeypatch):
     assert np.isnan(loss.asnumpy())
     for p, value in zip(net.get_parameters(), before, strict=True):
         np.testing.assert_array_equal(p.asnumpy(), value)
+
+
+# The autoencoder: its discriminator has statistics that the forward pass changes
+
+SMALL = {"model.ch": 8, "model.ch_mult": (1, 2), "model.groups": 4, "disc_channels": 8, "disc_layers": 1}
+TINY = override(PRESETS["autoencoder"], **SMALL, total_steps=6, batch_size=2, disc_start=1, **{"data.size": 28})
+
+
+def all_parameters(task):
+    return {f"{file} {name}": p.asnumpy().copy() for file, ps in task.checkpoint.files.items() for name, p in ps.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("norm", ["batch", "act"])
+def test_the_autoencoder_and_its_discriminator_take_nothing_from_a_bad_batch(norm, tmp_path):
+    pictures = np.random.default_rng(0).integers(0, 256, (8, 28, 28, 1), np.uint8)
+    task = override(TINY, disc_norm=norm).task((pictures, np.zeros(8, np.int32)))
+    task.start(tmp_path)
+    batches = iter(task.batches())
+    first, good = next(batches), next(batches)
+    task.advance(first, 0)  # without the discriminator
+    for fields in (["x"], list(good)):  # first while ActNorms have no scale yet, which they take from x
+        before = all_parameters(task)
+        for name in fields:
+            bad = dict(good, **{name: good[name].copy()})
+            bad[name][0, 0, 0, 0] = np.nan
+            loss, _, extras = task.advance(bad, 1)
+            assert np.isnan(float(loss)) and np.isnan(float(extras["disc_loss"]))
+        for key, value in all_parameters(task).items():
+            np.testing.assert_array_equal(value, before[key], err_msg=key)
+        loss, _, extras = task.advance(good, 1)
+        assert np.isfinite([float(loss), *(float(value) for value in extras.values())]).all()
+        changed = {key for key, value in all_parameters(task).items() if (value != before[key]).any()}
+        assert any("running_mean" in key for key in changed) == (norm == "batch")
+        assert any("discriminator" in key and key.endswith("main.0.weight") for key in changed)

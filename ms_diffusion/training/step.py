@@ -118,11 +118,11 @@ def _like(parameter: Tensor, values: Tensor) -> Tensor:
 
 def _if_finite(finite: Tensor, value: Tensor) -> Tensor:
     """The value, or 0 in a step that is skipped, where a product with 0 would not be finite."""
-    return ops.where(finite, value, ops.zeros_like(value))
+    return ops.where(finite, value, 0.0)
 
 
 def _nan_unless(finite: Tensor, value: Tensor) -> Tensor:
-    return ops.where(finite, value, ops.full_like(value, math.nan))
+    return ops.where(finite, value, math.nan)
 
 
 def _adam(powers, lr, betas, eps, parameter, moment1, moment2, gradient):
@@ -174,6 +174,24 @@ def to_device(packed: bool) -> Callable[..., tuple[Tensor, ...]]:
         return tensors
 
     return in_one_copy(same) if packed else lambda *arrays: tuple(map(Tensor, arrays))
+
+
+def make_undo(parameters: Sequence[Parameter]) -> tuple[Callable[[], Any], Callable[..., Any]]:
+    """Two functions for what the forward pass itself changes, such as the running statistics of batch norms: remember()
+    before a step, and undo(*losses) after it, which restores the parameters where a loss is not finite."""
+    copies = ms.ParameterTuple([Parameter(p.asnumpy(), name=f"remembered.{p.name}") for p in parameters])
+    kept = ms.ParameterTuple(parameters)
+
+    def restore(finite, parameter, copy):
+        return ops.assign(parameter, ops.where(finite, parameter, copy))
+
+    def remember():
+        return each(ops.assign, copies, kept)
+
+    def undo(*losses):
+        return each(partial(restore, ops.isfinite(ops.addn(losses))), kept, copies)
+
+    return (compiled(remember), compiled(undo)) if parameters else (lambda: (), lambda *losses: ())
 
 
 def make_train_step(loss_fn: Callable[..., Any], optimizer: nn.Optimizer, ema: EMA | None = None, *, clip_norm: float = 1.0,
