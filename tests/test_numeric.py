@@ -7,6 +7,7 @@ import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 
 from ms_diffusion import kernels
+from ms_diffusion.models.layers import Dropout, Masks
 from ms_diffusion.training.config import override
 from ms_diffusion.training.pack import Pack
 from ms_diffusion.training.presets import PRESETS
@@ -149,3 +150,41 @@ def test_the_autoencoder_and_its_discriminator_take_nothing_from_a_bad_batch(nor
         changed = {key for key, value in all_parameters(task).items() if (value != before[key]).any()}
         assert any("running_mean" in key for key in changed) == (norm == "batch")
         assert any("discriminator" in key and key.endswith("main.0.weight") for key in changed)
+
+
+# Dropout's masks, which the host draws
+
+
+class Dropped(nn.Cell):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = Dropout(0.25, 3, 0), Dropout(0.5, 2, 1)
+
+
+def masks_of(batch_size, step, rank=0, seed=0):
+    net = Dropped()
+    masks = Masks(net, batch_size, (8, 6))
+    masks.draw(seed, step, rank)
+    return [masks(cell.index).asnumpy() for cell in (net.first, net.second)]
+
+
+def test_masks_depend_on_seed_row_and_step_alone():
+    first, second = masks_of(40, 3)
+    assert first.shape == (40, 3, 8, 6) and second.shape == (40, 2, 4, 3)
+    for mask, p in ((first, 0.25), (second, 0.5)):
+        assert set(np.unique(mask)) == {np.float32(0), np.float32(1) / np.float32(1 - p)}
+        assert abs(mask.mean() - 1) < 5 * np.sqrt(p / (1 - p) / mask.size)
+        rows = mask.reshape(len(mask), -1)
+        assert abs(np.mean((rows[1:] - 1) * (rows[:-1] - 1))) < 5 * p / (1 - p) / np.sqrt(rows.size)
+    for rank in range(4):
+        for mine, whole in zip(masks_of(10, 3, rank), (first, second), strict=True):
+            np.testing.assert_array_equal(mine, whole[10 * rank : 10 * rank + 10])
+    assert (masks_of(40, 4)[0] != first).any() and (masks_of(40, 3, seed=1)[0] != first).any()
+
+
+def test_without_dropout_nothing_is_drawn_or_multiplied():
+    net = Dropout(0.0, 3, 0).set_train()
+    masks = Masks(net, 2, (8, 6))
+    masks.draw(0, 0)
+    x = Tensor(np.ones((2, 3, 8, 6), np.float32))
+    assert masks.layers == () and net(x) is x
