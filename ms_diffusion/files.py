@@ -54,9 +54,12 @@ def write(path: str | os.PathLike, save: Callable[[BinaryIO], object]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        sync_folder(path.parent)
+    except OSError as e:
+        e.filename, e.filename2 = str(path), None  # the temporary name says nothing to a user
+        raise
     finally:
         temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
 
 
 def write_json(path: str | os.PathLike, record: Any) -> None:
@@ -107,6 +110,9 @@ def check_output(*paths: str | os.PathLike | None) -> None:
         temporary = temporary_path(path)
         try:
             create(temporary).close()
+        except OSError as e:
+            e.filename = str(path)
+            raise
         finally:
             temporary.unlink(missing_ok=True)
 
