@@ -120,10 +120,9 @@ def _wait_for_end(descriptor: int, path: Path, folder: Path, has_locks: bool) ->
         return
     if not record or _now(path) - os.fstat(descriptor).st_mtime > LOST:
         return
-    for _ in range(int(LOST / 0.2)):
-        if not _is_same(descriptor, path):
-            return
-        if _read(descriptor).get("count") != record.get("count"):
+    end = time.monotonic() + LOST
+    while time.monotonic() < end and _is_same(descriptor, path):
+        if _read(descriptor).get("count") != record["count"]:
             raise _held(folder, descriptor)
         time.sleep(0.2)
 
