@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -133,21 +134,29 @@ def test_a_writer_on_another_machine(tmp_path, quick, has_locks, request):
         assert time.monotonic() - begin < (0.4 if has_locks else 1.4)
 
 
-@pytest.mark.parametrize("how", ["written", "replaced", "removed"])
+@pytest.mark.parametrize("how", ["written", "replaced"])
 def test_a_writer_that_was_taken_over_notices(tmp_path, quick, how):
     path = tmp_path / ".lock"
     with sole_writer(tmp_path) as check:
         check()
         time.sleep(0.2)
         check()
-        if how != "written":
+        if how == "replaced":
             path.unlink()
-        if how != "removed":
-            path.write_bytes(record(token="other"))
+        path.write_bytes(record(token="other"))
         time.sleep(0.2)
         with pytest.raises(UserError, match="taken over"):
             check()
-    assert path.exists() == (how != "removed")  # it is the other's
+    assert path.exists()  # it is the other's
+
+
+def test_a_folder_that_was_removed_is_made_again(tmp_path):
+    with sole_writer(tmp_path / "run") as check:
+        shutil.rmtree(tmp_path / "run")
+        check()
+        assert os.listdir(tmp_path / "run") == [".lock"]
+        with pytest.raises(UserError), sole_writer(tmp_path / "run"):
+            pass
 
 
 def test_a_link_is_not_followed(tmp_path):

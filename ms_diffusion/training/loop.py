@@ -303,7 +303,10 @@ class Metrics:
         self.path = path
         rows = parse_rows(path.read_bytes()) if path.exists() else []
         self.rows = [row for row in rows if row["step"] <= start]
-        write(path, lambda f: f.write("".join(json.dumps(row) + "\n" for row in self.rows).encode()))
+        self.write()
+
+    def write(self) -> None:
+        write(self.path, lambda f: f.write("".join(json.dumps(row) + "\n" for row in self.rows).encode()))
 
     def append(self, **row: float) -> None:
         self.rows.append(row)
@@ -311,7 +314,9 @@ class Metrics:
             f.write(json.dumps(row) + "\n")
 
     def sync(self) -> None:
-        """Wait until all lines are on the disk."""
+        """Wait until all lines are on the disk. If the file was removed, it is written again."""
+        if not self.path.exists():
+            self.write()
         with open(self.path, "rb") as f:
             os.fsync(f.fileno())
 
