@@ -25,8 +25,8 @@ NAME = ".lock"
 def sole_writer(folder: Path) -> Iterator[Callable[[], None]]:
     """Let this process alone write to a folder, which is made if it does not exist.
 
-    Call the function that is returned before writing: it raises UserError if another process has taken the folder over, after
-    this one was suspended or cut off from the disk, and makes the folder again if it was removed.
+    Call the function that is returned before writing: it raises UserError if another process has taken the folder over,
+    after this one was suspended or cut off from the disk, and makes the folder again if it was removed.
 
     The file `.lock` names the writer, and the writer holds a lock (flock) on it, which the system frees when a process ends,
     however it ends. Some network disks have no locks, or none that other machines see. So the writer also counts up in the

@@ -3,6 +3,7 @@
 import os
 import pty
 import sys
+import termios
 
 from ms_diffusion import progress
 from ms_diffusion.progress import ProgressBar
@@ -30,10 +31,13 @@ def test_a_log_file_gets_few_lines(capsys, monkeypatch):
 
 def test_a_terminal_gets_a_bar(monkeypatch):
     reader, writer = pty.openpty()
+    termios.tcsetwinsize(writer, (24, 80))
     with os.fdopen(writer, "w") as terminal:
         monkeypatch.setattr(sys, "stderr", terminal)
         work(3)
         terminal.flush()
-        text = os.read(reader, 4096).decode()
+        text = ""
+        while "\n" not in text:  # a terminal gives what it has by pieces
+            text += os.read(reader, 4096).decode(errors="replace")
     os.close(reader)
     assert "\r" in text and "3/3" in text and "█" in text
