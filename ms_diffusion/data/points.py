@@ -1,7 +1,6 @@
 """Points in the plane: seven toy distributions, files of points, and their normalization for a network."""
 
 import os
-import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..files import load_npy, load_npz
 from ..randomness import Stream
 from ..runtime import UserError
 
@@ -101,12 +101,12 @@ def load_points(name: str, path: str | np.ndarray | None, num: int, seed: int) -
 def read_saved_points(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """The training and test points that a run has saved in its points.npz; UserError if it is missing or corrupt."""
     try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
-            train, test = arrays["train"], arrays["test"]
-        if train.shape[1:] != (2,) or test.shape[1:] != (2,):
+        arrays = load_npz(path, ("train", "test"))
+        train, test = arrays["train"], arrays["test"]
+        if not all(a.dtype == np.float32 and a.shape[1:] == (2,) and np.isfinite(a).all() for a in (train, test)):
             raise ValueError("the arrays are not points")
         return train, test
-    except Exception as e:  # a corrupt archive raises many kinds of exceptions
+    except (OSError, ValueError, KeyError) as e:
         raise UserError(f"{path} cannot be read: delete it, and run the training command again, which writes it") from e
 
 
@@ -158,15 +158,10 @@ def _only_file(folder: Path) -> Path:
 
 
 def _read_npy(path: Path) -> np.ndarray:
-    with path.open("rb") as file:
-        try:
-            points = np.load(file, allow_pickle=False)
-            if not isinstance(points, np.ndarray):
-                raise ValueError("it is an archive of arrays, an .npz file")
-        except Exception as e:  # a corrupt header raises many kinds of exceptions
-            problem = textwrap.shorten(str(e), 100)  # one line
-            raise UserError(f"--data.dir {path}: not a valid .npy file ({problem}); save the points again by np.save") from e
-    return points
+    try:
+        return load_npy(path)
+    except ValueError as e:
+        raise UserError(f"--data.dir {path}: not a valid .npy file ({e}); save the points again by np.save") from e
 
 
 def _read_csv(path: Path) -> np.ndarray:
