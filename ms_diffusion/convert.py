@@ -5,7 +5,6 @@ names: ``load_pretrained`` handles both.
 """
 
 import itertools
-import textwrap
 import warnings
 import zipfile
 from collections.abc import Iterable, Mapping
@@ -20,7 +19,7 @@ import safetensors.numpy
 import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 
-from .files import check_memory, open_file, read_bytes, write
+from .files import check_memory, open_file, read_bytes, shown, write
 from .runtime import UserError
 
 Arrays = Mapping[str, np.ndarray]
@@ -159,11 +158,6 @@ def listed(names_of_kinds: Mapping[str, list[str]]) -> str:
     return "; ".join(
         f"{kind}: {', '.join(map(shown, names[:4]))}{more[kind]}" for kind, names in names_of_kinds.items() if names
     )
-
-
-def shown(name: str) -> str:
-    """A name in a file, which may be anything, for a line of text."""
-    return textwrap.shorten(name, 100, placeholder="...") if name.isprintable() else ascii(name)[:100]
 
 
 # Names in latent diffusion

@@ -229,6 +229,12 @@ def check_memory(needed: int, what: Any) -> None:
         raise UserError(f"{what} needs {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free")
 
 
+def shown(name: Any) -> str:
+    """A path, or a name in a file, for a line of text: both may hold anything, such as line breaks."""
+    text = str(name)
+    return text if text.isprintable() and len(text) < 1000 else ascii(text)[:1000]
+
+
 def load_npy(source: Source) -> np.ndarray:
     """The array in an .npy file. Its type, shape and size are checked before memory is taken, and nothing is unpickled.
 

@@ -1,6 +1,7 @@
 """Points in the plane: seven toy distributions, files of points, and their normalization for a network."""
 
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..files import load_npy, load_npz
+from ..files import check_memory, load_npy, load_npz, read_bytes, shown
 from ..randomness import Stream
 from ..runtime import UserError
 
@@ -166,8 +167,10 @@ def _read_npy(path: Path) -> np.ndarray:
 
 def _read_csv(path: Path) -> np.ndarray:
     where = f"--data.dir {path}"
+    content = read_bytes(path)
+    check_memory(64 * len(content), path)  # lines of a few characters become objects of Python
     try:
-        lines = [(i, line) for i, line in enumerate(path.read_text("utf-8-sig").splitlines(), 1) if line.strip()]
+        lines = [(i, line) for i, line in enumerate(content.decode("utf-8-sig").splitlines(), 1) if line.strip()]
     except UnicodeDecodeError as e:
         raise UserError(f"{where}: not a text file in UTF-8; save it as CSV in UTF-8") from e
     # If there are semicolons, a comma may be the decimal separator, and is then refused as part of a number
@@ -180,12 +183,13 @@ def _read_csv(path: Path) -> np.ndarray:
     parse = partial(np.loadtxt, delimiter=separator, comments=None, ndmin=2)
     try:
         return parse([line for _, line in lines])
-    except ValueError:
-        for number, line in lines:  # NumPy does not name the line of the file
+    except ValueError as e:
+        row = re.search(r" at row (\d+)", str(e))  # NumPy counts from 0 or 1, and without empty lines
+        for number, line in lines[max(int(row[1]) - 1, 0) if row else 0 :]:
             try:
                 parse([lines[0][1], line])
             except ValueError as e:
-                problem = str(e).split(" at row ")[0][:100]
+                problem = shown(str(e).split(" at row ")[0])[:100]
                 raise UserError(f"{where}: line {number}: {problem}; write one point a line, such as 0.5,1.5") from e
         raise
 
