@@ -23,7 +23,7 @@ from typing import Any, BinaryIO, TypeVar
 import numpy as np
 
 from .progress import ProgressBar
-from .runtime import UserError, alone, available_memory, broadcast, gather, ranks
+from .runtime import UserError, alone, available_memory, broadcast, check_interrupted, gather, ranks
 
 T = TypeVar("T")
 DAY = 86400.0  # seconds after which a temporary file of another machine is of no live process: it is written in one go
@@ -292,6 +292,7 @@ def in_batches(
     with alone():
         batches = range(rank * share, (rank + 1) * share, size)
         for first in ProgressBar(batches, unit="batch", desc=name, disable=name is None or rank > 0):
+            check_interrupted()
             found.append(fn(rows[np.minimum(np.arange(first, first + size), len(rows) - 1)]))
     parts = (gather(np.concatenate(part)) for part in zip(*found, strict=True))
     return [part.reshape(-1, *part.shape[2:])[: len(rows)] for part in parts]
