@@ -29,7 +29,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from .progress import ProgressBar
-from .runtime import UserError, alone, available_memory, broadcast, gather, ranks
+from .runtime import UserError, alone, available_memory, broadcast, check_interrupted, gather, ranks
 
 Arrays = dict[str, np.ndarray]
 Shapes = Mapping[str, Sequence[int]]
@@ -469,6 +469,7 @@ def in_batches(
     with alone():
         batches = range(rank * share, (rank + 1) * share, size)
         for first in ProgressBar(batches, unit="batch", desc=name, disable=name is None or rank > 0):
+            check_interrupted()
             found.append(fn(rows[np.minimum(np.arange(first, first + size), len(rows) - 1)]))
     parts = (gather(np.concatenate(part)) for part in zip(*found, strict=True))
     return [part.reshape(-1, *part.shape[2:])[: len(rows)] for part in parts]
