@@ -4,8 +4,8 @@ import gzip
 import hashlib
 import os
 import socket
-import tempfile
 import struct
+import tempfile
 import threading
 import tracemalloc
 import zlib
