@@ -13,14 +13,16 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
+from ms_diffusion import runtime  # noqa: E402
+
+LAST = 10  # before what follows, which imports MindSpore
+
 from runs import PIXELS, UNET  # noqa: E402
 
-from ms_diffusion import runtime  # noqa: E402
 from ms_diffusion.training.config import override  # noqa: E402
 from ms_diffusion.training.loop import train_task  # noqa: E402
 from ms_diffusion.training.presets import PRESETS  # noqa: E402
 
-LAST = 10
 SMALL = {"total_steps": LAST, "batch_size": 4, "warmup_steps": 2, "log_every": 3, "save_every": 4, "sample_every": 4}
 SMALL |= {"sample_num": 4, "keep_checkpoints": 2}
 IMAGES = {**SMALL, "sample_steps": 2}

@@ -2,12 +2,15 @@
 
 import numpy as np
 import pytest
+from runs import PIXELS
 
 import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 
 from ms_diffusion import kernels
+from ms_diffusion.data.batches import check_values, fingerprint
 from ms_diffusion.models.layers import Dropout, Masks
+from ms_diffusion.runtime import UserError
 from ms_diffusion.training.config import override
 from ms_diffusion.training.pack import Pack
 from ms_diffusion.training.presets import PRESETS
@@ -188,3 +191,55 @@ def test_without_dropout_nothing_is_drawn_or_multiplied():
     masks.draw(0, 0)
     x = Tensor(np.ones((2, 3, 8, 6), np.float32))
     assert masks.layers == () and net(x) is x
+
+
+# Data are looked at once
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (np.float32([[1, 2], [3, np.nan], [np.inf, 2]]), ["2 of 3 points", "number 1"]),
+        (np.full((4, 2), 3, np.float32), ["all values of the points are 3.0"]),
+        (np.full((4, 8, 8, 1), 7, np.uint8), ["all values of the points are 7"]),
+    ],
+)
+def test_data_that_teach_nothing_are_refused(data, words):
+    with pytest.raises(UserError) as error:
+        check_values(data, "points")
+    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
+
+
+def test_data_that_look_wrong_are_noted(capsys):
+    pictures = np.zeros((2, 8, 8, 1), np.uint8)
+    pictures[0, 0] = 1
+    check_values(pictures, "images")
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    check_values(pictures * 255, "images")
+    check_values(np.float32([[0, 1]]), "points")
+    assert not capsys.readouterr().err
+
+
+def test_a_fingerprint_is_of_values_types_shapes_and_labels():
+    data, labels = np.arange(12, dtype=np.float32).reshape(6, 2), np.arange(6, dtype=np.int32)
+    known = fingerprint(data, labels)
+    assert known == fingerprint(np.asfortranarray(data), labels.copy())
+    for other in ((data + 1, labels), (data.reshape(3, 4), labels), (data[:5], labels[:5]), (data, labels[::-1])):
+        assert fingerprint(*other) != known
+
+
+def test_other_data_than_before_are_noted_at_a_resume(tmp_path, capsys):
+    def start(num):
+        pictures = np.random.default_rng(0).integers(0, 256, (num, 28, 28, 1), np.uint8)
+        task = override(PIXELS, batch_size=2).task((pictures, np.zeros(num, np.int32)))
+        task.start(tmp_path)
+        return task
+
+    task = start(9)
+    assert not capsys.readouterr().err
+    task.checkpoint.save(3, **task.checkpoint_record())
+    start(9)
+    assert not capsys.readouterr().err
+    start(8)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert all(word in line for word in ("step 3", "9 images", "8 now"))

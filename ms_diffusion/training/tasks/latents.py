@@ -10,6 +10,7 @@ import numpy as np
 
 from mindspore import Tensor
 
+from ...data.batches import check_values
 from ...data.captions import CAPTIONS, LENGTH, NAMES, WORDS, draw_captions, plain_captions, tokens
 from ...fields import AT_LEAST_1, POSITIVE
 from ...files import share_files, write
@@ -91,6 +92,7 @@ class LatentTask(ImageTask):
         if self.rank:
             self.first_stage = load_first_stage(saved, config.first_stage_patch)
         self.data = self.first_stage.cached_moments(self.originals, config.data.dir)
+        check_values(self.data, f"latents of the first stage {config.first_stage or saved}")
         if state and "latent_scale" not in state:
             which = f"the checkpoint of step {self.start_step} in {self.run_dir}"
             raise UserError(f"{which} has no latent_scale: remove it, or use another --run-dir")
@@ -102,7 +104,7 @@ class LatentTask(ImageTask):
             save_reconstructions(path, self.first_stage, self.originals[: config.train.sample_num])
 
     def checkpoint_record(self) -> dict[str, Any]:
-        return {"latent_scale": self.first_stage.scale}
+        return {"latent_scale": self.first_stage.scale} | super().checkpoint_record()
 
     def make_x_start(self) -> Any:
         scale = self.first_stage.scale
