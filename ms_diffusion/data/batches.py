@@ -104,9 +104,7 @@ def check_values(data: np.ndarray, noun: str) -> None:
     if data.size and data.min() == data.max():
         raise UserError(f"all values of the {noun} are {data.flat[0]}, so there is nothing to learn: look at the data")
     if data.dtype == np.uint8 and data.max() <= 1:
-        print(
-            f"note: the {noun} hold only 0 and 1, and 255 is white: multiply them by 255 if 1 is meant so", file=sys.stderr
-        )
+        print(f"note: the {noun} hold only 0 and 1, where 255 is white: multiply them by 255 if 1 means so", file=sys.stderr)
 
 
 def fingerprint(data: np.ndarray, labels: np.ndarray) -> str:

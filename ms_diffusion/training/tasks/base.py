@@ -117,8 +117,8 @@ class Task:
         if self.rank == 0 and known and known != self.fingerprint:
             then, now = self.state.get("data_num"), len(self.data)
             print(
-                f"note: the training data have changed since step {self.start_step}: {then} {self.noun} then, {now} now, and "
-                "not the same ones; training goes on with those of now",
+                f"note: the training data are not those of step {self.start_step}: {then} {self.noun} then, {now} now; "
+                "training goes on with those of now",
                 file=sys.stderr,
             )
 
