@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from .runtime import UserError
 
 T = TypeVar("T")
+MOST_VALUES = 100  # of one field
 LARGEST = 2**63 - 1  # of whole numbers, on the device and in NumPy
 
 
@@ -42,6 +43,7 @@ POSITIVE = Bounds(0, low_open=True)
 NON_NEGATIVE = Bounds(0)
 AT_LEAST_1 = Bounds(1)
 FRACTION = Bounds(0, 1)
+DEPTH = Bounds(1, 1000)  # of a network, in layers of a kind
 
 
 class NotEmpty:
@@ -103,6 +105,8 @@ def find_problem(value: Any, hint: Any) -> str | None:
     if origin is tuple:
         if not isinstance(value, tuple):
             return "give several values"
+        if len(value) > MOST_VALUES:
+            return f"give at most {MOST_VALUES} values"
         items = args[:1] * len(value) if args[-1] is ... else args
         if len(items) != len(value):
             return f"give {len(items)} values"

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 
-from ..fields import AT_LEAST_1, NOT_EMPTY, Bounds, check_fields
+from ..fields import AT_LEAST_1, DEPTH, NOT_EMPTY, Bounds, check_fields
 from .attention import attend, matmul, matmul_t, split_heads
 from .layers import GroupNorm, Identity, UpsampleNearest, chunk, conv2d, name_and_initialise, norm_conv
 
@@ -138,7 +138,7 @@ class AutoencoderConfig:
     """Base width: channels after the encoder's first convolution."""
     ch_mult: Annotated[tuple[Annotated[int, AT_LEAST_1], ...], NOT_EMPTY] = (1, 2, 4, 4)
     """Width of each level as a multiple of ch; H and W halve between levels."""
-    num_res_blocks: Annotated[int, AT_LEAST_1] = 2
+    num_res_blocks: Annotated[int, DEPTH] = 2
     """ResnetBlocks per level of the encoder; the decoder has one more per level."""
     attn_resolutions: tuple[Annotated[int, AT_LEAST_1], ...] = ()
     """Resolutions H = W at which attention follows every ResnetBlock; the middle always has attention."""
