@@ -134,7 +134,7 @@ class Downsample(nn.Cell):
 class AutoencoderConfig:
     """Configuration of an AutoencoderKL; the defaults are Stable Diffusion's."""
 
-    ch: Annotated[int, AT_LEAST_1] = 128
+    ch: Annotated[int, Bounds(1, 2**20)] = 128
     """Base width: channels after the encoder's first convolution."""
     ch_mult: Annotated[tuple[Annotated[int, AT_LEAST_1], ...], NOT_EMPTY] = (1, 2, 4, 4)
     """Width of each level as a multiple of ch; H and W halve between levels."""
