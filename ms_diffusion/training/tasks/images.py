@@ -112,8 +112,12 @@ class ImageTask(Images, DiffusionTask):
     # Training
 
     def check_data(self) -> None:
-        if self.num_classes is not None and self.labels.max() >= self.num_classes:
-            highest = self.labels.max()
+        if self.num_classes is None:
+            return
+        lowest, highest = self.labels.min(), self.labels.max()
+        if lowest < 0:
+            raise UserError(f"the data has labels down to {lowest}: number the classes from 0")
+        if highest >= self.num_classes:
             raise UserError(f"the data has labels up to {highest}: set --model.num-classes {highest + 1}")
 
     def prepare(self) -> None:
