@@ -600,7 +600,7 @@ def test_archives_that_would_unpack_to_more_than_there_is_are_refused(tmp_path):
     tar("huge.tgz", gzip.open, huge, bytes(10**7))
     extended = tarfile.TarInfo("x")
     extended.type, extended.size = tarfile.XHDTYPE, 10**8
-    tar("extended.tar.xz", lzma.open, extended, bytes(10**7))
+    tar("extended.tar.xz", lzma.open, extended, bytes(3 * 10**7))
     for name, kind in (("bzip2.zip", zipfile.ZIP_BZIP2), ("lzma.zip", zipfile.ZIP_LZMA)):
         with zipfile.ZipFile(tmp_path / name, "w", kind) as archive:
             archive.writestr("x", bytes(10**7))
@@ -618,7 +618,7 @@ def test_archives_that_would_unpack_to_more_than_there_is_are_refused(tmp_path):
         assert "\n" not in str(e.value)
     most = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert most < 5e6 and len(archives) == 6
+    assert most < 2e7 and len(archives) == 6
     assert sum(path.stat().st_size for path in (tmp_path / "cache").rglob("*")) < 1e6
 
 
