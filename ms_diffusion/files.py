@@ -3,6 +3,7 @@
 A file is written under a temporary name in its folder, synced to the disk, and renamed. The temporary name says which
 process writes it, so the next writer in that folder removes what a killed process has left (`sweep`)."""
 
+import atexit
 import contextlib
 import errno
 import fcntl
@@ -16,19 +17,22 @@ import re
 import secrets
 import shutil
 import stat
+import sys
+import tempfile
 import textwrap
 import time
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from .progress import ProgressBar
-from .runtime import UserError, alone, available_memory, broadcast, gather, ranks
+from .runtime import UserError, alone, available_memory, broadcast, check_interrupted, gather, ranks
 
-T = TypeVar("T")
+Arrays = dict[str, np.ndarray]
+Shapes = Mapping[str, Sequence[int]]
 DAY = 86400.0  # seconds after which a temporary file of another machine is of no live process: it is written in one go
 TEMPORARY = re.compile(r"\..*\.msd-(\w+)-(\d+)-(\d+)-\w+\.tmp", re.DOTALL)
 NAME_BYTES = 255  # of a file's name, on all common file systems
@@ -61,9 +65,12 @@ def write(path: str | os.PathLike, save: Callable[[BinaryIO], object]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        sync_folder(path.parent)
+    except OSError as e:
+        e.filename, e.filename2 = str(path), None  # the temporary name says nothing to a user
+        raise
     finally:
         temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
 
 
 def write_json(path: str | os.PathLike, record: Any) -> None:
@@ -114,6 +121,9 @@ def check_output(*paths: str | os.PathLike | None) -> None:
         temporary = temporary_path(path)
         try:
             create(temporary).close()
+        except OSError as e:
+            e.filename = str(path)
+            raise
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -329,29 +339,119 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+# Caches
+
+
+def private_folder(folder: str | os.PathLike) -> Path:
+    """The folder, by its path without links; it is made, with mode 0700, if it does not exist. Raises PermissionError if
+    another user but root could change what is in it, other kinds of OSError if it cannot be made."""
+    folder = Path(os.path.abspath(folder))
+    missing = [each for each in (folder, *folder.parents) if not os.path.lexists(each)]
+    _check_owners((missing or [folder / "x"])[-1].parent, above=bool(missing))
+    for each in reversed(missing):
+        each.mkdir(0o700, exist_ok=True)  # another process may make it at the same moment
+    _check_owners(folder)
+    if folder.stat().st_uid != os.geteuid():
+        raise PermissionError(errno.EACCES, "it belongs to another user", str(folder))
+    return folder.resolve()
+
+
+def _check_owners(folder: Path, above: bool = False) -> None:
+    """Raise PermissionError if others can change what a folder holds or where its path leads to: they own a part of the path
+    or may write to one. With `above` it may be one like /tmp, where all may write but none may change what is another's."""
+    trusted = {0, os.geteuid(), os.stat("/").st_uid}  # root may have another number in a container
+    for part in (folder, *folder.parents):
+        found = part.lstat()
+        if stat.S_ISLNK(found.st_mode):
+            _check_owners(part.parent / part.readlink(), above or part != folder)
+        elif found.st_mode & 0o022 and not (found.st_mode & stat.S_ISVTX and (above or part != folder)):
+            raise PermissionError(errno.EACCES, "other users can write to it (chmod go-w mends that)", str(part))
+        if found.st_uid not in trusted:
+            raise PermissionError(errno.EACCES, "it belongs to another user", str(part))
+
+
+def user_cache() -> Path:
+    """The folder ms_diffusion in the user's cache ($XDG_CACHE_HOME or ~/.cache), which is a `private_folder`. Raises OSError
+    if it cannot be."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if cache.startswith("~"):
+        raise FileNotFoundError(errno.ENOENT, "this user has no home folder", cache)
+    return private_folder(Path(cache) / "ms_diffusion")
+
+
+@functools.cache
+def process_folder(reason: str) -> Path:
+    """A private folder among the system's temporary files, which is removed when this process ends. A line on stderr says
+    the `reason` why it replaces the user's cache. Raises OSError if it cannot be made."""
+    place, process = Path(tempfile.gettempdir()), os.getpid()
+    sweep(place)  # a process that is killed leaves its folder
+    folder = private_folder(temporary_path(place / "ms_diffusion"))
+    atexit.register(lambda: os.getpid() == process and shutil.rmtree(folder, ignore_errors=True))  # not in a fork
+    print(f"note: caches end with this process: {reason}; set XDG_CACHE_HOME to a folder of your own", file=sys.stderr)
+    return folder
+
+
 def cache_folder(folder: str | os.PathLike | None = None) -> Path:
-    """`folder` if it exists and can be written to, else ms_diffusion in the user's cache ($XDG_CACHE_HOME or ~/.cache)."""
+    """`folder` if it exists and can be written to, else `user_cache`, or a `process_folder` where that is impossible. If all
+    three are, the path is one where nothing can be written."""
     if folder and os.access(folder, os.W_OK | os.X_OK):
         return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ms_diffusion"
+    try:
+        found = user_cache()
+        if os.access(found, os.W_OK | os.X_OK):
+            return found
+        reason = f"{str(found)!r} cannot be written to"
+    except OSError as e:
+        reason = str(e)
+    try:
+        return process_folder(reason)
+    except OSError:
+        return Path(os.devnull, "ms_diffusion")
 
 
-def load_or_compute(
-    path: str | os.PathLike, load: Callable[[BinaryIO], T], compute: Callable[[], T], save: Callable[[BinaryIO, T], object]
-) -> T:
-    """load(file) of a cache file; if it is missing or corrupt, compute(), whose result save(file, result) writes to `path`.
-    If the file cannot be written, the result is returned all the same. Several ranks compute together if one of them has no
-    file, and rank 0 writes it."""
-    found, (rank, _) = [], ranks()
-    with contextlib.suppress(Exception), open(path, "rb") as file:  # a corrupt file raises many kinds of exceptions
-        found.append(load(file))
-    if gather(np.array([len(found)], np.int32)).all():
-        return found[0]
-    result = compute()
+def load_or_compute(path: str | os.PathLike, key: str, shapes: Shapes, compute: Callable[[], Arrays]) -> Arrays:
+    """The float32 arrays that compute() returns, from a cache file if it has those of this key.
+
+    Args:
+        path: the file. If it is missing, damaged, or another's, compute() is called, and its result written. If it cannot be
+            written, the result is returned all the same.
+        key: SHA-256, in hexadecimal, of all that the result depends on.
+        shapes: name -> shape of each array.
+
+    Several ranks compute together if one of them has no such file, and rank 0 writes it.
+    """
+    found, (rank, _) = None, ranks()
+    with contextlib.suppress(OSError):
+        found = _read_arrays(path, key, shapes)
+    if gather(np.array([found is not None], np.int32)).all() and found:
+        return found
+    result = {name: np.ascontiguousarray(array, np.float32) for name, array in compute().items()}
+    assert {name: array.shape for name, array in result.items()} == {name: tuple(shape) for name, shape in shapes.items()}
     if rank == 0:
         with contextlib.suppress(OSError):  # on a full or read-only disk the next call computes again
-            write(path, lambda file: save(file, result))
+            write(path, lambda file: file.writelines([_header(key, result), *(result[name].data for name in shapes)]))
     return result
+
+
+def _header(key: str, arrays: Arrays) -> bytes:
+    """What a cache file begins with: the key, and the SHA-256 of the arrays that follow."""
+    digest = hashlib.sha256()
+    for array in arrays.values():
+        digest.update(array.data)
+    return f"{key} {digest.hexdigest()}\n".encode()
+
+
+def _read_arrays(path: str | os.PathLike, key: str, shapes: Shapes) -> Arrays | None:
+    """The arrays in a cache file; None if it is not intact or not of this key and these shapes. Raises OSError."""
+    with open_file(path) as file:
+        begin = file.readline(200)
+        size = sum(4 * math.prod(shape) for shape in shapes.values())
+        if not begin.startswith(key.encode()) or os.fstat(file.fileno()).st_size != len(begin) + size:
+            return None
+        arrays = {name: np.empty(shape, np.float32) for name, shape in shapes.items()}
+        for array in arrays.values():
+            file.readinto(array.reshape(-1).view(np.uint8))  # type: ignore[attr-defined]
+        return arrays if _header(key, arrays) == begin else None
 
 
 def in_batches(
@@ -369,6 +469,7 @@ def in_batches(
     with alone():
         batches = range(rank * share, (rank + 1) * share, size)
         for first in ProgressBar(batches, unit="batch", desc=name, disable=name is None or rank > 0):
+            check_interrupted()
             found.append(fn(rows[np.minimum(np.arange(first, first + size), len(rows) - 1)]))
     parts = (gather(np.concatenate(part)) for part in zip(*found, strict=True))
     return [part.reshape(-1, *part.shape[2:])[: len(rows)] for part in parts]

@@ -5,6 +5,7 @@ import hashlib
 import os
 import socket
 import struct
+import tempfile
 import threading
 import tracemalloc
 import zlib
@@ -186,6 +187,10 @@ def server(places, monkeypatch):
             content = httpd.files.get(self.path[1:])
             if content is None:
                 return self.send_error(404)
+            if content.startswith(b"file:"):
+                self.send_response(302)
+                self.send_header("Location", content.decode())
+                return self.end_headers()
             self.send_response(200)
             self.send_header("Content-Length", len(content))
             self.end_headers()
@@ -200,6 +205,7 @@ def server(places, monkeypatch):
     monkeypatch.setattr(fashion_mnist, "URL", f"http://127.0.0.1:{httpd.server_port}/")
     md5 = {name: hashlib.md5(content).hexdigest() for name, content in httpd.files.items()}
     monkeypatch.setattr(fashion_mnist, "MD5", md5)
+    monkeypatch.setattr(fashion_mnist, "SIZES", {name: len(content) for name, content in httpd.files.items()})
     thread = threading.Thread(target=httpd.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     yield httpd
@@ -226,22 +232,37 @@ def test_download_goes_where_one_can_write(server, places, monkeypatch):
     load_fashion_mnist("train")
     assert (places["cache"] / "ms_diffusion" / "fashion-mnist" / FIRST).exists()
     monkeypatch.setenv("XDG_CACHE_HOME", str(places["env"] / FIRST))
+    monkeypatch.setattr(tempfile, "tempdir", str(places["env"] / FIRST))
     with pytest.raises(UserError, match="cannot write to"):
         load_fashion_mnist("train")
 
 
-@pytest.mark.parametrize("damage", ["short", "changed"])
+@pytest.mark.parametrize("damage", ["short", "changed", "longer"])
 def test_bad_downloads_are_not_kept(server, places, damage):
     whole = dict(server.files)
     if damage == "short":
         server.cut = 30
     else:
-        server.files[FIRST] = whole[FIRST][:-1] + b"?"
+        server.files[FIRST] = whole[FIRST][:-1] + {"changed": b"?", "longer": bytes(1 << 25)}[damage]
     with pytest.raises(UserError, match=f"{FIRST}.*MD5") as raised:
         load_fashion_mnist("train")
     assert "\n" not in str(raised.value) and list(places["env"].iterdir()) == []
     server.cut, server.files = None, whole
     load_fashion_mnist("train")
+
+
+def test_a_download_ends_in_time_and_is_not_sent_elsewhere(server, places, monkeypatch):
+    """A server may not send the program to a file of this machine."""
+    official = server.files[FIRST]
+    (places["user"] / "x").write_bytes(official)
+    server.files[FIRST] = (places["user"] / "x").as_uri().encode()
+    with pytest.raises(UserError, match="cannot be reached"):
+        load_fashion_mnist("train")
+    server.files[FIRST] = official
+    monkeypatch.setattr(fashion_mnist, "MOST_SECONDS", -1)
+    with pytest.raises(UserError, match="cannot be reached"):
+        load_fashion_mnist("train")
+    assert list(places["env"].iterdir()) == []
 
 
 @pytest.mark.parametrize("reason", ["no server", "no file"])

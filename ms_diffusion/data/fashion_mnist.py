@@ -6,12 +6,11 @@ Other data sets in the same four IDX files (MNIST, KMNIST, ...) load in the same
 import contextlib
 import gzip
 import hashlib
-import io
 import math
 import os
-import shutil
 import subprocess
 import sys
+import time
 import zlib
 from http.client import HTTPException
 from pathlib import Path
@@ -36,9 +35,10 @@ MD5 = {
     "t10k-images-idx3-ubyte.gz": "bef4ecab320f06d8554ea6380940ec79",
     "t10k-labels-idx1-ubyte.gz": "bb300cfdad3c16e7a12a480ee83cd310",
 }
+SIZES = dict(zip(MD5, (26421880, 29515, 4422102, 5148), strict=True))  # bytes
 URL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
 BELOW = ("", "fashion-mnist", "FashionMNIST/raw")  # subfolders where the files may be
-TIMEOUT = 30  # seconds without a byte
+TIMEOUT, MOST_SECONDS = 30, 3600  # without a byte; for a file
 DIMENSIONS = 4  # of an IDX file's array, at most
 DEFLATED = 1032  # bytes, at most, that a byte of a gzip file stands for
 MINI = Path(__file__).parent / "fashion-mnist-mini"
@@ -141,8 +141,9 @@ def _check_split(split: str) -> None:
 
 def _debian_folders() -> list[Path]:
     try:
-        listing = subprocess.run(["dpkg", "-L", "dataset-fashion-mnist"], capture_output=True, text=True).stdout
-    except OSError:  # dpkg is not installed
+        done = subprocess.run(["dpkg", "-L", "dataset-fashion-mnist"], capture_output=True, timeout=30)
+        listing = os.fsdecode(done.stdout)
+    except (OSError, subprocess.TimeoutExpired):  # dpkg is not installed
         return []
     return [Path(line).parent for line in listing.splitlines() if Path(line).name.startswith(FILES["train"][0])]
 
@@ -177,10 +178,13 @@ def _first_writable(folders: list[Path]) -> Path:
 
 def _download(name: str, folder: Path) -> None:
     """Download one official file, check it, and write it to the folder."""
-    buffer = io.BytesIO()  # at most 26 MB
-    with urlopen(URL + name, timeout=TIMEOUT) as response:
-        with ProgressBar.wrapattr(response, "read", total=response.length, desc=name) as source:
-            shutil.copyfileobj(source, buffer)
-    if hashlib.md5(buffer.getvalue(), usedforsecurity=False).hexdigest() != MD5[name]:
+    data, end = bytearray(), time.monotonic() + MOST_SECONDS
+    with urlopen(URL + name, timeout=TIMEOUT) as response, ProgressBar(total=SIZES[name], desc=name) as bar:
+        while len(data) <= SIZES[name] and (part := response.read1(1 << 16)):
+            data += part
+            bar.update(len(part))
+            if time.monotonic() > end:
+                raise TimeoutError(f"no more than {len(data)} bytes in {MOST_SECONDS} s")
+    if len(data) != SIZES[name] or hashlib.md5(data, usedforsecurity=False).hexdigest() != MD5[name]:
         raise UserError(f"{URL + name}: the download is incomplete or corrupt (wrong MD5); run the same command again")
-    write(folder / name, lambda f: f.write(buffer.getvalue()))
+    write(folder / name, lambda f: f.write(data))
