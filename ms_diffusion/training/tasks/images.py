@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from ... import images
-from ...data.batches import CLASS_NAMES, DATASETS, check_images, load_images
+from ...data.batches import CLASS_NAMES, DATASETS, check_images, check_labels, load_images
 from ...data.fashion_mnist import center_crop
 from ...files import write
 from ...metrics.distances import frechet_distance, mean_and_covariance
@@ -46,8 +46,7 @@ class ImageData:
         pictures, labels = data if isinstance(data, tuple) else (data, np.zeros(len(data), np.int32))
         pictures, labels = np.asarray(pictures), np.asarray(labels)
         check_images(pictures)
-        if labels.shape != pictures.shape[:1] or labels.dtype.kind not in "iu":
-            raise UserError(f"labels must be {len(pictures)} integers, these are {labels.shape} of {labels.dtype}")
+        check_labels(labels, len(pictures))
         size, channels = pictures.shape[2:]
         data, model = replace(config.data, name="arrays", size=size), replace(config.model, channels=channels)
         return replace(config, data=data, model=model), (pictures, labels.astype(np.int32))
