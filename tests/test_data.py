@@ -3,8 +3,8 @@
 import gzip
 import hashlib
 import socket
-import tempfile
 import struct
+import tempfile
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 

@@ -1,5 +1,5 @@
-"""python supervise.py SECONDS COMMAND...: run a command and end it, with all processes that it starts, after SECONDS, or when
-the caller ends, however it ends: then its end of this program's stdin is closed."""
+"""python supervise.py SECONDS COMMAND...: run a command and end it, with all processes that it starts, after SECONDS, or
+when the caller ends, however it ends: then its end of this program's stdin is closed."""
 
 import contextlib
 import os
