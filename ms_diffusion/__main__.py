@@ -37,8 +37,7 @@ def run_command(argv: list[str]) -> int:
         raise UserError(f"unknown command {name!r}: choose one of {', '.join(COMMANDS)}")
     if name != "doctor":
         versions.check()
-    if name == "train":
-        runtime.catch_interrupts()  # must precede the import of MindSpore
+    runtime.catch_interrupts()  # must precede the import of MindSpore
     try:
         module = import_module(f".commands.{name.replace('-', '_')}", __package__)
     except ModuleNotFoundError as e:
@@ -47,7 +46,10 @@ def run_command(argv: list[str]) -> int:
         raise UserError(
             f"the package {e.name} is missing: install this package with pip, which brings all that it needs"
         ) from e
-    return module.main(argv[1:])
+    code = module.main(argv[1:])
+    if name != "train" and (lost := runtime.stdout_lost()):  # a run is there whether its log is or not
+        raise OSError(lost.errno, lost.strerror, "what the program prints")
+    return code
 
 
 if __name__ == "__main__":

@@ -19,7 +19,9 @@ import shutil
 import stat
 import sys
 import tempfile
+import textwrap
 import time
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -27,7 +29,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from .progress import ProgressBar
-from .runtime import UserError, alone, available_memory, broadcast, gather, ranks
+from .runtime import UserError, alone, available_memory, broadcast, check_interrupted, gather, ranks
 
 Arrays = dict[str, np.ndarray]
 Shapes = Mapping[str, Sequence[int]]
@@ -37,6 +39,10 @@ NAME_BYTES = 255  # of a file's name, on all common file systems
 # What file systems answer that cannot sync a folder, or do not let it be opened
 UNSYNCED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EACCES, errno.EPERM)
 JSON_BYTES = 1 << 26
+Source = str | os.PathLike | BinaryIO  # a file's path, or an open file that can seek
+NPY_HEADER = 10_000  # bytes, at most, of the header of an .npy file: NumPy's bound
+NPY_FIELDS = [rb"['\"]descr['\"]:\s*['\"]([<>|=]?[biufc]\d{1,2})['\"]", rb"['\"]fortran_order['\"]:\s*(True|False)"]
+NPY_FIELDS += [rb"['\"]shape['\"]:\s*\(([\d,\s]*)\)"]
 
 
 # Writing
@@ -59,9 +65,12 @@ def write(path: str | os.PathLike, save: Callable[[BinaryIO], object]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        sync_folder(path.parent)
+    except OSError as e:
+        e.filename, e.filename2 = str(path), None  # the temporary name says nothing to a user
+        raise
     finally:
         temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
 
 
 def write_json(path: str | os.PathLike, record: Any) -> None:
@@ -112,6 +121,9 @@ def check_output(*paths: str | os.PathLike | None) -> None:
         temporary = temporary_path(path)
         try:
             create(temporary).close()
+        except OSError as e:
+            e.filename = str(path)
+            raise
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -225,6 +237,82 @@ def check_memory(needed: int, what: Any) -> None:
     """Raise UserError if there is less memory than these bytes, which `what` needs."""
     if needed > (free := available_memory()):
         raise UserError(f"{what} needs {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free")
+
+
+def shown(name: Any) -> str:
+    """A path, or a name in a file, for a line of text: both may hold anything, such as line breaks."""
+    text = str(name)
+    return text if text.isprintable() and len(text) < 1000 else ascii(text)[:1000]
+
+
+def load_npy(source: Source) -> np.ndarray:
+    """The array in an .npy file. Its type, shape and size are checked before memory is taken, and nothing is unpickled.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is damaged, or holds anything but plain numbers.
+        UserError: there is not enough memory."""
+    with opened(source) as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        return read_array(file, size, source)
+
+
+def load_npz(source: Source, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Those of the named arrays that are in an .npz file; the others are not read. Checked and refused as by `load_npy`."""
+    with opened(source) as file:
+        try:
+            with zipfile.ZipFile(file) as archive:
+                members = {name: archive.NameToInfo.get(f"{name}.npy") for name in names}
+                return {name: read_member(archive, member, source) for name, member in members.items() if member}
+        except (OSError, ValueError, UserError):
+            raise
+        except Exception as e:  # a damaged archive raises many kinds of exceptions
+            raise ValueError(textwrap.shorten(str(e) or repr(e), 100)) from e
+
+
+def opened(source: Source) -> contextlib.AbstractContextManager[BinaryIO]:
+    return open_file(source) if isinstance(source, str | os.PathLike) else contextlib.nullcontext(source)
+
+
+def read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, what: Any) -> np.ndarray:
+    """The array in a member of an archive. Python unpacks only these two kinds piece by piece, and NumPy writes no other."""
+    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ValueError(f"{member.filename} is compressed in a way that NumPy does not use")
+    with archive.open(member) as file:
+        return read_array(file, member.file_size, what)
+
+
+def read_array(file: Any, size: int, what: Any) -> np.ndarray:
+    """The array in an open .npy file of `size` bytes."""
+    magic = file.read(8)
+    length = file.read(2 if magic[6:7] == b"\1" else 4)
+    header = file.read(min(int.from_bytes(length, "little"), NPY_HEADER))
+    if magic[:6] != b"\x93NUMPY" or magic[6:] not in (b"\1\0", b"\2\0", b"\3\0"):
+        raise ValueError("it is not an .npy file")
+    found = [re.search(field, header) for field in NPY_FIELDS]
+    if not all(found):
+        raise ValueError("its header is damaged, or it holds something else than plain numbers")
+    descr, order, dimensions = (field[1].decode() for field in found if field)
+    shape = tuple(int(each) for each in dimensions.split(",") if each.strip())
+    try:
+        dtype = np.dtype(descr)
+        expected = math.prod(shape) * dtype.itemsize
+        if expected != size - len(magic) - len(length) - len(header):
+            raise ValueError(f"its header says shape {shape} of {dtype}, which is not its size")
+        check_memory(expected, what)
+        array = np.empty(math.prod(shape), dtype)
+        array.reshape(shape)  # which may have too many axes
+    except (TypeError, OverflowError) as e:
+        raise ValueError(f"its header is damaged: {e}") from e
+    content, piece = array.view(np.uint8), 1 << 20
+    for first in range(0, len(content), piece):
+        part = content[first : first + piece]
+        if file.readinto(part) != len(part):
+            raise ValueError("it is truncated")
+    if file.read(1):  # in an archive, the end is where the checksum is looked at
+        raise ValueError("it is longer than its header says")
+    return array.reshape(shape, order="F" if order == "True" else "C")
 
 
 # Shared by ranks and processes
@@ -385,6 +473,7 @@ def in_batches(
     with alone():
         batches = range(rank * share, (rank + 1) * share, size)
         for first in ProgressBar(batches, unit="batch", desc=name, disable=name is None or rank > 0):
+            check_interrupted()
             found.append(fn(rows[np.minimum(np.arange(first, first + size), len(rows) - 1)]))
     parts = (gather(np.concatenate(part)) for part in zip(*found, strict=True))
     return [part.reshape(-1, *part.shape[2:])[: len(rows)] for part in parts]

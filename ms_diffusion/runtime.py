@@ -6,6 +6,8 @@ import errno
 import functools
 import io
 import os
+import re
+import select
 import signal
 import sys
 import threading
@@ -14,9 +16,11 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
+    import subprocess
+
     import numpy as np
 
     from mindspore import Tensor
@@ -36,7 +40,6 @@ os.environ.setdefault("GLOG_v", "4")  # MindSpore's C++ log on stderr repeats wh
 os.environ.setdefault("MS_CPU_COMM_OP_TIMEOUT", "7200")
 
 DEVICES = ("auto", "ascend", "gpu", "cpu")
-STOP = threading.Event()  # set by Ctrl-C or SIGTERM after `catch_interrupts`
 
 
 class UserError(Exception):
@@ -297,49 +300,247 @@ def barrier() -> None:
         gather(np.zeros(1, np.int32))
 
 
+# How a program ends
+
+SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+STOP = threading.Event()  # set by the first of these signals after `defer_interrupts`
+_deferred = threading.Event()
+AT_END: list[Callable[[], object]] = []  # what `end` calls
+_given_up = threading.local()
+
+
 def catch_interrupts() -> None:
-    """Let Ctrl-C and SIGTERM set STOP; a second Ctrl-C ends the process at once. Call this before ``import mindspore``.
+    """Let Ctrl-C, SIGTERM and SIGHUP end the process at once, with exit code 128 + the signal's number. After
+    `defer_interrupts` the first one sets STOP instead, and a second Ctrl-C ends the process. A signal that was ignored, such
+    as SIGHUP by nohup, still is. Call this before ``import mindspore``.
 
     Once an operator has run, SIGINT kills a MindSpore process without KeyboardInterrupt (2.7 to 2.10), and a process that
     waits for another rank runs no handler, so the signals are blocked and a thread waits for them. MindSpore sends SIGTERM
     to its own process when another rank has died; the work of this one can then not be completed."""
-    signals = {signal.SIGINT, signal.SIGTERM}
-    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    ignored = {number for number in SIGNALS if signal.getsignal(number) == signal.SIG_IGN}
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
 
     def watch():
-        interrupted = False
+        asked = False
         while True:
-            info = signal.sigwaitinfo(signals)
+            info = signal.sigwaitinfo(SIGNALS)
             if info.si_signo == signal.SIGTERM and info.si_pid == os.getpid() and several_ranks():
                 print("error: another rank has ended, so this one ends too: see its log", file=sys.stderr, flush=True)
-                os._exit(1)
-            if interrupted and info.si_signo == signal.SIGINT:
-                os._exit(130)
-            interrupted = interrupted or info.si_signo == signal.SIGINT
+                end(1)
+            if info.si_signo in ignored:
+                continue
+            if not _deferred.is_set() or (asked and info.si_signo == signal.SIGINT):
+                end(128 + info.si_signo)
             STOP.set()
+            if not asked:
+                say("stopping as soon as the run is saved; Ctrl-C ends at once, without saving")
+            asked = True
 
     threading.Thread(target=watch, daemon=True).start()
 
 
-HINTS = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), ": free some space, then run the same command again")
-HINTS |= dict.fromkeys((errno.EACCES, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR), ": choose another path")
+def defer_interrupts() -> None:
+    """Let the signals of `catch_interrupts` set STOP from now on: the program looks at it and saves its work."""
+    _deferred.set()
+
+
+def end(code: int) -> NoReturn:
+    """End the process at once, whatever its threads are doing, and with it its children and its temporary folders."""
+    kill_children()
+    for action in AT_END:
+        with contextlib.suppress(Exception):
+            action()
+    os._exit(code)
+
+
+def kill_children(process: int | str = "self") -> None:
+    for listing in Path(f"/proc/{process}/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            for child in map(int, listing.read_text().split()):
+                kill_children(child)
+                os.kill(child, signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """A new folder that only this user can read; it is removed after the block, also where `end` ends the process in it."""
+    import shutil
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        remove = functools.partial(shutil.rmtree, folder, ignore_errors=True)
+        AT_END.append(remove)
+        try:
+            yield Path(folder)
+        finally:
+            AT_END.remove(remove)
+
+
+def run_child(command: Sequence[Any], seconds: float, **options: Any) -> "subprocess.CompletedProcess[str]":
+    """Run another program: its exit code, stdout and stderr. It can be interrupted although this process blocks signals.
+    After `seconds` it is killed with all its children, and subprocess.TimeoutExpired is raised; OSError is raised if it
+    cannot be started. `options` are those of subprocess.Popen."""
+    import subprocess
+
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    before = signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    try:
+        options = pipes | {"encoding": "utf-8", "errors": "replace", "start_new_session": True} | options
+        process = subprocess.Popen(command, **options)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    with process:
+        try:
+            out, err = process.communicate(timeout=seconds)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.killpg(process.pid, signal.SIGKILL)
+            raise
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+@contextlib.contextmanager
+def given_up(when: Callable[[], bool]) -> Iterator[None]:
+    """In this context `check_interrupted`, which long computations call, raises Interrupted once when() is true."""
+    before, _given_up.when = getattr(_given_up, "when", None), when
+    try:
+        yield
+    finally:
+        _given_up.when = before
+
+
+def check_interrupted() -> None:
+    """Raise Interrupted if what this thread computes need not be finished."""
+    if (when := getattr(_given_up, "when", None)) and when():
+        raise Interrupted
+
+
+# What a program prints
+
+
+class Output(io.FileIO):
+    """stdout or stderr. Once it cannot be written to, because its reader has ended or its disk is full, the whole process
+    writes to /dev/null in its place, and `lost` says why: work of hours must not end for that."""
+
+    lost: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            while (written := super().write(data)) is None:  # it does not block, and is full
+                select.select([], [self], [])
+            return written
+        except OSError as e:
+            self.lost = e
+            open_null(self.fileno())
+            return len(data)
+
+
+def open_null(number: int) -> None:
+    """Let a descriptor be /dev/null."""
+    null = os.open(os.devnull, os.O_RDWR)
+    if null != number:
+        os.dup2(null, number)
+        os.close(null)
+    os.set_inheritable(number, True)
+
+
+def open_streams() -> None:
+    """Let the program print whatever its streams are: closed, broken, or of an encoding that lacks characters, which are
+    then written as backslash escapes. A closed descriptor becomes /dev/null, or the next file would get its number and the
+    program's messages."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            open_null(number)
+        stream = getattr(sys, name)
+        if name != "stdin" and (stream is None or stream is getattr(sys, f"__{name}__")):  # else a notebook's or a test's
+            raw, through = Output(number, "wb", closefd=False), getattr(stream, "write_through", False)
+            options = {"line_buffering": number == 2 or raw.isatty(), "write_through": through}
+            buffer: Any = raw if through else io.BufferedWriter(raw)
+            encoding = getattr(stream, "encoding", "utf-8")
+            setattr(sys, name, io.TextIOWrapper(buffer, encoding, errors="backslashreplace", **options))
+
+
+def stdout_lost() -> OSError | None:
+    """Why what was printed could not be written; None if it could, or there is nobody who reads it."""
+    with contextlib.suppress(AttributeError, ValueError):  # another kind of stream
+        sys.stdout.flush()
+        raw = getattr(sys.stdout.buffer, "raw", sys.stdout.buffer)
+        return raw.lost if raw.lost and raw.lost.errno != errno.EPIPE else None
+    return None
+
+
+def progress_bars() -> Any:
+    """The class of the progress bars, if it was imported."""
+    return getattr(sys.modules.get(f"{__package__}.progress"), "ProgressBar", None)
+
+
+def say(text: str) -> None:
+    """Print a line on stderr, above a progress bar if there is one."""
+    with contextlib.suppress(OSError):
+        if bars := progress_bars():
+            bars.write(one_line(text), file=sys.stderr)
+        else:
+            print(one_line(text), file=sys.stderr, flush=True)
+
+
+def one_line(text: str) -> str:
+    """The text with everything that a terminal would not show as it is, such as a newline in a file's name, escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
+
+
+SPACE = ": free some space, then run the same command again"
+PATH = ": choose another path"
+HINTS = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), SPACE)
+HINTS |= dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR), PATH)
+HINTS |= dict.fromkeys((errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.ENOTEMPTY, errno.EXDEV), PATH)
+HINTS |= {errno.ENOENT: ": check the path, and that nothing has removed it"}
+HINTS |= dict.fromkeys((errno.EMFILE, errno.ENFILE), ": allow more open files by ulimit -n")
+HINTS |= dict.fromkeys((errno.ENOMEM, errno.EAGAIN), ": end other programs, or raise the limits of this one (ulimit -a)")
+OTHER = ": check the disk or the network, then run the same command again"
+NO_MEMORY = re.compile(
+    r"memory (?:is not|isn't|not) enough|out of memory|bad_alloc|std::length_error|cannot allocate memory"
+    r"|alloc\w* .*\bmem\w* .*fail|(?:alloc\w*|malloc) (?:\w+ )*mem\w* failed",
+    re.IGNORECASE,
+)
+
+
+def describe(e: Exception) -> str | None:
+    """What is wrong with the input or the machine, and what to do; None for a fault of the program."""
+    if isinstance(e, UserError):
+        return str(e)
+    if isinstance(e, OSError):
+        path = e.filename2 or e.filename
+        is_named = isinstance(path, str | bytes) and e.strerror
+        return (f"{os.fsdecode(path)}: {e.strerror}" if is_named else str(e)) + HINTS.get(e.errno or 0, OTHER)
+    if isinstance(e, MemoryError) or (isinstance(e, RuntimeError) and NO_MEMORY.search(str(e))):
+        return "there is not enough memory: use smaller batches, images or networks, or end other programs"
+    if isinstance(e, UnicodeError):
+        return f"a name or a text cannot be read: {e}: write it in UTF-8"
+    return None
 
 
 def run_program(main: Callable[[list[str]], int], argv: Sequence[str]) -> int:
-    """The exit code of main(argv). Bad input and a full disk give one line and code 2, or a traceback with --debug.
+    """The exit code of main(argv). Bad input and trouble with files or memory give one line and code 2, or a traceback with
+    --debug.
 
     Several ranks end together: a launcher ends the others as soon as one has an exit code other than 0. Without a launcher
     MindSpore's scheduler does so, but not if a process signs off; one that fails therefore ends without that."""
+    open_streams()
     try:
         code = main(list(argv))
         barrier()  # until rank 0 has written and uploaded everything
         return code
+    except KeyboardInterrupt:  # while a child was started, which may be interrupted
+        end(130)
     except Exception as e:
-        hint = "" if isinstance(e, UserError) else HINTS.get(e.errno or 0) if isinstance(e, OSError) else None
-        is_known = hint is not None and "--debug" not in argv
+        text = describe(e)
+        for bar in list(getattr(progress_bars(), "_instances", ())):
+            bar.close()  # else the message would stand in its line
+        is_known = text is not None and "--debug" not in argv
         if is_known:
-            with contextlib.suppress(OSError):
-                print(f"error: {e}{hint}", file=sys.stderr, flush=True)
+            say(f"error: {text}")
         if several_ranks():
             if not is_known:
                 traceback.print_exc()

@@ -17,12 +17,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ..data import points
 from ..data.fashion_mnist import FILES
 from ..data.image_folder import EXTENSIONS
-from ..files import write
+from ..files import load_npz, write
 from ..metrics.scores import read_npz
 from ..progress import ProgressBar
 from ..runtime import UserError
@@ -110,9 +108,8 @@ def read_arrays(config: Config, path: Path) -> Any:
         samples = read_npz(path)
         return samples.images if samples.labels is None else (samples.images, samples.labels)
     try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
-            return arrays["points"]
-    except Exception as e:  # a corrupt archive raises many kinds
+        return load_npz(path, ["points"])["points"]
+    except (OSError, ValueError, KeyError) as e:
         raise UserError(f"{path} has no array `points`, or cannot be read: save it by np.savez(path, points=...)") from e
 
 

@@ -357,8 +357,9 @@ class LinearAttention(nn.Cell):
 
 
 def adam(optimizer: nn.Adam, clip_norm: float, ema=None) -> Callable:
-    """A function update(gradients) -> their norm (): it clips the norm at `clip_norm`, then takes `nn.Adam`'s step, then
-    moves the averages of `ema`.
+    """A function update(loss, gradients) -> the loss () and the gradients' norm (): it clips the norm at `clip_norm`, then
+    takes `nn.Adam`'s step, then moves the averages of `ema`. Where the loss, the norm or the learning rate is not finite,
+    it returns NaN and changes nothing.
 
     MindSpore needs ten operators for each parameter, this function one for all. The operator declares that it changes inputs
     in place: otherwise MindSpore passes it copies beside another such operator, for example a batch norm in training."""
@@ -367,17 +368,17 @@ def adam(optimizer: nn.Adam, clip_norm: float, ema=None) -> Callable:
     n = len(parameters)
     constants = [float(c) for c in (n, optimizer.beta1, optimizer.beta2, optimizer.eps, clip_norm)]
     constants = Tensor(np.array(constants, np.float32))
-    operator = Operator("adam", lambda *inputs: ())
-    written = [False] * 3 + [True] * (3 + 3 * n) + [False] * n + [True] * len(averages)
+    operator = Operator("adam", lambda *inputs: ((), ()), 2)
+    written = [False] * 4 + [True] * (3 + 3 * n) + [False] * n + [True] * len(averages)
     operator.set_signatures([make_sig(f"x{i}", sig_rw.RW_WRITE if w else sig_rw.RW_READ) for i, w in enumerate(written)])
     operator.add_prim_attr("side_effect_mem", True)
     step, schedule = optimizer.global_step, optimizer.learning_rate
     powers = (optimizer.beta1_power, optimizer.beta2_power)
 
-    def update(gradients):
+    def update(loss, gradients):
         n = ops.cast(step, ms.float32) + 1  # (1,)
         decay = ema.decay_after(n) if ema is not None else n
         lr = schedule(step).reshape(1)
-        return operator(constants, lr, decay, *powers, step, *parameters, *moments, *gradients, *averages)
+        return operator(constants, loss, lr, decay, *powers, step, *parameters, *moments, *gradients, *averages)
 
     return update

@@ -20,7 +20,17 @@ from ..files import write, write_json
 from ..images import save_loss_curve
 from ..locks import sole_writer
 from ..progress import ProgressBar
-from ..runtime import Interrupted, UserError, barrier, gather, initialise_ranks, ranks, set_device
+from ..runtime import (
+    Interrupted,
+    UserError,
+    barrier,
+    defer_interrupts,
+    gather,
+    given_up,
+    initialise_ranks,
+    ranks,
+    set_device,
+)
 from .checkpoint import best_checkpoint, read_state
 from .config import Config, override
 from .presets import PRESETS
@@ -66,13 +76,14 @@ def train(config: str | Config = "quick", run_dir: str | Path | None = None, dat
 def train_task(task: Task, run_dir: Path, device: str, stop: threading.Event,
         on_save: OnSave = None) -> tuple[int, Path | None]:  # fmt: skip
     """Train the task to its last step, or until `stop` is set on any rank, which then is set on all; returns the step and
-    the last preview, if there is one. All ranks call this. Rank 0 alone writes, and calls `on_save`. Raises UserError if
-    another process trains this run."""
+    the last preview, or None if training was stopped before it. All ranks call this. Rank 0 alone writes, and calls
+    `on_save`. Raises UserError if another process trains this run."""
     rank, world_size = initialise_ranks()
     task.config.check()
     with sole_writer(run_dir) if rank == 0 else nullcontext() as check_lock:
         check_same_run(run_dir, task.config)
         task.start(run_dir, device, rank, world_size)
+        defer_interrupts()  # until here there is nothing to save
         return Training(task, stop, check_lock, on_save).run()
 
 
@@ -87,14 +98,14 @@ class Training:
         self.task, self.train, self.run_dir, self.start = task, task.config.train, task.run_dir, task.start_step
         self.check_lock, self.on_save, state = check_lock, on_save, task.state or {}
         self.asked_to_stop = StopOfAnyRank(stop, self.start)
-        task.interrupted = stop.is_set if task.world_size == 1 else lambda: False  # ranks cannot leave one by one
+        self.may_give_up = stop.is_set if task.world_size == 1 else lambda: False  # ranks cannot leave one by one
         self.steps_per_epoch = max(len(task.data) // (self.train.batch_size * task.world_size), 1)
         self.saved, self.preview = self.start if task.state else -1, None
         self.losses = Losses(**state.get("losses", {}))
         self.metrics = Metrics(self.run_dir / "metrics.jsonl", self.start) if task.rank == 0 else None
 
     def run(self) -> tuple[int, Path | None]:
-        task, train, step = self.task, self.train, self.start
+        task, train, step, preview = self.task, self.train, self.start, None
         if step and self.metrics:
             print(f"resuming at step {step} of {train.total_steps} in {self.run_dir}")
         if self.metrics:
@@ -104,13 +115,13 @@ class Training:
         options = {"unit": "step", "disable": task.rank > 0, "dynamic_ncols": True}
         with ProgressBar(total=train.total_steps, initial=step, **options) as bar:
             bar.set_postfix_str("compiling" if step < train.total_steps else "finished")
-            with contextlib.suppress(Interrupted):
+            with contextlib.suppress(Interrupted), given_up(self.may_give_up):
                 if (task.state or {}).get("unfinished"):
                     self.finish(step, bar)
                 step, stopped = self.train_steps(step, bar)
                 if not stopped:
-                    self.preview = self.preview or task.preview(step)
-        return step, self.preview
+                    preview = self.preview or task.preview(step)
+        return step, preview
 
     def train_steps(self, step: int, bar: ProgressBar) -> tuple[int, bool]:
         """The step that was reached, and whether training was asked to stop there."""
@@ -303,7 +314,10 @@ class Metrics:
         self.path = path
         rows = parse_rows(path.read_bytes()) if path.exists() else []
         self.rows = [row for row in rows if row["step"] <= start]
-        write(path, lambda f: f.write("".join(json.dumps(row) + "\n" for row in self.rows).encode()))
+        self.write()
+
+    def write(self) -> None:
+        write(self.path, lambda f: f.write("".join(json.dumps(row) + "\n" for row in self.rows).encode()))
 
     def append(self, **row: float) -> None:
         self.rows.append(row)
@@ -311,7 +325,9 @@ class Metrics:
             f.write(json.dumps(row) + "\n")
 
     def sync(self) -> None:
-        """Wait until all lines are on the disk."""
+        """Wait until all lines are on the disk. If the file was removed, it is written again."""
+        if not self.path.exists():
+            self.write()
         with open(self.path, "rb") as f:
             os.fsync(f.fileno())
 

@@ -26,7 +26,7 @@ from ..checkpoint import Checkpoint
 from ..config import Config, DataConfig, TrainConfig
 from ..pack import make_pack
 from ..runs import Run
-from ..step import EMA, make_optimizer, make_train_step, to_device
+from ..step import EMA, make_optimizer, make_train_step, make_undo, to_device
 from .base import Arrays, Request, Scored, Task, load_initial_weights, set_precision
 from .images import ImageData, Images, check_image_size
 
@@ -145,6 +145,7 @@ class AutoencoderTask(Images, Task):
             self.adversarial_step = make_train_step(adversarial, self.optimizer, self.ema, **generator)
             options |= {"pack": d_pack, "loss_scaler": self.d_scaler}
             self.discriminator_step = make_train_step(d_loss, self.d_optimizer, **options)
+            self.remember, self.undo = make_undo(discriminator.statistics)
 
     def draw_batch(self, x: np.ndarray, labels: np.ndarray, step: int) -> Arrays:
         return {"x": x, "noise": self.random(step).standard_normal((len(x), *self.latent_shape), np.float32)}
@@ -156,9 +157,11 @@ class AutoencoderTask(Images, Task):
             return loss, norm, {"logvar": self.logvar}
         if train.disc_norm == "act":
             self.discriminator.initialise(x)
+        self.remember()
         weight = self.weigh(x, noise)
         loss, norm, reconstruction = self.adversarial_step(x, noise, weight)
         d_loss = self.discriminator_step(x, reconstruction)[0]
+        self.undo(loss, d_loss)
         return loss, norm, {"logvar": self.logvar, "disc_weight": weight, "disc_loss": d_loss}
 
     def preview(self, step: int) -> Path:

@@ -187,10 +187,6 @@ class Task:
         """FID of a few samples, which all ranks draw together."""
         raise NotImplementedError
 
-    def interrupted(self) -> bool:
-        """Whether a preview or a score need not be finished, because training was asked to stop."""
-        return False
-
     def checkpoint_record(self) -> dict[str, Any]:
         """Additional content of a checkpoint's state.json."""
         return {}

@@ -11,7 +11,7 @@ from mindspore import Parameter, Tensor, nn, ops
 
 from ...process import GaussianDiffusion
 from ...randomness import ImportanceTimesteps, Random, antithetic_timesteps, offset_noise, uniform_timesteps
-from ...runtime import Interrupted, gather
+from ...runtime import check_interrupted, gather
 from ...sampling import Generator, Sampling
 from ..checkpoint import Checkpoint
 from ..pack import make_pack
@@ -120,12 +120,9 @@ class DiffusionTask(Task):
         """`num` samples (num, ...) of the averaged network, as floats."""
         self.write_back()
         sampling = replace(sampling or self.preview_sampling, seed=self.config.train.seed, batch_size=batch_size)
-        return self.decode(self.average.draw(sampling, num, self.in_order(self.preview_conditions(num)), self.watch))
-
-    def watch(self, *_: Any) -> None:
-        """Called after each sampling step."""
-        if self.interrupted():
-            raise Interrupted
+        return self.decode(
+            self.average.draw(sampling, num, self.in_order(self.preview_conditions(num)), lambda *_: check_interrupted())
+        )
 
     def in_order(self, conditions: Arrays) -> list[np.ndarray]:
         """Conditions by name -> in the network's order."""
