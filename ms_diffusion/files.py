@@ -347,7 +347,10 @@ def private_folder(folder: str | os.PathLike) -> Path:
     another user but root could change what is in it, other kinds of OSError if it cannot be made."""
     folder = Path(os.path.abspath(folder))
     missing = [each for each in (folder, *folder.parents) if not os.path.lexists(each)]
-    _check_owners((missing or [folder / "x"])[-1].parent, above=bool(missing))
+    there = missing[-1].parent if missing else folder
+    if not there.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(there))
+    _check_owners(there, above=bool(missing))
     for each in reversed(missing):
         each.mkdir(0o700, exist_ok=True)  # another process may make it at the same moment
     _check_owners(folder)
@@ -427,16 +430,17 @@ def load_or_compute(path: str | os.PathLike, key: str, shapes: Shapes, compute: 
         return found
     result = {name: np.ascontiguousarray(array, np.float32) for name, array in compute().items()}
     assert {name: array.shape for name, array in result.items()} == {name: tuple(shape) for name, shape in shapes.items()}
-    if rank == 0:
+    if rank == 0 and (os.path.isfile(path) or not os.path.lexists(path)):  # a pipe could take it for ever
         with contextlib.suppress(OSError):  # on a full or read-only disk the next call computes again
             write(path, lambda file: file.writelines([_header(key, result), *(result[name].data for name in shapes)]))
     return result
 
 
 def _header(key: str, arrays: Arrays) -> bytes:
-    """What a cache file begins with: the key, and the SHA-256 of the arrays that follow."""
+    """What a cache file begins with: the key, and the SHA-256 of the arrays that follow and of their shapes."""
     digest = hashlib.sha256()
-    for array in arrays.values():
+    for name, array in arrays.items():
+        digest.update(f"{name} {array.shape} ".encode())
         digest.update(array.data)
     return f"{key} {digest.hexdigest()}\n".encode()
 
