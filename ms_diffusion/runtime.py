@@ -313,9 +313,9 @@ def catch_interrupts() -> None:
     a second Ctrl-C ends the process. A signal that was ignored, such as SIGHUP by nohup, still is. Call this before ``import
     mindspore``.
 
-    A process that waits for another rank runs no handler, so all threads but one block the signals. For this one they are at
-    first not caught: the system ends the process by them, even where MindSpore holds Python's lock for good. Later it waits
-    for them. Once an operator has run, MindSpore has a handler of its own for SIGINT (2.7 to 2.10), which is undone. It sends
+    A process that waits for another rank runs no handler, so all threads but one block the signals. For this one they are
+    not caught at first: the system ends the process, even where MindSpore holds Python's lock for good. Later it waits for
+    them. Once an operator has run, MindSpore has a handler of its own for SIGINT (2.7 to 2.10), which is undone. It sends
     SIGTERM to its own process when another rank has died; the work of this one can then not be completed."""
     ignored = {number for number in SIGNALS if signal.getsignal(number) == signal.SIG_IGN}
     for number in SIGNALS - ignored:
@@ -325,8 +325,9 @@ def catch_interrupts() -> None:
 
     def watch():
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        handler = ctypes.c_void_p(int(signal.SIG_IGN if signal.SIGINT in ignored else signal.SIG_DFL))
         while not _deferred.wait(0.5):
-            ctypes.CDLL(None).signal(signal.SIGINT, ctypes.c_void_p(int(signal.getsignal(signal.SIGINT))))
+            ctypes.CDLL(None).signal(signal.SIGINT, handler)
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         _ready.set()
         asked = False
@@ -379,14 +380,16 @@ class Output(io.FileIO):
     lost: OSError | None = None
 
     def write(self, data: Any) -> int:
+        left = memoryview(data).cast("B")
         try:
-            while (written := super().write(data)) is None:  # it does not block, and is full
-                select.select([], [self], [])
-            return written
+            while left:
+                if (written := super().write(left)) is None:  # it does not block, and is full
+                    select.select([], [self], [])
+                left = left[written or 0 :]
         except OSError as e:
             self.lost = e
             open_null(self.fileno())
-            return len(data)
+        return len(data)
 
 
 def open_null(number: int) -> None:
