@@ -128,6 +128,14 @@ def check_images(images: np.ndarray, prefix: str = "") -> None:
         raise UserError(f"{prefix}images must be square, not {shape[1]} x {shape[2]}: crop or resize them")
 
 
+def check_labels(labels: np.ndarray, num: int, prefix: str = "") -> None:
+    """Raise UserError, whose message starts with `prefix`, if labels are not (num,) integers of 0 or more."""
+    if labels.shape != (num,) or labels.dtype.kind not in "iu":
+        raise UserError(f"{prefix}labels must be {num} integers, not {labels.shape} of {labels.dtype}")
+    if labels.min() < 0 or labels.max() > np.iinfo(np.int32).max:
+        raise UserError(f"{prefix}labels must be 0 or more, and fit in int32, not {labels.min()} to {labels.max()}")
+
+
 def load_images(name: str, directory: str | None, split: str, size: int, channels: int) -> Labelled:
     """Images (N, size, size, channels) uint8 in 0..255 and labels (N,) int32 of the data set `name` in `DATASETS`.
 

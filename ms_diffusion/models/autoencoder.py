@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 
-from ..fields import AT_LEAST_1, NOT_EMPTY, Bounds, check_fields
+from ..fields import AT_LEAST_1, DEPTH, NOT_EMPTY, Bounds, check_fields
 from .attention import attend, matmul, matmul_t, split_heads
 from .layers import Dropout, GroupNorm, Identity, UpsampleNearest, chunk, conv2d, name_and_initialise, norm_conv
 
@@ -134,11 +134,11 @@ class Downsample(nn.Cell):
 class AutoencoderConfig:
     """Configuration of an AutoencoderKL; the defaults are Stable Diffusion's."""
 
-    ch: Annotated[int, AT_LEAST_1] = 128
+    ch: Annotated[int, Bounds(1, 2**20)] = 128
     """Base width: channels after the encoder's first convolution."""
     ch_mult: Annotated[tuple[Annotated[int, AT_LEAST_1], ...], NOT_EMPTY] = (1, 2, 4, 4)
     """Width of each level as a multiple of ch; H and W halve between levels."""
-    num_res_blocks: Annotated[int, AT_LEAST_1] = 2
+    num_res_blocks: Annotated[int, DEPTH] = 2
     """ResnetBlocks per level of the encoder; the decoder has one more per level."""
     attn_resolutions: tuple[Annotated[int, AT_LEAST_1], ...] = ()
     """Resolutions H = W at which attention follows every ResnetBlock; the middle always has attention."""

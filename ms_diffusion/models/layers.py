@@ -15,6 +15,7 @@ from mindspore.mint.nn import functional as F
 from mindspore.ops.auto_generate import SplitWithSize
 
 from .. import kernels
+from ..files import check_memory
 from ..randomness import Stream
 from ..runtime import initialise_ranks, on_ascend
 
@@ -43,10 +44,17 @@ def read(parameter: Parameter, slot: tuple[nn.Cell] | None) -> Tensor:
     return parameter if slot is None else slot[0](parameter)
 
 
+def check_weights(*shape: int) -> None:
+    """Raise UserError if a layer with weights of this shape cannot be trained in the memory that is free: it takes the
+    weights, their gradients, two moments and an average."""
+    check_memory(5 * 4 * math.prod(shape), f"a layer with weights {shape}")
+
+
 class Conv2d(nn.Conv2d):
     """``torch.nn.Conv2d`` with square kernels, computed in `compute_type`: (B, c_in, H, W) -> (B, c_out, H', W')."""
 
     def __init__(self, c_in: int, c_out: int, kernel: int, stride: int, padding: int, groups: int, bias: bool):
+        check_weights(c_out, c_in // groups, kernel, kernel)
         super().__init__(c_in, c_out, kernel, stride, pad_mode="pad", padding=padding, group=groups, has_bias=bias)
         self.compute_type = ms.float32
         self.weight_slot = self.bias_slot = self.kernel = None
@@ -81,6 +89,7 @@ class Conv2dTranspose(nn.Conv2dTranspose):
     """``torch.nn.ConvTranspose2d`` with square kernels and a bias, computed in `compute_type`."""
 
     def __init__(self, c_in: int, c_out: int, kernel: int, stride: int, padding: int):
+        check_weights(c_in, c_out, kernel, kernel)
         super().__init__(c_in, c_out, kernel, stride, pad_mode="pad", padding=padding, has_bias=True)
         self.compute_type = ms.float32
         self.weight_slot = self.bias_slot = None
@@ -107,6 +116,7 @@ class Linear(nn.Dense):
     """
 
     def __init__(self, c_in: int, c_out: int, activation: str | None = None, bias: bool = True):
+        check_weights(c_out, c_in)
         super().__init__(c_in, c_out, has_bias=bias)
         self.compute_type = ms.float32
         self.weight_slot = self.bias_slot = None
@@ -166,6 +176,7 @@ class GroupNorm(nn.Cell):
         super().__init__()
         if channels % groups:
             raise ValueError(f"{channels} channels are not divisible into {groups} groups: choose another dim or groups")
+        check_weights(channels)
         self.groups, self.eps, self.activation = groups, eps, activation
         self.weight = Parameter(Tensor(np.ones(channels, np.float32)), name="weight")
         self.bias = Parameter(Tensor(np.zeros(channels, np.float32)), name="bias")
@@ -354,6 +365,7 @@ class Embedding(nn.Cell):
 
     def __init__(self, num: int, dim: int):
         super().__init__()
+        check_weights(num, dim)
         self.weight, self.weight_slot = Parameter(Tensor(np.zeros((num, dim), np.float32)), name="weight"), None
 
     def construct(self, index: Tensor) -> Tensor:
@@ -368,6 +380,7 @@ class SinusoidalPositionEmbeddings(nn.Cell):
 
     def __init__(self, dim: int, cosines_first: bool = False):
         super().__init__()
+        check_weights(dim, dim)  # of the linear layer that takes them
         half, self.cosines_first = dim // 2, cosines_first
         steps = half if cosines_first else half - 1
         self.frequencies = Tensor(np.exp(-math.log(10000) * np.arange(half) / steps).astype(np.float32))

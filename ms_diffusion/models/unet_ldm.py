@@ -16,7 +16,7 @@ import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore.mint.nn import functional as F
 
-from ..fields import AT_LEAST_1, NOT_EMPTY, Bounds, check_fields
+from ..fields import AT_LEAST_1, DEPTH, NOT_EMPTY, Bounds, check_fields
 from . import layers
 from .attention import attend, matmul, matmul_t, softmax, split_heads
 from .layers import (
@@ -28,6 +28,7 @@ from .layers import (
     Linear,
     UpsampleNearest,
     ascend,
+    check_weights,
     chunk,
     conv2d,
     name_and_initialise,
@@ -88,6 +89,7 @@ class Conv1d(nn.Conv2d):
     """``torch.nn.Conv1d`` with kernel 1 over all positions: (B, c_in, H, W) -> (B, c_out, H, W); weight (c_out, c_in, 1)."""
 
     def __init__(self, c_in: int, c_out: int):
+        check_weights(c_out, c_in)
         super().__init__(c_in, c_out, 1, has_bias=True)
         self.weight = Parameter(Tensor(np.zeros((c_out, c_in, 1), np.float32)), name="weight")
         self.weight_slot = self.bias_slot = None
@@ -244,7 +246,7 @@ class UNetModelConfig:
     """Base width, an even number; the embedding is four times as wide."""
     out_channels: Annotated[int, AT_LEAST_1]
     """Channels of the output."""
-    num_res_blocks: Annotated[int, AT_LEAST_1]
+    num_res_blocks: Annotated[int, DEPTH]
     """ResBlocks per level on the way down; on the way up there is one more."""
     attention_resolutions: tuple[Annotated[int, AT_LEAST_1], ...]
     """Reductions of H and W at which attention follows each ResBlock: (4, 2) is at a quarter and at half of the size."""
@@ -271,7 +273,7 @@ class UNetModelConfig:
     """Order the channels of an AttentionBlock as (q k v, head), instead of (head, q k v)."""
     use_spatial_transformer: bool = False
     """Use SpatialTransformers, which attend to the context, instead of AttentionBlocks."""
-    transformer_depth: Annotated[int, AT_LEAST_1] = 1
+    transformer_depth: Annotated[int, DEPTH] = 1
     """Transformer blocks per SpatialTransformer."""
     context_dim: Annotated[int, AT_LEAST_1] | None = None
     """Width of a context entry; None: no context."""

@@ -11,7 +11,7 @@ import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 
 from ... import images
-from ...fields import AT_LEAST_1, NON_NEGATIVE, POSITIVE, Bounds
+from ...fields import AT_LEAST_1, DEPTH, NON_NEGATIVE, POSITIVE, Bounds
 from ...latent import FirstStage
 from ...losses import D_LOSSES, adaptive_weight, autoencoder_loss, discriminator_loss, generator_loss
 from ...metrics.scores import Reference, Samples, choose
@@ -59,7 +59,7 @@ class AutoencoderTrainConfig(TrainConfig):
     """Loss of the discriminator."""
     disc_channels: Annotated[int, AT_LEAST_1] = 32
     """Channels after the discriminator's first convolution."""
-    disc_layers: Annotated[int, AT_LEAST_1] = 2
+    disc_layers: Annotated[int, DEPTH] = 2
     """Number of the discriminator's convolutions with a norm."""
     disc_norm: Literal[tuple(NORMS)] = "batch"
     """Norm of the discriminator."""
