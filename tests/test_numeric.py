@@ -196,25 +196,18 @@ def test_without_dropout_nothing_is_drawn_or_multiplied():
 # Data are looked at once
 
 
-@pytest.mark.parametrize(
-    ("data", "words"),
-    [
-        (np.float32([[1, 2], [3, np.nan], [np.inf, 2]]), ["2 of 3 points", "number 1"]),
-        (np.full((4, 2), 3, np.float32), ["all values of the points are 3.0"]),
-        (np.full((4, 8, 8, 1), 7, np.uint8), ["all values of the points are 7"]),
-    ],
-)
-def test_data_that_teach_nothing_are_refused(data, words):
+def test_data_that_are_not_finite_are_refused():
     with pytest.raises(UserError) as error:
-        check_values(data, "points")
-    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
+        check_values(np.float32([[1, 2], [3, np.nan], [np.inf, 2]]), "points")
+    assert all(word in str(error.value) for word in ("2 of 3 points", "number 1")) and "\n" not in str(error.value)
 
 
 def test_data_that_look_wrong_are_noted(capsys):
     pictures = np.zeros((2, 8, 8, 1), np.uint8)
     pictures[0, 0] = 1
-    check_values(pictures, "images")
-    assert len(capsys.readouterr().err.splitlines()) == 1
+    for wrong in (pictures, pictures[1:], np.full((4, 2), 3, np.float32)):
+        check_values(wrong, "images")
+        assert len(capsys.readouterr().err.splitlines()) == 1
     check_values(pictures * 255, "images")
     check_values(np.float32([[0, 1]]), "points")
     assert not capsys.readouterr().err
