@@ -20,7 +20,7 @@ from typing import Any
 from ..data import points
 from ..data.fashion_mnist import FILES
 from ..data.image_folder import EXTENSIONS
-from ..files import load_npz, write
+from ..files import load_npz, sweep, write
 from ..locks import sole_writer
 from ..metrics.scores import read_npz
 from ..progress import ProgressBar
@@ -136,6 +136,7 @@ def restore(run_dir: Path, url: str | None, config: Config) -> None:
     lock = cache_of(str(run_dir.resolve())).with_suffix(".lock")
     with locked(lock) as progress:
         shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed
+        sweep(run_dir / "checkpoints")
         try:
             remote = source.list()
             states = [name for name in remote if STEP.match(name) and name.endswith("/state.json")]

@@ -102,6 +102,7 @@ def _works(library: Path, folder: Path) -> bool:
 def _find(folder: Path, key: str) -> Path | None:
     """The library of this key in a private folder. A file is one only if it is the user's own and not changed since it was
     built: its name ends in its SHA-256. Others are deleted. Nothing else is ever loaded, not even for a trial."""
+    sweep(folder)
     for path in () if ":" in str(folder) else folder.glob(f"{key}-*.so"):  # MindSpore splits its name at a colon
         found = path.lstat()
         own = stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o022
@@ -125,7 +126,6 @@ def _build() -> Path:
     folder = private_folder(cache_folder() / "kernels")
     if ":" in str(folder):
         folder = private_folder(process_folder(f"MindSpore takes no path with a colon, such as {str(folder)!r}") / "kernels")
-    sweep(folder)
     scratch = private_folder(temporary_path(folder / "build"))
     try:
         new = scratch / "new.so"
