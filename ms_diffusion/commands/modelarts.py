@@ -136,7 +136,8 @@ def restore(run_dir: Path, url: str | None, config: Config) -> None:
     lock = cache_of(str(run_dir.resolve())).with_suffix(".lock")
     with locked(lock) as progress:
         shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed
-        sweep(run_dir / "checkpoints")
+        for folder in (run_dir, run_dir / "checkpoints"):
+            sweep(folder)
         try:
             remote = source.list()
             states = [name for name in remote if STEP.match(name) and name.endswith("/state.json")]
