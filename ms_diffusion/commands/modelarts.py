@@ -3,7 +3,6 @@
 A run is brought back from its --train_url before training (`restore`), and copied there beside training (`Uploads`). Both
 addresses may be local folders, too."""
 
-import json
 import os
 import platform
 import re
@@ -20,7 +19,7 @@ from typing import Any
 from ..data import points
 from ..data.fashion_mnist import FILES
 from ..data.image_folder import EXTENSIONS
-from ..files import load_npz, sweep, write
+from ..files import load_npz, sweep, write_json
 from ..locks import sole_writer
 from ..metrics.scores import read_npz
 from ..progress import ProgressBar
@@ -38,7 +37,7 @@ from .transfer import (
     in_threads,
     is_archive,
     locked,
-    read_json,
+    read_record,
     unpack,
     visible_files,
 )
@@ -186,7 +185,7 @@ def is_same(run_dir: Path, url: str) -> bool:
 
 
 def write_record(run_dir: Path, url: str, sent: dict[str, Version]) -> None:
-    write(run_dir / RECORD, lambda file: file.write(json.dumps({"url": url, "sent": sent}).encode()))
+    write_json(run_dir / RECORD, {"url": url, "sent": sent})
 
 
 def upload_order(name: str) -> tuple[int, bool, str]:
@@ -248,8 +247,10 @@ class Uploads:
         UserError if that fails."""
         assert self.folder
         if self.sent is None:
-            record = read_json(self.run_dir / RECORD) or {}
-            known = record["sent"] if record.get("url") == self.folder.url else {}
+            record = read_record(self.run_dir / RECORD)
+            sent = record.get("sent") if record.get("url") == self.folder.url else {}
+            items = sent.items() if isinstance(sent, dict) else ()
+            known = {name: version for name, version in items if isinstance(version, list)}
             there = self.folder.list().items()
             self.sent = {name: known[name] if known.get(name, [])[:1] == [size] else [] for name, (size, _) in there}
         files = Folder(self.run_dir).list()

@@ -111,7 +111,8 @@ def read_idx(path: str | Path) -> np.ndarray:
     larger than there is memory."""
     path, advice = Path(path), "delete it and download it again"
     with open_file(path) as file:
-        zipped = path.suffix == ".gz" or file.peek(2)[:2] == b"\x1f\x8b"
+        zipped = file.read(2) == b"\x1f\x8b" or path.suffix == ".gz"
+        file.seek(0)
         source = gzip.GzipFile(fileobj=file) if zipped else file
         try:
             # Two zero bytes, the type (8: uint8), the number of dimensions, each of them as big-endian uint32, the data

@@ -16,6 +16,7 @@ from mindspore.ops.auto_generate import SplitWithSize
 
 from .. import kernels
 from ..files import check_memory
+from ..randomness import Stream
 from ..runtime import initialise_ranks, on_ascend
 
 CONVOLUTIONS_AND_LINEAR = (nn.Conv2d, nn.Conv2dTranspose, nn.Dense)
@@ -244,6 +245,51 @@ class BatchNorm(nn.Cell):
 
     def move(self, average: Parameter, new: Tensor) -> Tensor:
         return ops.assign(average, 0.9 * average + 0.1 * ops.stop_gradient(new).reshape(average.shape))
+
+
+class Dropout(nn.Cell):
+    """In training, x with a share p of its values 0 and the others divided by 1 - p (Srivastava et al. 2014); otherwise x
+    itself. Which values are 0 is said by `Masks`, without which training raises ValueError.
+
+    x (B, channels, H / 2^level, W / 2^level) -> the same, where H and W are those of the network's input."""
+
+    def __init__(self, p: float, channels: int, level: int):
+        super().__init__()
+        self.p, self.channels, self.level, self.index, self.masks = p, channels, level, 0, None
+
+    def construct(self, x: Tensor) -> Tensor:
+        if not self.training or self.p == 0:
+            return x
+        if self.masks is None:
+            raise ValueError("training with dropout needs masks: make Masks of the network and draw them before each step")
+        return x * ops.cast(self.masks[0](self.index), x.dtype)
+
+
+class Masks(nn.Cell):
+    """What each `Dropout` of `net` multiplies a batch (batch_size, C, *size) by, in one parameter, which is none of `net`.
+    Make them before `net` is compiled, and `draw` them before each step. Without dropout they do nothing."""
+
+    def __init__(self, net: nn.Cell, batch_size: int, size: tuple[int, ...]):
+        super().__init__()
+        self.layers = tuple(cell for _, cell in net.cells_and_names() if isinstance(cell, Dropout) and cell.p)
+        self.shapes = tuple((batch_size, cell.channels, *(n >> cell.level for n in size)) for cell in self.layers)
+        self.sizes = tuple(math.prod(shape) for shape in self.shapes)
+        self.values = Parameter(Tensor(np.zeros(sum(self.sizes) or 1, np.float32)), name="masks", requires_grad=False)
+        for i, cell in enumerate(self.layers):  # in a tuple, so that the parameter is none of the network
+            cell.index, cell.masks = i, (self,)
+
+    def construct(self, index: int) -> Tensor:
+        return split(self.values, self.sizes, 0)[index].reshape(self.shapes[index])
+
+    def draw(self, seed: int, step: int, rank: int = 0) -> None:
+        """The masks of a step: of each row of the batch of all ranks its own, whichever rank has it."""
+        if not self.layers:
+            return
+        rows, per_row = self.shapes[0][0], np.cumsum([size // self.shapes[0][0] for size in self.sizes])
+        generators = [np.random.default_rng((seed, Stream.DROPOUT, rank * rows + i, step)) for i in range(rows)]
+        uniform = np.split(np.stack([rng.random(per_row[-1], np.float32) for rng in generators]), per_row[:-1], 1)
+        kept = [(u >= cell.p).reshape(-1) / np.float32(1 - cell.p) for u, cell in zip(uniform, self.layers, strict=True)]
+        ops.assign(self.values, Tensor(np.concatenate(kept)))
 
 
 def freeze(net: nn.Cell) -> nn.Cell:

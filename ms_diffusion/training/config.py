@@ -74,7 +74,7 @@ class TrainConfig:
     ema_decay: Annotated[float, Bounds(0, 1, high_open=True)] = 0.999
     """Decay of the moving average of the weights (EMA) that samples are drawn with."""
     seed: Annotated[int, NON_NEGATIVE] = 0
-    """Seed of every random number of the run except the masks of dropout, which MindSpore draws."""
+    """Seed of every random number of the run."""
     log_every: Annotated[int, AT_LEAST_1] = 20
     """Steps between two lines of metrics.jsonl."""
     sample_every: Annotated[int, AT_LEAST_1] = 1000

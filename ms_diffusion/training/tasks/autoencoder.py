@@ -18,7 +18,7 @@ from ...metrics.scores import Reference, Samples, choose
 from ...models.autoencoder import AutoencoderConfig, gaussian_kl, gaussian_sample
 from ...models.classifier import load_classifier
 from ...models.discriminator import NORMS, NLayerDiscriminator
-from ...models.layers import RankMean
+from ...models.layers import Masks, RankMean
 from ...models.lpips import classifier_distance, load_lpips
 from ...runtime import UserError, command, compiled, ranks
 from ...sampling import Sampling
@@ -131,6 +131,7 @@ class AutoencoderTask(Images, Task):
     def prepare(self) -> None:
         """The steps, compiled when first called: the first without the discriminator, until disc_start."""
         train, net, discriminator = self.config.train, self.net, self.discriminator
+        self.masks = Masks(net, train.batch_size, (self.config.data.size,) * 2)
         options = {"clip_norm": train.clip_norm, "world_size": self.world_size}
         losses = autoencoder_losses(net, discriminator, self.logvar, perceptual_distance(self.config), train)
         likelihood, adversarial, weigh, d_loss = losses
@@ -152,6 +153,7 @@ class AutoencoderTask(Images, Task):
 
     def advance(self, batch: Arrays, step: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         train, (x, noise) = self.config.train, self.to_device(batch["x"], batch["noise"])
+        self.masks.draw(train.seed, step, self.rank)
         if not self.discriminator or step < train.disc_start:
             loss, norm, _ = self.likelihood_step(x, noise)
             return loss, norm, {"logvar": self.logvar}

@@ -11,6 +11,7 @@ import numpy as np
 
 from mindspore import Tensor
 
+from ...data.batches import check_values
 from ...data.captions import CAPTIONS, LENGTH, NAMES, WORDS, draw_captions, plain_captions, tokens
 from ...fields import AT_LEAST_1, POSITIVE
 from ...files import read_bytes, share_files, sweep, write, write_json
@@ -93,6 +94,7 @@ class LatentTask(ImageTask):
         if self.rank:
             self.first_stage = load_first_stage(saved, config.first_stage_patch)
         self.data = self.first_stage.cached_moments(self.originals, config.data.dir)
+        check_values(self.data, f"latents of the first stage {config.first_stage or saved}")
         if state and "latent_scale" not in state:
             which = f"the checkpoint of step {self.start_step} in {self.run_dir}"
             raise UserError(f"{which} has no latent_scale: remove it, or use another --run-dir")
@@ -104,7 +106,8 @@ class LatentTask(ImageTask):
             save_reconstructions(path, self.first_stage, self.originals[: config.train.sample_num])
 
     def checkpoint_record(self) -> dict[str, Any]:
-        return {"latent_scale": self.first_stage.scale, "first_stage": self.weights_hash}
+        own = {"latent_scale": self.first_stage.scale, "first_stage": self.weights_hash}
+        return own | super().checkpoint_record()
 
     def make_x_start(self) -> Any:
         scale = self.first_stage.scale
