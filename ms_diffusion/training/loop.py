@@ -224,7 +224,8 @@ class Training:
         if scores:
             best = best_checkpoint(self.run_dir)
             is_best = best is None or scores["fid"] < read_state(best)["fid"]
-            self.metrics.append(step=step, **scores)
+            if {"step": step, **scores} not in self.metrics.rows:  # or was logged before the run was killed here
+                self.metrics.append(step=step, **scores)
         if self.saved == step:
             self.check_lock()
             task.checkpoint.update(step, unfinished=False, **scores)
