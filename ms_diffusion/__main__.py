@@ -37,6 +37,7 @@ def run_command(argv: list[str]) -> int:
         raise UserError(f"unknown command {name!r}: choose one of {', '.join(COMMANDS)}")
     if name != "doctor":
         versions.check()
+        versions.check_limit()
     runtime.catch_interrupts()  # must precede the import of MindSpore
     try:
         module = import_module(f".commands.{name.replace('-', '_')}", __package__)
@@ -46,10 +47,7 @@ def run_command(argv: list[str]) -> int:
         raise UserError(
             f"the package {e.name} is missing: install this package with pip, which brings all that it needs"
         ) from e
-    code = module.main(argv[1:])
-    if name != "train" and (lost := runtime.stdout_lost()):  # a run is there whether its log is or not
-        raise OSError(lost.errno, lost.strerror, "what the program prints")
-    return code
+    return module.main(argv[1:])
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 Importing this module makes the settings that must precede ``import mindspore``. It imports MindSpore only when needed."""
 
 import contextlib
+import ctypes
 import errno
 import functools
 import io
@@ -16,11 +17,9 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    import subprocess
-
     import numpy as np
 
     from mindspore import Tensor
@@ -304,33 +303,43 @@ def barrier() -> None:
 
 SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 STOP = threading.Event()  # set by the first of these signals after `defer_interrupts`
-_deferred = threading.Event()
-AT_END: list[Callable[[], object]] = []  # what `end` calls
+_deferred, _ready = threading.Event(), threading.Event()
+_ready.set()
 _given_up = threading.local()
 
 
 def catch_interrupts() -> None:
-    """Let Ctrl-C, SIGTERM and SIGHUP end the process at once, with exit code 128 + the signal's number. After
-    `defer_interrupts` the first one sets STOP instead, and a second Ctrl-C ends the process. A signal that was ignored, such
-    as SIGHUP by nohup, still is. Call this before ``import mindspore``.
+    """Let Ctrl-C, SIGTERM and SIGHUP end the process at once. After `defer_interrupts` the first one sets STOP instead, and
+    a second Ctrl-C ends the process. A signal that was ignored, such as SIGHUP by nohup, still is. Call this before ``import
+    mindspore``.
 
-    Once an operator has run, SIGINT kills a MindSpore process without KeyboardInterrupt (2.7 to 2.10), and a process that
-    waits for another rank runs no handler, so the signals are blocked and a thread waits for them. MindSpore sends SIGTERM
-    to its own process when another rank has died; the work of this one can then not be completed."""
+    A process that waits for another rank runs no handler, so all threads but one block the signals. For this one they are
+    not caught at first: the system ends the process, even where MindSpore holds Python's lock for good. Later it waits for
+    them. Once an operator has run, MindSpore has a handler of its own for SIGINT (2.7 to 2.10), which is undone. It sends
+    SIGTERM to its own process when another rank has died; the work of this one can then not be completed."""
     ignored = {number for number in SIGNALS if signal.getsignal(number) == signal.SIG_IGN}
+    for number in SIGNALS - ignored:
+        signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    _ready.clear()
 
     def watch():
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        handler = ctypes.c_void_p(int(signal.SIG_IGN if signal.SIGINT in ignored else signal.SIG_DFL))
+        while not _deferred.wait(0.5):
+            ctypes.CDLL(None).signal(signal.SIGINT, handler)
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        _ready.set()
         asked = False
         while True:
             info = signal.sigwaitinfo(SIGNALS)
             if info.si_signo == signal.SIGTERM and info.si_pid == os.getpid() and several_ranks():
                 print("error: another rank has ended, so this one ends too: see its log", file=sys.stderr, flush=True)
-                end(1)
+                os._exit(1)
             if info.si_signo in ignored:
                 continue
-            if not _deferred.is_set() or (asked and info.si_signo == signal.SIGINT):
-                end(128 + info.si_signo)
+            if asked and info.si_signo == signal.SIGINT:
+                os._exit(130)
             STOP.set()
             if not asked:
                 say("stopping as soon as the run is saved; Ctrl-C ends at once, without saving")
@@ -342,61 +351,7 @@ def catch_interrupts() -> None:
 def defer_interrupts() -> None:
     """Let the signals of `catch_interrupts` set STOP from now on: the program looks at it and saves its work."""
     _deferred.set()
-
-
-def end(code: int) -> NoReturn:
-    """End the process at once, whatever its threads are doing, and with it its children and its temporary folders."""
-    kill_children()
-    for action in AT_END:
-        with contextlib.suppress(Exception):
-            action()
-    os._exit(code)
-
-
-def kill_children(process: int | str = "self") -> None:
-    for listing in Path(f"/proc/{process}/task").glob("*/children"):
-        with contextlib.suppress(OSError):
-            for child in map(int, listing.read_text().split()):
-                kill_children(child)
-                os.kill(child, signal.SIGKILL)
-
-
-@contextlib.contextmanager
-def temporary_folder() -> Iterator[Path]:
-    """A new folder that only this user can read; it is removed after the block, also where `end` ends the process in it."""
-    import shutil
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as folder:
-        remove = functools.partial(shutil.rmtree, folder, ignore_errors=True)
-        AT_END.append(remove)
-        try:
-            yield Path(folder)
-        finally:
-            AT_END.remove(remove)
-
-
-def run_child(command: Sequence[Any], seconds: float, **options: Any) -> "subprocess.CompletedProcess[str]":
-    """Run another program: its exit code, stdout and stderr. It can be interrupted although this process blocks signals.
-    After `seconds` it is killed with all its children, and subprocess.TimeoutExpired is raised; OSError is raised if it
-    cannot be started. `options` are those of subprocess.Popen."""
-    import subprocess
-
-    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    before = signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-    try:
-        options = pipes | {"encoding": "utf-8", "errors": "replace", "start_new_session": True} | options
-        process = subprocess.Popen(command, **options)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    with process:
-        try:
-            out, err = process.communicate(timeout=seconds)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.killpg(process.pid, signal.SIGKILL)
-            raise
-    return subprocess.CompletedProcess(command, process.returncode, out, err)
+    _ready.wait()
 
 
 @contextlib.contextmanager
@@ -425,14 +380,16 @@ class Output(io.FileIO):
     lost: OSError | None = None
 
     def write(self, data: Any) -> int:
+        left = memoryview(data).cast("B")
         try:
-            while (written := super().write(data)) is None:  # it does not block, and is full
-                select.select([], [self], [])
-            return written
+            while left:
+                if (written := super().write(left)) is None:  # it does not block, and is full
+                    select.select([], [self], [])
+                left = left[written or 0 :]
         except OSError as e:
             self.lost = e
             open_null(self.fileno())
-            return len(data)
+        return len(data)
 
 
 def open_null(number: int) -> None:
@@ -462,13 +419,13 @@ def open_streams() -> None:
             setattr(sys, name, io.TextIOWrapper(buffer, encoding, errors="backslashreplace", **options))
 
 
-def stdout_lost() -> OSError | None:
-    """Why what was printed could not be written; None if it could, or there is nobody who reads it."""
-    with contextlib.suppress(AttributeError, ValueError):  # another kind of stream
-        sys.stdout.flush()
-        raw = getattr(sys.stdout.buffer, "raw", sys.stdout.buffer)
-        return raw.lost if raw.lost and raw.lost.errno != errno.EPIPE else None
-    return None
+def check_stdout() -> None:
+    """Raise OSError if what was printed could not be written, unless nobody reads it any more."""
+    sys.stdout.flush()
+    buffer: Any = getattr(sys.stdout, "buffer", None)
+    lost = getattr(getattr(buffer, "raw", buffer), "lost", None)
+    if lost and lost.errno != errno.EPIPE:
+        raise OSError(lost.errno, lost.strerror, "stdout")
 
 
 def progress_bars() -> Any:
@@ -531,9 +488,9 @@ def run_program(main: Callable[[list[str]], int], argv: Sequence[str]) -> int:
     try:
         code = main(list(argv))
         barrier()  # until rank 0 has written and uploaded everything
+        if not _deferred.is_set():  # else there is a run, whether its log is there or not
+            check_stdout()
         return code
-    except KeyboardInterrupt:  # while a child was started, which may be interrupted
-        end(130)
     except Exception as e:
         text = describe(e)
         for bar in list(getattr(progress_bars(), "_instances", ())):

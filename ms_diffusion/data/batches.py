@@ -1,5 +1,7 @@
 """Data sets by name, and exactly repeatable training batches of arrays in memory."""
 
+import hashlib
+import sys
 from collections.abc import Callable
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -89,6 +91,29 @@ def check_enough(data: np.ndarray, batch_size: int, world_size: int) -> None:
         what = f"{len(data)} {'points' if data.ndim == 2 else 'images'}"
         step = f"{batch_size} x {world_size} (batch size x ranks)"
         raise UserError(f"{what} are too few for a step of {step}: lower --train.batch-size")
+
+
+def check_values(data: np.ndarray, noun: str) -> None:
+    """Raise UserError if data (N, ...) hold values that are not finite, or the same value everywhere. Says on stderr if they
+    look like images of 0 and 1, not 0 to 255. `noun` is what they are called."""
+    if data.dtype.kind == "f":
+        bad = ~np.isfinite(data).reshape(len(data), -1).all(1)
+        if bad.any():
+            which = f"{bad.sum()} of {len(data)} {noun}, the first of them number {bad.argmax()}"
+            raise UserError(f"{which}, hold NaN or infinity: remove or mend them")
+    if data.size and data.min() == data.max():
+        raise UserError(f"all values of the {noun} are {data.flat[0]}, so there is nothing to learn: look at the data")
+    if data.dtype == np.uint8 and data.max() <= 1:
+        print(f"note: the {noun} hold only 0 and 1, where 255 is white: multiply them by 255 if 1 means so", file=sys.stderr)
+
+
+def fingerprint(data: np.ndarray, labels: np.ndarray) -> str:
+    """A SHA-256 of data and labels, of their types and shapes too."""
+    digest = hashlib.sha256()
+    for array in (data, labels):
+        digest.update(f"{array.dtype.str} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array))
+    return digest.hexdigest()
 
 
 def check_images(images: np.ndarray, prefix: str = "") -> None:

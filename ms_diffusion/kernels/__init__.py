@@ -9,6 +9,7 @@ compiler, or with MS_DIFFUSION_KERNELS=off, `available()` is False and the layer
 
 import contextlib
 import ctypes
+import errno
 import functools
 import hashlib
 import math
@@ -99,10 +100,18 @@ def _works(library: Path, folder: Path) -> bool:
     return _run([sys.executable, "-I", "-S", "-c", code, library], TRIAL_SECONDS, folder) is None
 
 
+def _folder(place: Path) -> Path:
+    """The private folder for libraries there. Raises OSError if it cannot be one."""
+    folder = private_folder(place / "kernels")
+    if ":" in str(folder):
+        raise OSError(errno.EINVAL, "MindSpore takes no path with a colon", str(folder))
+    return folder
+
+
 def _find(folder: Path, key: str) -> Path | None:
     """The library of this key in a private folder. A file is one only if it is the user's own and not changed since it was
     built: its name ends in its SHA-256. Others are deleted. Nothing else is ever loaded, not even for a trial."""
-    for path in () if ":" in str(folder) else folder.glob(f"{key}-*.so"):  # MindSpore splits its name at a colon
+    for path in folder.glob(f"{key}-*.so"):
         found = path.lstat()
         own = stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o022
         if own and path.stem == f"{key}-{hashlib.sha256(path.read_bytes()).hexdigest()}" and _works(path, folder):
@@ -117,14 +126,15 @@ def _build() -> Path:
     text = "".join([*(source.read_text() for source in SOURCES), *FLAGS, _cpu(), ms.__version__])
     key = hashlib.sha256(text.encode()).hexdigest()[:16]
     with contextlib.suppress(OSError):
-        if found := _find(private_folder(user_cache() / "kernels"), key):
+        if found := _find(_folder(user_cache()), key):
             return found
     compiler = next(filter(None, map(shutil.which, filter(None, [os.environ.get("CXX"), "c++", "g++", "clang++"]))), None)
     if not compiler:
         raise OSError("no C++ compiler was found (g++ or clang++)")
-    folder = private_folder(cache_folder() / "kernels")
-    if ":" in str(folder):
-        folder = private_folder(process_folder(f"MindSpore takes no path with a colon, such as {str(folder)!r}") / "kernels")
+    try:
+        folder = _folder(cache_folder())
+    except OSError as e:
+        folder = _folder(process_folder(str(e)))
     sweep(folder)
     scratch = private_folder(temporary_path(folder / "build"))
     try:

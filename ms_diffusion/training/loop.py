@@ -31,7 +31,7 @@ from ..runtime import (
     ranks,
     set_device,
 )
-from .checkpoint import best_checkpoint, read_state
+from .checkpoint import best_checkpoint, read_config, read_state
 from .config import Config, override
 from .presets import PRESETS
 from .runs import Run
@@ -290,10 +290,9 @@ class StopOfAnyRank:
 def check_same_run(run_dir: Path, config: Config) -> None:
     """Refuse a folder that holds another run: only the location of the data and the training options may change.
     The UserError names what differs."""
-    record = run_dir / "config.json"
-    if not record.exists():
+    if not (found := read_config(run_dir)):
         return
-    old, new = fixed_parts(Config.from_json(record)), fixed_parts(config)
+    old, new = fixed_parts(found), fixed_parts(config)
     if part := next((name for name in old.keys() | new.keys() if old.get(name) != new.get(name)), None):
         raise UserError(f"{run_dir} holds a run with another {part}: use another --run-dir, or the command it began with")
 

@@ -1,0 +1,318 @@
+"""Signals and broken streams: a command ends at once, a run is saved first, and no stream that is gone costs any work."""
+
+import errno
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from runs import call, request, tree
+
+from ms_diffusion import files, runtime
+from ms_diffusion.progress import ProgressBar
+from ms_diffusion.runtime import UserError
+
+ROOT = Path(__file__).parents[1]
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+
+
+def start(code, *args, before="", **options):
+    """A Python process that runs this code with the signals' default actions; `before` runs in it first."""
+    defaults = "import signal\nfor s in (1, 15):\n    signal.signal(s, 0)\nsignal.signal(2, signal.default_int_handler)\n"
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", defaults + before + code, *map(str, args)]
+    return subprocess.Popen(command, env=environment, text=True, cwd=pipes.pop("cwd", None), **pipes)
+
+
+def wait_for(path, process, seconds=120):
+    """Return when the process has made the file."""
+    end = time.monotonic() + seconds
+    while not path.exists():
+        assert process.poll() is None and time.monotonic() < end, process.communicate()
+        time.sleep(0.01)
+
+
+def finish(process, seconds=120):
+    """(exit code, stdout, stderr) of a process that ends."""
+    try:
+        out, err = process.communicate(timeout=seconds)
+    finally:
+        process.kill()
+    assert "Traceback" not in (err or ""), err
+    return process.returncode, out, err
+
+
+# Signals, without MindSpore
+
+WAIT = """
+import ctypes, sys, time, threading
+from pathlib import Path
+from ms_diffusion import runtime
+runtime.catch_interrupts()
+def ready():
+    Path(sys.argv[1]).touch()
+def hold():  # Python's lock, as a library may
+    threading.Timer(0.3, ready).start()
+    time.sleep(0.5)
+    ctypes.PyDLL(None).sleep(60)
+"""
+
+
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda s: s.name)
+def test_a_signal_ends_a_command_at_once(tmp_path, number):
+    """Also one that holds Python's lock."""
+    process = start(WAIT + "hold()", tmp_path / "ready")
+    wait_for(tmp_path / "ready", process)
+    time.sleep(0.4)
+    process.send_signal(number)
+    assert finish(process, 5) == (-number, "", "")
+
+
+def test_while_a_run_trains_a_signal_asks_it_to_stop(tmp_path):
+    code = "runtime.defer_interrupts()\nready()\nassert runtime.STOP.wait(60)\nprint('saved')"
+    for number in SIGNALS:
+        ready = tmp_path / number.name
+        process = start(WAIT + code, ready)
+        wait_for(ready, process)
+        process.send_signal(number)
+        code_, out, err = finish(process, 5)
+        assert (code_, out) == (0, "saved\n") and len(err.splitlines()) == 1
+
+
+def test_a_second_ctrl_c_ends_it(tmp_path):
+    code = "runtime.defer_interrupts()\nready()\nruntime.STOP.wait()\nPath(sys.argv[2]).touch()\ntime.sleep(60)"
+    process = start(WAIT + code, tmp_path / "1", tmp_path / "2")
+    wait_for(tmp_path / "1", process)
+    process.send_signal(signal.SIGTERM)
+    wait_for(tmp_path / "2", process)
+    process.send_signal(signal.SIGINT)
+    assert finish(process, 5)[0] == 130
+
+
+@pytest.mark.parametrize("deferred", [False, True])
+def test_what_was_ignored_stays_ignored(tmp_path, deferred):
+    """SIGHUP by nohup, SIGINT of a shell's job in the background."""
+    ignore = "signal.signal(1, signal.SIG_IGN)\nsignal.signal(2, signal.SIG_IGN)\n"
+    code = "runtime.defer_interrupts()\n" * deferred + "ready()\nprint(runtime.STOP.wait(0.5))"
+    process = start(WAIT + code, tmp_path / "ready", before=ignore)
+    wait_for(tmp_path / "ready", process)
+    for number in (signal.SIGHUP, signal.SIGINT):
+        process.send_signal(number)
+    assert finish(process, 5) == (0, "False\n", "")
+
+
+def test_the_doctor_leaves_no_children(tmp_path):
+    """They end with it, however it ends."""
+    code = """
+import sys
+from ms_diffusion.commands import doctor
+doctor.run_python(f"import os, pathlib, time; pathlib.Path({sys.argv[1]!r}).write_text(str(os.getpid())); time.sleep(60)")
+"""
+    process = start(code, tmp_path / "child")
+    wait_for(tmp_path / "child", process)
+    time.sleep(0.1)
+    child = int((tmp_path / "child").read_text())
+    process.kill()
+    process.communicate()
+    end = time.monotonic() + 5
+    while files.started(child) and Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_what_need_not_be_finished_is_given_up():
+    """Between batches of decoding and of features too; not in other threads, and not after the context."""
+    stop, seen = threading.Event(), []
+
+    def fn(rows):
+        seen.append(len(rows))
+        if len(seen) == 2:
+            stop.set()
+        return [rows]
+
+    with pytest.raises(runtime.Interrupted), runtime.given_up(stop.is_set):
+        files.in_batches(fn, np.zeros(10), 2)
+    assert seen == [2, 2]
+    runtime.check_interrupted()
+    with runtime.given_up(stop.is_set):
+        thread = threading.Thread(target=lambda: files.in_batches(fn, np.zeros(4), 2))
+        thread.start()
+        thread.join()
+    assert seen == [2] * 4
+
+
+# Streams
+
+PRINT = """
+import sys
+from ms_diffusion import runtime
+def main(argv):
+    for _ in range(3):
+        print("x" * 5000, flush=True)
+        print("y" * 5000, file=sys.stderr, flush=True)
+    with open(argv[0], "w") as file:
+        print(file.fileno(), file=file)
+    return 0
+sys.exit(runtime.run_program(main, sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("numbers", [(1,), (2,), (0, 1, 2)], ids=str)
+def test_closed_streams(tmp_path, numbers):
+    """No file gets the number of a closed one, and with it what the program prints."""
+    close = f"""
+import os
+if "again" not in sys.argv:
+    for number in {numbers}:
+        os.close(number)
+    os.execv(sys.executable, [sys.executable, "-c", {PRINT!r}, *sys.argv[1:], "again"])
+"""
+    assert finish(start("import sys\n" + close, tmp_path / "out"))[0] == 0
+    assert int((tmp_path / "out").read_text()) > 2
+
+
+def test_a_reader_that_has_gone(tmp_path):
+    read, write = os.pipe()
+    os.close(read)
+    for streams in ({"stdout": write}, {"stderr": write}, {"stdout": write, "stderr": write}):
+        assert finish(start(PRINT, tmp_path / "out", **streams))[0] == 0
+        (tmp_path / "out").unlink()
+    os.close(write)
+
+
+def test_a_full_disk_under_the_output(tmp_path):
+    """The work is done; the exit code tells that what was printed is lost, unless a run has trained."""
+    with open("/dev/full", "w") as full:
+        code, _, err = finish(start(PRINT, tmp_path / "out", stdout=full))
+        assert code == 2 and err.splitlines()[-1].startswith("error: stdout: No space left") and (tmp_path / "out").exists()
+        deferred = PRINT.replace("    return 0", "    runtime.defer_interrupts()\n    return 0")
+        assert finish(start(deferred, tmp_path / "out", stdout=full))[0] == 0
+        assert finish(start(PRINT, tmp_path / "out", stderr=full))[0] == 0
+
+
+def test_a_pipe_that_does_not_block(tmp_path):
+    """All arrives, though it is full for a while."""
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 4096)
+    process = start(PRINT, tmp_path / "out", stdout=write, stderr=subprocess.DEVNULL)
+    os.close(write)
+    time.sleep(0.3)
+    with open(read) as file:
+        assert file.read().count("x") == 15000
+    assert finish(process)[0] == 0
+
+
+def test_characters_that_a_stream_lacks(tmp_path):
+    code = PRINT.replace('"x" * 5000', "argv[0]").replace('"y" * 5000', "argv[0]")
+    path = tmp_path / os.fsdecode("ü雪\udcff".encode(errors="surrogateescape"))
+    process = start("import os\n" + code, path, stdin=subprocess.DEVNULL)
+    _, out, err = finish(process)
+    assert out.count("\\udcff") == err.count("\\udcff") == 3 and "ü雪" in out
+
+
+# Errors
+
+
+def error_of(e):
+    """(exit code, stderr) of a program that raises."""
+
+    def main(argv):
+        raise e
+
+    return runtime.run_program(main, [])
+
+
+@pytest.mark.parametrize(
+    "e",
+    [OSError(number, os.strerror(number), "some/path") for number in sorted(errno.errorcode)]
+    + [OSError(5, "Input/output error", "old", None, "some/path"), OSError(5, "Input/output error", b"some/path")]
+    + [OSError("some/path cannot be read"), MemoryError(), UnicodeDecodeError("utf-8", b"some/path", 0, 1, "invalid")]
+    + [RuntimeError(text) for text in (
+        "Device(id:0) memory isn't enough and alloc failed, kernel name: Conv2D, alloc size: 123B.",
+        "Malloc for kernel output failed, Memory isn't enough, node:Default/Add", "Allocate memory failed", "std::bad_alloc",
+        "Memory not enough: current free memory size[1] is smaller than required size[2].", "Out of memory")],
+    ids=repr,
+)  # fmt: skip
+def test_errors_of_one_line(e, capsys):
+    assert error_of(e) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and ("some/path" in line or isinstance(e, MemoryError | RuntimeError | UnicodeError))
+
+
+@pytest.mark.parametrize("e", [RuntimeError("a fault"), ValueError("memory of a shape"), KeyError("x"), RecursionError()])
+def test_faults_of_the_program_have_a_traceback(e):
+    with pytest.raises(type(e)):
+        error_of(e)
+
+
+def test_debug_shows_the_traceback():
+    def main(argv):
+        raise UserError("bad")
+
+    with pytest.raises(UserError):
+        runtime.run_program(main, ["--debug"])
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\x1b[31mb", "a\rb", os.fsdecode(b"a\xff\xfe"), "a\u2028b"], ids=ascii)
+def test_a_message_is_one_line_whatever_a_file_is_called(name, capsys):
+    assert error_of(UserError(f"{name} is wrong")) == 2
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) == 1 and err[:-1].isprintable()
+
+
+def test_an_error_stands_in_a_line_of_its_own(capsys, monkeypatch):
+    """Not in that of a progress bar."""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+
+    def main(argv):
+        for _ in ProgressBar(range(3)):
+            raise UserError("bad")
+
+    assert runtime.run_program(main, []) == 2
+    assert capsys.readouterr().err.replace("\r", "\n").splitlines()[-1] == "error: bad"
+
+
+# Output paths
+
+
+def test_outputs_are_tested_before_the_work(class_run, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.chdir(tmp_path)
+    before = tree(tmp_path)
+    wrong = [".", "file/a.png", "a" * 300, "/dev/null/a.png", "/proc/a.png"]
+    for name in wrong:
+        for flag in ("--out", "--gif", "--npz", "--denoise-row"):
+            with pytest.raises(OSError) as e:
+                class_run.task.render(class_run, request("--steps", 3, "--out", "x.png", flag, name), tmp_path)
+            assert runtime.describe(e.value)
+    with pytest.raises(UserError, match="two outputs"):
+        class_run.task.render(class_run, request("--steps", 3, "--out", "x", "--gif", "./y/../x"), tmp_path)
+    assert tree(tmp_path) == before | {Path("y"): None} or tree(tmp_path) == before
+
+
+def test_devices_stay_devices(tmp_path):
+    files.check_output("/dev/null", "/dev/null", None)
+    files.write("/dev/null", lambda f: f.write(b"x"))
+    assert Path("/dev/null").is_char_device()
+    os.mkfifo(tmp_path / "pipe")
+    files.check_output(tmp_path / "pipe")
+    assert (tmp_path / "pipe").is_fifo()
+    assert files.is_device(Path("/dev/stdout")) or not Path("/dev/stdout").exists()
+
+
+def test_commands_that_cannot_write_do_no_work(tmp_path, monkeypatch):
+    from ms_diffusion.commands import evaluate
+
+    np.savez(tmp_path / "x.npz", images=np.zeros((4, 28, 28, 1), np.uint8))
+    monkeypatch.setattr(evaluate, "Reference", None)
+    for flags in (["--json", tmp_path], ["--out", tmp_path], ["--out", "x", "--json", "x"], ["--out", tmp_path / "x.npz/a"]):
+        code, _, err = call("evaluate", tmp_path / "x.npz", *flags)
+        assert code == 2 and "Traceback" not in err and len(err.splitlines()) == 1
