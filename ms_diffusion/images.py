@@ -41,7 +41,8 @@ def open_picture(path: str | Path) -> Iterator[Image.Image]:
         with picture:
             if (pixels := picture.width * picture.height) > MOST_PIXELS:
                 raise ValueError(f"it has {pixels / 1e6:.0f} million pixels, and {MOST_PIXELS / 1e6:.0f} are read at most")
-            check_memory(16 * pixels, "its picture")  # four of 4 bytes a pixel
+            if pixels > 1_000_000:  # below that, the question costs more than the picture
+                check_memory(16 * pixels, "its picture")  # four of 4 bytes a pixel
             yield picture
 
 

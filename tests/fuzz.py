@@ -47,21 +47,8 @@ PER_PROCESS = 4000  # cases, after which another process goes on
 
 
 INTEGERS = [0, 1, -1, 2, 127, 128, 255, 256, 32767, 65535, 2**31 - 1, 2**31, 2**32 - 1, 2**53, 2**63 - 1, 2**63, 2**64 - 1]
-TEXTS = [
-    b"0",
-    b"-1",
-    b"1e999",
-    b"-1e-999",
-    b"NaN",
-    b"Infinity",
-    b"9" * 20,
-    b"9" * 500,
-    b"9" * 5000,
-    b"",
-    b"null",
-    b'"',
-    b"\n",
-]
+TEXTS = [b"0", b"-1", b"1e999", b"-1e-999", b"NaN", b"Infinity", b"", b"null", b'"', b"\n"]
+TEXTS += [b"9" * count for count in (20, 500, 5000)]
 VALUES: list[Any] = [None, True, 0, -1, 3, 0.5, 1e308, 2**31, 2**63, 10**400, math.nan, math.inf, "", "x", "\n", "\ud800"]
 VALUES += ["x" * 5000, "../../x", "1", [], [1], [[]], {}, {"a": 1}, "DEEP"]
 
@@ -204,10 +191,9 @@ def change_tar(rng: Random, data: bytes, others: list[bytes]) -> bytes:
     """The first header, with a checksum that is right."""
     content = bytearray(data)
     start, size = rng.choice([(0, 100), (100, 8), (124, 12), (124, 12), (156, 1), (157, 100), (257, 8), (345, 155)])
-    field = [rng.randbytes(size), b"7" * size, b"\xff" * size, b"\x80" + rng.randbytes(size - 1), b"../x", b"x" * size]
-    content[start : start + size] = rng.choice([*field, rng.choice(b"0123456789LKSxgXDV").to_bytes(1, "big")])[:size].ljust(
-        size, b"\0"
-    )
+    fields = [rng.randbytes(size), b"7" * size, b"\xff" * size, b"\x80" + rng.randbytes(size - 1), b"../x", b"x" * size]
+    fields.append(rng.choice(b"0123456789LKSxgXDV").to_bytes(1, "big"))
+    content[start : start + size] = rng.choice(fields)[:size].ljust(size, b"\0")
     content[148:156] = b" " * 8
     content[148:156] = b"%06o\0 " % sum(content[:512])
     return bytes(content)
