@@ -1,6 +1,7 @@
 """Grids of images, animations and curves, as pictures and as files (see `files.write`)."""
 
 import contextlib
+import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 
 from .files import check_memory, open_file, write
 
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # what it logs of odd files says no more than its errors
 GAP = 2  # pixels between the images of a grid
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "GIF", "TIFF")  # whose readers do nothing else, such as start a program
 MOST_PIXELS = 150_000_000  # of a picture that is read
