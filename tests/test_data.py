@@ -84,6 +84,7 @@ ZIPPED = gzip.compress(GOOD, mtime=0)
     [
         ("empty", b""),
         ("short-header", GOOD[:7]),
+        ("shorter-header", GOOD[:3]),
         ("truncated", GOOD[:-1]),
         ("trailing", GOOD + b"x"),
         ("floats", GOOD[:2] + b"\x0d" + GOOD[3:]),
