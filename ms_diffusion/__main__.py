@@ -37,6 +37,7 @@ def run_command(argv: list[str]) -> int:
         raise UserError(f"unknown command {name!r}: choose one of {', '.join(COMMANDS)}")
     if name != "doctor":
         versions.check()
+        versions.check_limit()
     runtime.catch_interrupts()  # must precede the import of MindSpore
     try:
         module = import_module(f".commands.{name.replace('-', '_')}", __package__)

@@ -2,12 +2,16 @@
 
 import functools
 import re
+import resource
 from importlib.util import find_spec
 from pathlib import Path
 
 from .runtime import UserError
 
 OLDEST = "2.7.1"
+# Address space that training takes: 2.0 GiB for the first operator, 2.9 with `quick` (2.10 on one core), of which most is
+# never used: MindSpore reserves memory by the GiB. It uses 0.4 and 0.7 GB
+ADDRESSES = 3 << 30
 
 
 def numbers(version: str) -> tuple[int, ...]:
@@ -27,6 +31,16 @@ def mindspore_version() -> str | None:
     file = folder / "version.py" if folder else None
     found = re.search(r"__version__\s*=\s*['\"](.+?)['\"]", file.read_text()) if file and file.exists() else None
     return found and found[1]
+
+
+def check_limit() -> None:
+    """Raise UserError if the process may not take the address space that MindSpore needs: it could end without a word."""
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit != resource.RLIM_INFINITY and limit < ADDRESSES:
+        raise UserError(
+            f"a process may take {limit / 2**30:.1f} GiB of address space (ulimit -v), and MindSpore needs 3 GiB, more on many "
+            "cores: raise that limit"
+        )
 
 
 @functools.cache

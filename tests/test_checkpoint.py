@@ -295,11 +295,11 @@ def test_a_foreign_network_is_named(folder, net, named):
 # A full disk
 
 
-@pytest.mark.parametrize("synced", [0, 1, 2, 3, 4], ids=["model", "ema", "optimizer", "state", "folder"])
+@pytest.mark.parametrize("synced", [0, 1, 2, 3, 4, 5], ids=["model", "ema", "optimizer", "state", "its folder", "folder"])
 def test_a_full_disk_leaves_the_earlier_checkpoint(trained, folder, monkeypatch, synced):
     """The disk is full when the file after `synced` others is synced; or, at the last, the folder."""
     _, run, states, _ = trained
-    checkpoint, calls = run.checkpoints(folder), iter(range(5))
+    checkpoint, calls = run.checkpoints(folder), iter(range(6))
 
     def fsync(_):
         if next(calls) == synced:
@@ -309,7 +309,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(trained, folder, monkeypatch,
         patch.setattr(os, "fsync", fsync)
         with pytest.raises(UserError, match="No space left on device"):
             checkpoint.save(4)
-    whole = synced == 4  # the rename came before
+    whole = synced == 5  # the rename came before
     assert sorted(os.listdir(folder / "checkpoints")) == [f"step-000000{i}" for i in (1, 2, 3, 4)[: 3 + whole]]
     if not whole:
         assert checkpoint.load_latest()["step"] == 3

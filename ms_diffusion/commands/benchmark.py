@@ -48,7 +48,7 @@ class Work:
         return self.task.draw_batch(*self.batches[step], step)
 
     def train(self, batch: dict[str, np.ndarray]) -> float:
-        return float(self.task.advance(batch, 0)[0].asnumpy())
+        return float(self.task.advance(batch, 0)[0].asnumpy().mean())
 
 
 class ImageWork(Work):

@@ -209,6 +209,10 @@ def supported_cann() -> list[str]:
 
 def examine_environment(environment: dict[str, str]) -> Iterator[Finding]:
     """Settings that are known to break or slow down training."""
+    try:
+        versions.check_limit()
+    except UserError as e:
+        yield PROBLEM, str(e)
     if "mindspore" in sys.modules:
         yield NOTE, "mindspore is imported before ms_diffusion, and a CPU may be several times slower: import it later"
     info = Path("/proc/cpuinfo")

@@ -31,7 +31,7 @@ from ..runtime import (
     ranks,
     set_device,
 )
-from .checkpoint import best_checkpoint, read_state
+from .checkpoint import best_checkpoint, read_config, read_state
 from .config import Config, override
 from .presets import PRESETS
 from .runs import Run
@@ -290,10 +290,9 @@ class StopOfAnyRank:
 def check_same_run(run_dir: Path, config: Config) -> None:
     """Refuse a folder that holds another run: only the location of the data and the training options may change.
     The UserError names what differs."""
-    record = run_dir / "config.json"
-    if not record.exists():
+    if not (found := read_config(run_dir)):
         return
-    old, new = fixed_parts(Config.from_json(record)), fixed_parts(config)
+    old, new = fixed_parts(found), fixed_parts(config)
     if part := next((name for name in old.keys() | new.keys() if old.get(name) != new.get(name)), None):
         raise UserError(f"{run_dir} holds a run with another {part}: use another --run-dir, or the command it began with")
 
@@ -314,7 +313,10 @@ class Metrics:
         self.path = path
         rows = parse_rows(path.read_bytes()) if path.exists() else []
         self.rows = [row for row in rows if row["step"] <= start]
-        write(path, lambda f: f.write("".join(json.dumps(row) + "\n" for row in self.rows).encode()))
+        self.write()
+
+    def write(self) -> None:
+        write(self.path, lambda f: f.write("".join(json.dumps(row) + "\n" for row in self.rows).encode()))
 
     def append(self, **row: float) -> None:
         self.rows.append(row)
@@ -322,7 +324,9 @@ class Metrics:
             f.write(json.dumps(row) + "\n")
 
     def sync(self) -> None:
-        """Wait until all lines are on the disk."""
+        """Wait until all lines are on the disk. If the file was removed, it is written again."""
+        if not self.path.exists():
+            self.write()
         with open(self.path, "rb") as f:
             os.fsync(f.fileno())
 
