@@ -70,25 +70,29 @@ def hold():  # Python's lock, as a library may
 """
 
 
-@pytest.mark.parametrize("number", SIGNALS, ids=lambda s: s.name)
-def test_a_signal_ends_a_command_at_once(tmp_path, number):
+def start_each(code, folder):
+    """A process for each signal, when all are ready."""
+    processes = {number: start(WAIT + code, folder / number.name) for number in SIGNALS}
+    for number, process in processes.items():
+        wait_for(folder / number.name, process)
+    return processes
+
+
+def test_a_signal_ends_a_command_at_once(tmp_path):
     """Also one that holds Python's lock."""
-    process = start(WAIT + "hold()", tmp_path / "ready")
-    wait_for(tmp_path / "ready", process)
+    processes = start_each("hold()", tmp_path)
     time.sleep(0.4)
-    process.send_signal(number)
-    assert finish(process, 5) == (-number, "", "")
+    for number, process in processes.items():
+        process.send_signal(number)
+        assert finish(process, 5) == (-number, "", "")
 
 
 def test_while_a_run_trains_a_signal_asks_it_to_stop(tmp_path):
     code = "runtime.defer_interrupts()\nready()\nassert runtime.STOP.wait(60)\nprint('saved')"
-    for number in SIGNALS:
-        ready = tmp_path / number.name
-        process = start(WAIT + code, ready)
-        wait_for(ready, process)
+    for number, process in start_each(code, tmp_path).items():
         process.send_signal(number)
-        code_, out, err = finish(process, 5)
-        assert (code_, out) == (0, "saved\n") and len(err.splitlines()) == 1
+        code, out, err = finish(process, 5)
+        assert (code, out) == (0, "saved\n") and len(err.splitlines()) == 1
 
 
 def test_a_second_ctrl_c_ends_it(tmp_path):
@@ -186,20 +190,22 @@ if "again" not in sys.argv:
 def test_a_reader_that_has_gone(tmp_path):
     read, write = os.pipe()
     os.close(read)
-    for streams in ({"stdout": write}, {"stderr": write}, {"stdout": write, "stderr": write}):
-        assert finish(start(PRINT, tmp_path / "out", **streams))[0] == 0
-        (tmp_path / "out").unlink()
+    streams = [{"stdout": write}, {"stderr": write}, {"stdout": write, "stderr": write}]
+    processes = [start(PRINT, tmp_path / str(i), **options) for i, options in enumerate(streams)]
     os.close(write)
+    assert [finish(process)[0] for process in processes] == [0, 0, 0]
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_a_full_disk_under_the_output(tmp_path):
     """The work is done; the exit code tells that what was printed is lost, unless a run has trained."""
+    deferred = PRINT.replace("    return 0", "    runtime.defer_interrupts()\n    return 0")
     with open("/dev/full", "w") as full:
-        code, _, err = finish(start(PRINT, tmp_path / "out", stdout=full))
-        assert code == 2 and err.splitlines()[-1].startswith("error: stdout: No space left") and (tmp_path / "out").exists()
-        deferred = PRINT.replace("    return 0", "    runtime.defer_interrupts()\n    return 0")
-        assert finish(start(deferred, tmp_path / "out", stdout=full))[0] == 0
-        assert finish(start(PRINT, tmp_path / "out", stderr=full))[0] == 0
+        lost, run = (start(code, tmp_path / "out", stdout=full) for code in (PRINT, deferred))
+        quiet = start(PRINT, tmp_path / "quiet", stderr=full)
+    code, _, err = finish(lost)
+    assert code == 2 and err.splitlines()[-1].startswith("error: stdout: No space left") and (tmp_path / "out").exists()
+    assert finish(run)[0] == finish(quiet)[0] == 0
 
 
 def test_a_pipe_that_does_not_block(tmp_path):
