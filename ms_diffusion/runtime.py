@@ -473,8 +473,8 @@ def describe(e: Exception) -> str | None:
         return (f"{os.fsdecode(path)}: {e.strerror}" if is_named else str(e)) + HINTS.get(e.errno or 0, OTHER)
     if isinstance(e, MemoryError) or (isinstance(e, RuntimeError) and NO_MEMORY.search(str(e))):
         return "there is not enough memory: use smaller batches, images or networks, or end other programs"
-    if isinstance(e, UnicodeError):
-        return f"a name or a text cannot be read: {e}: write it in UTF-8"
+    if isinstance(e, UnicodeError) or (isinstance(e, ValueError) and "null byte" in str(e)):
+        return f"a name or a text has characters that cannot be used: {e}"
     return None
 
 
