@@ -116,7 +116,7 @@ def is_device(path: Path) -> bool:
         mode = path.stat().st_mode
     except FileNotFoundError:
         return False
-    is_stream = path.is_symlink() and os.path.realpath(path.parent).startswith(("/dev", "/proc"))
+    is_stream = path.is_symlink() and os.path.realpath(path.parent).split(os.sep)[1] in ("dev", "proc")
     return is_stream or not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 

@@ -3,20 +3,25 @@
 import errno
 import fcntl
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from runs import call, request, tree
+from runs import call, metrics, request, tree
 
 from ms_diffusion import files, runtime
 from ms_diffusion.progress import ProgressBar
 from ms_diffusion.runtime import UserError
+from ms_diffusion.training.config import Config, override
+from ms_diffusion.training.presets import PRESETS
+from ms_diffusion.training.runs import Run
 
 ROOT = Path(__file__).parents[1]
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
@@ -65,25 +70,29 @@ def hold():  # Python's lock, as a library may
 """
 
 
-@pytest.mark.parametrize("number", SIGNALS, ids=lambda s: s.name)
-def test_a_signal_ends_a_command_at_once(tmp_path, number):
+def start_each(code, folder):
+    """A process for each signal, when all are ready."""
+    processes = {number: start(WAIT + code, folder / number.name) for number in SIGNALS}
+    for number, process in processes.items():
+        wait_for(folder / number.name, process)
+    return processes
+
+
+def test_a_signal_ends_a_command_at_once(tmp_path):
     """Also one that holds Python's lock."""
-    process = start(WAIT + "hold()", tmp_path / "ready")
-    wait_for(tmp_path / "ready", process)
+    processes = start_each("hold()", tmp_path)
     time.sleep(0.4)
-    process.send_signal(number)
-    assert finish(process, 5) == (-number, "", "")
+    for number, process in processes.items():
+        process.send_signal(number)
+        assert finish(process, 5) == (-number, "", "")
 
 
 def test_while_a_run_trains_a_signal_asks_it_to_stop(tmp_path):
     code = "runtime.defer_interrupts()\nready()\nassert runtime.STOP.wait(60)\nprint('saved')"
-    for number in SIGNALS:
-        ready = tmp_path / number.name
-        process = start(WAIT + code, ready)
-        wait_for(ready, process)
+    for number, process in start_each(code, tmp_path).items():
         process.send_signal(number)
-        code_, out, err = finish(process, 5)
-        assert (code_, out) == (0, "saved\n") and len(err.splitlines()) == 1
+        code, out, err = finish(process, 5)
+        assert (code, out) == (0, "saved\n") and len(err.splitlines()) == 1
 
 
 def test_a_second_ctrl_c_ends_it(tmp_path):
@@ -181,20 +190,22 @@ if "again" not in sys.argv:
 def test_a_reader_that_has_gone(tmp_path):
     read, write = os.pipe()
     os.close(read)
-    for streams in ({"stdout": write}, {"stderr": write}, {"stdout": write, "stderr": write}):
-        assert finish(start(PRINT, tmp_path / "out", **streams))[0] == 0
-        (tmp_path / "out").unlink()
+    streams = [{"stdout": write}, {"stderr": write}, {"stdout": write, "stderr": write}]
+    processes = [start(PRINT, tmp_path / str(i), **options) for i, options in enumerate(streams)]
     os.close(write)
+    assert [finish(process)[0] for process in processes] == [0, 0, 0]
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_a_full_disk_under_the_output(tmp_path):
     """The work is done; the exit code tells that what was printed is lost, unless a run has trained."""
+    deferred = PRINT.replace("    return 0", "    runtime.defer_interrupts()\n    return 0")
     with open("/dev/full", "w") as full:
-        code, _, err = finish(start(PRINT, tmp_path / "out", stdout=full))
-        assert code == 2 and err.splitlines()[-1].startswith("error: stdout: No space left") and (tmp_path / "out").exists()
-        deferred = PRINT.replace("    return 0", "    runtime.defer_interrupts()\n    return 0")
-        assert finish(start(deferred, tmp_path / "out", stdout=full))[0] == 0
-        assert finish(start(PRINT, tmp_path / "out", stderr=full))[0] == 0
+        lost, run = (start(code, tmp_path / "out", stdout=full) for code in (PRINT, deferred))
+        quiet = start(PRINT, tmp_path / "quiet", stderr=full)
+    code, _, err = finish(lost)
+    assert code == 2 and err.splitlines()[-1].startswith("error: stdout: No space left") and (tmp_path / "out").exists()
+    assert finish(run)[0] == finish(quiet)[0] == 0
 
 
 def test_a_pipe_that_does_not_block(tmp_path):
@@ -235,6 +246,7 @@ def error_of(e):
     [OSError(number, os.strerror(number), "some/path") for number in sorted(errno.errorcode)]
     + [OSError(5, "Input/output error", "old", None, "some/path"), OSError(5, "Input/output error", b"some/path")]
     + [OSError("some/path cannot be read"), MemoryError(), UnicodeDecodeError("utf-8", b"some/path", 0, 1, "invalid")]
+    + [ValueError("embedded null byte")]
     + [RuntimeError(text) for text in (
         "Device(id:0) memory isn't enough and alloc failed, kernel name: Conv2D, alloc size: 123B.",
         "Malloc for kernel output failed, Memory isn't enough, node:Default/Add", "Allocate memory failed", "std::bad_alloc",
@@ -244,7 +256,7 @@ def error_of(e):
 def test_errors_of_one_line(e, capsys):
     assert error_of(e) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ") and ("some/path" in line or isinstance(e, MemoryError | RuntimeError | UnicodeError))
+    assert line.startswith("error: ") and ("some/path" in line or isinstance(e, MemoryError | RuntimeError | ValueError))
 
 
 @pytest.mark.parametrize("e", [RuntimeError("a fault"), ValueError("memory of a shape"), KeyError("x"), RecursionError()])
@@ -316,3 +328,150 @@ def test_commands_that_cannot_write_do_no_work(tmp_path, monkeypatch):
     for flags in (["--json", tmp_path], ["--out", tmp_path], ["--out", "x", "--json", "x"], ["--out", tmp_path / "x.npz/a"]):
         code, _, err = call("evaluate", tmp_path / "x.npz", *flags)
         assert code == 2 and "Traceback" not in err and len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["[a-z]*? -x\nü雪", os.fsdecode(b"a\xff")], ids=ascii)
+def test_any_character_in_a_path(class_run, tmp_path, name, monkeypatch, capsys):
+    """None has a meaning but / and NUL."""
+    home, images = tmp_path / name, np.zeros((4, 1, 28, 28), np.float32)
+    shutil.copytree(class_run.home, home)
+    (tmp_path / "a").mkdir()  # what the pattern fits
+    run = Run(home)
+    run.__dict__["generator"] = SimpleNamespace(draw=lambda *_: images)
+    written = run.task.render(run, request("--num", 4, "--steps", 3, "--npz", home / f"{name}.npz"), home)
+    assert run.step == class_run.step and written == [home / "sample.png", home / f"{name}.npz"]
+    assert all(path.is_file() for path in written) and not list((tmp_path / "a").iterdir())
+    for i in range(2):
+        (home / f"{i}.png").write_bytes(written[0].read_bytes())
+    config, _ = PRESETS["quick"].with_data(home)
+    assert override(config, size=28).task().load_data()[0].shape == (3, 28, 28, 1)
+    assert Config.from_json(write_config(home / "new" / name, config)).data.dir == str(home)
+
+
+def write_config(path, config):
+    files.write_json(path, config.to_record())
+    return path
+
+
+# Whole commands
+
+DRIVER = """
+import importlib, sys, time
+from pathlib import Path
+import ms_diffusion.__main__ as program
+
+mark, module, owner, name, count = sys.argv[1:6]
+
+def hooked(*args):
+    loaded, calls = importlib.import_module(*args), []
+    part = importlib.import_module(module)
+    part = getattr(part, owner) if owner else part
+    original = getattr(part, name)
+
+    def call(*args, **options):
+        calls.append(1)
+        if len(calls) == int(count):
+            Path(mark).touch()
+            time.sleep(0.3)
+        return original(*args, **options)
+
+    setattr(part, name, call)
+    return loaded
+
+program.import_module = hooked
+sys.exit(program.main(sys.argv[6:]))
+"""
+TASKS = "ms_diffusion.training.tasks"
+TRAIN = """--preset scurve --device cpu --model.dim 8 --model.depth 1 --data.num 200 --diffusion.num-timesteps 200
+    --train.batch-size 32 --train.sample-num 20 --train.sample-steps 200 --train.steps-per-call 1 --train.log-every 1
+    --train.save-every 5 --train.sample-every 6 --train.total-steps 8""".split()
+
+
+def interrupt(tmp_path, number, hook, *args, again=None):
+    """Start a command and send it a signal at the n-th call of a function: `hook` is (module, class, name, n)."""
+    process = start(DRIVER, tmp_path / "mark", *hook, *args, cwd=tmp_path)
+    wait_for(tmp_path / "mark", process)
+    process.send_signal(number)
+    if again:
+        time.sleep(0.1)
+        process.send_signal(again)
+    return finish(process)
+
+
+def contents(run):
+    """What a run has written, without times, and without a checkpoint of a step at which it was interrupted."""
+    kept = [path for path in tree(run) if path.parts[0] != "checkpoints" or {"step-0000005", "step-0000008"} & {*path.parts}]
+    return metrics(run), {
+        path: (run / path).read_bytes() for path in kept if path.suffix in (".safetensors", ".png", ".npz")
+    }
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    run = tmp_path_factory.mktemp("straight") / "run"
+    assert call("train", *TRAIN, "--run-dir", run)[0] == 0
+    return contents(run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "hook", "step"),
+    [
+        (signal.SIGHUP, (f"{TASKS}.points", "PointsTask", "advance", 1), 1),  # compilation
+        (signal.SIGTERM, ("ms_diffusion.training.checkpoint", "Checkpoint", "save", 1), 5),
+        (signal.SIGINT, (f"{TASKS}.points", "PointsTask", "preview", 1), 6),
+        (signal.SIGTERM, ("ms_diffusion.plots2d", "", "save_samples", 2), 8),
+    ],
+    ids=["compile", "save", "preview", "last-picture"],
+)
+def test_an_interrupted_run_is_saved_and_goes_on_as_if_it_were_not(tmp_path, straight, number, hook, step):
+    """The same files, byte for byte, as of a run that was not interrupted."""
+    run = tmp_path / "run"
+    code, out, err = interrupt(tmp_path, number, hook, "train", *TRAIN, "--run-dir", run)
+    if hook[2] == "save_samples":  # all was done but for the picture, which a moment suffices for
+        assert code == 0
+    else:
+        assert code == 130 and f"stopped at step {step} of 8, all saved" in out
+        assert "stopping" in err and not (run / f"samples/step-{step:07d}.png").exists()
+        assert call("train", *TRAIN, "--run-dir", run)[0] == 0
+    assert contents(run) == straight
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_ends_a_run_at_once(tmp_path, straight):
+    hook = "ms_diffusion.training.checkpoint", "Checkpoint", "save", 1
+    code, _, _ = interrupt(tmp_path, signal.SIGINT, hook, "train", *TRAIN, "--run-dir", "run", again=signal.SIGINT)
+    assert code == 130 and not list((tmp_path / "run").rglob("*.safetensors"))
+    assert call("train", *TRAIN, "--run-dir", tmp_path / "run")[0] == 0
+    assert contents(tmp_path / "run") == straight
+
+
+@pytest.mark.slow
+def test_a_run_without_streams_trains_on(tmp_path, straight):
+    """Closed, or on a full disk, or broken by a reader that ends."""
+    read, write = os.pipe()
+    os.close(read)
+    process = start("import os\nos.close(2)\n" + DRIVER, "mark", "os", "", "getpid", 0, "train", *TRAIN, "--run-dir", "run",
+                    cwd=tmp_path, stdout=write)  # fmt: skip
+    os.close(write)
+    assert finish(process)[0] == 0
+    assert contents(tmp_path / "run") == straight
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "hook", "args"),
+    [
+        (signal.SIGINT, ("ms_diffusion.training.runs", "", "load_into", 1), "sample --num 4 --out out.png --gif out.gif"),
+        (signal.SIGINT, ("ms_diffusion.sampling", "Generator", "draw", 1), "evaluate --num 20 --json x.json --out x.png"),
+        (signal.SIGTERM, ("ms_diffusion.denoiser", "", "make_denoiser", 1), "likelihood fashion-mnist-large --num 4"),
+        (signal.SIGHUP, ("ms_diffusion.mindir", "", "export", 1), "export --format mindir --out x.mindir"),
+        (signal.SIGTERM, ("ms_diffusion.runtime", "", "set_device", 1), "benchmark --presets quick --json x.json"),
+    ],
+    ids=lambda value: value.split()[0] if isinstance(value, str) else "",
+)
+def test_other_commands_end_at_once_and_write_nothing(tmp_path, number, hook, args):
+    clock = time.monotonic()
+    code, out, err = interrupt(tmp_path, number, hook, *args.split())
+    assert code == -number and not out
+    assert [path.name for path in tmp_path.iterdir()] == ["mark"] and time.monotonic() - clock < 120
