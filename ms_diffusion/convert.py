@@ -93,7 +93,7 @@ def read_pickled(path: Path) -> dict[str, np.ndarray]:
     for key in ("state_dict", "model"):
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]
-    items = state.items() if isinstance(state, Mapping) else [(0, state)]
+    items: Any = state.items() if isinstance(state, Mapping) else [(0, state)]
     if not all(isinstance(name, str) and isinstance(a, torch.Tensor) for name, a in items):
         raise UserError(f"{path}: contains no state dict: save model.state_dict()")
     plain = [getattr(torch, name) for name in TORCH_TYPES]

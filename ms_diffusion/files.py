@@ -52,7 +52,7 @@ def write(path: str | os.PathLike, save: Callable[[BinaryIO], object]) -> None:
     """Call save(file) on a temporary file in the folder of `path`, sync it to the disk, and rename it to `path`. A device or
     a pipe, such as /dev/null, is written to. Raises OSError; then `path` is as before."""
     path = Path(path)
-    if path.exists() and not path.is_file() and not path.is_dir():
+    if is_device(path):
         with open(path, "wb") as file:
             save(file)
         return
@@ -109,14 +109,27 @@ def write_synced(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
+def is_device(path: Path) -> bool:
+    """Whether a path is no file that can be replaced: a device, a pipe, or a link to one, such as /dev/stdout, also where
+    that is a file. Raises OSError if the path is not valid."""
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return False
+    is_stream = path.is_symlink() and os.path.realpath(path.parent).split(os.sep)[1] in ("dev", "proc")
+    return is_stream or not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+
+
 def check_output(*paths: str | os.PathLike | None) -> None:
     """Make the folders of the files that a program is going to write, before it works for hours. Raises OSError if a file
-    cannot be written there, and does nothing for None."""
-    for path in map(Path, filter(None, paths)):
-        if path.is_dir():  # raises OSError for a name that is too long
+    cannot be written there, UserError if two of the paths are one file, and does nothing for None."""
+    files = [path for path in map(Path, filter(None, paths)) if not is_device(path)]
+    places = [os.path.realpath(path.parent) + os.sep + path.name for path in files]
+    if twice := next((path for path, place in zip(files, places, strict=True) if places.count(place) > 1), None):
+        raise UserError(f"two outputs would be written to {twice}: give each a path of its own")
+    for path in files:
+        if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-        if path.exists() and not path.is_file():  # a device
-            continue
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = temporary_path(path)
         try:
@@ -136,6 +149,19 @@ def temporary_path(path: Path) -> Path:
     end = f".msd-{machine()}-{os.getpid()}-{started(os.getpid())}-{secrets.token_hex(4)}.tmp"
     name = os.fsencode(path.name)[: NAME_BYTES - len(end) - 1]
     return path.with_name(f".{name.decode(errors='ignore')}{end}")
+
+
+@contextlib.contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """A new folder that only this user can read, for the time of the block."""
+    place = Path(tempfile.gettempdir())
+    sweep(place)
+    folder = temporary_path(place / "ms_diffusion")
+    folder.mkdir(0o700)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def sweep(folder: Path) -> None:

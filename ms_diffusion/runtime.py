@@ -2,6 +2,7 @@
 Importing this module makes the settings that must precede ``import mindspore``. It imports MindSpore only when needed."""
 
 import contextlib
+import ctypes
 import errno
 import functools
 import io
@@ -15,13 +16,12 @@ import threading
 import time
 import traceback
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    import subprocess
-
     import numpy as np
 
     from mindspore import Tensor
@@ -174,14 +174,16 @@ def compiled(fn: Callable) -> Callable:
     (MindSpore 2.10). So on the CPU the graph ends by setting an event.
 
     A graph whose operator fails never sets the event. The caller therefore stops waiting as soon as the process uses no CPU
-    time, and MindSpore raises the error when the result is read (2.10 takes 3 s for it)."""
+    time, and MindSpore raises the error when the result is read (2.10 takes 3 s for it).
+
+    There is a graph for each shape of the arguments, which goes with the function (`with_own_graphs`)."""
     import mindspore as ms
     from mindspore import Tensor, ops
 
     ms.set_recursion_limit(4000)  # MindSpore's 1000 ends the compilation of deep U-Nets
     if ms.get_context("device_target") != "CPU":
         # Kernel by kernel on every Ascend: MindSpore would give graphs to GE on the 910A. O1 fuses kernels; it is untested
-        return ms.jit(fn, jit_level="O0", backend="ms_backend")
+        return with_own_graphs(ms.jit(fn, jit_level="O0", backend="ms_backend"))
 
     done = threading.Event()
     zero = Tensor(0, ms.int32)
@@ -196,7 +198,7 @@ def compiled(fn: Callable) -> Callable:
         out = fn(*args, **kwargs)
         return ops.depend(out, notify(ops.depend(zero, out)))
 
-    graph = ms.jit(announced)
+    graph = with_own_graphs(ms.jit(announced))
 
     def call(*args, **kwargs):
         done.clear()
@@ -211,6 +213,48 @@ def compiled(fn: Callable) -> Callable:
         return out
 
     return call
+
+
+MOST_GRAPHS = 8  # of a function: 16 MB each for a small network
+_unused: list[list[str]] = []  # names of the graphs of functions that are gone
+
+
+def with_own_graphs(graph: Callable) -> Callable:
+    """A function of ``ms.jit`` that keeps its last `MOST_GRAPHS` graphs. They are freed when it is gone, before another
+    function is compiled; MindSpore (2.7 to 2.10) would keep each graph, and the network in it, until the process ends."""
+    cache, names = graph_api().ms_compile_cache, []
+    while _unused:  # here, since a finalizer may run in any thread, and amid the compilation of another graph
+        free_graphs(_unused.pop())
+
+    def call(*args, **kwargs):
+        before = set(cache)
+        out = graph(*args, **kwargs)
+        names.extend(cache - before)
+        while len(names) > MOST_GRAPHS:
+            free_graphs([names.pop(0)])
+        return out
+
+    weakref.finalize(call, _unused.append, names).atexit = False
+    return call
+
+
+def graph_api() -> Any:
+    """The module in which MindSpore keeps its graphs; ``ms.ms_memory_recycle``, which frees all of them, is in it too."""
+    try:
+        from mindspore.graph import api
+    except ImportError:  # before 2.10
+        from mindspore.common import api
+    return api
+
+
+def free_graphs(names: Sequence[str]) -> None:
+    """Free graphs, by their names in MindSpore's cache, as ``ms.ms_memory_recycle`` does, and their functions."""
+    api, chosen = graph_api(), set(names)
+    api._cell_graph_executor.del_net_res(None, chosen)
+    api.JitExecutor_.get_instance().del_net_res(None, chosen)
+    api.ms_compile_cache.difference_update(chosen)
+    if hasattr(api, "_get_func_args_info_cached"):  # of the last 4096 functions
+        api._get_func_args_info_cached.cache_clear()
 
 
 @functools.cache
@@ -312,33 +356,43 @@ def barrier() -> None:
 
 SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 STOP = threading.Event()  # set by the first of these signals after `defer_interrupts`
-_deferred = threading.Event()
-AT_END: list[Callable[[], object]] = []  # what `end` calls
+_deferred, _ready = threading.Event(), threading.Event()
+_ready.set()
 _given_up = threading.local()
 
 
 def catch_interrupts() -> None:
-    """Let Ctrl-C, SIGTERM and SIGHUP end the process at once, with exit code 128 + the signal's number. After
-    `defer_interrupts` the first one sets STOP instead, and a second Ctrl-C ends the process. A signal that was ignored, such
-    as SIGHUP by nohup, still is. Call this before ``import mindspore``.
+    """Let Ctrl-C, SIGTERM and SIGHUP end the process at once. After `defer_interrupts` the first one sets STOP instead, and
+    a second Ctrl-C ends the process. A signal that was ignored, such as SIGHUP by nohup, still is. Call this before ``import
+    mindspore``.
 
-    Once an operator has run, SIGINT kills a MindSpore process without KeyboardInterrupt (2.7 to 2.10), and a process that
-    waits for another rank runs no handler, so the signals are blocked and a thread waits for them. MindSpore sends SIGTERM
-    to its own process when another rank has died; the work of this one can then not be completed."""
+    A process that waits for another rank runs no handler, so all threads but one block the signals. For this one they are
+    not caught at first: the system ends the process, even where MindSpore holds Python's lock for good. Later it waits for
+    them. Once an operator has run, MindSpore has a handler of its own for SIGINT (2.7 to 2.10), which is undone. It sends
+    SIGTERM to its own process when another rank has died; the work of this one can then not be completed."""
     ignored = {number for number in SIGNALS if signal.getsignal(number) == signal.SIG_IGN}
+    for number in SIGNALS - ignored:
+        signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    _ready.clear()
 
     def watch():
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        handler = ctypes.c_void_p(int(signal.SIG_IGN if signal.SIGINT in ignored else signal.SIG_DFL))
+        while not _deferred.wait(0.5):
+            ctypes.CDLL(None).signal(signal.SIGINT, handler)
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        _ready.set()
         asked = False
         while True:
             info = signal.sigwaitinfo(SIGNALS)
             if info.si_signo == signal.SIGTERM and info.si_pid == os.getpid() and several_ranks():
                 print("error: another rank has ended, so this one ends too: see its log", file=sys.stderr, flush=True)
-                end(1)
+                os._exit(1)
             if info.si_signo in ignored:
                 continue
-            if not _deferred.is_set() or (asked and info.si_signo == signal.SIGINT):
-                end(128 + info.si_signo)
+            if asked and info.si_signo == signal.SIGINT:
+                os._exit(130)
             STOP.set()
             if not asked:
                 say("stopping as soon as the run is saved; Ctrl-C ends at once, without saving")
@@ -350,61 +404,7 @@ def catch_interrupts() -> None:
 def defer_interrupts() -> None:
     """Let the signals of `catch_interrupts` set STOP from now on: the program looks at it and saves its work."""
     _deferred.set()
-
-
-def end(code: int) -> NoReturn:
-    """End the process at once, whatever its threads are doing, and with it its children and its temporary folders."""
-    kill_children()
-    for action in AT_END:
-        with contextlib.suppress(Exception):
-            action()
-    os._exit(code)
-
-
-def kill_children(process: int | str = "self") -> None:
-    for listing in Path(f"/proc/{process}/task").glob("*/children"):
-        with contextlib.suppress(OSError):
-            for child in map(int, listing.read_text().split()):
-                kill_children(child)
-                os.kill(child, signal.SIGKILL)
-
-
-@contextlib.contextmanager
-def temporary_folder() -> Iterator[Path]:
-    """A new folder that only this user can read; it is removed after the block, also where `end` ends the process in it."""
-    import shutil
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as folder:
-        remove = functools.partial(shutil.rmtree, folder, ignore_errors=True)
-        AT_END.append(remove)
-        try:
-            yield Path(folder)
-        finally:
-            AT_END.remove(remove)
-
-
-def run_child(command: Sequence[Any], seconds: float, **options: Any) -> "subprocess.CompletedProcess[str]":
-    """Run another program: its exit code, stdout and stderr. It can be interrupted although this process blocks signals.
-    After `seconds` it is killed with all its children, and subprocess.TimeoutExpired is raised; OSError is raised if it
-    cannot be started. `options` are those of subprocess.Popen."""
-    import subprocess
-
-    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    before = signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-    try:
-        options = pipes | {"encoding": "utf-8", "errors": "replace", "start_new_session": True} | options
-        process = subprocess.Popen(command, **options)
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    with process:
-        try:
-            out, err = process.communicate(timeout=seconds)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.killpg(process.pid, signal.SIGKILL)
-            raise
-    return subprocess.CompletedProcess(command, process.returncode, out, err)
+    _ready.wait()
 
 
 @contextlib.contextmanager
@@ -433,14 +433,16 @@ class Output(io.FileIO):
     lost: OSError | None = None
 
     def write(self, data: Any) -> int:
+        left = memoryview(data).cast("B")
         try:
-            while (written := super().write(data)) is None:  # it does not block, and is full
-                select.select([], [self], [])
-            return written
+            while left:
+                if (written := super().write(left)) is None:  # it does not block, and is full
+                    select.select([], [self], [])
+                left = left[written or 0 :]
         except OSError as e:
             self.lost = e
             open_null(self.fileno())
-            return len(data)
+        return len(data)
 
 
 def open_null(number: int) -> None:
@@ -470,13 +472,13 @@ def open_streams() -> None:
             setattr(sys, name, io.TextIOWrapper(buffer, encoding, errors="backslashreplace", **options))
 
 
-def stdout_lost() -> OSError | None:
-    """Why what was printed could not be written; None if it could, or there is nobody who reads it."""
-    with contextlib.suppress(AttributeError, ValueError):  # another kind of stream
-        sys.stdout.flush()
-        raw = getattr(sys.stdout.buffer, "raw", sys.stdout.buffer)
-        return raw.lost if raw.lost and raw.lost.errno != errno.EPIPE else None
-    return None
+def check_stdout() -> None:
+    """Raise OSError if what was printed could not be written, unless nobody reads it any more."""
+    sys.stdout.flush()
+    buffer: Any = getattr(sys.stdout, "buffer", None)
+    lost = getattr(getattr(buffer, "raw", buffer), "lost", None)
+    if lost and lost.errno != errno.EPIPE:
+        raise OSError(lost.errno, lost.strerror, "stdout")
 
 
 def progress_bars() -> Any:
@@ -529,8 +531,8 @@ def describe(e: Exception) -> str | None:
         return "there is not enough memory: use smaller batches, images or networks, or end other programs"
     if isinstance(e, RuntimeError) and NO_THREADS.search(str(e)):
         return "no more threads can be started: raise the limits (ulimit -u, -v), or end other programs"
-    if isinstance(e, UnicodeError):
-        return f"a name or a text cannot be read: {e}: write it in UTF-8"
+    if isinstance(e, UnicodeError) or (isinstance(e, ValueError) and "null byte" in str(e)):
+        return f"a name or a text has characters that cannot be used: {e}"
     return None
 
 
@@ -544,9 +546,9 @@ def run_program(main: Callable[[list[str]], int], argv: Sequence[str]) -> int:
     try:
         code = main(list(argv))
         barrier()  # until rank 0 has written and uploaded everything
+        if not _deferred.is_set():  # else there is a run, whether its log is there or not
+            check_stdout()
         return code
-    except KeyboardInterrupt:  # while a child was started, which may be interrupted
-        end(130)
     except Exception as e:
         text = describe(e)
         for bar in list(getattr(progress_bars(), "_instances", ())):

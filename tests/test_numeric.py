@@ -2,11 +2,15 @@
 
 import numpy as np
 import pytest
+from runs import PIXELS
 
 import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 
 from ms_diffusion import kernels
+from ms_diffusion.data.batches import check_values, fingerprint
+from ms_diffusion.models.layers import Dropout, Masks
+from ms_diffusion.runtime import UserError
 from ms_diffusion.training.config import override
 from ms_diffusion.training.pack import Pack
 from ms_diffusion.training.presets import PRESETS
@@ -149,3 +153,93 @@ def test_the_autoencoder_and_its_discriminator_take_nothing_from_a_bad_batch(nor
         changed = {key for key, value in all_parameters(task).items() if (value != before[key]).any()}
         assert any("running_mean" in key for key in changed) == (norm == "batch")
         assert any("discriminator" in key and key.endswith("main.0.weight") for key in changed)
+
+
+# Dropout's masks, which the host draws
+
+
+class Dropped(nn.Cell):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = Dropout(0.25, 3, 0), Dropout(0.5, 2, 1)
+
+
+def masks_of(batch_size, step, rank=0, seed=0):
+    net = Dropped()
+    masks = Masks(net, batch_size, (8, 6))
+    masks.draw(seed, step, rank)
+    return [masks(cell.index).asnumpy() for cell in (net.first, net.second)]
+
+
+def test_masks_depend_on_seed_row_and_step_alone():
+    first, second = masks_of(40, 3)
+    assert first.shape == (40, 3, 8, 6) and second.shape == (40, 2, 4, 3)
+    for mask, p in ((first, 0.25), (second, 0.5)):
+        assert set(np.unique(mask)) == {np.float32(0), np.float32(1) / np.float32(1 - p)}
+        assert abs(mask.mean() - 1) < 5 * np.sqrt(p / (1 - p) / mask.size)
+        rows = mask.reshape(len(mask), -1)
+        assert abs(np.mean((rows[1:] - 1) * (rows[:-1] - 1))) < 5 * p / (1 - p) / np.sqrt(rows.size)
+    for rank in range(4):
+        for mine, whole in zip(masks_of(10, 3, rank), (first, second), strict=True):
+            np.testing.assert_array_equal(mine, whole[10 * rank : 10 * rank + 10])
+    assert (masks_of(40, 4)[0] != first).any() and (masks_of(40, 3, seed=1)[0] != first).any()
+
+
+def test_without_dropout_nothing_is_drawn_or_multiplied():
+    net = Dropout(0.0, 3, 0).set_train()
+    masks = Masks(net, 2, (8, 6))
+    masks.draw(0, 0)
+    x = Tensor(np.ones((2, 3, 8, 6), np.float32))
+    assert masks.layers == () and net(x) is x
+
+
+# Data are looked at once
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (np.float32([[1, 2], [3, np.nan], [np.inf, 2]]), ["2 of 3 points", "number 1"]),
+        (np.full((4, 2), 3, np.float32), ["all values of the points are 3.0"]),
+        (np.full((4, 8, 8, 1), 7, np.uint8), ["all values of the points are 7"]),
+    ],
+)
+def test_data_that_teach_nothing_are_refused(data, words):
+    with pytest.raises(UserError) as error:
+        check_values(data, "points")
+    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
+
+
+def test_data_that_look_wrong_are_noted(capsys):
+    pictures = np.zeros((2, 8, 8, 1), np.uint8)
+    pictures[0, 0] = 1
+    check_values(pictures, "images")
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    check_values(pictures * 255, "images")
+    check_values(np.float32([[0, 1]]), "points")
+    assert not capsys.readouterr().err
+
+
+def test_a_fingerprint_is_of_values_types_shapes_and_labels():
+    data, labels = np.arange(12, dtype=np.float32).reshape(6, 2), np.arange(6, dtype=np.int32)
+    known = fingerprint(data, labels)
+    assert known == fingerprint(np.asfortranarray(data), labels.copy())
+    for other in ((data + 1, labels), (data.reshape(3, 4), labels), (data[:5], labels[:5]), (data, labels[::-1])):
+        assert fingerprint(*other) != known
+
+
+def test_other_data_than_before_are_noted_at_a_resume(tmp_path, capsys):
+    def start(num):
+        pictures = np.random.default_rng(0).integers(0, 256, (num, 28, 28, 1), np.uint8)
+        task = override(PIXELS, batch_size=2).task((pictures, np.zeros(num, np.int32)))
+        task.start(tmp_path)
+        return task
+
+    task = start(9)
+    assert not capsys.readouterr().err
+    task.checkpoint.save(3, **task.checkpoint_record())
+    start(9)
+    assert not capsys.readouterr().err
+    start(8)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert all(word in line for word in ("step 3", "9 images", "8 now"))

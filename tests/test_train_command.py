@@ -169,17 +169,6 @@ def test_ctrl_c_in_a_process_saves_and_the_same_command_continues(tmp_path):
     assert metrics(run)[:step] == rows and task.start_step == step
 
 
-def test_sigterm_asks_to_stop():
-    code = """
-import os, signal
-from ms_diffusion import runtime
-runtime.catch_interrupts()
-os.kill(os.getpid(), signal.SIGTERM)
-assert runtime.STOP.wait(10)
-"""
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
-
-
 # The loop, of any task
 
 

@@ -111,13 +111,15 @@ def read_idx(path: str | Path) -> np.ndarray:
     larger than there is memory."""
     path, advice = Path(path), "delete it and download it again"
     with open_file(path) as file:
-        zipped = path.suffix == ".gz" or file.peek(2)[:2] == b"\x1f\x8b"
+        zipped = file.read(2) == b"\x1f\x8b" or path.suffix == ".gz"
+        file.seek(0)
         source = gzip.GzipFile(fileobj=file) if zipped else file
         try:
             # Two zero bytes, the type (8: uint8), the number of dimensions, each of them as big-endian uint32, the data
             start = source.read(4)
-            sizes = source.read(4 * start[3]) if len(start) == 4 else b""
-            if start[:3] != b"\0\0\x08" or len(sizes) != 4 * start[3] or start[3] > DIMENSIONS:
+            known = len(start) == 4 and start[:3] == b"\0\0\x08" and start[3] <= DIMENSIONS
+            sizes = source.read(4 * start[3]) if known else b""
+            if not known or len(sizes) != 4 * start[3]:
                 raise UserError(f"{path}: not an IDX file of bytes; {advice}")
             shape = np.frombuffer(sizes, ">u4").tolist()
             size = math.prod(shape)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..data.batches import Labelled, check_images, load_images
+from ..data.batches import Labelled, check_images, check_labels, load_images
 from ..data.fashion_mnist import center_crop
 from ..files import load_npz, write
 from ..images import grid
@@ -43,8 +43,8 @@ def read_npz(path: str | Path, num: int | None = None) -> Samples:
         raise UserError(f"{path} has no array `images`: write it as the option --npz of the sample command does")
     images, labels = arrays["images"], arrays.get("labels")
     check_images(images, f"{path}: ")
-    if labels is not None and (labels.shape != images.shape[:1] or labels.dtype.kind not in "iu"):
-        raise UserError(f"{path}: labels must be {len(images)} integers, not {labels.shape} of {labels.dtype}")
+    if labels is not None:
+        check_labels(labels, len(images), f"{path}: ")
     return Samples(images[:num], None if labels is None else labels[:num], str(path))
 
 

@@ -31,7 +31,7 @@ from ..runtime import (
     ranks,
     set_device,
 )
-from .checkpoint import best_checkpoint, read_state
+from .checkpoint import best_checkpoint, read_config, read_state
 from .config import Config, override
 from .presets import PRESETS
 from .runs import Run
@@ -224,7 +224,8 @@ class Training:
         if scores:
             best = best_checkpoint(self.run_dir)
             is_best = best is None or scores["fid"] < read_state(best)["fid"]
-            self.metrics.append(step=step, **scores)
+            if {"step": step, **scores} not in self.metrics.rows:  # or was logged before the run was killed here
+                self.metrics.append(step=step, **scores)
         if self.saved == step:
             self.check_lock()
             task.checkpoint.update(step, unfinished=False, **scores)
@@ -290,10 +291,9 @@ class StopOfAnyRank:
 def check_same_run(run_dir: Path, config: Config) -> None:
     """Refuse a folder that holds another run: only the location of the data and the training options may change.
     The UserError names what differs."""
-    record = run_dir / "config.json"
-    if not record.exists():
+    if not (found := read_config(run_dir)):
         return
-    old, new = fixed_parts(Config.from_json(record)), fixed_parts(config)
+    old, new = fixed_parts(found), fixed_parts(config)
     if part := next((name for name in old.keys() | new.keys() if old.get(name) != new.get(name)), None):
         raise UserError(f"{run_dir} holds a run with another {part}: use another --run-dir, or the command it began with")
 
@@ -339,11 +339,13 @@ class Metrics:
 
 
 def parse_rows(content: bytes) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl whose values are numbers."""
+    """The rows of a metrics.jsonl whose values are numbers that can be drawn."""
     rows = []
     for line in content.splitlines():
         with contextlib.suppress(ValueError, RecursionError):
             row = json.loads(line)
-            if isinstance(row, dict) and type(row.get("step")) is int and all(type(v) in (int, float) for v in row.values()):
+            if not isinstance(row, dict) or type(row.get("step")) is not int:
+                continue
+            if all(type(value) in (int, float) and not abs(value) > 1e300 for value in row.values()):
                 rows.append(row)
     return rows
