@@ -117,7 +117,7 @@ def test_threads_that_cannot_be_started_are_no_traceback():
 
 @pytest.mark.slow
 def test_little_of_everything(tmp_path):
-    """Another language, a terminal that can do nothing, no home, no temporary folder, a bad compiler, few files, one core."""
+    """Another language, a terminal that can do nothing, no home, no temporary folder, a bad compiler, few files, a core."""
     run = tmp_path / "lauf-äöü 训练 [1]*"
     changes = dict(
         TERM="dumb", LANG="C", LC_ALL="POSIX", TMPDIR="/nonexistent", CXX="false", XDG_CACHE_HOME=str(tmp_path / "c")
