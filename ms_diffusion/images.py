@@ -1,6 +1,7 @@
 """Grids of images, animations and curves, as pictures and as files (see `files.write`)."""
 
 import contextlib
+import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 
 from .files import check_memory, open_file, write
 
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # what it logs of odd files says no more than its errors
 GAP = 2  # pixels between the images of a grid
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "GIF", "TIFF")  # whose readers do nothing else, such as start a program
 MOST_PIXELS = 150_000_000  # of a picture that is read
@@ -41,7 +43,8 @@ def open_picture(path: str | Path) -> Iterator[Image.Image]:
         with picture:
             if (pixels := picture.width * picture.height) > MOST_PIXELS:
                 raise ValueError(f"it has {pixels / 1e6:.0f} million pixels, and {MOST_PIXELS / 1e6:.0f} are read at most")
-            check_memory(16 * pixels, "its picture")  # four of 4 bytes a pixel
+            if pixels > 1_000_000:  # below that, the question costs more than the picture
+                check_memory(16 * pixels, "its picture")  # four of 4 bytes a pixel
             yield picture
 
 

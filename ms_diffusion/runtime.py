@@ -15,6 +15,7 @@ import threading
 import time
 import traceback
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -165,14 +166,16 @@ def compiled(fn: Callable) -> Callable:
     (MindSpore 2.10). So on the CPU the graph ends by setting an event.
 
     A graph whose operator fails never sets the event. The caller therefore stops waiting as soon as the process uses no CPU
-    time, and MindSpore raises the error when the result is read (2.10 takes 3 s for it)."""
+    time, and MindSpore raises the error when the result is read (2.10 takes 3 s for it).
+
+    There is a graph for each shape of the arguments, which goes with the function (`with_own_graphs`)."""
     import mindspore as ms
     from mindspore import Tensor, ops
 
     ms.set_recursion_limit(4000)  # MindSpore's 1000 ends the compilation of deep U-Nets
     if ms.get_context("device_target") != "CPU":
         # Kernel by kernel on every Ascend: MindSpore would give graphs to GE on the 910A. O1 fuses kernels; it is untested
-        return ms.jit(fn, jit_level="O0", backend="ms_backend")
+        return with_own_graphs(ms.jit(fn, jit_level="O0", backend="ms_backend"))
 
     done = threading.Event()
     zero = Tensor(0, ms.int32)
@@ -187,7 +190,7 @@ def compiled(fn: Callable) -> Callable:
         out = fn(*args, **kwargs)
         return ops.depend(out, notify(ops.depend(zero, out)))
 
-    graph = ms.jit(announced)
+    graph = with_own_graphs(ms.jit(announced))
 
     def call(*args, **kwargs):
         done.clear()
@@ -202,6 +205,48 @@ def compiled(fn: Callable) -> Callable:
         return out
 
     return call
+
+
+MOST_GRAPHS = 8  # of a function: 16 MB each for a small network
+_unused: list[list[str]] = []  # names of the graphs of functions that are gone
+
+
+def with_own_graphs(graph: Callable) -> Callable:
+    """A function of ``ms.jit`` that keeps its last `MOST_GRAPHS` graphs. They are freed when it is gone, before another
+    function is compiled; MindSpore (2.7 to 2.10) would keep each graph, and the network in it, until the process ends."""
+    cache, names = graph_api().ms_compile_cache, []
+    while _unused:  # here, since a finalizer may run in any thread, and amid the compilation of another graph
+        free_graphs(_unused.pop())
+
+    def call(*args, **kwargs):
+        before = set(cache)
+        out = graph(*args, **kwargs)
+        names.extend(cache - before)
+        while len(names) > MOST_GRAPHS:
+            free_graphs([names.pop(0)])
+        return out
+
+    weakref.finalize(call, _unused.append, names).atexit = False
+    return call
+
+
+def graph_api() -> Any:
+    """The module in which MindSpore keeps its graphs; ``ms.ms_memory_recycle``, which frees all of them, is in it too."""
+    try:
+        from mindspore.graph import api
+    except ImportError:  # before 2.10
+        from mindspore.common import api
+    return api
+
+
+def free_graphs(names: Sequence[str]) -> None:
+    """Free graphs, by their names in MindSpore's cache, as ``ms.ms_memory_recycle`` does, and their functions."""
+    api, chosen = graph_api(), set(names)
+    api._cell_graph_executor.del_net_res(None, chosen)
+    api.JitExecutor_.get_instance().del_net_res(None, chosen)
+    api.ms_compile_cache.difference_update(chosen)
+    if hasattr(api, "_get_func_args_info_cached"):  # of the last 4096 functions
+        api._get_func_args_info_cached.cache_clear()
 
 
 @functools.cache

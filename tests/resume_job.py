@@ -19,6 +19,7 @@ LAST = 10  # before what follows, which imports MindSpore
 
 from runs import PIXELS, UNET  # noqa: E402
 
+from ms_diffusion.training.checkpoint import Checkpoint  # noqa: E402
 from ms_diffusion.training.config import override  # noqa: E402
 from ms_diffusion.training.loop import train_task  # noqa: E402
 from ms_diffusion.training.presets import PRESETS  # noqa: E402
@@ -44,16 +45,17 @@ KINDS = {
     "latents": override(PRESETS["latent"], **IMAGES, **NET, **MINI, **{"model.dropout": 0.2}),
     "text": override(PRESETS["latent-text"], **IMAGES, **NET, **MINI),
 }
-KILLED_IN = {"scored": ("score", 8), "classes": ("preview", 8), "autoencoder": ("preview", 4)}  # the others in step 7
+# The others are killed in step 7. `update` comes after the score is logged, and before the checkpoint says so
+KILLED_IN = {"scored": ("update", 8), "classes": ("preview", 8), "importance": ("save", 8), "autoencoder": ("preview", 4)}
 
 
 def killing(method: Callable, at: int) -> Callable:
-    """The method, which kills the process where its last argument is the step `at` or a later one."""
+    """The method, which kills the process where its last positional argument is the step `at` or a later one."""
 
-    def call(*args: Any) -> Any:
+    def call(*args: Any, **options: Any) -> Any:
         if args[-1] >= at:
             os.kill(os.getpid(), signal.SIGKILL)
-        return method(*args)
+        return method(*args, **options)
 
     return call
 
@@ -65,7 +67,8 @@ def train(folder: Path, kind: str, parent: str, killed: bool = False) -> None:
     task = config.task()
     if killed:
         name, at = KILLED_IN.get(kind, ("advance", 7))
-        setattr(task, name, killing(getattr(task, name), at))
+        owner = Checkpoint if hasattr(Checkpoint, name) else task
+        setattr(owner, name, killing(getattr(owner, name), at))
     train_task(task, folder / parent / kind, "CPU", runtime.STOP)
 
 

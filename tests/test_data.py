@@ -84,6 +84,7 @@ ZIPPED = gzip.compress(GOOD, mtime=0)
     [
         ("empty", b""),
         ("short-header", GOOD[:7]),
+        ("shorter-header", GOOD[:3]),
         ("truncated", GOOD[:-1]),
         ("trailing", GOOD + b"x"),
         ("floats", GOOD[:2] + b"\x0d" + GOOD[3:]),
@@ -619,8 +620,8 @@ def test_resume_ranks_and_epochs(count, batch_size, steps, resumed, seed, world_
     resumed %= steps
     ranks = [make_dataset(images, labels, batch_size, steps, rank=rank, **kind).source for rank in range(world_size)]
     tail = make_dataset(images, labels, batch_size, steps, start_step=resumed, rank=world_size - 1, **kind).source
-    whole = [[source[i] for i in range(len(source))] for source in ranks]
-    assert equal([tail[i] for i in range(len(tail))], whole[-1][resumed:])
+    whole = [list(source) for source in ranks]
+    assert equal(list(tail), whole[-1][resumed:])
 
     whole = np.array([[label for _, label in batches] for batches in whole])  # (ranks, steps, batch)
     per_epoch = count // (batch_size * world_size)
@@ -650,8 +651,7 @@ def test_ranks_share_the_steps_of_one():
 
 def source(*args, **options):
     """The dataset's rows, without MindSpore between."""
-    rows = make_dataset(*args, **options).source
-    return [rows[i] for i in range(len(rows))]
+    return list(make_dataset(*args, **options).source)
 
 
 @given(
@@ -731,3 +731,9 @@ def test_no_step_left():
 def test_resume_reads_nothing_before_its_step():
     dataset = make_dataset(*numbered(100), 64, 10**9 + 3, start_step=10**9, flip=True)
     assert len(list(dataset.create_tuple_iterator(num_epochs=1, output_numpy=True))) == 3
+
+
+def test_the_memory_of_a_data_set_does_not_grow_with_its_steps():
+    dataset = make_dataset(*numbered(10), 2, 3 * 10**9)  # 24 GB, were their indices listed
+    assert dataset.get_dataset_size() == 3 * 10**9
+    assert next(iter(dataset.create_tuple_iterator(num_epochs=1, output_numpy=True)))[1].shape == (2,)

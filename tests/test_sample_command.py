@@ -17,6 +17,7 @@ from ms_diffusion.data.fashion_mnist import CLASSES, load_fashion_mnist_mini
 from ms_diffusion.data.image_folder import load_image_folder
 from ms_diffusion.runtime import UserError
 from ms_diffusion.training import runs as trained_runs
+from ms_diffusion.training.checkpoint import Checkpoint
 from ms_diffusion.training.presets import PRESETS
 from ms_diffusion.training.runs import Run, open_run
 
@@ -100,6 +101,21 @@ def test_a_folder_goes_before_a_bundled_model_of_its_name(class_run, tmp_path, m
     assert (found.folder, home) == (checkpoint(name, 6), Path(name))
     home, found = open_run(checkpoint(name, 6))
     assert found.folder == checkpoint(name, 6) and home.samefile(name)
+
+
+def test_a_spoilt_checkpoint_is_passed_over(tmp_path, capsys):
+    """Also where config.json is lost. Reading changes nothing; a checkpoint that is asked for by its name is refused."""
+    for step in (1, 2):
+        run = untrained(tmp_path / "run", PIXELS, step)
+        Checkpoint(run, PIXELS.task().build()[0]).update(step, config=PIXELS.to_record())
+    (checkpoint(run, 2) / "ema.safetensors").write_bytes(b"spoilt")
+    (run / "config.json").unlink()
+    before = tree(run)
+    assert Run(run).step == 1 and capsys.readouterr().err.count("warning: ") == 2
+    assert Run(checkpoint(run, 1)).config == PIXELS
+    assert tree(run) == before
+    with pytest.raises(UserError, match="step-0000002"):
+        Run(checkpoint(run, 2))
 
 
 def test_bundled_models(tmp_path, monkeypatch):

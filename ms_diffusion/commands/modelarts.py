@@ -19,7 +19,7 @@ from typing import Any
 from ..data import points
 from ..data.fashion_mnist import FILES
 from ..data.image_folder import EXTENSIONS
-from ..files import load_npz, write_json
+from ..files import load_npz, sweep, write_json
 from ..locks import sole_writer
 from ..metrics.scores import read_npz
 from ..progress import ProgressBar
@@ -135,6 +135,8 @@ def restore(run_dir: Path, url: str | None, config: Config) -> None:
     lock = cache_of(str(run_dir.resolve())).with_suffix(".lock")
     with locked(lock) as progress:
         shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed
+        for folder in (run_dir, run_dir / "checkpoints"):
+            sweep(folder)
         try:
             remote = source.list()
             states = [name for name in remote if STEP.match(name) and name.endswith("/state.json")]

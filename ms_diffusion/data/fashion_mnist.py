@@ -117,8 +117,9 @@ def read_idx(path: str | Path) -> np.ndarray:
         try:
             # Two zero bytes, the type (8: uint8), the number of dimensions, each of them as big-endian uint32, the data
             start = source.read(4)
-            sizes = source.read(4 * start[3]) if len(start) == 4 else b""
-            if start[:3] != b"\0\0\x08" or len(sizes) != 4 * start[3] or start[3] > DIMENSIONS:
+            known = len(start) == 4 and start[:3] == b"\0\0\x08" and start[3] <= DIMENSIONS
+            sizes = source.read(4 * start[3]) if known else b""
+            if not known or len(sizes) != 4 * start[3]:
                 raise UserError(f"{path}: not an IDX file of bytes; {advice}")
             shape = np.frombuffer(sizes, ">u4").tolist()
             size = math.prod(shape)

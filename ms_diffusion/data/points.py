@@ -117,7 +117,8 @@ def read_points(path: str | Path) -> np.ndarray:
     A .csv file is UTF-8 text with one point per line: two numbers separated by a comma, a semicolon or white space. A first
     line without numbers is a header. In a folder, names that start with a dot are ignored. Raises UserError if there is no
     such file, or not exactly one in the folder; if it is corrupt; if it does not have two columns of finite real numbers in
-    the range of float32; if it has fewer than two points, or only equal ones.
+    the range of float32; if it has fewer than two points, or only equal ones; or if it needs more memory than there is.
+    Raises OSError if it cannot be read, or is a device or a pipe.
     """
     path = Path(path)
     if not os.path.exists(path):

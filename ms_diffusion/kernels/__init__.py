@@ -111,6 +111,7 @@ def _folder(place: Path) -> Path:
 def _find(folder: Path, key: str) -> Path | None:
     """The library of this key in a private folder. A file is one only if it is the user's own and not changed since it was
     built: its name ends in its SHA-256. Others are deleted. Nothing else is ever loaded, not even for a trial."""
+    sweep(folder)
     for path in folder.glob(f"{key}-*.so"):
         found = path.lstat()
         own = stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o022
@@ -135,7 +136,6 @@ def _build() -> Path:
         folder = _folder(cache_folder())
     except OSError as e:
         folder = _folder(process_folder(str(e)))
-    sweep(folder)
     scratch = private_folder(temporary_path(folder / "build"))
     try:
         new = scratch / "new.so"

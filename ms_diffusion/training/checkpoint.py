@@ -127,6 +127,7 @@ class Checkpoint:
     def update(self, step: int, **state: Any) -> None:
         """Change `state` in the state.json of the checkpoint of `step`. Then delete checkpoints as `save` does."""
         folder = self.folder / f"step-{step:07d}"
+        sweep(self.folder)
         write_json(folder / "state.json", checked(read_state(folder) | state))
         self._prune(folder)
 

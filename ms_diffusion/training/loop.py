@@ -224,7 +224,8 @@ class Training:
         if scores:
             best = best_checkpoint(self.run_dir)
             is_best = best is None or scores["fid"] < read_state(best)["fid"]
-            self.metrics.append(step=step, **scores)
+            if {"step": step, **scores} not in self.metrics.rows:  # or was logged before the run was killed here
+                self.metrics.append(step=step, **scores)
         if self.saved == step:
             self.check_lock()
             task.checkpoint.update(step, unfinished=False, **scores)
@@ -338,11 +339,13 @@ class Metrics:
 
 
 def parse_rows(content: bytes) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl whose values are numbers."""
+    """The rows of a metrics.jsonl whose values are numbers that can be drawn."""
     rows = []
     for line in content.splitlines():
         with contextlib.suppress(ValueError, RecursionError):
             row = json.loads(line)
-            if isinstance(row, dict) and type(row.get("step")) is int and all(type(v) in (int, float) for v in row.values()):
+            if not isinstance(row, dict) or type(row.get("step")) is not int:
+                continue
+            if all(type(value) in (int, float) and not abs(value) > 1e300 for value in row.values()):
                 rows.append(row)
     return rows

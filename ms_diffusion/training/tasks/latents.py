@@ -14,7 +14,7 @@ from mindspore import Tensor
 from ...data.batches import check_values
 from ...data.captions import CAPTIONS, LENGTH, NAMES, WORDS, draw_captions, plain_captions, tokens
 from ...fields import AT_LEAST_1, POSITIVE
-from ...files import read_bytes, share_files, write, write_json
+from ...files import read_bytes, share_files, sweep, write, write_json
 from ...latent import FirstStage
 from ...models.autoencoder import gaussian_sample
 from ...models.context import LatentUnetConfig
@@ -161,6 +161,7 @@ def resolve_first_stage(config: LatentConfig, run: Path, kept: str | None = None
     is made again. `kept` is the SHA-256 of its weights, where a checkpoint knows it. Raises UserError if there is none, or
     another one, or one whose latents the network does not take."""
     saved, requested = run / "first_stage", config.first_stage
+    sweep(saved)
     with contextlib.suppress(UserError):
         kept = kept or hash_of(read_state(saved))
     is_saved = is_copy(saved, kept)
