@@ -38,8 +38,8 @@ def check_limit() -> None:
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     if limit != resource.RLIM_INFINITY and limit < ADDRESSES:
         raise UserError(
-            f"a process may take {limit / 2**30:.1f} GiB of address space (ulimit -v), and MindSpore needs 3 GiB, more on many "
-            "cores: raise that limit"
+            f"a process may take {limit / 2**30:.1f} GiB of address space (ulimit -v), and MindSpore needs 3 GiB, or more "
+            "on many cores: raise that limit"
         )
 
 
