@@ -299,10 +299,12 @@ def test_a_run_has_what_it_needs_of_its_first_stage(autoencoder, text, tmp_path)
     assert tree(run) == before
 
 
-def test_a_spoilt_copy_of_the_first_stage_is_made_again(autoencoder, tmp_path, monkeypatch):
+def test_a_spoilt_copy_of_the_first_stage_is_made_again(tmp_path, monkeypatch):
     """From the checkpoint with the same weights, which need not be the newest; no other autoencoder takes its place."""
     monkeypatch.setattr(latents, "load_first_stage", lambda *_: None)  # what is copied is files
-    original, run = shutil.copytree(autoencoder.home, tmp_path / "original"), tmp_path / "run"
+    run = tmp_path / "run"
+    for step in (2, 4):
+        original = untrained(tmp_path / "original", AUTOENCODER, step, noise=0.1 * step)
     config = replace(LATENT, first_stage=str(original))
     resolve_first_stage(config, run)
     copy = tree(run / "first_stage")
