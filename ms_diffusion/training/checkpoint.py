@@ -247,9 +247,12 @@ def best_checkpoint(run_dir: str | os.PathLike) -> Path | None:
 
 
 def read_state(folder: Path) -> State:
-    """A checkpoint's state.json. Raises UserError if it is missing or corrupt."""
+    """A checkpoint's state.json. Raises UserError if it is missing or corrupt, or of another step than the folder."""
     try:
-        return checked(read_json(folder / "state.json"))
+        state, name = checked(read_json(folder / "state.json")), NAME.fullmatch(folder.name)
+        if name and int(name[1]) != state["step"]:
+            raise UserError(f"the step is {state['step']}")
+        return state
     except (OSError, ValueError) as e:
         raise UserError(f"{folder} is not a complete checkpoint: its state.json cannot be read") from e
     except UserError as e:
