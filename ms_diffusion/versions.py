@@ -36,6 +36,7 @@ def mindspore_version() -> str | None:
     return found and found[1]
 
 
+@functools.cache
 def check_limits() -> None:
     """Raise UserError if the process may not take the memory or start the threads that MindSpore needs: it could end
     without a word, or hang."""

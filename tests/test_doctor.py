@@ -84,6 +84,17 @@ def test_settings_that_do_harm():
     assert [mark for mark, _ in marks(RANK_SIZE="8")] == [NOTE]
 
 
+def test_caches_that_others_could_change(tmp_path, monkeypatch):
+    def caches():
+        return [(mark, text) for mark, text in doctor.examine_disk() if text.startswith("caches")]
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert [str(tmp_path) in text for _, text in caches()] == [True]
+    tmp_path.chmod(0o777)
+    [(mark, text)] = caches()
+    assert mark == NOTE and "XDG_CACHE_HOME" in text and "\n" not in text
+
+
 def test_how_a_process_fails(monkeypatch):
     assert doctor.run_python("print('noise'); print('[1]')") == [1]
     assert doctor.run_python("import os; os.abort()") == "it is killed by SIGABRT"

@@ -20,7 +20,7 @@ from typing import Any
 
 from .. import versions
 from ..data.fashion_mnist import MINI, find_fashion_mnist
-from ..files import cache_folder
+from ..files import user_cache
 from ..runtime import UserError, command
 from .parse import parse
 
@@ -239,11 +239,15 @@ def examine_disk() -> Iterator[Finding]:
         (OK if mini else PROBLEM),
         "the embedded images " + ("are there" if mini else "are missing: install the package anew"),
     )
-    for name, path in (("caches", cache_folder()), ("this folder", Path.cwd())):
-        existing = next(each for each in (path, *path.parents) if each.exists())
-        free = shutil.disk_usage(existing).free
+    places = {"this folder": Path.cwd()}
+    try:
+        places = {"caches": user_cache()} | places
+    except OSError as e:
+        yield NOTE, f"caches end with each program: {e}; set XDG_CACHE_HOME to a folder of your own"
+    for name, path in places.items():
+        free = shutil.disk_usage(path).free
         text = f"{name}: {path}, {free / 1e9:.1f} GB free"
-        if not os.access(existing, os.W_OK | os.X_OK):
+        if not os.access(path, os.W_OK | os.X_OK):
             mend = "set XDG_CACHE_HOME to a folder" if name == "caches" else "choose a --run-dir"
             yield NOTE, f"{text}, but it cannot be written to: {mend} that can"
         else:
