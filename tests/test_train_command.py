@@ -247,6 +247,17 @@ def test_the_best_checkpoint_stays(tmp_path, scores, kept):
     assert fids(tmp_path) == {8: 2.5, 10: 6}
 
 
+def test_a_run_killed_after_its_score_was_logged_logs_it_once(tmp_path, monkeypatch):
+    scores, options = {4: 3.0, 8: 2.0}, {"total_steps": 8, "save_every": 4, "sample_every": 4}
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoint, "update", lambda *_, **__: exec("raise KeyError"))
+        with pytest.raises(KeyError):
+            loop(tmp_path, scores=scores, **options)
+    loop(tmp_path, scores=scores, **options)
+    assert [(row["step"], row["fid"]) for row in metrics(tmp_path) if "fid" in row] == [*scores.items()]
+    assert fids(tmp_path) == scores
+
+
 @pytest.mark.parametrize("falls", [True, False])
 def test_the_learning_rate(tmp_path, falls):
     loop(tmp_path, warmup_steps=2, lr=0.3, lr_decay=falls)

@@ -95,16 +95,17 @@ def check_enough(data: np.ndarray, batch_size: int, world_size: int) -> None:
 
 
 def check_values(data: np.ndarray, noun: str) -> None:
-    """Raise UserError if data (N, ...) hold values that are not finite, or the same value everywhere. Says on stderr if they
+    """Raise UserError if data (N, ...) hold values that are not finite. Says on stderr if they hold one value everywhere, or
     look like images of 0 and 1, not 0 to 255. `noun` is what they are called."""
     if data.dtype.kind == "f":
         bad = ~np.isfinite(data).reshape(len(data), -1).all(1)
         if bad.any():
             which = f"{bad.sum()} of {len(data)} {noun}, the first of them number {bad.argmax()}"
             raise UserError(f"{which}, hold NaN or infinity: remove or mend them")
-    if data.size and data.min() == data.max():
-        raise UserError(f"all values of the {noun} are {data.flat[0]}, so there is nothing to learn: look at the data")
-    if data.dtype == np.uint8 and data.max() <= 1:
+    low, high = (data.min(), data.max()) if data.size else (0, 1)
+    if low == high:
+        print(f"note: all values of the {noun} are {low}: there is nothing to learn from them", file=sys.stderr)
+    elif data.dtype == np.uint8 and high <= 1:
         print(f"note: the {noun} hold only 0 and 1, where 255 is white: multiply them by 255 if 1 means so", file=sys.stderr)
 
 
