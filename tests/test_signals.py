@@ -431,7 +431,7 @@ def straight(tmp_path_factory):
     ("number", "hook", "step"),
     [
         (signal.SIGHUP, (f"{TASKS}.points", "PointsTask", "advance", 1), 1),  # compilation
-        (signal.SIGTERM, ("ms_diffusion.training.checkpoint", "Checkpoint", "save", 1), 5),
+        (signal.SIGTERM, ("ms_diffusion.training.checkpoint", "Checkpoint", "save", 1), 6),
         (signal.SIGINT, (f"{TASKS}.points", "PointsTask", "preview", 1), 6),
         (signal.SIGTERM, ("ms_diffusion.plots2d", "", "save_samples", 2), 8),
     ],

@@ -100,7 +100,7 @@ class Training:
         self.asked_to_stop = StopOfAnyRank(stop, self.start)
         self.may_give_up = stop.is_set if task.world_size == 1 else lambda: False  # ranks cannot leave one by one
         self.steps_per_epoch = max(len(task.data) // (self.train.batch_size * task.world_size), 1)
-        self.saved, self.preview = self.start if task.state else -1, None
+        self.saved, self.preview, self.is_finished = self.start if task.state else -1, None, False
         self.losses = Losses(**state.get("losses", {}))
         self.metrics = Metrics(self.run_dir / "metrics.jsonl", self.start) if task.rank == 0 else None
 
@@ -119,7 +119,7 @@ class Training:
                 if (task.state or {}).get("unfinished"):
                     self.finish(step, bar)
                 step, stopped = self.train_steps(step, bar)
-                if not stopped:
+                if not stopped or self.is_finished:  # it may be asked to stop when all is done
                     preview = self.preview or task.preview(step)
         return step, preview
 
@@ -218,20 +218,20 @@ class Training:
         if task.is_scored(step):
             bar.set_postfix_str("scoring")
             scores = {"fid": task.score(step)}
-        if not self.metrics or not self.check_lock:
-            return
-        is_best = False
-        if scores:
-            best = best_checkpoint(self.run_dir)
-            is_best = best is None or scores["fid"] < read_state(best)["fid"]
-            if {"step": step, **scores} not in self.metrics.rows:  # or was logged before the run was killed here
-                self.metrics.append(step=step, **scores)
-        if self.saved == step:
-            self.check_lock()
-            task.checkpoint.update(step, unfinished=False, **scores)
-            self.metrics.draw(self.run_dir / "loss.png")
-        elif is_best:
-            self.save(step, unfinished=False, **scores)
+        if self.metrics and self.check_lock:
+            is_best = False
+            if scores:
+                best = best_checkpoint(self.run_dir)
+                is_best = best is None or scores["fid"] < read_state(best)["fid"]
+                if {"step": step, **scores} not in self.metrics.rows:  # or was logged before the run was killed here
+                    self.metrics.append(step=step, **scores)
+            if self.saved == step:
+                self.check_lock()
+                task.checkpoint.update(step, unfinished=False, **scores)
+                self.metrics.draw(self.run_dir / "loss.png")
+            elif is_best:
+                self.save(step, unfinished=False, **scores)
+        self.is_finished = step == train.total_steps
 
 
 class Losses:
