@@ -261,7 +261,9 @@ class Dropout(nn.Cell):
         if not self.training or self.p == 0:
             return x
         if self.masks is None:
-            raise ValueError("training with dropout needs masks: make Masks of the network and draw them before each step")
+            raise ValueError(
+                "training with dropout needs masks: make ms_diffusion.models.layers.Masks, and draw before a step"
+            )
         return x * ops.cast(self.masks[0](self.index), x.dtype)
 
 
