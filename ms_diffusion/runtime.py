@@ -6,6 +6,7 @@ import ctypes
 import errno
 import functools
 import io
+import math
 import os
 import re
 import select
@@ -61,38 +62,45 @@ def command(name: str) -> str:
     return f"ms-diffusion {name}"
 
 
+def cgroups(controller: str, groups: str, mount: Path) -> Iterator[tuple[Path, bool]]:
+    """The folders of the process's cgroups and of those above them, and whether their files are those of version 1. `groups`
+    is the text of /proc/self/cgroup."""
+    for _, controllers, path in (line.split(":", 2) for line in groups.splitlines()):
+        if not controllers or controller in controllers.split(","):
+            folder = mount / (controller if controllers else "") / path.strip("/")
+            yield from ((group, bool(controllers)) for group in (folder, *folder.parents))
+
+
+def group_memory(groups: str, mount: Path) -> float:
+    """Bytes that the memory limits of cgroups leave; infinity without one. What the system keeps of files is not counted as
+    taken, since it makes room."""
+    left = math.inf
+    for group, is_v1 in cgroups("memory", groups, mount):
+        names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if is_v1 else ("memory.max", "memory.current")
+        with contextlib.suppress(OSError, ValueError):  # no such file; "max"
+            limit, used = (int((group / name).read_text()) for name in names)
+            parts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            files = [int(parts.get("total_" * is_v1 + name, 0)) for name in ("active_file", "inactive_file")]
+            left = min(left, limit - used + sum(files))
+    return left
+
+
 def available_memory() -> int:
     """Bytes of memory that this process may still take: the least of what the machine, the limit of its address space
-    (ulimit -v) and its cgroup leave."""
+    (ulimit -v) and its cgroups leave."""
     import resource
 
-    page = resource.getpagesize()
-
-    def numbers(path: str) -> list[int]:
-        try:
-            return [int(word) for word in Path(path).read_text().split() if word.isdecimal()]
-        except OSError:
-            return []
-
-    def of_field(path: str, name: str) -> list[int]:
-        try:
-            lines = Path(path).read_text().splitlines()
-        except OSError:
-            return []
-        return [1024 * int(line.split()[1]) for line in lines if line.startswith(name)]
-
-    left = of_field("/proc/meminfo", "MemAvailable:") or [1 << 62]
-    limit, used = resource.getrlimit(resource.RLIMIT_AS)[0], numbers("/proc/self/statm")[:1]
-    if limit != resource.RLIM_INFINITY and used:
-        left.append(limit - page * used[0])
-    for most, current in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        found = numbers(f"/sys/fs/cgroup/{most}"), numbers(f"/sys/fs/cgroup/{current}")
-        if all(found):
-            left.append(found[0][0] - found[1][0])
-    return max(min(left), 0)
+    left = [float(1 << 62)]
+    with contextlib.suppress(OSError, ValueError):
+        left.append(group_memory(Path("/proc/self/cgroup").read_text(), Path("/sys/fs/cgroup")))
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        left += [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit != resource.RLIM_INFINITY:
+        with contextlib.suppress(OSError):
+            left.append(limit - resource.getpagesize() * int(Path("/proc/self/statm").read_text().split()[0]))
+    return max(int(min(left)), 0)
 
 
 def set_device(device: str = "auto") -> str:
@@ -508,6 +516,9 @@ NO_MEMORY = re.compile(
 )
 
 
+NO_THREADS = re.compile("resource temporarily unavailable|can't start new thread", re.IGNORECASE)
+
+
 def describe(e: Exception) -> str | None:
     """What is wrong with the input or the machine, and what to do; None for a fault of the program."""
     if isinstance(e, UserError):
@@ -518,6 +529,8 @@ def describe(e: Exception) -> str | None:
         return (f"{os.fsdecode(path)}: {e.strerror}" if is_named else str(e)) + HINTS.get(e.errno or 0, OTHER)
     if isinstance(e, MemoryError) or (isinstance(e, RuntimeError) and NO_MEMORY.search(str(e))):
         return "there is not enough memory: use smaller batches, images or networks, or end other programs"
+    if isinstance(e, RuntimeError) and NO_THREADS.search(str(e)):
+        return "no more threads can be started: raise the limits (ulimit -u, -v), or end other programs"
     if isinstance(e, UnicodeError) or (isinstance(e, ValueError) and "null byte" in str(e)):
         return f"a name or a text has characters that cannot be used: {e}"
     return None

@@ -465,13 +465,15 @@ def read_metrics(folder: Path) -> None:
     assert json.dumps(again.rows) == json.dumps(metrics.rows)
 
 
+SMALL_RUN = {"diffusion.num_timesteps": 10, "train.sample_steps": 5, "model.dim": 4, "model.num_embeddings": 10}
+
+
 def run_samples() -> list[Files]:
     from ms_diffusion.training.config import override
     from ms_diffusion.training.presets import PRESETS
     from tests.runs import PIXELS, untrained
 
-    small = {"diffusion.num_timesteps": 10, "train.sample_steps": 5, "model.dim": 4, "model.num_embeddings": 10}
-    config = override(PRESETS["scurve"], **small)
+    config = override(PRESETS["scurve"], **SMALL_RUN)
 
     def make(folder: Path) -> None:
         untrained(folder, config, step=3)
@@ -482,20 +484,41 @@ def run_samples() -> list[Files]:
     return [folder_of(make), folder_of(lambda folder: untrained(folder, PIXELS, step=3))]
 
 
-@reader(run_samples, share=0.5)
-def read_run(folder: Path) -> None:
-    from ms_diffusion.training.runs import Run
-
+def mend_checksums(folder: Path) -> None:
+    """Let half of the weights that were changed have the right checksum."""
     for state in folder.glob("checkpoints/*/state.json"):
         with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError, OSError, RecursionError):
-            record = json.loads(state.read_bytes())  # half of the weights that are changed have the right checksum
+            record = json.loads(state.read_bytes())
             hashes = {
                 path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in state.parent.glob("*.safetensors")
             }
             if int(min(hashes.values()), 16) % 2 and record["sha256"].keys() == hashes.keys():
                 state.write_text(json.dumps(record | {"sha256": hashes}))
+
+
+@reader(run_samples, share=0.5)
+def read_run(folder: Path) -> None:
+    from ms_diffusion.training.runs import Run
+
+    mend_checksums(folder)
     run = Run(folder)
     assert type(run.step) is int and all(np.isfinite(p.asnumpy()).all() for p in run.net.get_parameters())
+
+
+@reader(lambda: run_samples()[:1], share=0.5)
+def read_resumed(folder: Path) -> None:
+    """A checkpoint that training goes on from is one that every reader takes, and its file is not changed."""
+    from ms_diffusion.training.checkpoint import Checkpoint, read_weights
+    from ms_diffusion.training.config import override
+    from ms_diffusion.training.presets import PRESETS
+    from ms_diffusion.training.step import EMA
+
+    mend_checksums(folder)
+    net = shared("resumed", lambda: override(PRESETS["scurve"], **SMALL_RUN).task().build()[0])
+    state = Checkpoint(folder, net, ema=shared("average", lambda: EMA(net))).load_latest()
+    assert state is not None and state["step"] in (3, 5)
+    arrays = read_weights(folder / f"checkpoints/step-{state['step']:07d}", "model")
+    assert all(np.array_equal(p.asnumpy(), arrays[p.name]) for p in net.get_parameters())
 
 
 CACHED = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones(4, np.float32)}

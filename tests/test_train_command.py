@@ -185,7 +185,7 @@ class ToyTask(Task):
         self.checkpoint = Checkpoint(self.run_dir, net, self.optimizer, EMA(net), keep=train.keep_checkpoints)
 
     def load_data(self):
-        return np.zeros((64, 2), np.float32), np.arange(64, dtype=np.int32)
+        return np.arange(128, dtype=np.float32).reshape(64, 2), np.arange(64, dtype=np.int32)
 
     def draw_batch(self, x, labels, step):
         return {"labels": labels, "step": np.array(step)}
@@ -308,6 +308,25 @@ def test_a_stop_in_a_preview_saves_and_the_next_call_makes_it(tmp_path, monkeypa
     monkeypatch.undo()
     loop(tmp_path, scores=scores, save_every=3, log_every=3, sample_every=100)
     assert fids(tmp_path) == scores and [row["step"] for row in metrics(tmp_path)] == [3, 3, 6, 6]
+
+
+@pytest.mark.parametrize("name", ["preview", "score"])
+def test_a_preview_and_a_score_are_given_up_at_a_stop(tmp_path, monkeypatch, name):
+    """Also those of the last step: the run is then not at its end."""
+    stop = threading.Event()
+
+    def long(self, step):
+        stop.set()
+        runtime.check_interrupted()  # as sampling, decoding and features do
+        raise AssertionError
+
+    monkeypatch.setattr(ToyTask, name, long)
+    options = {"total_steps": 3, "sample_every": 3, "save_every": 100, "scores": {3: 1.5}}
+    assert loop(tmp_path, stop=stop, **options)[1] == (3, None)
+    assert fids(tmp_path) == {3: None}
+    monkeypatch.undo()
+    task, end = loop(tmp_path, **options)
+    assert end == (3, tmp_path / "3.png") and task.start_step == 3 and fids(tmp_path) == {3: 1.5}
 
 
 def test_the_log_of_a_resumed_run_is_that_of_one_run(tmp_path):

@@ -210,7 +210,7 @@ def supported_cann() -> list[str]:
 def examine_environment(environment: dict[str, str]) -> Iterator[Finding]:
     """Settings that are known to break or slow down training."""
     try:
-        versions.check_limit()
+        versions.check_limits()
     except UserError as e:
         yield PROBLEM, str(e)
     if "mindspore" in sys.modules:

@@ -29,7 +29,7 @@ from mindspore import Tensor, nn, ops
 from mindspore.ops.signature import make_sig, sig_rw
 
 from ..files import cache_folder, private_folder, process_folder, remove, sweep, temporary_path, user_cache
-from ..runtime import allow_numpy_2
+from ..runtime import allow_numpy_2, cgroups
 
 allow_numpy_2()
 
@@ -58,15 +58,11 @@ def cpu_quota(groups: str, mount: Path) -> float:
 
     `groups` is the text of /proc/self/cgroup. The smallest quota of the process's groups and of those above them applies."""
     quota = math.inf
-    for _, controllers, path in (line.split(":", 2) for line in groups.splitlines()):
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        folder = mount / ("cpu" if controllers else "") / path.strip("/")
-        names = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if controllers else ("cpu.max",)
-        for group in (folder, *folder.parents):
-            with contextlib.suppress(OSError, ValueError):  # no such file; "max"
-                limit, period = map(int, " ".join((group / name).read_text() for name in names).split())
-                quota = min(quota, limit / period) if limit > 0 else quota
+    for group, is_v1 in cgroups("cpu", groups, mount):
+        names = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if is_v1 else ("cpu.max",)
+        with contextlib.suppress(OSError, ValueError):  # no such file; "max"
+            limit, period = map(int, " ".join((group / name).read_text() for name in names).split())
+            quota = min(quota, limit / period) if limit > 0 else quota
     return quota
 
 
