@@ -255,7 +255,8 @@ class Dropout(nn.Cell):
 
     def __init__(self, p: float, channels: int, level: int):
         super().__init__()
-        self.p, self.channels, self.level, self.index, self.masks = p, channels, level, 0, None
+        self.p, self.channels, self.level, self.index = p, channels, level, 0
+        self.masks: tuple[Masks] | None = None
 
     def construct(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0:
