@@ -1,6 +1,7 @@
 """Grids of images, animations and curves, as pictures and as files (see `files.write`)."""
 
 import contextlib
+import gc
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ GAP = 2  # pixels between the images of a grid
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "GIF", "TIFF")  # whose readers do nothing else, such as start a program
 MOST_PIXELS = 150_000_000  # of a picture that is read
 CAPTION = 5  # pixels below each image for its caption
+CURVE_POINTS = 2000  # more could not be told apart
 
 
 def to_uint8(x: np.ndarray) -> np.ndarray:
@@ -111,9 +113,12 @@ def save_gif(
 def save_loss_curve(
     path: str | Path, steps: Sequence[int], losses: Sequence[float], scores: Sequence[tuple[int, float]] = ()
 ) -> None:
-    """Write a PNG of the loss over the step, raw and smoothed; `scores` are pairs (step, FID), on an axis at the right."""
+    """Write a PNG of the loss over the step, raw and smoothed; `scores` are pairs (step, FID), on an axis at the right. Of a
+    long curve, means of neighbours are drawn."""
     from matplotlib.figure import Figure  # takes a second to import
 
+    group = -(-len(losses) // CURVE_POINTS)
+    steps, losses = steps[::group], [float(np.mean(losses[i : i + group])) for i in range(0, len(losses), group)]
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     axes.plot(steps, losses, alpha=0.3, label="loss")
@@ -129,3 +134,5 @@ def save_loss_curve(
         right.plot(*zip(*scores, strict=True), "o-", color="C2")
         right.set(ylabel="FID", yscale="log")
     write(path, lambda f: figure.savefig(f, format="png", dpi=120))
+    del figure, axes
+    gc.collect()  # a figure is 2 MB that refer to each other, and a run draws one at each checkpoint

@@ -161,7 +161,16 @@ def sample(net: nn.Cell, diffusion: GaussianDiffusion, shape: Sequence[int], num
     if num < 1:
         raise UserError(f"num is {num}: it must be at least 1")
     sampling.check(diffusion.num_timesteps)
-    return Generator(net, diffusion, shape, null_label, self_condition).draw(sampling, num, cond, callback)
+    return shared_generator(net, diffusion, tuple(shape), null_label, self_condition).draw(sampling, num, cond, callback)
+
+
+def shared_generator(net: nn.Cell, *options: Any) -> Generator:
+    """`Generator(net, *options)`, or the one that the last call with the same arguments has made, with its graphs: the
+    network keeps it, so both are freed together."""
+    last = vars(net).get("_generator")
+    if last is None or last[0] != options:
+        last = vars(net)["_generator"] = options, Generator(net, *options)
+    return last[1]
 
 
 def sampling_from(options: dict[str, Any]) -> Sampling:
