@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ KINDS = {
     "points": override(PRESETS["scurve"], **SMALL, steps_per_call=5, sample_steps=2, **{"data.num": 200}),
     "autoencoder": AUTOENCODER,
     "actnorm": override(AUTOENCODER, disc_norm="act"),
-    "latents": override(PRESETS["latent"], **IMAGES, **NET, **MINI, **{"context_dim": 8}),
+    "latents": override(PRESETS["latent"], **IMAGES, **NET, **MINI, **{"context_dim": 8, "model.dropout": 0.2}),
 }
 
 
@@ -46,11 +47,25 @@ def train(folder: Path, kind: str, name: str = "", batch_size: int = BATCH // WO
     if kind == "latents":
         config = replace(config, first_stage=str(folder / "autoencoder"))
     task = config.task()
+    if name == "spoilt":
+        task.draw_batch = partial(spoilt_batch, task.draw_batch, batch_size)
     train_task(task, folder / (name or kind), "CPU", runtime.STOP)
     files = task.checkpoint.files
     arrays = {f"{file}.{key}": p.asnumpy() for file, parameters in files.items() for key, p in parameters.items()}
     np.savez(folder / f"{name or kind}-{RANK}.npz", **arrays)
     runtime.barrier()  # what rank 0 has written is there
+
+
+def spoilt_batch(draw: Any, batch_size: int, x: Any, labels: Any, step: int) -> Any:
+    """What `draw` returns; in step 3, the noise of row 5 of all ranks' batch, which one rank has, is infinite."""
+    batch, row = draw(x, labels, step), 5 - RANK * batch_size
+    if step == 3 and 0 <= row < batch_size:
+        batch["noise"][row] = np.inf
+    return batch
+
+
+def spoilt(folder: Path) -> None:
+    train(folder, "pixels", "spoilt")
 
 
 def all_kinds(folder: Path) -> None:

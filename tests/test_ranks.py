@@ -285,6 +285,18 @@ def test_what_is_logged_is_of_all_ranks(trained, kind):
 
 
 @pytest.mark.slow
+def test_all_ranks_skip_a_step_that_is_bad_on_one(tmp_path):
+    folders = [tmp_path / "two", tmp_path / "one"]
+    finish(job(folders[0], 2, "spoilt"), job(folders[1], 1, "spoilt"))
+    arrays = [np.load(folder / f"spoilt-{rank}.npz") for folder, rank in ((folders[0], 0), (folders[0], 1), (folders[1], 0))]
+    first, second, alone = map(dict, arrays)
+    assert_close(first, second, 0)
+    assert_close(first, alone, 1e-5)
+    for folder in folders:
+        assert [row.get("skipped") for row in metrics(folder / "spoilt")] == [1, None]
+
+
+@pytest.mark.slow
 def test_previews_are_those_of_one(trained):
     for kind in ("pixels", "classes", "autoencoder", "points"):
         ours, theirs = (picture(folder / kind / "samples/step-0000010.png")[0].astype(int) for folder in trained)

@@ -114,7 +114,7 @@ def fingerprint(data: np.ndarray, labels: np.ndarray) -> str:
     digest = hashlib.sha256()
     for array in (data, labels):
         digest.update(f"{array.dtype.str} {array.shape}".encode())
-        digest.update(np.ascontiguousarray(array))
+        digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
 
 

@@ -255,13 +255,16 @@ class Dropout(nn.Cell):
 
     def __init__(self, p: float, channels: int, level: int):
         super().__init__()
-        self.p, self.channels, self.level, self.index, self.masks = p, channels, level, 0, None
+        self.p, self.channels, self.level, self.index = p, channels, level, 0
+        self.masks: tuple[Masks] | None = None
 
     def construct(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0:
             return x
         if self.masks is None:
-            raise ValueError("training with dropout needs masks: make Masks of the network and draw them before each step")
+            raise ValueError(
+                "training with dropout needs masks: make ms_diffusion.models.layers.Masks, and draw before a step"
+            )
         return x * ops.cast(self.masks[0](self.index), x.dtype)
 
 
