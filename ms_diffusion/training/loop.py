@@ -6,6 +6,7 @@ import math
 import os
 import threading
 import time
+from array import array
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -297,16 +298,25 @@ def fixed_parts(config: Config) -> dict[str, Any]:
 
 class Metrics:
     """metrics.jsonl: a line of numbers every `log_every` steps. Lines after the step that a run resumes at are dropped, and
-    lines that cannot be read, such as one that a crash has cut."""
+    lines that cannot be read, such as one that a crash has cut. What the curve shows is kept in memory: 16 bytes a line."""
 
     def __init__(self, path: Path, start: int):
-        self.path = path
+        self.path, self.steps, self.losses, self.scores = path, array("q"), array("d"), []
         rows = parse_rows(path.read_bytes()) if path.exists() else []
-        self.rows = [row for row in rows if row["step"] <= start]
-        write(path, lambda f: f.write("".join(json.dumps(row) + "\n" for row in self.rows).encode()))
+        rows = [row for row in rows if row["step"] <= start]
+        write(path, lambda f: f.write("".join(json.dumps(row) + "\n" for row in rows).encode()))
+        for row in rows:
+            self.remember(row)
+
+    def remember(self, row: dict[str, Any]) -> None:
+        if "loss" in row:
+            self.steps.append(row["step"])
+            self.losses.append(row["loss"])
+        if "fid" in row:
+            self.scores.append((row["step"], row["fid"]))
 
     def append(self, **row: float) -> None:
-        self.rows.append(row)
+        self.remember(row)
         with open(self.path, "a") as f:
             f.write(json.dumps(row) + "\n")
 
@@ -316,18 +326,17 @@ class Metrics:
             os.fsync(f.fileno())
 
     def draw(self, path: Path) -> None:
-        steps, losses = ([row[key] for row in self.rows if "loss" in row] for key in ("step", "loss"))
-        scores = [(row["step"], row["fid"]) for row in self.rows if "fid" in row]
-        if steps:
-            save_loss_curve(path, steps, losses, scores)
+        if self.steps:
+            save_loss_curve(path, self.steps, self.losses, self.scores)
 
 
 def parse_rows(content: bytes) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl whose values are numbers."""
+    """The rows of a metrics.jsonl whose values are finite numbers."""
     rows = []
     for line in content.splitlines():
-        with contextlib.suppress(ValueError, RecursionError):
+        with contextlib.suppress(ValueError, RecursionError, OverflowError):  # the last of an integer that is no float
             row = json.loads(line)
-            if isinstance(row, dict) and type(row.get("step")) is int and all(type(v) in (int, float) for v in row.values()):
+            are_numbers = isinstance(row, dict) and all(type(v) in (int, float) and math.isfinite(v) for v in row.values())
+            if are_numbers and type(row.get("step")) is int and 0 <= row["step"]:
                 rows.append(row)
     return rows
