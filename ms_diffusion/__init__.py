@@ -97,6 +97,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     versions.check()
+    versions.check_limits()
     return getattr(import_module(f".{_HOME_OF[name]}", __name__), name)
 
 

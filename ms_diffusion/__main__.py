@@ -1,5 +1,6 @@
 """The programs: `ms-diffusion COMMAND`, `python -m ms_diffusion COMMAND`, and in a clone `python train.py`, `sample.py`."""
 
+import logging
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -37,8 +38,9 @@ def run_command(argv: list[str]) -> int:
         raise UserError(f"unknown command {name!r}: choose one of {', '.join(COMMANDS)}")
     if name != "doctor":
         versions.check()
-    if name == "train":
-        runtime.catch_interrupts()  # must precede the import of MindSpore
+        versions.check_limits()
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # where it keeps its list of fonts
+    runtime.catch_interrupts()  # must precede the import of MindSpore
     try:
         module = import_module(f".commands.{name.replace('-', '_')}", __package__)
     except ModuleNotFoundError as e:

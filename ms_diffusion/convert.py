@@ -5,6 +5,8 @@ names: ``load_pretrained`` handles both.
 """
 
 import itertools
+import warnings
+import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,7 @@ import safetensors.numpy
 import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 
+from .files import check_memory, open_file, read_bytes, shown, write
 from .runtime import UserError
 
 Arrays = Mapping[str, np.ndarray]
@@ -24,15 +27,18 @@ Keys = str | tuple[str, ...]
 REBUILD = "build it with the options of the saved network"
 PICKLED = (".pt", ".pth", ".ckpt", ".bin")
 NUMPY_TYPES = dict(F64="<f8", F32="<f4", F16="<f2", I64="<i8", I32="<i4", I16="<i2", I8="i1", U8="u1", BOOL="?")
+TORCH_TYPES = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
 
 
 def load_torch_state_dict(path: str | Path) -> dict[str, np.ndarray]:
     """The arrays of a .safetensors file, or of a PyTorch state dict (.pt, .pth, .ckpt, .bin), which needs PyTorch.
 
-    The state dict may be an entry "state_dict" or "model" of the file. float16 and bfloat16 are converted to float32.
+    The state dict may be an entry "state_dict" or "model" of the file. float16 and bfloat16 are converted to float32. Sizes
+    and types are checked before memory is taken, and no code in the file is run.
 
     Raises:
-        UserError: the file is missing, damaged or of an unknown kind, or PyTorch is missing.
+        UserError: the file is missing, damaged, too large or of an unknown kind, or PyTorch is missing.
+        OSError: it cannot be read.
     """
     path = Path(path)
     if not path.is_file():
@@ -45,8 +51,10 @@ def load_torch_state_dict(path: str | Path) -> dict[str, np.ndarray]:
 
 
 def read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    content = read_bytes(path)
+    check_memory(2 * len(content), path)  # a copy, and one in float32
     try:
-        entries = safetensors.deserialize(path.read_bytes())
+        entries = safetensors.deserialize(content)
     except safetensors.SafetensorError as e:
         raise UserError(f"{path}: not a complete .safetensors file: copy or download it again") from e
     return {name: decode(path, name, **entry) for name, entry in entries}
@@ -54,11 +62,14 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
 
 def decode(path: Path, name: str, dtype: str, shape: list[int], data: bytes) -> np.ndarray:
     """One tensor of a .safetensors file. NumPy has no bfloat16: it is the upper half of a float32."""
-    if dtype == "BF16":
-        return (np.frombuffer(data, np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(shape)
-    if dtype not in NUMPY_TYPES:
-        raise UserError(f"{path}: {name} has the unsupported type {dtype}: save it as float32")
-    array = np.frombuffer(data, NUMPY_TYPES[dtype]).reshape(shape)
+    if dtype not in (*NUMPY_TYPES, "BF16"):
+        raise UserError(f"{path}: {shown(name)} has the unsupported type {dtype}: save it as float32")
+    try:
+        if dtype == "BF16":
+            return (np.frombuffer(data, np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(shape)
+        array = np.frombuffer(data, NUMPY_TYPES[dtype]).reshape(shape)
+    except ValueError as e:
+        raise UserError(f"{path}: {shown(name)} has more axes than NumPy takes: save it with fewer") from e
     return array.astype(np.float32) if dtype == "F16" else array
 
 
@@ -69,7 +80,11 @@ def read_pickled(path: Path) -> dict[str, np.ndarray]:
         advice = "pip install torch, or convert the file to .safetensors elsewhere"
         raise UserError(f"{path}: reading {path.suffix} needs PyTorch: {advice}") from e
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)  # weights_only: a pickle could run any code
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PyTorch's, of old kinds of files
+            # weights_only: a pickle could run any code. mmap: a storage that is said to be larger than its data, which
+            # would be read beyond its end, is refused, and nothing is unpacked
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_intact_archive(path))
     except Exception as e:  # a damaged file raises a dozen kinds of exceptions
         raise UserError(
             f"{path}: not a complete PyTorch state dict: copy it again, or save only model.state_dict(), or .safetensors "
@@ -78,10 +93,30 @@ def read_pickled(path: Path) -> dict[str, np.ndarray]:
     for key in ("state_dict", "model"):
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]
-    if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+    items: Any = state.items() if isinstance(state, Mapping) else [(0, state)]
+    if not all(isinstance(name, str) and isinstance(a, torch.Tensor) for name, a in items):
         raise UserError(f"{path}: contains no state dict: save model.state_dict()")
+    plain = [getattr(torch, name) for name in TORCH_TYPES]
+    for name, a in items:
+        if a.layout is not torch.strided or a.device.type != "cpu" or a.dtype not in plain or a.is_nested:
+            kind = f"{a.layout} of {a.dtype} on {a.device}".replace("torch.", "")
+            raise UserError(f"{path}: {shown(name)} is no plain array but {kind}: save it as dense float32")
+    check_memory(sum(a.numel() * max(a.element_size(), 4) for _, a in items), path)
     half = (torch.float16, torch.bfloat16)
-    return {name: (a.float() if a.dtype in half else a).detach().numpy() for name, a in state.items()}
+    return {name: np.array((a.float() if a.dtype in half else a).detach().resolve_neg()) for name, a in items}
+
+
+def is_intact_archive(path: Path) -> bool:
+    """Whether a file of PyTorch is an archive, as since PyTorch 1.6. Raises BadZipFile, or another of zipfile's kinds, if it
+    is damaged or holds more than its own size."""
+    with open_file(path) as file:
+        if file.read(4) != b"PK\3\4":
+            return False
+        with zipfile.ZipFile(file) as archive:
+            members = archive.infolist()
+            if sum(member.file_size for member in members) > file.seek(0, 2) or archive.testzip() is not None:
+                raise zipfile.BadZipFile("damaged")
+            return True
 
 
 def load_into(
@@ -90,17 +125,22 @@ def load_into(
     """Set every parameter of `target` from the array with its name, also in graphs that are already compiled.
 
     Raises:
-        UserError: names or shapes differ; then no parameter changes. The message begins with `path`, ends with `advice`.
+        UserError: names or shapes differ, or a number is not finite in the parameter's type; then no parameter changes. The
+            message begins with `path`; if the names or shapes differ, it ends with `advice`.
     """
     members: Any = target.get_parameters() if isinstance(target, nn.Cell) else target  # type: ignore[attr-defined]
     parameters = {p.name: p for p in members}
     found = differences(parameters, arrays)
+    begin = "" if path is None else f"{path}: "
     if any(found.values()):
-        begin = "" if path is None else f"{path}: "
         raise UserError(f"{begin}the weights are not this network's ({listed(found)}): {advice}")
+    with np.errstate(over="ignore", invalid="ignore"):
+        values = {name: arrays[name].astype(ms.dtype_to_nptype(p.dtype), copy=False) for name, p in parameters.items()}
+    if bad := [name for name in values if not (np.isfinite(arrays[name]).all() and np.isfinite(values[name]).all())]:
+        raise UserError(f"{begin}{bad[0]} holds numbers that are NaN, infinite or too large: use weights from before that")
     for name, p in parameters.items():
         # Compiled graphs see only assign: they keep the old values after set_data and load_param_into_net.
-        ops.assign(p, Tensor(arrays[name].astype(ms.dtype_to_nptype(p.dtype))))
+        ops.assign(p, Tensor(values[name]))
 
 
 def differences(parameters: Mapping[str, Parameter], arrays: Arrays) -> dict[str, list[str]]:
@@ -115,7 +155,9 @@ def differences(parameters: Mapping[str, Parameter], arrays: Arrays) -> dict[str
 def listed(names_of_kinds: Mapping[str, list[str]]) -> str:
     """The first four names of each kind that has some."""
     more = {kind: f" and {len(names) - 4} more" * (len(names) > 4) for kind, names in names_of_kinds.items()}
-    return "; ".join(f"{kind}: {', '.join(names[:4])}{more[kind]}" for kind, names in names_of_kinds.items() if names)
+    return "; ".join(
+        f"{kind}: {', '.join(map(shown, names[:4]))}{more[kind]}" for kind, names in names_of_kinds.items() if names
+    )
 
 
 # Names in latent diffusion
@@ -239,7 +281,12 @@ def load_pretrained(
     start = "" if part is None else f"{part}."
     known = names_in_files(parameters, start)
     arrays = {name: a for name, a in load_torch_state_dict(path).items() if not name.startswith(ignore_keys)}
-    scale_factor = arrays["scale_factor"].item() if "scale_factor" in arrays else None
+    scale_factor = None
+    if "scale_factor" in arrays:
+        found = arrays["scale_factor"].reshape(-1)
+        if found.shape != (1,) or not 0 < found[0] < np.inf:
+            raise UserError(f"{path}: scale_factor is not one number above 0: leave it out (--init-ignore scale_factor)")
+        scale_factor = float(found[0])
 
     averages = {name: arrays.pop(name) for name in list(arrays) if name.startswith("model_ema.")}
     if ema:
@@ -287,4 +334,5 @@ def save_torch_state_dict(net: nn.Cell, path: str | Path, dtype: npt.DTypeLike =
     path = Path(path)
     if path.suffix != ".safetensors":
         raise UserError(f"{path}: weights are saved as .safetensors: give a path with that ending")
-    path.write_bytes(safetensors.numpy.save({p.name: p.asnumpy().astype(dtype) for p in net.get_parameters()}))
+    content = safetensors.numpy.save({p.name: p.asnumpy().astype(dtype) for p in net.get_parameters()})
+    write(path, lambda file: file.write(content))

@@ -2,10 +2,14 @@
 
 lr: Annotated[float, POSITIVE] = 1e-3"""
 
+import itertools
 import math
+import os
+import re
+import sys
 import types
 import typing
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, fields, is_dataclass
 from numbers import Integral, Real
 from typing import Annotated, Any, Literal, TypeVar
@@ -13,6 +17,8 @@ from typing import Annotated, Any, Literal, TypeVar
 from .runtime import UserError
 
 T = TypeVar("T")
+MOST_VALUES = 100  # of one field
+LARGEST = 2**63 - 1  # of whole numbers, on the device and in NumPy
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,7 @@ POSITIVE = Bounds(0, low_open=True)
 NON_NEGATIVE = Bounds(0)
 AT_LEAST_1 = Bounds(1)
 FRACTION = Bounds(0, 1)
+DEPTH = Bounds(1, 1000)  # of a network, in layers of a kind
 
 
 class NotEmpty:
@@ -47,6 +54,16 @@ class NotEmpty:
 
 
 NOT_EMPTY = NotEmpty()
+
+
+@dataclass(frozen=True)
+class Matches:
+    """Text that a regular expression describes."""
+
+    pattern: str
+
+    def problem(self, value: Any) -> str | None:
+        return None if re.fullmatch(self.pattern, value) else f"it must match {self.pattern}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,14 +88,14 @@ def check_fields(config: Any, prefix: str = "--") -> None:
             check_fields(value, f"{prefix}{field.name}.")
         elif problem := find_problem(value, hints[field.name]):
             name = field.name.replace("_", "-") if prefix.startswith("--") else field.name
-            raise UserError(f"{prefix}{name} is {value!r}: {problem}")
+            raise UserError(f"{prefix}{name} is {value!r:.200}: {problem}")
 
 
 def find_problem(value: Any, hint: Any) -> str | None:
     """What is wrong with a value of this type, or None."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
-        checks = [m for m in args[1:] if isinstance(m, Bounds | OneOf | NotEmpty)]
+        checks = [m for m in args[1:] if isinstance(m, Bounds | OneOf | NotEmpty | Matches)]
         return find_problem(value, args[0]) or next(filter(None, (c.problem(value) for c in checks)), None)
     if origin in (typing.Union, types.UnionType):
         problems = [find_problem(value, arg) for arg in args]
@@ -88,32 +105,47 @@ def find_problem(value: Any, hint: Any) -> str | None:
     if origin is tuple:
         if not isinstance(value, tuple):
             return "give several values"
+        if len(value) > MOST_VALUES:
+            return f"give at most {MOST_VALUES} values"
         items = args[:1] * len(value) if args[-1] is ... else args
         if len(items) != len(value):
             return f"give {len(items)} values"
         return next(filter(None, map(find_problem, value, items)), None)
+    if origin is dict:
+        if not isinstance(value, dict):
+            return "it must be an object"
+        pairs = itertools.chain.from_iterable(value.items())
+        return next(filter(None, map(find_problem, pairs, itertools.cycle(args))), None)
+    size: Any = abs(value) if isinstance(value, Real) and not isinstance(value, bool) else math.inf
     if hint is float:
-        finite = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-        return None if finite else "it must be a finite number"
-    if hint is int:
-        return None if isinstance(value, Integral) and not isinstance(value, bool) else "it must be a whole number"
-    kinds = {str: "text", bool: "True or False"}
-    return None if hint is Any or isinstance(value, hint) else f"it must be {kinds.get(hint, hint.__name__)}"
+        return None if size <= sys.float_info.max else "it must be a finite number"
+    if hint is int and isinstance(value, Integral) and not isinstance(value, bool):
+        return None if size <= LARGEST else "it must be below 2^63"
+    if hint is str and isinstance(value, str):
+        return None if can_be_path(value) else "it holds characters that no file's name can have"
+    kinds = {str: "text", bool: "True or False", int: "a whole number"}
+    fits = hint is Any or isinstance(value, hint) and hint is not int
+    return None if fits else f"it must be {kinds.get(hint, hint.__name__)}"
 
 
-def from_record(cls: type[T], record: dict[str, Any], renamed: Mapping[str, str], obsolete: Container[str] = (),
-        path: str = "") -> T:  # fmt: skip
+def can_be_path(text: str) -> bool:
+    try:
+        return b"\0" not in os.fsencode(text)
+    except UnicodeError:
+        return False
+
+
+def from_record(cls: type[T], record: dict[str, Any], obsolete: Container[str] = (), path: str = "") -> T:
     """An instance of the dataclass `cls` from a JSON object: lists become tuples, nested objects dataclasses.
 
-    Where a field may hold one of several dataclasses, the first that has all keys of the object is used. `renamed` holds the
-    new dotted name of each field that once had another, `obsolete` dotted names of fields that are dropped where `cls` lacks
-    them. Raises ValueError for an unknown key, or for something else where an object is expected."""
+    Where a field may hold one of several dataclasses, the first that has all keys of the object is used. `obsolete` holds
+    dotted names of fields that are dropped where `cls` lacks them. Raises ValueError for an unknown key, or for something
+    else where an object is expected. The values are not checked (`check_fields`)."""
     if not isinstance(record, dict):
         raise ValueError(f"{path or 'it'} is not an object")
-    record = {renamed.get(path + key, path + key).removeprefix(path): value for key, value in record.items()}
     names = {field.name for field in fields(cls)}  # type: ignore[arg-type]
     if unknown := [key for key in record if key not in names and path + key not in obsolete]:
-        raise ValueError(f"unknown field {path}{unknown[0]}")
+        raise ValueError(f"unknown field {path}{unknown[0].encode('unicode_escape').decode():.100}")
     hints = typing.get_type_hints(cls)
 
     def read(name: str, value: Any) -> Any:
@@ -121,7 +153,7 @@ def from_record(cls: type[T], record: dict[str, Any], renamed: Mapping[str, str]
         problems = []
         for choice in choices:
             try:
-                return from_record(choice, value, renamed, obsolete, f"{path}{name}.")  # type: ignore[arg-type]
+                return from_record(choice, value, obsolete, f"{path}{name}.")  # type: ignore[arg-type]
             except ValueError as e:
                 problems.append(e)
         if problems:

@@ -3,35 +3,46 @@
 A file is written under a temporary name in its folder, synced to the disk, and renamed. The temporary name says which
 process writes it, so the next writer in that folder removes what a killed process has left (`sweep`)."""
 
+import atexit
 import contextlib
 import errno
 import fcntl
 import functools
 import hashlib
 import json
+import math
 import os
 import platform
 import re
 import secrets
 import shutil
 import stat
+import sys
+import tempfile
+import textwrap
 import time
-from collections.abc import Callable, Iterator, Sequence
+import zipfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from .progress import ProgressBar
-from .runtime import UserError, alone, available_memory, broadcast, gather, ranks
+from .runtime import UserError, alone, available_memory, broadcast, check_interrupted, gather, ranks
 
-T = TypeVar("T")
+Arrays = dict[str, np.ndarray]
+Shapes = Mapping[str, Sequence[int]]
 DAY = 86400.0  # seconds after which a temporary file of another machine is of no live process: it is written in one go
 TEMPORARY = re.compile(r"\..*\.msd-(\w+)-(\d+)-(\d+)-\w+\.tmp", re.DOTALL)
 NAME_BYTES = 255  # of a file's name, on all common file systems
 # What file systems answer that cannot sync a folder, or do not let it be opened
 UNSYNCED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EACCES, errno.EPERM)
 JSON_BYTES = 1 << 26
+Source = str | os.PathLike | BinaryIO  # a file's path, or an open file that can seek
+NPY_HEADER = 10_000  # bytes, at most, of the header of an .npy file: NumPy's bound
+NPY_FIELDS = [rb"['\"]descr['\"]:\s*['\"]([<>|=]?[biufc]\d{1,2})['\"]", rb"['\"]fortran_order['\"]:\s*(True|False)"]
+NPY_FIELDS += [rb"['\"]shape['\"]:\s*\(([\d,\s]*)\)"]
 
 
 # Writing
@@ -41,7 +52,7 @@ def write(path: str | os.PathLike, save: Callable[[BinaryIO], object]) -> None:
     """Call save(file) on a temporary file in the folder of `path`, sync it to the disk, and rename it to `path`. A device or
     a pipe, such as /dev/null, is written to. Raises OSError; then `path` is as before."""
     path = Path(path)
-    if path.exists() and not path.is_file() and not path.is_dir():
+    if is_device(path):
         with open(path, "wb") as file:
             save(file)
         return
@@ -54,9 +65,12 @@ def write(path: str | os.PathLike, save: Callable[[BinaryIO], object]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        sync_folder(path.parent)
+    except OSError as e:
+        e.filename, e.filename2 = str(path), None  # the temporary name says nothing to a user
+        raise
     finally:
         temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
 
 
 def write_json(path: str | os.PathLike, record: Any) -> None:
@@ -95,18 +109,34 @@ def write_synced(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
+def is_device(path: Path) -> bool:
+    """Whether a path is no file that can be replaced: a device, a pipe, or a link to one, such as /dev/stdout, also where
+    that is a file. Raises OSError if the path is not valid."""
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return False
+    is_stream = path.is_symlink() and os.path.realpath(path.parent).split(os.sep)[1] in ("dev", "proc")
+    return is_stream or not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+
+
 def check_output(*paths: str | os.PathLike | None) -> None:
     """Make the folders of the files that a program is going to write, before it works for hours. Raises OSError if a file
-    cannot be written there, and does nothing for None."""
-    for path in map(Path, filter(None, paths)):
-        if path.is_dir():  # raises OSError for a name that is too long
+    cannot be written there, UserError if two of the paths are one file, and does nothing for None."""
+    files = [path for path in map(Path, filter(None, paths)) if not is_device(path)]
+    places = [os.path.realpath(path.parent) + os.sep + path.name for path in files]
+    if twice := next((path for path, place in zip(files, places, strict=True) if places.count(place) > 1), None):
+        raise UserError(f"two outputs would be written to {twice}: give each a path of its own")
+    for path in files:
+        if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-        if path.exists() and not path.is_file():  # a device
-            continue
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = temporary_path(path)
         try:
             create(temporary).close()
+        except OSError as e:
+            e.filename = str(path)
+            raise
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -119,6 +149,19 @@ def temporary_path(path: Path) -> Path:
     end = f".msd-{machine()}-{os.getpid()}-{started(os.getpid())}-{secrets.token_hex(4)}.tmp"
     name = os.fsencode(path.name)[: NAME_BYTES - len(end) - 1]
     return path.with_name(f".{name.decode(errors='ignore')}{end}")
+
+
+@contextlib.contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """A new folder that only this user can read, for the time of the block."""
+    place = Path(tempfile.gettempdir())
+    sweep(place)
+    folder = temporary_path(place / "ms_diffusion")
+    folder.mkdir(0o700)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def sweep(folder: Path) -> None:
@@ -222,6 +265,82 @@ def check_memory(needed: int, what: Any) -> None:
         raise UserError(f"{what} needs {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free")
 
 
+def shown(name: Any) -> str:
+    """A path, or a name in a file, for a line of text: both may hold anything, such as line breaks."""
+    text = str(name)
+    return text if text.isprintable() and len(text) < 1000 else ascii(text)[:1000]
+
+
+def load_npy(source: Source) -> np.ndarray:
+    """The array in an .npy file. Its type, shape and size are checked before memory is taken, and nothing is unpickled.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is damaged, or holds anything but plain numbers.
+        UserError: there is not enough memory."""
+    with opened(source) as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        return read_array(file, size, source)
+
+
+def load_npz(source: Source, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Those of the named arrays that are in an .npz file; the others are not read. Checked and refused as by `load_npy`."""
+    with opened(source) as file:
+        try:
+            with zipfile.ZipFile(file) as archive:
+                members = {name: archive.NameToInfo.get(f"{name}.npy") for name in names}
+                return {name: read_member(archive, member, source) for name, member in members.items() if member}
+        except (OSError, ValueError, UserError):
+            raise
+        except Exception as e:  # a damaged archive raises many kinds of exceptions
+            raise ValueError(textwrap.shorten(str(e) or repr(e), 100)) from e
+
+
+def opened(source: Source) -> contextlib.AbstractContextManager[BinaryIO]:
+    return open_file(source) if isinstance(source, str | os.PathLike) else contextlib.nullcontext(source)
+
+
+def read_member(archive: zipfile.ZipFile, member: zipfile.ZipInfo, what: Any) -> np.ndarray:
+    """The array in a member of an archive. Python unpacks only these two kinds piece by piece, and NumPy writes no other."""
+    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise ValueError(f"{member.filename} is compressed in a way that NumPy does not use")
+    with archive.open(member) as file:
+        return read_array(file, member.file_size, what)
+
+
+def read_array(file: Any, size: int, what: Any) -> np.ndarray:
+    """The array in an open .npy file of `size` bytes."""
+    magic = file.read(8)
+    length = file.read(2 if magic[6:7] == b"\1" else 4)
+    header = file.read(min(int.from_bytes(length, "little"), NPY_HEADER))
+    if magic[:6] != b"\x93NUMPY" or magic[6:] not in (b"\1\0", b"\2\0", b"\3\0"):
+        raise ValueError("it is not an .npy file")
+    found = [re.search(field, header) for field in NPY_FIELDS]
+    if not all(found):
+        raise ValueError("its header is damaged, or it holds something else than plain numbers")
+    descr, order, dimensions = (field[1].decode() for field in found if field)
+    shape = tuple(int(each) for each in dimensions.split(",") if each.strip())
+    try:
+        dtype = np.dtype(descr)
+        expected = math.prod(shape) * dtype.itemsize
+        if expected != size - len(magic) - len(length) - len(header):
+            raise ValueError(f"its header says shape {shape} of {dtype}, which is not its size")
+        check_memory(expected, what)
+        array = np.empty(math.prod(shape), dtype)
+        array.reshape(shape)  # which may have too many axes
+    except (TypeError, OverflowError) as e:
+        raise ValueError(f"its header is damaged: {e}") from e
+    content, piece = array.view(np.uint8), 1 << 20
+    for first in range(0, len(content), piece):
+        part = content[first : first + piece]
+        if file.readinto(part) != len(part):
+            raise ValueError("it is truncated")
+    if file.read(1):  # in an archive, the end is where the checksum is looked at
+        raise ValueError("it is longer than its header says")
+    return array.reshape(shape, order="F" if order == "True" else "C")
+
+
 # Shared by ranks and processes
 
 
@@ -246,29 +365,123 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+# Caches
+
+
+def private_folder(folder: str | os.PathLike) -> Path:
+    """The folder, by its path without links; it is made, with mode 0700, if it does not exist. Raises PermissionError if
+    another user but root could change what is in it, other kinds of OSError if it cannot be made."""
+    folder = Path(os.path.abspath(folder))
+    missing = [each for each in (folder, *folder.parents) if not os.path.lexists(each)]
+    there = missing[-1].parent if missing else folder
+    if not there.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(there))
+    _check_owners(there, above=bool(missing))
+    for each in reversed(missing):
+        each.mkdir(0o700, exist_ok=True)  # another process may make it at the same moment
+    _check_owners(folder)
+    if folder.stat().st_uid != os.geteuid():
+        raise PermissionError(errno.EACCES, "it belongs to another user", str(folder))
+    return folder.resolve()
+
+
+def _check_owners(folder: Path, above: bool = False) -> None:
+    """Raise PermissionError if others can change what a folder holds or where its path leads to: they own a part of the path
+    or may write to one. With `above` it may be one like /tmp, where all may write but none may change what is another's."""
+    trusted = {0, os.geteuid(), os.stat("/").st_uid}  # root may have another number in a container
+    for part in (folder, *folder.parents):
+        found = part.lstat()
+        if stat.S_ISLNK(found.st_mode):
+            _check_owners(part.parent / part.readlink(), above or part != folder)
+        elif found.st_mode & 0o022 and not (found.st_mode & stat.S_ISVTX and (above or part != folder)):
+            raise PermissionError(errno.EACCES, "other users can write to it (chmod go-w mends that)", str(part))
+        if found.st_uid not in trusted:
+            raise PermissionError(errno.EACCES, "it belongs to another user", str(part))
+
+
+def user_cache() -> Path:
+    """The folder ms_diffusion in the user's cache ($XDG_CACHE_HOME or ~/.cache), which is a `private_folder`. Raises OSError
+    if it cannot be."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if cache.startswith("~"):
+        raise FileNotFoundError(errno.ENOENT, "this user has no home folder", cache)
+    return private_folder(Path(cache) / "ms_diffusion")
+
+
+@functools.cache
+def process_folder(reason: str) -> Path:
+    """A private folder among the system's temporary files, which is removed when this process ends. A line on stderr says
+    the `reason` why it replaces the user's cache. Raises OSError if it cannot be made."""
+    place, process = Path(tempfile.gettempdir()), os.getpid()
+    sweep(place)  # a process that is killed leaves its folder
+    folder = private_folder(temporary_path(place / "ms_diffusion"))
+    atexit.register(lambda: os.getpid() == process and shutil.rmtree(folder, ignore_errors=True))  # not in a fork
+    print(f"note: caches end with this process: {reason}; set XDG_CACHE_HOME to a folder of your own", file=sys.stderr)
+    return folder
+
+
 def cache_folder(folder: str | os.PathLike | None = None) -> Path:
-    """`folder` if it exists and can be written to, else ms_diffusion in the user's cache ($XDG_CACHE_HOME or ~/.cache)."""
+    """`folder` if it exists and can be written to, else `user_cache`, or a `process_folder` where that is impossible. If all
+    three are, the path is one where nothing can be written."""
     if folder and os.access(folder, os.W_OK | os.X_OK):
         return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ms_diffusion"
+    try:
+        found = user_cache()
+        if os.access(found, os.W_OK | os.X_OK):
+            return found
+        reason = f"{str(found)!r} cannot be written to"
+    except OSError as e:
+        reason = str(e)
+    try:
+        return process_folder(reason)
+    except OSError:
+        return Path(os.devnull, "ms_diffusion")
 
 
-def load_or_compute(
-    path: str | os.PathLike, load: Callable[[BinaryIO], T], compute: Callable[[], T], save: Callable[[BinaryIO, T], object]
-) -> T:
-    """load(file) of a cache file; if it is missing or corrupt, compute(), whose result save(file, result) writes to `path`.
-    If the file cannot be written, the result is returned all the same. Several ranks compute together if one of them has no
-    file, and rank 0 writes it."""
-    found, (rank, _) = [], ranks()
-    with contextlib.suppress(Exception), open(path, "rb") as file:  # a corrupt file raises many kinds of exceptions
-        found.append(load(file))
-    if gather(np.array([len(found)], np.int32)).all():
-        return found[0]
-    result = compute()
-    if rank == 0:
+def load_or_compute(path: str | os.PathLike, key: str, shapes: Shapes, compute: Callable[[], Arrays]) -> Arrays:
+    """The float32 arrays that compute() returns, from a cache file if it has those of this key.
+
+    Args:
+        path: the file. If it is missing, damaged, or another's, compute() is called, and its result written. If it cannot be
+            written, the result is returned all the same.
+        key: SHA-256, in hexadecimal, of all that the result depends on.
+        shapes: name -> shape of each array.
+
+    Several ranks compute together if one of them has no such file, and rank 0 writes it.
+    """
+    found, (rank, _) = None, ranks()
+    with contextlib.suppress(OSError):
+        found = _read_arrays(path, key, shapes)
+    if gather(np.array([found is not None], np.int32)).all() and found:
+        return found
+    result = {name: np.ascontiguousarray(array, np.float32) for name, array in compute().items()}
+    assert {name: array.shape for name, array in result.items()} == {name: tuple(shape) for name, shape in shapes.items()}
+    if rank == 0 and (os.path.isfile(path) or not os.path.lexists(path)):  # a pipe could take it for ever
         with contextlib.suppress(OSError):  # on a full or read-only disk the next call computes again
-            write(path, lambda file: save(file, result))
+            write(path, lambda file: file.writelines([_header(key, result), *(result[name].data for name in shapes)]))
     return result
+
+
+def _header(key: str, arrays: Arrays) -> bytes:
+    """What a cache file begins with: the key, and the SHA-256 of the arrays that follow and of their shapes."""
+    digest = hashlib.sha256()
+    for name, array in arrays.items():
+        digest.update(f"{name} {array.shape} ".encode())
+        digest.update(array.data)
+    return f"{key} {digest.hexdigest()}\n".encode()
+
+
+def _read_arrays(path: str | os.PathLike, key: str, shapes: Shapes) -> Arrays | None:
+    """The arrays in a cache file; None if it is not intact or not of this key and these shapes. Raises OSError."""
+    with open_file(path) as file:
+        begin = file.readline(200)
+        size = sum(4 * math.prod(shape) for shape in shapes.values())
+        if not begin.startswith(key.encode()) or os.fstat(file.fileno()).st_size != len(begin) + size:
+            return None
+        arrays = {name: np.empty(shape, np.float32) for name, shape in shapes.items()}
+        for array in arrays.values():
+            file.readinto(array.reshape(-1).view(np.uint8))  # type: ignore[attr-defined]
+        return arrays if _header(key, arrays) == begin else None
 
 
 def in_batches(
@@ -286,6 +499,7 @@ def in_batches(
     with alone():
         batches = range(rank * share, (rank + 1) * share, size)
         for first in ProgressBar(batches, unit="batch", desc=name, disable=name is None or rank > 0):
+            check_interrupted()
             found.append(fn(rows[np.minimum(np.arange(first, first + size), len(rows) - 1)]))
     parts = (gather(np.concatenate(part)) for part in zip(*found, strict=True))
     return [part.reshape(-1, *part.shape[2:])[: len(rows)] for part in parts]

@@ -1,15 +1,21 @@
 """Grids of images, animations and curves, as pictures and as files (see `files.write`)."""
 
+import contextlib
 import gc
-from collections.abc import Sequence
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 
-from .files import write
+from .files import check_memory, open_file, write
 
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # what it logs of odd files says no more than its errors
 GAP = 2  # pixels between the images of a grid
+FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "GIF", "TIFF")  # whose readers do nothing else, such as start a program
+MOST_PIXELS = 150_000_000  # of a picture that is read
 CAPTION = 5  # pixels below each image for its caption
 CURVE_POINTS = 2000  # more could not be told apart
 
@@ -25,9 +31,28 @@ def to_float(images: np.ndarray) -> np.ndarray:
     return np.asarray(images).transpose(0, 3, 1, 2).astype(np.float32, order="C") / np.float32(127.5) - np.float32(1)
 
 
+@contextlib.contextmanager
+def open_picture(path: str | Path) -> Iterator[Image.Image]:
+    """An image file, open for its size, and for its pixels, which are not unpacked yet. Raises OSError if it cannot be read
+    or is no file, ValueError if it is of another kind or has more than `MOST_PIXELS`, UserError if it needs more memory than
+    there is."""
+    with open_file(path) as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PIL's, of files that it reads all the same
+        try:
+            picture = Image.open(file, formats=FORMATS)
+        except UnidentifiedImageError as e:
+            raise ValueError(f"it is no picture of the kinds {' '.join(FORMATS)}") from e
+        with picture:
+            if (pixels := picture.width * picture.height) > MOST_PIXELS:
+                raise ValueError(f"it has {pixels / 1e6:.0f} million pixels, and {MOST_PIXELS / 1e6:.0f} are read at most")
+            if pixels > 1_000_000:  # below that, the question costs more than the picture
+                check_memory(16 * pixels, "its picture")  # four of 4 bytes a pixel
+            yield picture
+
+
 def picture_size(path: str | Path) -> tuple[int, int]:
-    """(height, width) of an image file."""
-    with Image.open(path) as picture:
+    """(height, width) of an image file, which is opened by `open_picture`."""
+    with open_picture(path) as picture:
         return picture.height, picture.width
 
 

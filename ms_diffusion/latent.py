@@ -56,8 +56,10 @@ class FirstStage:
         key = hashlib.sha256(f"{images.shape} {self.patch}".encode() + images.tobytes())
         for p in self.net.get_parameters():
             key.update(p.asnumpy().tobytes())
-        path = cache_folder(folder) / f"latents-{key.hexdigest()[:16]}.npy"
-        return load_or_compute(path, np.load, lambda: self.moments(images), np.save)
+        height, width = (side // self.f for side in images.shape[1:3])
+        shapes = {"moments": (len(images), self.net.quant_conv.weight.shape[0], height, width)}
+        path = cache_folder(folder) / f"latents-{key.hexdigest()[:16]}.bin"
+        return load_or_compute(path, key.hexdigest(), shapes, lambda: {"moments": self.moments(images)})["moments"]
 
     def reconstruct(self, images: np.ndarray) -> np.ndarray:
         """Images (N, H, W, C) uint8 -> images (N, C, H, W), decoded from the means of their latents."""

@@ -23,8 +23,10 @@ NAME = ".lock"
 
 @contextlib.contextmanager
 def sole_writer(folder: Path) -> Iterator[Callable[[], None]]:
-    """Let this process alone write to a folder, which is made if it does not exist. The function that is returned raises
-    UserError if another process has taken the folder over, after this one was suspended or cut off from the disk.
+    """Let this process alone write to a folder, which is made if it does not exist.
+
+    Call the function that is returned before writing: it raises UserError if another process has taken the folder over,
+    after this one was suspended or cut off from the disk, and makes the folder again if it was removed.
 
     The file `.lock` names the writer, and the writer holds a lock (flock) on it, which the system frees when a process ends,
     however it ends. Some network disks have no locks, or none that other machines see. So the writer also counts up in the
@@ -36,49 +38,79 @@ def sole_writer(folder: Path) -> Iterator[Callable[[], None]]:
         OSError: the folder cannot be written to.
     """
     new = [each for each in (folder, *folder.parents) if not each.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    path, stopped, lost = folder / NAME, threading.Event(), threading.Event()
+    writer = Writer(folder)
     try:
-        descriptor, has_locks = _take(path, folder)
-        token = secrets.token_hex(8)
-
-        def is_mine() -> bool:
-            return _is_same(descriptor, path) and _read(descriptor).get("token") == token
-
-        def beat() -> None:
-            count = 0
-            while not stopped.wait(BEAT):
-                count += 1
-                with contextlib.suppress(OSError):  # a network disk that is away for a moment
-                    if not is_mine():
-                        lost.set()
-                        return
-                    _write(descriptor, token, count)
-
-        def check() -> None:
-            if lost.is_set():
-                raise UserError(f"{folder} was taken over while this process did not answer: it writes nothing more there")
-
-        _write(descriptor, token, 0)
-        if not has_locks:  # another process may have come at the same moment: the last to write has it
-            time.sleep(1)
-            if not is_mine():
-                raise _held(folder, descriptor)
-        thread = threading.Thread(target=beat, daemon=True)
-        thread.start()
-        try:
-            yield check
-        finally:
-            stopped.set()
-            thread.join()
-            with contextlib.suppress(OSError):
-                if is_mine():
-                    path.unlink()  # while the lock is held, so nobody else has it
-            os.close(descriptor)
+        writer.take()
+        writer.thread.start()
+        yield writer.check
     finally:
+        writer.release()
         with contextlib.suppress(OSError):  # what stays empty goes again
             for each in new:
                 each.rmdir()
+
+
+class Writer:
+    """This process as the writer of a folder."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.path, self.token, self.count = folder, folder / NAME, secrets.token_hex(8), 0
+        self.descriptor: int | None = None
+        self.mutex, self.ended = threading.Lock(), threading.Event()
+        self.thread = threading.Thread(target=self._live, daemon=True)
+
+    def take(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.descriptor, has_locks = _take(self.path, self.folder)
+        self._write()
+        if not has_locks:  # another process may have come at the same moment: the last to write has it
+            time.sleep(1)
+            if not self._is_mine():
+                raise _held(self.folder, self.descriptor)
+
+    def check(self) -> None:
+        with self.mutex:
+            if not self.path.exists():  # the folder was removed
+                self._close()
+                self.take()
+            elif not self._is_mine():
+                raise UserError(
+                    f"{self.folder} was taken over while this process did not answer: it writes nothing more there"
+                )
+
+    def release(self) -> None:
+        self.ended.set()
+        with self.mutex, contextlib.suppress(OSError):
+            if self.descriptor is not None and self._is_mine():
+                self.path.unlink()  # while the lock is held, so nobody else has it
+        self._close()
+
+    def _live(self) -> None:
+        """Count up in the file until this process ends, or another has taken over."""
+        while not self.ended.wait(BEAT):
+            with self.mutex, contextlib.suppress(OSError):  # a network disk that is away for a moment
+                if not self.ended.is_set() and self._is_mine():
+                    self._write()
+
+    def _is_mine(self) -> bool:
+        assert self.descriptor is not None
+        return _is_same(self.descriptor, self.path) and _read(self.descriptor).get("token") == self.token
+
+    def _write(self) -> None:
+        assert self.descriptor is not None
+        user = os.environ.get("USER", "")
+        with contextlib.suppress(KeyError, OSError, ImportError):  # a container may have no entry for its user
+            user = getpass.getuser()
+        record = {"process": os.getpid(), "started": started(os.getpid()), "machine": machine(), "host": platform.node()}
+        text = json.dumps(record | {"user": user, "token": self.token, "count": self.count}).encode().ljust(512)
+        os.pwrite(self.descriptor, text, 0)
+        os.ftruncate(self.descriptor, len(text))
+        self.count += 1
+
+    def _close(self) -> None:
+        if self.descriptor is not None:
+            os.close(self.descriptor)
+            self.descriptor = None
 
 
 def _take(path: Path, folder: Path) -> tuple[int, bool]:
@@ -120,10 +152,9 @@ def _wait_for_end(descriptor: int, path: Path, folder: Path, has_locks: bool) ->
         return
     if not record or _now(path) - os.fstat(descriptor).st_mtime > LOST:
         return
-    for _ in range(int(LOST / 0.2)):
-        if not _is_same(descriptor, path):
-            return
-        if _read(descriptor).get("count") != record.get("count"):
+    end = time.monotonic() + LOST
+    while time.monotonic() < end and _is_same(descriptor, path):
+        if _read(descriptor).get("count") != record["count"]:
             raise _held(folder, descriptor)
         time.sleep(0.2)
 
@@ -146,17 +177,6 @@ def _read(descriptor: int) -> dict[str, Any]:
         return record if all(type(number) is int for number in numbers) else {}
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return {}
-
-
-def _write(descriptor: int, token: str, count: int) -> None:
-    user = os.environ.get("USER", "")
-    with contextlib.suppress(KeyError, OSError, ImportError):  # a container may have no entry for its user
-        user = getpass.getuser()
-    record = {"process": os.getpid(), "started": started(os.getpid()), "machine": machine(), "host": platform.node()}
-    record |= {"user": user, "token": token, "count": count}
-    text = json.dumps(record).encode().ljust(512)
-    os.pwrite(descriptor, text, 0)
-    os.ftruncate(descriptor, len(text))
 
 
 def _is_same(descriptor: int, path: Path) -> bool:

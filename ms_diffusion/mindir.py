@@ -7,8 +7,6 @@ import contextlib
 import io
 from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -16,6 +14,7 @@ import numpy as np
 import mindspore as ms
 from mindspore import Tensor, nn, ops
 
+from .files import temporary_folder
 from .runtime import UserError
 
 Input = tuple[str, tuple[int, ...], str]  # name, shape without the batch, "float32" or "int32"
@@ -39,9 +38,9 @@ def export(net: nn.Cell, inputs: Sequence[Input], batch_size: int | None = None)
     UserError if it does not fit one file."""
     types = {"float32": ms.float32, "int32": ms.int32}
     examples = [Tensor(shape=[batch_size, *shape], dtype=types[dtype]) for _, shape, dtype in inputs]
-    with TemporaryDirectory() as folder, fixed_rank_resize(), contextlib.redirect_stdout(io.StringIO()):
+    with temporary_folder() as folder, fixed_rank_resize(), contextlib.redirect_stdout(io.StringIO()):
         ms.export(net, *examples, file_name=f"{folder}/net", file_format="MINDIR")
-        if not (file := Path(folder, "net.mindir")).exists():  # MindSpore splits what has more than 1 GB
+        if not (file := folder / "net.mindir").exists():  # MindSpore splits what has more than 1 GB
             raise UserError("the network has more than 1 GB of weights and does not fit one file")
         return file.read_bytes()
 

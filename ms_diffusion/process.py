@@ -14,12 +14,14 @@ import mindspore as ms
 from mindspore import Tensor, ops
 
 from .fields import AT_LEAST_1, FRACTION, NON_NEGATIVE, POSITIVE, OneOf, check_fields
+from .files import check_memory
 from .losses import LOSSES
 from .runtime import allow_numpy_2
 from .schedules import SCHEDULES, rescale_zero_terminal_snr
 
 allow_numpy_2()
 
+TABLES = 30  # float64 numbers of each timestep that a process keeps or computes
 OBJECTIVES = ("eps", "x0", "v")
 WEIGHTINGS = ("none", "min-snr", "p2")
 Net = Callable[..., Tensor]
@@ -255,6 +257,7 @@ class DiffusionConfig:
         check_fields(self)
         if self.zero_terminal_snr and self.num_timesteps < 2:
             raise ValueError("zero_terminal_snr needs num_timesteps of at least 2")
+        check_memory(TABLES * 8 * self.num_timesteps, f"a process of {self.num_timesteps} timesteps")
         betas = SCHEDULES[self.schedule](self.num_timesteps)
         betas = rescale_zero_terminal_snr(betas) if self.zero_terminal_snr else betas
         weights = self.weighting, self.gamma, self.l_simple_weight, self.original_elbo_weight

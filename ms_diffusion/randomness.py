@@ -18,6 +18,7 @@ class Stream(IntEnum):
     ORDER = 1  # (seed, ORDER, epoch): the order of the training data
     NOISE = 2  # (seed, NOISE, block, step): timesteps, noise, dropped labels; (seed, NOISE): the batch for the latent scale
     FLIP = 3  # (seed, FLIP, block, step): which images are mirrored
+    DROPOUT = 4  # (seed, DROPOUT, row, step): which values of a row of the batch of all ranks are dropped
     # Larger than any sample's index:
     POINTS_TRAIN = 2**31  # (seed, POINTS_TRAIN): training points of a known distribution
     POINTS_TEST = 2**31 + 1  # its test points

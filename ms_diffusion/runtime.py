@@ -2,10 +2,14 @@
 Importing this module makes the settings that must precede ``import mindspore``. It imports MindSpore only when needed."""
 
 import contextlib
+import ctypes
 import errno
 import functools
 import io
+import math
 import os
+import re
+import select
 import signal
 import sys
 import threading
@@ -37,7 +41,6 @@ os.environ.setdefault("GLOG_v", "4")  # MindSpore's C++ log on stderr repeats wh
 os.environ.setdefault("MS_CPU_COMM_OP_TIMEOUT", "7200")
 
 DEVICES = ("auto", "ascend", "gpu", "cpu")
-STOP = threading.Event()  # set by Ctrl-C or SIGTERM after `catch_interrupts`
 
 
 class UserError(Exception):
@@ -59,38 +62,45 @@ def command(name: str) -> str:
     return f"ms-diffusion {name}"
 
 
+def cgroups(controller: str, groups: str, mount: Path) -> Iterator[tuple[Path, bool]]:
+    """The folders of the process's cgroups and of those above them, and whether their files are those of version 1. `groups`
+    is the text of /proc/self/cgroup."""
+    for _, controllers, path in (line.split(":", 2) for line in groups.splitlines()):
+        if not controllers or controller in controllers.split(","):
+            folder = mount / (controller if controllers else "") / path.strip("/")
+            yield from ((group, bool(controllers)) for group in (folder, *folder.parents))
+
+
+def group_memory(groups: str, mount: Path) -> float:
+    """Bytes that the memory limits of cgroups leave; infinity without one. What the system keeps of files is not counted as
+    taken, since it makes room."""
+    left = math.inf
+    for group, is_v1 in cgroups("memory", groups, mount):
+        names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if is_v1 else ("memory.max", "memory.current")
+        with contextlib.suppress(OSError, ValueError):  # no such file; "max"
+            limit, used = (int((group / name).read_text()) for name in names)
+            parts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            files = [int(parts.get("total_" * is_v1 + name, 0)) for name in ("active_file", "inactive_file")]
+            left = min(left, limit - used + sum(files))
+    return left
+
+
 def available_memory() -> int:
     """Bytes of memory that this process may still take: the least of what the machine, the limit of its address space
-    (ulimit -v) and its cgroup leave."""
+    (ulimit -v) and its cgroups leave."""
     import resource
 
-    page = resource.getpagesize()
-
-    def numbers(path: str) -> list[int]:
-        try:
-            return [int(word) for word in Path(path).read_text().split() if word.isdecimal()]
-        except OSError:
-            return []
-
-    def of_field(path: str, name: str) -> list[int]:
-        try:
-            lines = Path(path).read_text().splitlines()
-        except OSError:
-            return []
-        return [1024 * int(line.split()[1]) for line in lines if line.startswith(name)]
-
-    left = of_field("/proc/meminfo", "MemAvailable:") or [1 << 62]
-    limit, used = resource.getrlimit(resource.RLIMIT_AS)[0], numbers("/proc/self/statm")[:1]
-    if limit != resource.RLIM_INFINITY and used:
-        left.append(limit - page * used[0])
-    for most, current in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        found = numbers(f"/sys/fs/cgroup/{most}"), numbers(f"/sys/fs/cgroup/{current}")
-        if all(found):
-            left.append(found[0][0] - found[1][0])
-    return max(min(left), 0)
+    left = [float(1 << 62)]
+    with contextlib.suppress(OSError, ValueError):
+        left.append(group_memory(Path("/proc/self/cgroup").read_text(), Path("/sys/fs/cgroup")))
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        left += [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit != resource.RLIM_INFINITY:
+        with contextlib.suppress(OSError):
+            left.append(limit - resource.getpagesize() * int(Path("/proc/self/statm").read_text().split()[0]))
+    return max(int(min(left)), 0)
 
 
 def set_device(device: str = "auto") -> str:
@@ -342,49 +352,210 @@ def barrier() -> None:
         gather(np.zeros(1, np.int32))
 
 
-def catch_interrupts() -> None:
-    """Let Ctrl-C and SIGTERM set STOP; a second Ctrl-C ends the process at once. Call this before ``import mindspore``.
+# How a program ends
 
-    Once an operator has run, SIGINT kills a MindSpore process without KeyboardInterrupt (2.7 to 2.10), and a process that
-    waits for another rank runs no handler, so the signals are blocked and a thread waits for them. MindSpore sends SIGTERM
-    to its own process when another rank has died; the work of this one can then not be completed."""
-    signals = {signal.SIGINT, signal.SIGTERM}
-    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+STOP = threading.Event()  # set by the first of these signals after `defer_interrupts`
+_deferred, _ready = threading.Event(), threading.Event()
+_ready.set()
+_given_up = threading.local()
+
+
+def catch_interrupts() -> None:
+    """Let Ctrl-C, SIGTERM and SIGHUP end the process at once. After `defer_interrupts` the first one sets STOP instead, and
+    a second Ctrl-C ends the process. A signal that was ignored, such as SIGHUP by nohup, still is. Call this before ``import
+    mindspore``.
+
+    A process that waits for another rank runs no handler, so all threads but one block the signals. For this one they are
+    not caught at first: the system ends the process, even where MindSpore holds Python's lock for good. Later it waits for
+    them. Once an operator has run, MindSpore has a handler of its own for SIGINT (2.7 to 2.10), which is undone. It sends
+    SIGTERM to its own process when another rank has died; the work of this one can then not be completed."""
+    ignored = {number for number in SIGNALS if signal.getsignal(number) == signal.SIG_IGN}
+    for number in SIGNALS - ignored:
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    _ready.clear()
 
     def watch():
-        interrupted = False
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        handler = ctypes.c_void_p(int(signal.SIG_IGN if signal.SIGINT in ignored else signal.SIG_DFL))
+        while not _deferred.wait(0.5):
+            ctypes.CDLL(None).signal(signal.SIGINT, handler)
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        _ready.set()
+        asked = False
         while True:
-            info = signal.sigwaitinfo(signals)
+            info = signal.sigwaitinfo(SIGNALS)
             if info.si_signo == signal.SIGTERM and info.si_pid == os.getpid() and several_ranks():
                 print("error: another rank has ended, so this one ends too: see its log", file=sys.stderr, flush=True)
                 os._exit(1)
-            if interrupted and info.si_signo == signal.SIGINT:
+            if info.si_signo in ignored:
+                continue
+            if asked and info.si_signo == signal.SIGINT:
                 os._exit(130)
-            interrupted = interrupted or info.si_signo == signal.SIGINT
             STOP.set()
+            if not asked:
+                say("stopping as soon as the run is saved; Ctrl-C ends at once, without saving")
+            asked = True
 
     threading.Thread(target=watch, daemon=True).start()
 
 
-HINTS = dict.fromkeys((errno.ENOSPC, errno.EDQUOT), ": free some space, then run the same command again")
-HINTS |= dict.fromkeys((errno.EACCES, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR), ": choose another path")
+def defer_interrupts() -> None:
+    """Let the signals of `catch_interrupts` set STOP from now on: the program looks at it and saves its work."""
+    _deferred.set()
+    _ready.wait()
+
+
+@contextlib.contextmanager
+def given_up(when: Callable[[], bool]) -> Iterator[None]:
+    """In this context `check_interrupted`, which long computations call, raises Interrupted once when() is true."""
+    before, _given_up.when = getattr(_given_up, "when", None), when
+    try:
+        yield
+    finally:
+        _given_up.when = before
+
+
+def check_interrupted() -> None:
+    """Raise Interrupted if what this thread computes need not be finished."""
+    if (when := getattr(_given_up, "when", None)) and when():
+        raise Interrupted
+
+
+# What a program prints
+
+
+class Output(io.FileIO):
+    """stdout or stderr. Once it cannot be written to, because its reader has ended or its disk is full, the whole process
+    writes to /dev/null in its place, and `lost` says why: work of hours must not end for that."""
+
+    lost: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        left = memoryview(data).cast("B")
+        try:
+            while left:
+                if (written := super().write(left)) is None:  # it does not block, and is full
+                    select.select([], [self], [])
+                left = left[written or 0 :]
+        except OSError as e:
+            self.lost = e
+            open_null(self.fileno())
+        return len(data)
+
+
+def open_null(number: int) -> None:
+    """Let a descriptor be /dev/null."""
+    null = os.open(os.devnull, os.O_RDWR)
+    if null != number:
+        os.dup2(null, number)
+        os.close(null)
+    os.set_inheritable(number, True)
+
+
+def open_streams() -> None:
+    """Let the program print whatever its streams are: closed, broken, or of an encoding that lacks characters, which are
+    then written as backslash escapes. A closed descriptor becomes /dev/null, or the next file would get its number and the
+    program's messages."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            open_null(number)
+        stream = getattr(sys, name)
+        if name != "stdin" and (stream is None or stream is getattr(sys, f"__{name}__")):  # else a notebook's or a test's
+            raw, through = Output(number, "wb", closefd=False), getattr(stream, "write_through", False)
+            options = {"line_buffering": number == 2 or raw.isatty(), "write_through": through}
+            buffer: Any = raw if through else io.BufferedWriter(raw)
+            encoding = getattr(stream, "encoding", "utf-8")
+            setattr(sys, name, io.TextIOWrapper(buffer, encoding, errors="backslashreplace", **options))
+
+
+def check_stdout() -> None:
+    """Raise OSError if what was printed could not be written, unless nobody reads it any more."""
+    sys.stdout.flush()
+    buffer: Any = getattr(sys.stdout, "buffer", None)
+    lost = getattr(getattr(buffer, "raw", buffer), "lost", None)
+    if lost and lost.errno != errno.EPIPE:
+        raise OSError(lost.errno, lost.strerror, "stdout")
+
+
+def progress_bars() -> Any:
+    """The class of the progress bars, if it was imported."""
+    return getattr(sys.modules.get(f"{__package__}.progress"), "ProgressBar", None)
+
+
+def say(text: str) -> None:
+    """Print a line on stderr, above a progress bar if there is one."""
+    with contextlib.suppress(OSError):
+        if bars := progress_bars():
+            bars.write(one_line(text), file=sys.stderr)
+        else:
+            print(one_line(text), file=sys.stderr, flush=True)
+
+
+def one_line(text: str) -> str:
+    """The text with everything that a terminal would not show as it is, such as a newline in a file's name, escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)
+
+
+SPACE = ": free some space, then run the same command again"
+PATH = ": choose another path"
+HINTS = dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), SPACE)
+HINTS |= dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR), PATH)
+HINTS |= dict.fromkeys((errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.ENOTEMPTY, errno.EXDEV), PATH)
+HINTS |= {errno.ENOENT: ": check the path, and that nothing has removed it"}
+HINTS |= dict.fromkeys((errno.EMFILE, errno.ENFILE), ": allow more open files by ulimit -n")
+HINTS |= dict.fromkeys((errno.ENOMEM, errno.EAGAIN), ": end other programs, or raise the limits of this one (ulimit -a)")
+OTHER = ": check the disk or the network, then run the same command again"
+NO_MEMORY = re.compile(
+    r"memory (?:is not|isn't|not) enough|out of memory|bad_alloc|std::length_error|cannot allocate memory"
+    r"|alloc\w* .*\bmem\w* .*fail|(?:alloc\w*|malloc) (?:\w+ )*mem\w* failed",
+    re.IGNORECASE,
+)
+
+
+NO_THREADS = re.compile("resource temporarily unavailable|can't start new thread", re.IGNORECASE)
+
+
+def describe(e: Exception) -> str | None:
+    """What is wrong with the input or the machine, and what to do; None for a fault of the program."""
+    if isinstance(e, UserError):
+        return str(e)
+    if isinstance(e, OSError):
+        path = e.filename2 or e.filename
+        is_named = isinstance(path, str | bytes) and e.strerror
+        return (f"{os.fsdecode(path)}: {e.strerror}" if is_named else str(e)) + HINTS.get(e.errno or 0, OTHER)
+    if isinstance(e, MemoryError) or (isinstance(e, RuntimeError) and NO_MEMORY.search(str(e))):
+        return "there is not enough memory: use smaller batches, images or networks, or end other programs"
+    if isinstance(e, RuntimeError) and NO_THREADS.search(str(e)):
+        return "no more threads can be started: raise the limits (ulimit -u, -v), or end other programs"
+    if isinstance(e, UnicodeError) or (isinstance(e, ValueError) and "null byte" in str(e)):
+        return f"a name or a text has characters that cannot be used: {e}"
+    return None
 
 
 def run_program(main: Callable[[list[str]], int], argv: Sequence[str]) -> int:
-    """The exit code of main(argv). Bad input and a full disk give one line and code 2, or a traceback with --debug.
+    """The exit code of main(argv). Bad input and trouble with files or memory give one line and code 2, or a traceback with
+    --debug.
 
     Several ranks end together: a launcher ends the others as soon as one has an exit code other than 0. Without a launcher
     MindSpore's scheduler does so, but not if a process signs off; one that fails therefore ends without that."""
+    open_streams()
     try:
         code = main(list(argv))
         barrier()  # until rank 0 has written and uploaded everything
+        if not _deferred.is_set():  # else there is a run, whether its log is there or not
+            check_stdout()
         return code
     except Exception as e:
-        hint = "" if isinstance(e, UserError) else HINTS.get(e.errno or 0) if isinstance(e, OSError) else None
-        is_known = hint is not None and "--debug" not in argv
+        text = describe(e)
+        for bar in list(getattr(progress_bars(), "_instances", ())):
+            bar.close()  # else the message would stand in its line
+        is_known = text is not None and "--debug" not in argv
         if is_known:
-            with contextlib.suppress(OSError):
-                print(f"error: {e}{hint}", file=sys.stderr, flush=True)
+            say(f"error: {text}")
         if several_ranks():
             if not is_known:
                 traceback.print_exc()

@@ -29,6 +29,7 @@ from ms_diffusion.models.autoencoder import (
     mean_and_logvar,
     normal_kl,
 )
+from ms_diffusion.models.layers import Masks
 from ms_diffusion.runtime import UserError, compiled
 
 TOLERANCE = 1e-4  # relative to the largest entry
@@ -444,10 +445,13 @@ def test_dropout_only_in_training(mode):
     kept = plain(x)[0].asnumpy()
     np.testing.assert_array_equal(plain.set_train()(x)[0].asnumpy(), kept)
     np.testing.assert_allclose(net.set_train(False)(x)[0].asnumpy(), kept, atol=1e-5)
-    net.set_train()
+    masks, found = Masks(net.set_train(), 2, x.shape[2:]), []
     function = compiled(net) if mode == "graph" else net
-    first, second = (function(x)[0].asnumpy() for _ in range(2))
-    assert abs(first - kept).max() > 1e-2 and abs(first - second).max() > 1e-2
+    for step in (0, 1, 0):
+        masks.draw(0, step)
+        found.append(function(x)[0].asnumpy())
+    assert abs(found[0] - kept).max() > 1e-2 and abs(found[0] - found[1]).max() > 1e-2
+    np.testing.assert_array_equal(found[0], found[2])
 
 
 def test_dropout_stands_before_the_second_convolution():
@@ -455,6 +459,7 @@ def test_dropout_stands_before_the_second_convolution():
     block = ResnetBlock(8, 8, groups=4, dropout=0.25)
     block.conv2 = nn.Sigmoid()
     x = np.random.default_rng(0).standard_normal((13, 8, 16, 16), np.float32)
+    Masks(block, 13, (16, 16)).draw(0, 0)
     whole, dropped = (block.set_train(train)(Tensor(x)).asnumpy() - x for train in (False, True))
     zero = abs(dropped - 0.5) < 1e-6
     assert abs(zero.mean() - 0.25) < 5 * math.sqrt(0.25 * 0.75 / x.size)

@@ -15,7 +15,19 @@ import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 
 from ms_diffusion.runtime import UserError, compiled
-from ms_diffusion.training.checkpoint import Checkpoint, best_checkpoint, checkpoints, read_state, read_weights
+from ms_diffusion.training import checkpoint as checkpoint_module
+from ms_diffusion.training.checkpoint import (
+    Checkpoint,
+    best_checkpoint,
+    checkpoints,
+    read_config,
+    read_newest,
+    read_state,
+    read_weights,
+)
+from ms_diffusion.training.config import override
+from ms_diffusion.training.loop import check_same_run
+from ms_diffusion.training.presets import PRESETS
 from ms_diffusion.training.step import EMA, make_optimizer, make_train_step
 
 
@@ -219,6 +231,53 @@ def test_files_are_plain_arrays_and_json_with_true_hashes(folder):
     assert list(safetensors.numpy.load_file(files[0])) == ["scale", "weight"]  # the network's names, without "ema."
 
 
+# Values
+
+POISON = [np.nan, np.inf, -np.inf, 2e10]
+
+
+@pytest.mark.parametrize("value", POISON)
+@pytest.mark.parametrize("file", ["model", "ema", "optimizer"])
+def test_what_is_not_finite_is_never_saved(tmp_path, value, file):
+    """The error names the parameter, the last good checkpoint, and what to try. Moments may be large."""
+    run = Run(tmp_path)
+    run.checkpoint.save(1)
+    parameter = run.checkpoint.files[file]["moment2.weight" if file == "optimizer" else "weight"]
+    values = np.ones(parameter.shape, np.float32)
+    values[1, 1] = value
+    parameter.set_data(Tensor(values))
+    if file == "optimizer" and np.isfinite(value):
+        run.checkpoint.save(2)
+        return
+    with pytest.raises(UserError, match="weight .*step-0000001 stands.*--train.lr"):
+        run.checkpoint.save(2)
+    assert os.listdir(tmp_path / "checkpoints") == ["step-0000001"]
+
+
+@pytest.mark.parametrize("value", POISON)
+def test_what_is_not_finite_is_never_loaded(trained, folder, capsys, value):
+    _, run, states, _ = trained
+    rewrite(step_folder(folder, 3), "ema", lambda arrays: arrays["scale"].fill(value))
+    assert run.checkpoints(folder).load_latest()["step"] == 2
+    assert_same(run.state(), states[2])
+    with pytest.raises(UserError, match="scale is"):
+        read_weights(step_folder(folder, 3).with_name("spoilt-step-0000003"), "ema")
+
+
+def rewrite(folder, name, change):
+    """Change the arrays of a file of a checkpoint, and its SHA-256 in state.json."""
+    arrays = safetensors.numpy.load_file(folder / f"{name}.safetensors")
+    change(arrays)
+    write_with_hash(folder, name, safetensors.numpy.save(arrays))
+
+
+def write_with_hash(folder, name, data):
+    (folder / f"{name}.safetensors").write_bytes(data)
+    state = json.loads((folder / "state.json").read_text())
+    state["sha256"][f"{name}.safetensors"] = hashlib.sha256(data).hexdigest()
+    (folder / "state.json").write_text(json.dumps(state))
+
+
 # Corrupt files
 
 
@@ -248,6 +307,7 @@ DAMAGE = [
     (truncate, "state"),
     *[(writes(text), "state") for text in (b"garbage", b"\xff\xfe\x00", b"[1]", b'{"step": "3", "sha256": {}}')],
     (writes(b'{"step": 3, "sha256": 3}'), "state"),
+    (writes(b"[" * 100_000), "state"),
 ]
 
 
@@ -264,6 +324,157 @@ def test_a_corrupt_checkpoint_is_skipped_and_the_previous_one_is_used(trained, f
     assert_same(run.state(), states[2])
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and err.startswith("warning: ") and "step-0000003" in err
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"step": -3},
+        {"step": 3.0},
+        {"step": 2**70},
+        {"fid": "good"},
+        {"fid": float("nan")},
+        {"losses": {"unknown": 1.0}},
+        {"losses": {"total": "x"}},
+        {"losses": []},
+        {"unfinished": "no"},
+        {"latent_scale": 0},
+        {"latent_scale": "1"},
+        {"world_size": 0, "batch_size": 1, "config": {"train": {}}},
+        {"world_size": 1, "config": {"train": {}}},
+        {"world_size": 1, "batch_size": 8, "config": {"train": 3}},
+        {"config": "x"},
+        {"first_stage": "x"},
+        {"sha256": {"../model.safetensors": "0" * 64}},
+        {"sha256": {"model.safetensors": "short"}},
+    ],
+    ids=str,
+)
+def test_a_state_with_wrong_values_is_corrupt(trained, folder, change):
+    _, run, _, _ = trained
+    path = step_folder(folder, 3) / "state.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError) as error:
+        read_state(step_folder(folder, 3))
+    assert "\n" not in str(error.value)
+    assert run.checkpoints(folder).load_latest()["step"] == 2
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"x" * 100, (2**60).to_bytes(8, "little") + b"{}", (2).to_bytes(8, "little") + b"{}"],
+    ids=["empty", "noise", "long header", "no arrays"],
+)
+def test_a_damaged_file_with_a_true_hash(trained, folder, data):
+    """Nobody's checkpoint has such a file; one without arrays is another network's."""
+    _, run, _, _ = trained
+    write_with_hash(step_folder(folder, 3), "optimizer", data)
+    if data.endswith(b"{}") and data[0] == 2:
+        with pytest.raises(UserError, match="another network"):
+            run.checkpoints(folder).load_latest()
+    else:
+        assert run.checkpoints(folder).load_latest()["step"] == 2
+
+
+def test_spoilt_checkpoints_are_set_aside_and_do_not_count(trained, folder, capsys):
+    """With room for one checkpoint only, the one that is written next stays; nothing is deleted."""
+    _, run, _, _ = trained
+    for step in (2, 3):
+        damage(folder, step, flip_a_bit, "model")
+    checkpoint = run.checkpoints(folder, keep=1)
+    assert checkpoint.load_latest()["step"] == 1
+    err = capsys.readouterr().err.splitlines()
+    assert len(err) == 2 and all("spoilt-step" in line and "step-0000001" in line for line in err)
+    kept = {path.name for path in (folder / "checkpoints").iterdir()}
+    assert kept == {"step-0000001", "spoilt-step-0000002", "spoilt-step-0000003"}
+    checkpoint.save(2)
+    damage(folder, 2, flip_a_bit, "model")
+    checkpoint.save(3)
+    assert [path.name for path in checkpoints(folder)] == ["step-0000003"]
+    assert checkpoint.load_latest()["step"] == 3
+
+
+def test_the_checkpoint_just_written_stays_also_without_a_resume(tmp_path):
+    checkpoint = Checkpoint(tmp_path, Net(), keep=1)
+    for step in (5, 6):
+        checkpoint.save(step)
+    (step_folder(tmp_path, 6) / "state.json").write_text("{")
+    checkpoint.save(3)
+    assert step_folder(tmp_path, 3) in checkpoints(tmp_path)
+    assert Checkpoint(tmp_path, Net()).load_latest()["step"] == 3
+
+
+def test_a_step_that_was_being_saved_again(trained, folder):
+    """After a crash in between there is the old one alone, or the new one beside the old one."""
+    _, run, states, _ = trained
+    old = step_folder(folder, 3).rename(folder / "checkpoints/step-0000003.old")
+    assert [path.name for path in checkpoints(folder)][-1] == old.name
+    assert run.checkpoints(folder).load_latest()["step"] == 3
+    assert_same(run.state(), states[3])
+    assert checkpoints(folder)[-1] == step_folder(folder, 3) and not old.exists()
+    shutil.copytree(step_folder(folder, 3), old)
+    checkpoint = run.checkpoints(folder, keep=2)
+    checkpoint.update(3, fid=1.0)  # which tells them apart
+    assert [path.name for path in checkpoints(folder)] == ["step-0000002", "step-0000003"]
+    shutil.copytree(step_folder(folder, 2), old)
+    damage(folder, 3, flip_a_bit, "model")
+    assert checkpoint.load_latest()["step"] == 2
+
+
+# Readers beside a writer
+
+
+def test_readers_take_the_newest_intact_one_and_change_nothing(folder, capsys):
+    damage(folder, 3, flip_a_bit, "ema")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    found = read_newest(folder, ["ema"])
+    assert found.state["step"] == 2 and found.folder == step_folder(folder, 2)
+    assert capsys.readouterr().err.count("warning: ") == 1
+    assert read_newest(folder, ["model"]).state["step"] == 3  # whose other files are well
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_readers_while_a_writer_rotates(tmp_path, monkeypatch, capsys):
+    """At each read the writer has just replaced or deleted what the reader has found: it reads what is there then."""
+    checkpoint, real, writes = Checkpoint(tmp_path, Net(), keep=1), checkpoint_module.read_weights, iter([1, 2, 2, 3])
+    weight = checkpoint.files["model"]["weight"]
+    checkpoint.save(1)
+
+    def rotating(folder, name, state=None):
+        if step := next(writes, None):
+            ops.assign(weight, weight + 1)
+            checkpoint.save(step)
+        return real(folder, name, state)
+
+    monkeypatch.setattr(checkpoint_module, "read_weights", rotating)
+    found = read_newest(tmp_path, ["model"])
+    assert found.state["step"] == 3 and (found.arrays["model"]["weight"] == weight.asnumpy()).all()
+    assert not capsys.readouterr().err
+
+
+# config.json beside the checkpoints
+
+
+@pytest.mark.parametrize("text", [None, "", "{", '{"version": 1}', '{"kind": "pixels", "train": {"seed": "x"}}'])
+def test_a_lost_config_is_that_of_a_checkpoint(tmp_path, capsys, text):
+    config = override(PRESETS["quick"], seed=5)
+    assert read_config(tmp_path) is None  # there is no run
+    for step in (1, 2):
+        Checkpoint(tmp_path, Net()).save(step, config=config.to_record())
+    (step_folder(tmp_path, 2) / "state.json").write_text("{")
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    assert read_config(tmp_path) == config
+    assert capsys.readouterr().err.count("warning: ") == 1
+    check_same_run(tmp_path, config)
+    with pytest.raises(UserError, match="another seed"):
+        check_same_run(tmp_path, override(config, seed=6))
+
+
+def test_a_lost_config_without_a_copy(tmp_path):
+    Checkpoint(tmp_path, Net()).save(1)
+    with pytest.raises(UserError, match="config.json"):
+        read_config(tmp_path)
 
 
 def test_a_folder_without_state_is_no_checkpoint(trained, folder):
@@ -295,11 +506,11 @@ def test_a_foreign_network_is_named(folder, net, named):
 # A full disk
 
 
-@pytest.mark.parametrize("synced", [0, 1, 2, 3, 4], ids=["model", "ema", "optimizer", "state", "folder"])
+@pytest.mark.parametrize("synced", [0, 1, 2, 3, 4, 5], ids=["model", "ema", "optimizer", "state", "its folder", "folder"])
 def test_a_full_disk_leaves_the_earlier_checkpoint(trained, folder, monkeypatch, synced):
     """The disk is full when the file after `synced` others is synced; or, at the last, the folder."""
     _, run, states, _ = trained
-    checkpoint, calls = run.checkpoints(folder), iter(range(5))
+    checkpoint, calls = run.checkpoints(folder), iter(range(6))
 
     def fsync(_):
         if next(calls) == synced:
@@ -309,7 +520,7 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(trained, folder, monkeypatch,
         patch.setattr(os, "fsync", fsync)
         with pytest.raises(UserError, match="No space left on device"):
             checkpoint.save(4)
-    whole = synced == 4  # the rename came before
+    whole = synced == 5  # the rename came before
     assert sorted(os.listdir(folder / "checkpoints")) == [f"step-000000{i}" for i in (1, 2, 3, 4)[: 3 + whole]]
     if not whole:
         assert checkpoint.load_latest()["step"] == 3

@@ -1,6 +1,7 @@
 """Configurations: presets, refused values, overrides, flags over a preset, and config.json of now and of before."""
 
 import json
+import resource
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from ms_diffusion.commands.train import parse_args
 from ms_diffusion.models.mlp import MLPConfig, ResidualMLPConfig
 from ms_diffusion.runtime import UserError
-from ms_diffusion.training.config import RENAMED, Config, config_from_record, override
+from ms_diffusion.training.config import MIGRATIONS, RENAMED, Config, config_from_record, override
 from ms_diffusion.training.presets import PRESETS
 from ms_diffusion.training.tasks.points import POINTS_FILE, TOYS
 
@@ -269,14 +270,125 @@ def test_even_older_records_lack_fields():
     assert config_from_record(points | {"data": points["data"] | {"name": POINTS_FILE}}).data.name == POINTS_FILE
 
 
-@pytest.mark.parametrize("text", ["", "[]", "3", "{}x", '{"data": 3}', '{"kind": "nonsense"}', '{"kind": "pixels", "x": 1}'])
+BAD_FILES = [
+    "",
+    "[]",
+    "3",
+    "{}x",
+    "null",
+    '{"data": 3}',
+    '{"kind": "nonsense"}',
+    '{"kind": "pixels", "x": 1}',
+    "[" * 100_000,
+]
+BAD_FILES += [
+    '{"kind": ["pixels"]}',
+    '{"kind": "pixels", "a\\nb": 1}',
+    '{"x": ' * 500 + "1" + "}" * 500,
+    "\ud800",
+    '{"data": NaN}',
+]
+
+
+@pytest.mark.parametrize("text", BAD_FILES, ids=lambda text: ascii(text[:20]))
 def test_files_that_are_no_config_json(tmp_path, text):
     path = tmp_path / "config.json"
-    path.write_text(text)
-    with pytest.raises(UserError, match="config.json"):
+    path.write_bytes(text.encode("utf-8", "surrogatepass"))
+    with pytest.raises(UserError, match="config.json") as error:
         Config.from_json(path)
+    assert "\n" not in str(error.value)
     with pytest.raises(UserError, match="nowhere"):
         Config.from_json(tmp_path / "nowhere")
+
+
+def test_versions(tmp_path):
+    """A record says its version. One without is older and is migrated; a newer one is not guessed at."""
+    path, record = tmp_path / "config.json", PIXELS.to_record()
+    assert record["version"] == len(MIGRATIONS) >= 1
+    path.write_text(json.dumps({key: value for key, value in record.items() if key != "version"}))
+    assert Config.from_json(path) == PIXELS
+    old = {key: value for key, value in record.items() if key not in ("version", "kind")}
+    old["diffusion"] = dict(old["diffusion"], timesteps=old["diffusion"]["num_timesteps"])
+    del old["diffusion"]["num_timesteps"]
+    path.write_text(json.dumps(old))
+    assert Config.from_json(path) == PIXELS
+    path.write_text(json.dumps(record | {"version": len(MIGRATIONS) + 1, "kind": "of the future"}))
+    with pytest.raises(UserError, match="update ms_diffusion"):
+        Config.from_json(path)
+    for version in (-1, 1.5, "1", None, True, 10**30):
+        path.write_text(json.dumps(record | {"version": version}))
+        with pytest.raises(UserError, match="config.json"):
+            Config.from_json(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("train.lr", "fast"),
+        ("train.lr", -1.0),
+        ("train.lr", float("nan")),
+        ("train.lr", float("inf")),
+        ("train.lr", 10**400),
+        ("train.total_steps", 3e9),
+        ("train.total_steps", 3_000_000_000),
+        ("train.batch_size", 10**30),
+        ("train.seed", -1),
+        ("train.ema_lengths", [0.1] * 1000),
+        ("train.unknown", 1),
+        ("data.name", 7),
+        ("data.name", "x" * 100_000),
+        ("data.size", True),
+        ("data.dir", "a\0b"),
+        ("data.dir", "\ud800"),
+        ("data.flip", 1),
+        ("model.dim", None),
+        ("model.dim", [28]),
+        ("model.dim_mults", [1, [2]]),
+        ("model.dim_mults", {"1": 2}),
+        ("model.dim_mults", [1] * 1000),
+        ("diffusion.schedule", ["cosine"]),
+        ("precision", {}),
+        ("init_ignore", "decoder."),
+    ],
+    ids=lambda value: f"{value!r:.20}",
+)
+def test_values_are_checked_when_a_file_is_read(tmp_path, name, value):
+    """Their types and ranges; the line names the field, and is short."""
+    path, record = tmp_path / "config.json", json.loads(json.dumps(PIXELS.to_record()))
+    section, _, last = name.rpartition(".")
+    (record[section] if section else record)[last] = value
+    path.write_text(json.dumps(record))
+    with pytest.raises(UserError) as error:
+        Config.from_json(path)
+    assert name in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    ("config", "values"),
+    [
+        (PIXELS, {"model.dim": 10**9}),
+        (PIXELS, {"model.dim": 4_000_000}),
+        (PIXELS, {"num_timesteps": 10**12}),
+        (PIXELS, {"num_classes": 10**10}),
+        (PIXELS, {"dim_mults": (1, 10**9)}),
+        (POINTS, {"model.dim": 10**9}),
+        (POINTS, {"num_embeddings": 10**12, "num_timesteps": 10**12}),
+        (POINTS, {"frequencies": 10**10}),
+        (POINTS, {"depth": 10**9}),
+        (AUTOENCODER, {"ch": 10**8}),
+        (AUTOENCODER, {"num_res_blocks": 10**9}),
+        (LATENT, {"model_channels": 10**9, "num_head_channels": None, "num_heads": 1}),
+        (LATENT, {"context_dim": 10**10}),
+    ],
+    ids=str,
+)
+def test_networks_beyond_the_memory(config, values):
+    """Refused before memory is taken."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(UserError) as error:
+        override(config, **values).task().build()
+    assert "\n" not in str(error.value)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < before + 1_000_000  # KiB
 
 
 # Whatever the values are

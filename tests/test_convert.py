@@ -1,6 +1,7 @@
 """Weights to and from PyTorch, and what a bad file says."""
 
 import sys
+import zipfile
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from make_golden import draw_batch, draw_weights
 import mindspore as ms
 from mindspore import Tensor
 
+from ms_diffusion import files
 from ms_diffusion.convert import load_into, load_torch_state_dict, save_torch_state_dict
 from ms_diffusion.models.unet import UnetConfig
 from ms_diffusion.runtime import UserError, compiled
@@ -191,6 +193,119 @@ def test_unsupported_number_type_in_safetensors(tmp_path):
     header = b'{"a":{"dtype":"F8_E4M3","shape":[1],"data_offsets":[0,1]}}'
     path.write_bytes(len(header).to_bytes(8, "little") + header + b"\0")
     assert "a has the unsupported type F8_E4M3" in complaint(load_torch_state_dict, path)
+
+
+def with_header(header: bytes, data: bytes = bytes(8)) -> bytes:
+    return len(header).to_bytes(8, "little") + header + data
+
+
+ENTRY = '{"a":{"dtype":"%s","shape":%s,"data_offsets":%s}}'
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\xff" * 8 + b"{}",
+        (10**8).to_bytes(8, "little") + b"{}",
+        with_header(b"[" * 100_000),
+        with_header(b"\xff\xfe"),
+        with_header(b"null"),
+        *(
+            with_header((ENTRY % values).encode())
+            for values in (
+                ("F32", "[2]", "[0,9]"),
+                ("F32", "[2]", "[8,0]"),
+                ("F32", "[2]", "[-8,0]"),
+                ("F32", "[3]", "[0,8]"),
+                ("F32", "[-2]", "[0,8]"),
+                ("F32", "2", "[0,8]"),
+                ("F32", "[4294967296,4294967296]", "[0,8]"),
+                ("F32", "[99999999999999999999]", "[0,8]"),
+                ("float32", "[2]", "[0,8]"),
+                ("F32", "[2" + ",1" * 99 + "]", "[0,8]"),
+            )
+        ),
+        with_header((ENTRY % ("F32", "[0,4611686018427387904]", "[0,0]")).encode(), b""),
+    ],
+)
+def test_safetensors_that_lie_are_refused(tmp_path, content):
+    (tmp_path / "net.safetensors").write_bytes(content)
+    complaint(load_torch_state_dict, tmp_path / "net.safetensors")
+
+
+def test_weights_that_do_not_fit_in_memory(tmp_path, monkeypatch):
+    net = small_unet()
+    path = tmp_path / "net.safetensors"
+    save_torch_state_dict(net, path)
+    monkeypatch.setattr(files, "available_memory", lambda: path.stat().st_size)
+    assert "memory" in complaint(load_torch_state_dict, path)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e300])
+def test_weights_that_are_not_finite_are_refused(bad):
+    """Also those that are too large for float32."""
+    net = small_unet()
+    before, weights = values(net), {name: value.astype(np.float64) for name, value in values(small_unet(1)).items()}
+    weights["init_conv.bias"][1] = bad
+    message = complaint(load_into, net, weights, "", "a.pt")
+    assert message.startswith("a.pt: ") and "init_conv.bias" in message
+    assert_same(values(net), before)
+
+
+def odd_tensors(torch):
+    x = torch.ones(2, 2)
+    return {
+        "sparse": x.to_sparse(),
+        "compressed": x.to_sparse_csr(),
+        "quantized": torch.quantize_per_tensor(x, 0.1, 0, torch.qint8),
+        "float8": x.to(torch.float8_e4m3fn),
+        "complex": x * 1j,
+        "conjugate": (x * 1j).conj(),
+        "meta": x.to("meta"),
+        "huge": torch.ones(1).expand(10**14),
+    }
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_odd_tensors_in_pytorch_files(tmp_path):
+    torch = pytest.importorskip("torch")
+    path = tmp_path / "net.pt"
+    for name, tensor in odd_tensors(torch).items():
+        torch.save({"fine": torch.ones(3), name: tensor}, path)
+        assert "net.pt" in complaint(load_torch_state_dict, path), name
+    state = {"minus": torch._neg_view(torch.ones(2)), "part": torch.arange(9.0).reshape(3, 3).T[1:], "\n": torch.ones(())}
+    torch.save(state, path)
+    arrays = load_torch_state_dict(path)
+    assert arrays["minus"].tolist() == [-1, -1] and arrays["part"].tolist() == [[1, 4, 7], [2, 5, 8]]
+    for content in ({1: torch.ones(2)}, {"state_dict": {"model": 3}}, {"model": {"a": [torch.ones(2)]}}, torch.ones(2)):
+        torch.save(content, path)
+        assert "no state dict" in complaint(load_torch_state_dict, path)
+    torch.save({"state_dict": {"model": {"a": torch.ones(2)}}}, path)
+    assert load_torch_state_dict(path)["a"].tolist() == [1, 1]
+
+
+def test_pytorch_files_that_lie_are_refused(tmp_path):
+    """More numbers than there are bytes, which PyTorch itself would read beyond the end; and a bomb."""
+    torch = pytest.importorskip("torch")
+    path = tmp_path / "net.pt"
+    torch.save({"a": torch.arange(200.0)}, path)
+    with zipfile.ZipFile(path) as archive:
+        members = {member.filename: archive.read(member) for member in archive.infolist()}
+    pickled = next(name for name in members if name.endswith("data.pkl"))
+    assert members[pickled].count(b"K\xc8") == 2  # the sizes of the storage and of the array
+    for change, compression in ((b"M\x00\x40", zipfile.ZIP_STORED), (b"K\xc8", zipfile.ZIP_DEFLATED)):
+        with zipfile.ZipFile(path, "w", compression) as archive:
+            for name, content in members.items():
+                archive.writestr(name, content.replace(b"K\xc8", change) if name == pickled else content + bytes(10_000))
+        assert "not a complete" in complaint(load_torch_state_dict, path)
+
+    torch.save({"a": torch.arange(200.0)}, path)
+    whole = path.read_bytes()
+    at = whole.index(np.arange(200.0, dtype=np.float32).tobytes()) + 400
+    path.write_bytes(whole[:at] + b"\1" + whole[at + 1 :])
+    assert "not a complete" in complaint(load_torch_state_dict, path)
+    torch.save({"a": torch.arange(200.0)}, path, _use_new_zipfile_serialization=False)  # of PyTorch before 1.6
+    assert load_torch_state_dict(path)["a"].tolist() == list(range(200))
 
 
 def test_damaged_pytorch_file(tmp_path):

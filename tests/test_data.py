@@ -2,9 +2,14 @@
 
 import gzip
 import hashlib
+import os
 import socket
 import struct
+import tempfile
 import threading
+import tracemalloc
+import zlib
+from contextlib import closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
@@ -14,6 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from benchmarks import make_mini
+from ms_diffusion import files
 from ms_diffusion.data import fashion_mnist
 from ms_diffusion.data.batches import DATASETS, check_enough, check_images, load_images, make_dataset
 from ms_diffusion.data.fashion_mnist import FILES, load_fashion_mnist, load_fashion_mnist_mini, read_idx
@@ -29,11 +35,11 @@ def idx(array):
 
 def small_set(count=3, first=0):
     """Names and bytes of the four files; every image is filled with its index + first."""
-    files = {}
+    content = {}
     for images_name, labels_name in FILES.values():
         images = np.arange(first, first + count, dtype=np.uint8)[:, None, None].repeat(28, 1).repeat(28, 2)
-        files[images_name], files[labels_name] = idx(images), idx(np.arange(count, dtype=np.uint8))
-    return files
+        content[images_name], content[labels_name] = idx(images), idx(np.arange(count, dtype=np.uint8))
+    return content
 
 
 def put(folder, first=0, zipped=True):
@@ -78,6 +84,7 @@ ZIPPED = gzip.compress(GOOD, mtime=0)
     [
         ("empty", b""),
         ("short-header", GOOD[:7]),
+        ("shorter-header", GOOD[:3]),
         ("truncated", GOOD[:-1]),
         ("trailing", GOOD + b"x"),
         ("floats", GOOD[:2] + b"\x0d" + GOOD[3:]),
@@ -181,6 +188,10 @@ def server(places, monkeypatch):
             content = httpd.files.get(self.path[1:])
             if content is None:
                 return self.send_error(404)
+            if content.startswith(b"file:"):
+                self.send_response(302)
+                self.send_header("Location", content.decode())
+                return self.end_headers()
             self.send_response(200)
             self.send_header("Content-Length", len(content))
             self.end_headers()
@@ -195,6 +206,7 @@ def server(places, monkeypatch):
     monkeypatch.setattr(fashion_mnist, "URL", f"http://127.0.0.1:{httpd.server_port}/")
     md5 = {name: hashlib.md5(content).hexdigest() for name, content in httpd.files.items()}
     monkeypatch.setattr(fashion_mnist, "MD5", md5)
+    monkeypatch.setattr(fashion_mnist, "SIZES", {name: len(content) for name, content in httpd.files.items()})
     thread = threading.Thread(target=httpd.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     yield httpd
@@ -221,22 +233,37 @@ def test_download_goes_where_one_can_write(server, places, monkeypatch):
     load_fashion_mnist("train")
     assert (places["cache"] / "ms_diffusion" / "fashion-mnist" / FIRST).exists()
     monkeypatch.setenv("XDG_CACHE_HOME", str(places["env"] / FIRST))
+    monkeypatch.setattr(tempfile, "tempdir", str(places["env"] / FIRST))
     with pytest.raises(UserError, match="cannot write to"):
         load_fashion_mnist("train")
 
 
-@pytest.mark.parametrize("damage", ["short", "changed"])
+@pytest.mark.parametrize("damage", ["short", "changed", "longer"])
 def test_bad_downloads_are_not_kept(server, places, damage):
     whole = dict(server.files)
     if damage == "short":
         server.cut = 30
     else:
-        server.files[FIRST] = whole[FIRST][:-1] + b"?"
+        server.files[FIRST] = whole[FIRST][:-1] + {"changed": b"?", "longer": bytes(1 << 25)}[damage]
     with pytest.raises(UserError, match=f"{FIRST}.*MD5") as raised:
         load_fashion_mnist("train")
     assert "\n" not in str(raised.value) and list(places["env"].iterdir()) == []
     server.cut, server.files = None, whole
     load_fashion_mnist("train")
+
+
+def test_a_download_ends_in_time_and_is_not_sent_elsewhere(server, places, monkeypatch):
+    """A server may not send the program to a file of this machine."""
+    official = server.files[FIRST]
+    (places["user"] / "x").write_bytes(official)
+    server.files[FIRST] = (places["user"] / "x").as_uri().encode()
+    with pytest.raises(UserError, match="cannot be reached"):
+        load_fashion_mnist("train")
+    server.files[FIRST] = official
+    monkeypatch.setattr(fashion_mnist, "MOST_SECONDS", -1)
+    with pytest.raises(UserError, match="cannot be reached"):
+        load_fashion_mnist("train")
+    assert list(places["env"].iterdir()) == []
 
 
 @pytest.mark.parametrize("reason", ["no server", "no file"])
@@ -286,6 +313,38 @@ def test_make_mini_gives_the_embedded_subset(tmp_path, monkeypatch):
         np.testing.assert_array_equal(read_idx(path), read_idx(fashion_mnist.MINI / path.name))
     images, labels = load_fashion_mnist_mini("test")
     np.testing.assert_array_equal(images[labels == 3], full[0][full[1] == 3][:50])
+
+
+def test_idx_takes_no_more_memory_than_its_header_says(tmp_path):
+    """A small file that unpacks to 100 MB, and headers of absurd sizes."""
+    bomb = gzip.compress(GOOD + bytes(10**8))
+    (tmp_path / "bomb.gz").write_bytes(bomb)
+    headers = [(2**32 - 1,) * 3, (2**32 - 1,), (0, 2**32 - 1, 2**32 - 1, 2**32 - 1), (1,) * 33, (0,) * 255]
+    for i, shape in enumerate(headers):
+        header = bytes([0, 0, 8, len(shape)]) + np.array(shape, ">u4").tobytes()
+        (tmp_path / f"raw{i}").write_bytes(header + b"\0")
+        (tmp_path / f"zipped{i}").write_bytes(gzip.compress(header + b"\0"))
+    tracemalloc.start()
+    for path in sorted(tmp_path.iterdir()):
+        with pytest.raises(UserError, match=path.name) as e:
+            read_idx(path)
+        assert "\n" not in str(e.value)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 3e6
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_idx_where_no_file_is(places, zipped):
+    """A folder, a device and a pipe with a name of the data set are named, and nobody waits for them."""
+    images = places["user"] / (FILES["train"][0] + ".gz" * zipped)
+    for make in (images.mkdir, lambda: os.mkfifo(images), lambda: images.symlink_to("/dev/zero")):
+        make()
+        with pytest.raises(UserError, match="train-images.* not a file"):
+            load_fashion_mnist("train", str(places["user"]))
+        images.rmdir() if images.is_dir() else images.unlink()
+    with pytest.raises(OSError, match="not a file"):
+        read_idx("/dev/zero")
 
 
 # A folder of images
@@ -369,6 +428,69 @@ def test_image_folder_names_and_skips_the_unreadable(tmp_path, capsys):
     (tmp_path / "b.png").unlink()
     with pytest.raises(UserError, match="no readable image"):
         load_image_folder(tmp_path, 4, 3)
+
+
+def test_image_folder_reads_regular_files_alone(tmp_path, capsys):
+    """Nothing else is opened for its content, and a loop of links ends."""
+    for i, name in enumerate(["a/x.png", "b.png/y.png"]):
+        (tmp_path / name).parent.mkdir(parents=True)
+        Image.new("L", (4, 4), i).save(tmp_path / name)
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "zero.png").symlink_to("/dev/zero")
+    (tmp_path / "gone.png").symlink_to("nowhere.png")
+    (tmp_path / "self.png").symlink_to("self.png")
+    (tmp_path / "a" / "up").symlink_to("..")
+    (tmp_path / "link.png").symlink_to("a/x.png")
+    with closing(socket.socket(socket.AF_UNIX)) as server:
+        server.bind(os.path.relpath(tmp_path / "socket.png"))
+        images, labels = load_image_folder(tmp_path, 4, 1)
+    assert images[:, 0, 0, 0].tolist() == [0, 1, 0] and labels.tolist() == [0, 1, 0]
+    lines = sorted(capsys.readouterr().err.splitlines())
+    assert len(lines) == 6 and all(line.startswith(f"skipped {tmp_path}") for line in lines)
+    for name in ("pipe.png", "zero.png", "gone.png", "self.png", "up", "socket.png"):
+        assert any(f"/{name}: " in line for line in lines)
+
+
+def test_image_folder_of_odd_names(tmp_path, capsys):
+    """A name may hold what a pattern, a line or UTF-8 does not."""
+    for name in (b"[a]*?.png", b"\xff.png", "\u00e4 b.png".encode(), b"-c.png", b"two\nlines.png"):
+        Image.new("L", (4, 4), 9).save(os.path.join(os.fsencode(tmp_path), name), "PNG")
+    (tmp_path / "[b]").mkdir()
+    Image.new("L", (4, 4)).save(tmp_path / "[b]" / "*.png")
+    assert len(load_image_folder(tmp_path, 4, 1)[0]) == 6
+    (tmp_path / "two\nlines.png").write_text("no picture")
+    assert len(load_image_folder(tmp_path, 4, 1)[0]) == 5
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def png(width, height, content):
+    def chunk(kind, data):
+        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+
+    size = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([8, 0, 0, 0, 0])
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size) + chunk(b"IDAT", content) + chunk(b"IEND", b"")
+
+
+def test_image_folder_skips_bombs(tmp_path, capsys, monkeypatch):
+    (tmp_path / "bomb.png").write_bytes(png(20_000, 20_000, zlib.compress(bytes(10**6))))
+    (tmp_path / "script.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")  # PIL would start a program
+    Image.new("L", (3000, 3000)).save(tmp_path / "large.png")  # fine
+    assert len(load_image_folder(tmp_path, 4, 1)[0]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and any("pixels" in line for line in lines)
+    monkeypatch.setattr(files, "available_memory", lambda: 10**8)
+    with pytest.raises(UserError, match="no readable image"):
+        load_image_folder(tmp_path, 4, 1)
+    assert "memory" in capsys.readouterr().err
+    with pytest.raises(UserError, match="memory"):
+        load_image_folder(tmp_path, 10_000, 3)
+
+
+def test_odd_pictures_are_read_without_warnings(tmp_path):
+    image, exif = Image.new("L", (4, 4), 7), Image.Exif()
+    exif[0x010E] = "text"
+    image.save(tmp_path / "a.jpg", exif=exif.tobytes()[:-9])  # PIL warns of it
+    assert (one(tmp_path, channels=1) == 7).all()
 
 
 def test_image_folder_bad_input(tmp_path):

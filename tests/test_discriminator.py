@@ -185,6 +185,17 @@ def test_initialise_makes_mean_0_and_variance_1_and_does_so_once():
     np.testing.assert_array_equal(norm(Tensor(x)).asnumpy(), out)
 
 
+def test_initialise_waits_for_finite_values():
+    norm, x = ActNorm(3), draw((4, 3, 6, 5))
+    for bad in (np.nan, np.inf):
+        spoilt = x.copy()
+        spoilt[3, 2, 1, 0] = bad
+        norm.initialise(Tensor(spoilt))
+    assert norm.initialized.asnumpy() == 0 and np.isfinite(norm(Tensor(x)).asnumpy()).all()
+    norm.initialise(Tensor(x))
+    np.testing.assert_allclose(norm(Tensor(x)).asnumpy().mean((0, 2, 3)), 0, atol=1e-5)
+
+
 def test_a_loaded_network_is_not_initialised_again():
     net, again = (NLayerDiscriminator(1, 4, 1, "act", seed) for seed in (0, 1))
     net.initialise(Tensor(draw((2, 1, 8, 8))))

@@ -134,6 +134,15 @@ def test_a_run_makes_the_average(run):
     np.testing.assert_allclose(first.asnumpy(), np.full(first.shape, 20.0), rtol=1e-5)
 
 
+def test_a_run_makes_the_average_without_a_spoilt_checkpoint(run, capsys):
+    (checkpoints(run)[1] / "ema-0.1.safetensors").write_bytes(b"spoilt")
+    coefficients = average_after_training([10, 10, 30, 30], [0.05, 0.1] * 2, 30, 0.08)
+    first = next(iter(Run(run, ema_length=0.08).net.get_parameters()))
+    expected = coefficients @ [10, 110, 30, 130]
+    np.testing.assert_allclose(first.asnumpy(), np.full(first.shape, expected), rtol=1e-5)
+    assert capsys.readouterr().err.count("warning: ") == 1
+
+
 def test_a_run_without_averages_says_how_to_get_them(run):
     with pytest.raises(UserError, match="below 0.289"):
         Run(run, ema_length=0.5)

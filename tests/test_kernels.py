@@ -4,10 +4,13 @@ compiled library and what happens without it. `kernels/driver.cc` checks the sam
 import copy
 import ctypes
 import functools
+import hashlib
 import math
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -20,6 +23,7 @@ import mindspore as ms
 from mindspore import Tensor, nn, ops
 
 from ms_diffusion import kernels
+from ms_diffusion.files import private_folder, process_folder, temporary_path
 from ms_diffusion.models import attention, layers
 from ms_diffusion.runtime import compiled
 from ms_diffusion.training.step import EMA, make_optimizer, make_train_step
@@ -707,13 +711,47 @@ def test_a_copy_has_its_own_parameters():
 
 @pytest.fixture
 def fresh(monkeypatch, tmp_path):
-    """An empty cache folder."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    """An empty cache folder, and an empty folder for temporary files."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
     for name in ("CXX", "MS_DIFFUSION_KERNELS"):
         monkeypatch.delenv(name, raising=False)
-    kernels.library.cache_clear()
+    for cached in (kernels.library, process_folder):
+        cached.cache_clear()
     yield tmp_path
-    kernels.library.cache_clear()
+    for cached in (kernels.library, process_folder):
+        cached.cache_clear()
+
+
+@pytest.fixture
+def compiler(fresh, monkeypatch):
+    """compiler(script): the shell script is the C++ compiler. Without a script it copies the library, and notes that in the
+    file `builds`."""
+
+    def compiler(script=f"echo >> {fresh}/builds; while [ $1 != -o ]; do shift; done; cp {LIBRARY} $2"):
+        (fresh / "c++").write_bytes(b"#!/bin/sh\n" + (script if isinstance(script, bytes) else script.encode()) + b"\n")
+        (fresh / "c++").chmod(0o755)
+        monkeypatch.setenv("CXX", str(fresh / "c++"))
+
+    compiler()
+    return compiler
+
+
+def builds(fresh):
+    return (fresh / "builds").read_text().count("\n") if (fresh / "builds").exists() else 0
+
+
+def left(fresh):
+    """What lies in the cache and among the temporary files."""
+    return [path for path in fresh.glob("*/*/**/*") if not path.is_dir()]
+
+
+def assert_one_note(capsys, *words):
+    err = capsys.readouterr().err
+    assert err.startswith("note: ") and err.count("\n") == 1, err
+    for word in words:
+        assert word in err
 
 
 FALLBACKS = {
@@ -721,7 +759,6 @@ FALLBACKS = {
     "no compiler": ({"PATH": "/nowhere"}, "no C++ compiler was found"),
     "compiler fails": ({"CXX": "false"}, "failed: no message"),
     "compiler makes nothing": ({"CXX": "true"}, "does not run here"),
-    "read-only cache": ({"CXX": "true", "XDG_CACHE_HOME": "/dev/null"}, "Not a directory"),
 }
 
 
@@ -734,23 +771,199 @@ def test_layers_use_mindspores_operators_without_the_library(reason, fresh, monk
     net = nn.SequentialCell(layers.conv2d(3, 4, 3), layers.GELU(), layers.GroupNorm(2, 4), layers.Upsample(4))
     assert net[0].kernel is None
     assert np.isfinite(net(Tensor(draw(2, 3, 8, 8))).asnumpy()).all()
-    err = capsys.readouterr().err  # one line, once
-    assert err == "" if note == "" else err.startswith("note: ") and err.count("\n") == 1 and note in err
+    if note:  # one line, once
+        assert_one_note(capsys, note)
+    assert capsys.readouterr().err == "" and left(fresh) == []
 
 
-def test_a_corrupt_or_outdated_library_is_built_again(fresh, monkeypatch, capsys):
-    builder, builds, good = fresh / "c++", fresh / "builds", Path(LIBRARY).read_bytes()
-    builder.write_text(f"#!/bin/sh\necho >> {builds}\nwhile [ $1 != -o ]; do shift; done\ncp {LIBRARY} $2\n")
-    builder.chmod(0o755)
-    monkeypatch.setenv("CXX", str(builder))
-    path = kernels._build()
-    for count, content in [(1, good), (2, good[: len(good) // 2]), (3, b"")]:
-        path.write_bytes(content)
+BAD_COMPILERS = {  # script -> the end of the note
+    "echo 'kernels.cc:1: wrong' >&2; echo more >&2; exit 1": "failed: kernels.cc:1: wrong",
+    b"echo 'Z\xe9ro \x1b[31mfaute\x00\xff' >&2; exit 1": "[31mfaute",
+    "yes 'no end' >&2": "failed: no end",
+    "yes '' >&2": "failed: no message",
+    "kill -9 $$": "failed: it was ended by signal 9",
+    "sleep 77.25 & echo $! >> pids; sleep 77.25": "failed: it does not end within 0.4 s",
+    "trap '' TERM HUP INT; (sleep 77.25) & echo $! >> pids; exit 1": "failed: no message",
+    "while [ $1 != -o ]; do shift; done; mkdir $2": "does not run here",
+    "while [ $1 != -o ]; do shift; done; ln -s /dev/zero $2": "does not run here",
+}
+
+
+@pytest.mark.parametrize("script", BAD_COMPILERS)
+def test_a_bad_compiler_costs_one_note(script, fresh, compiler, monkeypatch, capsys):
+    """None of its processes and files is left."""
+    monkeypatch.chdir(fresh)
+    monkeypatch.setattr(kernels, "COMPILER_SECONDS", 0.4)
+    compiler(script)
+    assert kernels.library() is None
+    assert_one_note(capsys, BAD_COMPILERS[script])
+    assert left(fresh) == []
+    pids = (fresh / "pids").read_text().split() if (fresh / "pids").exists() else []
+    assert len(pids) == ("pids" in str(script)) and not any(is_alive(int(pid)) for pid in pids)
+
+
+def is_alive(process):
+    """Whether the process runs; a zombie that nobody waits for does not."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def wait_for(condition):
+    end = time.monotonic() + 10
+    while not (value := condition()) and time.monotonic() < end:
+        time.sleep(0.01)
+    assert value
+    return value
+
+
+def test_a_command_ends_with_its_caller_and_has_no_signals_blocked(tmp_path):
+    """The caller is killed; its pipe to the supervisor is closed by that."""
+    script = f"cd {tmp_path}; grep SigBlk /proc/self/status > mask; sleep 77.25 & echo $! > x; mv x pid; wait"
+    code = f"""
+import signal, subprocess, sys, time
+signal.pthread_sigmask(signal.SIG_BLOCK, {{signal.SIGTERM, signal.SIGINT, signal.SIGHUP}})
+subprocess.Popen([sys.executable, "-I", "-S", {kernels.SUPERVISOR!r}, "60", "sh", "-c", {script!r}], stdin=subprocess.PIPE)
+time.sleep(60)
+"""
+    with subprocess.Popen([sys.executable, "-c", code]) as caller:
+        wait_for((tmp_path / "pid").exists)
+        pid = int((tmp_path / "pid").read_text())
+        assert is_alive(pid) and set((tmp_path / "mask").read_text().split()[1]) == {"0"}
+        caller.kill()
+    wait_for(lambda: not is_alive(pid))
+
+
+def test_a_corrupt_or_outdated_library_is_built_again(fresh, compiler, monkeypatch, capsys):
+    good, path = Path(LIBRARY).read_bytes(), kernels._build()
+    assert kernels._build() == path and builds(fresh) == 1
+    changes = [good[: len(good) // 2], b"", None]
+    for count, content in enumerate(changes, 2):
+        path.unlink() if content is None else path.write_bytes(content)
         assert kernels._build() == path and path.read_bytes() == good
-        assert builds.read_text().count("\n") == count
-    assert list(fresh.glob("ms_diffusion/*/*")) == [path]  # no temporary file stays
+        assert builds(fresh) == count
+    assert left(fresh) == [path]  # no temporary file stays
     changed = fresh / "pool.h"
     changed.write_text("// another pool")
     monkeypatch.setattr(kernels, "SOURCES", [changed if s.name == "pool.h" else s for s in kernels.SOURCES])
-    assert kernels._build() != path and builds.read_text().count("\n") == 4
+    assert kernels._build() != path and builds(fresh) == len(changes) + 2
     assert capsys.readouterr().err == ""
+
+
+def test_no_bit_flip_of_the_library_goes_unnoticed(fresh, compiler, monkeypatch):
+    """A changed library is deleted, and not even tried."""
+    path = kernels._build()
+    key, good = path.stem.split("-")[0], path.read_bytes()
+    assert kernels._find(path.parent, key) == path
+    monkeypatch.setattr(kernels, "_works", lambda *_: pytest.fail("it was loaded"))
+    for bit in np.random.default_rng(0).integers(0, 8 * len(good), 400).tolist():
+        path.write_bytes(good[: bit // 8] + bytes([good[bit // 8] ^ 1 << bit % 8]) + good[bit // 8 + 1 :])
+        assert kernels._find(path.parent, key) is None and not path.exists()
+
+
+PLANTED = """
+extern "C" __attribute__((constructor)) void planted() { __builtin_trap(); }
+extern "C" __attribute__((visibility("default"))) int self_test() { return 0; }
+"""
+
+
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory):
+    """A library that kills the process that loads it."""
+    folder = tmp_path_factory.mktemp("planted")
+    (folder / "planted.cc").write_text(PLANTED)
+    compiler = os.environ.get("CXX", "c++")
+    subprocess.run([compiler, "-shared", "-fPIC", folder / "planted.cc", "-o", folder / "planted.so"], check=True)
+    return folder / "planted.so"
+
+
+def plant_in(folder, planted):
+    """Put the planted library there under a name that fits its content."""
+    (library,) = folder.glob("*.so")
+    return shutil.copy(
+        planted, folder / f"{library.stem.split('-')[0]}-{hashlib.sha256(planted.read_bytes()).hexdigest()}.so"
+    )
+
+
+def over_it(path, planted):
+    path.write_bytes(planted.read_bytes())
+
+
+def as_link(path, planted):
+    path.rename(path.parent.parent / "x.so")
+    path.symlink_to(path.parent.parent / "x.so")
+
+
+def open_to_others(path, planted):
+    plant_in(path.parent, planted)
+    path.parent.chmod(0o777)
+
+
+def open_above(path, planted):
+    plant_in(path.parent, planted)
+    path.parent.parent.chmod(0o777)
+
+
+def behind_a_link(path, planted):
+    open_to_others(path, planted)
+    path.parent.rename(path.parent.with_name("moved"))
+    path.parent.symlink_to("moved")
+
+
+def of_another_user(path, planted):
+    if os.geteuid():
+        pytest.skip("needs root, who can give files away")
+    path.unlink()
+    os.chown(shutil.copy(planted, path), 54321, -1)
+    os.chown(
+        path.rename(path.with_name(f"{path.stem[:17]}{hashlib.sha256(planted.read_bytes()).hexdigest()}.so")), 54321, -1
+    )
+
+
+def in_a_folder_of_another_user(path, planted):
+    of_another_user(path, planted)
+    os.chown(path.parent, 54321, -1)
+
+
+PLANTS = [over_it, as_link, open_to_others, open_above, behind_a_link, of_another_user, in_a_folder_of_another_user]
+
+
+@pytest.mark.parametrize("plant", PLANTS, ids=lambda plant: plant.__name__)
+def test_a_planted_library_is_not_loaded(plant, fresh, compiler, planted, monkeypatch, capsys):
+    """Not even by the process that tries it: that one would have no right to say so."""
+    path, works, tried = kernels._build(), kernels._works, []
+    plant(path, planted)
+    monkeypatch.setattr(
+        kernels, "_works", lambda library, folder: tried.append(library.read_bytes()) or works(library, folder)
+    )
+    built = Path(kernels.library())
+    assert builds(fresh) == 2 and built.read_bytes() == Path(LIBRARY).read_bytes() and planted.read_bytes() not in tried
+    is_safe = plant in (over_it, as_link, of_another_user)
+    assert built.is_relative_to(fresh / ("cache" if is_safe else "tmp"))
+    if is_safe:
+        assert capsys.readouterr().err == "" and list(path.parent.iterdir()) == [built]
+    else:
+        assert_one_note(capsys, "XDG_CACHE_HOME")
+
+
+def test_a_path_that_mindspore_would_split_is_not_used(fresh, compiler, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(fresh / "a:b"))
+    assert Path(kernels.library()).is_relative_to(fresh / "tmp")
+    assert_one_note(capsys, "colon")
+    assert np.isfinite(layers.GELU()(Tensor(draw(2, 3))).asnumpy()).all()
+    kernels.library.cache_clear()
+    process_folder.cache_clear()
+    monkeypatch.setattr(tempfile, "tempdir", str(fresh / "tmp:"))
+    (fresh / "tmp:").mkdir()
+    assert kernels.library() is None and builds(fresh) == 1
+
+
+def test_what_a_killed_build_has_left_is_removed(fresh, compiler):
+    folder = private_folder(fresh / "cache" / "ms_diffusion" / "kernels")
+    stale, live = (temporary_path(folder / "build") for _ in range(2))
+    stale = stale.with_name(stale.name.replace(f"-{os.getpid()}-", f"-{os.getpid()}-1"))  # another start of this number
+    for each in (stale, live):
+        each.mkdir()
+    built = kernels._build()
+    assert sorted(folder.iterdir()) == sorted([live, built])

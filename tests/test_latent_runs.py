@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,6 +24,7 @@ from ms_diffusion.training.config import override
 from ms_diffusion.training.loop import train
 from ms_diffusion.training.presets import PRESETS
 from ms_diffusion.training.runs import Run
+from ms_diffusion.training.tasks import latents
 from ms_diffusion.training.tasks.autoencoder import load_first_stage
 from ms_diffusion.training.tasks.latents import resolve_first_stage, scale_of
 
@@ -288,13 +290,35 @@ def test_a_run_has_what_it_needs_of_its_first_stage(autoencoder, text, tmp_path)
         start(TEXT, half, first_stage=gone)
     task = override(TEXT, first_stage=str(autoencoder.home), latent_scale=0.5).task()
     task.start(half)
-    assert (half / "first_stage/state.json").exists() and task.checkpoint_record() == {"latent_scale": 0.5}
+    assert (half / "first_stage/state.json").exists() and task.checkpoint_record()["latent_scale"] == 0.5
 
     other = untrained(tmp_path / "other", override(AUTOENCODER, seed=1))
     before = tree(run)
     with pytest.raises(UserError, match="is not the first stage"):
         start(TEXT, run, first_stage=str(other), total_steps=6)
     assert tree(run) == before
+
+
+def test_a_spoilt_copy_of_the_first_stage_is_made_again(autoencoder, tmp_path, monkeypatch):
+    """From the checkpoint with the same weights, which need not be the newest; no other autoencoder takes its place."""
+    monkeypatch.setattr(latents, "load_first_stage", lambda *_: None)  # what is copied is files
+    original, run = shutil.copytree(autoencoder.home, tmp_path / "original"), tmp_path / "run"
+    config = replace(LATENT, first_stage=str(original))
+    resolve_first_stage(config, run)
+    copy = tree(run / "first_stage")
+    kept = json.loads(copy[Path("state.json")])["sha256"]["ema.safetensors"]
+    shutil.copytree(checkpoint(original, 2), checkpoint(original, 6))  # it has been trained on
+    for name in ("config.json", "ema.safetensors", "state.json"):
+        for damage in (lambda path: path.write_bytes(b"spoilt"), lambda path: path.unlink()):
+            damage(run / "first_stage" / name)
+            resolve_first_stage(config, run, kept)
+            assert tree(run / "first_stage") == copy
+    shutil.rmtree(checkpoint(original, 4))
+    (run / "first_stage/ema.safetensors").write_bytes(b"spoilt")
+    with pytest.raises(UserError, match="is not the first stage"):
+        resolve_first_stage(config, run, kept)
+    with pytest.raises(UserError, match="missing or damaged"):
+        resolve_first_stage(LATENT, run, kept)
 
 
 NET_FLAGS = "--data.name fashion-mnist-mini --model.model-channels 8 --model.groups 4 --model.num-head-channels 8".split()

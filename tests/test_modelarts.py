@@ -2,10 +2,12 @@
 
 import contextlib
 import fcntl
+import gzip
 import hashlib
 import importlib
 import io
 import json
+import lzma
 import os
 import platform
 import shutil
@@ -14,6 +16,7 @@ import sys
 import tarfile
 import threading
 import time
+import tracemalloc
 import zipfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -582,6 +585,58 @@ def test_archives_that_lead_out_of_their_folder_are_refused(tmp_path, monkeypatc
     monkeypatch.setattr(transfer.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
     with pytest.raises(UserError, match="GB"):
         unpack([tmp_path / "good.zip"])
+
+
+def test_archives_that_would_unpack_to_more_than_there_is_are_refused(tmp_path):
+    """Before it is unpacked or takes memory."""
+
+    def tar(name, open_file, member, content):
+        with open_file(tmp_path / name, "wb") as file:
+            file.write(member.tobuf(tarfile.USTAR_FORMAT) + content)
+
+    huge = tarfile.TarInfo("x")
+    huge.size = 8**11 - 1
+    tar("huge.tar", open, huge, b"abc")
+    tar("huge.tgz", gzip.open, huge, bytes(10**7))
+    extended = tarfile.TarInfo("x")
+    extended.type, extended.size = tarfile.XHDTYPE, 10**8
+    tar("extended.tar.xz", lzma.open, extended, bytes(3 * 10**7))
+    for name, kind in (("bzip2.zip", zipfile.ZIP_BZIP2), ("lzma.zip", zipfile.ZIP_LZMA)):
+        with zipfile.ZipFile(tmp_path / name, "w", kind) as archive:
+            archive.writestr("x", bytes(10**7))
+    with zipfile.ZipFile(tmp_path / "lie.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("x", bytes(10**7))
+    lie = bytearray((tmp_path / "lie.zip").read_bytes())
+    size = lie.rindex(b"PK\1\2") + 24
+    lie[size : size + 4] = (10).to_bytes(4, "little")
+    (tmp_path / "lie.zip").write_bytes(lie)
+    archives = [path for path in tmp_path.iterdir() if path.is_file()]
+    tracemalloc.start()
+    for path in archives:
+        with pytest.raises(UserError, match=path.name) as e:
+            unpack([path])
+        assert "\n" not in str(e.value)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 2e7 and len(archives) == 6
+    assert sum(path.stat().st_size for path in (tmp_path / "cache").rglob("*")) < 1e6
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"[1, 2]", b"[" * 10**5, b'{"source": 1, "files": 3}', b'{"url": "obs://bucket/out", "sent": {"a": 3}}']
+)
+def test_records_of_copies_that_are_damaged(tmp_path, obs, moxing, content):
+    """Everything is copied again."""
+    run = start(tmp_path / "run", 2)
+    (run / modelarts.RECORD).write_bytes(content)
+    upload(run)
+    assert shown(obs / "bucket/out").keys() == shown(run).keys()
+
+    (obs / "bucket/data").mkdir()
+    (obs / "bucket/data/a").write_text("one")
+    folder = fetch("obs://bucket/data")
+    folder.with_suffix(".json").write_bytes(content)
+    assert (fetch("obs://bucket/data") / "a").read_text() == "one"
 
 
 def test_data_are_copied_once_and_again_when_they_have_changed(tmp_path, obs, moxing, monkeypatch):

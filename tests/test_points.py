@@ -1,6 +1,8 @@
 """Toy distributions against their geometry and scikit-learn's; files of points, valid and invalid; normalization."""
 
 import io
+import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from scipy.spatial import cKDTree
 
+from ms_diffusion import files
 from ms_diffusion.data.points import POINTS_FILE, TOYS, Normalizer, load_points, read_points, read_saved_points
 from ms_diffusion.files import write
 from ms_diffusion.runtime import UserError
@@ -356,7 +359,7 @@ INVALID = "not a valid .npy file .*np.save"
         (GOOD[:8] + b"\x10\x27" + GOOD[10:] + b" " * 20_000, INVALID),  # NumPy's own message has two lines
         (npy(np.array([[1, 2.0], [3, None]], object)), INVALID),  # pickled
         (npy(np.eye(2) * 1j), "of type complex128; .*astype"),
-        (npy(np.zeros(3, [("x", "f4"), ("y", "f4")])), "of type .*'x'"),
+        (npy(np.zeros(3, [("x", "f4"), ("y", "f4")])), INVALID),
         (npy(np.ones((4, 3))), r"shape is \(4, 3\), not \(N, 2\)"),
         (npy(np.float64(3)), r"shape is \(\), not \(N, 2\)"),
         (npy(np.ones((1, 2))), "too few points, 1; pass 2 or more"),
@@ -398,6 +401,28 @@ def test_an_archive_of_arrays_is_refused(tmp_path):
 def test_bad_csv(tmp_path, content, message):
     (tmp_path / "a.csv").write_bytes(content if isinstance(content, bytes) else content.encode())
     refused(f"--data.dir {tmp_path}/a.csv: .*{message}", read_points, tmp_path / "a.csv")
+
+
+def test_large_and_endless_text(tmp_path, monkeypatch):
+    """The line that is wrong is found at once, and no more is read than there is memory for."""
+    path = tmp_path / "a.csv"
+    path.write_text("x,y\n\n" + "1,2\n" * 100_000 + "3,z\n")
+    started = time.process_time()
+    refused("line 100003: .*'z'", read_points, path)
+    assert time.process_time() - started < 2
+    path.write_bytes(b"1" * 10**6)
+    refused("infinite|shape", read_points, path)
+    path.write_bytes(b"1,2\n3,4\0\n")
+    refused("line 2", read_points, path)
+    monkeypatch.setattr(files, "available_memory", lambda: 10**6)
+    path.write_text("1,2\n" * 10_000)
+    refused("memory", read_points, path)
+    path.unlink()
+    for make in (lambda: os.mkfifo(path), lambda: path.symlink_to("/dev/zero")):
+        make()
+        with pytest.raises(OSError, match="not a file"):
+            read_points(path)
+        path.unlink()
 
 
 def test_saved_points_come_back(tmp_path):

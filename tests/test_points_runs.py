@@ -93,7 +93,7 @@ def test_stopping_and_steps_per_call_change_nothing(trained, tmp_path):
     run, stop, config = tmp_path / "run", threading.Event(), override(LONG, total_steps=40)
     task = config.task()
     assert train_task(task, run, "CPU", stop, lambda folder: stop.set())[0] == 30  # the step after a checkpoint
-    assert task.steps_per_call == 10 and checkpoint(run, 30).exists() and [row["step"] for row in metrics(run)][-1] == 30
+    assert task.steps_per_call == 10 and checkpoint(run, 30).exists()
     task = override(LONG, steps_per_call=7).task()
     assert train_task(task, run, "CPU", threading.Event())[0] == 60
     assert task.steps_per_call == 1 and task.start_step == 30

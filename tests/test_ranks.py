@@ -127,10 +127,11 @@ def test_bytes_of_one_rank_reach_all(on_ranks, monkeypatch, size, world_size, ro
 
 
 def test_a_cache_that_one_rank_misses_is_computed_by_all_and_written_by_rank_0(on_ranks, tmp_path):
-    paths, computed = [tmp_path / "0.npy", tmp_path / "1.npy"], []
+    paths, computed = [tmp_path / "0.bin", tmp_path / "1.bin"], []
 
     def load(rank):
-        return load_or_compute(paths[rank], np.load, lambda: computed.append(rank) or np.arange(3), np.save).tolist()
+        arrays = load_or_compute(paths[rank], "key", {"x": (3,)}, lambda: computed.append(rank) or {"x": np.arange(3)})
+        return arrays["x"].tolist()
 
     assert on_ranks(2, load) == [[0, 1, 2]] * 2 and sorted(computed) == [0, 1]
     assert paths[0].exists() and not paths[1].exists()

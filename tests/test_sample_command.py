@@ -17,8 +17,9 @@ from ms_diffusion.data.fashion_mnist import CLASSES, load_fashion_mnist_mini
 from ms_diffusion.data.image_folder import load_image_folder
 from ms_diffusion.runtime import UserError
 from ms_diffusion.training import runs as trained_runs
+from ms_diffusion.training.checkpoint import Checkpoint
 from ms_diffusion.training.presets import PRESETS
-from ms_diffusion.training.runs import Run, run_folders
+from ms_diffusion.training.runs import Run, open_run
 
 T = 20
 TEST_IMAGES = load_fashion_mnist_mini("test")[0]  # (N, 28, 28, 1) uint8
@@ -92,11 +93,29 @@ def test_a_folder_goes_before_a_bundled_model_of_its_name(class_run, tmp_path, m
     monkeypatch.chdir(tmp_path)
     name = trained_runs.bundled_models()[0]
     bundled = trained_runs.WEIGHTS / name
-    assert run_folders(name) == (bundled, bundled) == run_folders(bundled / "ema.safetensors")
+    for path in (name, bundled / "ema.safetensors"):
+        home, found = open_run(path)
+        assert home == found.folder == bundled
     shutil.copytree(class_run.home, name)
-    assert run_folders(name) == (checkpoint(name, 6), Path(name))
-    folder, home = run_folders(checkpoint(name, 6))
-    assert folder == checkpoint(name, 6) and home.samefile(name)
+    home, found = open_run(name)
+    assert (found.folder, home) == (checkpoint(name, 6), Path(name))
+    home, found = open_run(checkpoint(name, 6))
+    assert found.folder == checkpoint(name, 6) and home.samefile(name)
+
+
+def test_a_spoilt_checkpoint_is_passed_over(tmp_path, capsys):
+    """Also where config.json is lost. Reading changes nothing; a checkpoint that is asked for by its name is refused."""
+    for step in (1, 2):
+        run = untrained(tmp_path / "run", PIXELS, step)
+        Checkpoint(run, PIXELS.task().build()[0]).update(step, config=PIXELS.to_record())
+    (checkpoint(run, 2) / "ema.safetensors").write_bytes(b"spoilt")
+    (run / "config.json").unlink()
+    before = tree(run)
+    assert Run(run).step == 1 and capsys.readouterr().err.count("warning: ") == 2
+    assert Run(checkpoint(run, 1)).config == PIXELS
+    assert tree(run) == before
+    with pytest.raises(UserError, match="step-0000002"):
+        Run(checkpoint(run, 2))
 
 
 def test_bundled_models(tmp_path, monkeypatch):

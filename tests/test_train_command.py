@@ -21,7 +21,7 @@ from PIL import Image
 from runs import assert_refused, call, checkpoint, metrics, picture, tree, weights
 
 import mindspore as ms
-from mindspore import Tensor, nn
+from mindspore import Tensor, nn, ops
 
 from ms_diffusion import runtime
 from ms_diffusion.__main__ import COMMANDS, main
@@ -169,17 +169,6 @@ def test_ctrl_c_in_a_process_saves_and_the_same_command_continues(tmp_path):
     assert metrics(run)[:step] == rows and task.start_step == step
 
 
-def test_sigterm_asks_to_stop():
-    code = """
-import os, signal
-from ms_diffusion import runtime
-runtime.catch_interrupts()
-os.kill(os.getpid(), signal.SIGTERM)
-assert runtime.STOP.wait(10)
-"""
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
-
-
 # The loop, of any task
 
 
@@ -196,21 +185,25 @@ class ToyTask(Task):
         self.checkpoint = Checkpoint(self.run_dir, net, self.optimizer, EMA(net), keep=train.keep_checkpoints)
 
     def load_data(self):
-        return np.zeros((64, 2), np.float32), np.arange(64, dtype=np.int32)
+        return np.arange(128, dtype=np.float32).reshape(64, 2), np.arange(64, dtype=np.int32)
 
     def draw_batch(self, x, labels, step):
         return {"labels": labels, "step": np.array(step)}
 
     def advance(self, batch, step):
         assert batch["step"] == step and len(set(batch["labels"])) == self.config.train.batch_size
+        ops.assign_add(self.optimizer.global_step, Tensor([1], ms.int32))
         return Tensor(np.float32(self.losses(step))), Tensor(np.float32(1)), {"other": Tensor(np.float32(step))}
 
     def preview(self, step):
         self.previews.append(step)
         return self.run_dir / f"{step}.png"
 
+    def is_scored(self, step):
+        return step in self.scores
+
     def score(self, step):
-        return self.scores.get(step)
+        return self.scores[step]
 
 
 def loop(run, losses=lambda step: 1.0, scores=(), stop=None, on_save=None, **values):
@@ -254,6 +247,17 @@ def test_the_best_checkpoint_stays(tmp_path, scores, kept):
     assert fids(tmp_path) == {8: 2.5, 10: 6}
 
 
+def test_a_run_killed_after_its_score_was_logged_logs_it_once(tmp_path, monkeypatch):
+    scores, options = {4: 3.0, 8: 2.0}, {"total_steps": 8, "save_every": 4, "sample_every": 4}
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoint, "update", lambda *_, **__: exec("raise KeyError"))
+        with pytest.raises(KeyError):
+            loop(tmp_path, scores=scores, **options)
+    loop(tmp_path, scores=scores, **options)
+    assert [(row["step"], row["fid"]) for row in metrics(tmp_path) if "fid" in row] == [*scores.items()]
+    assert fids(tmp_path) == scores
+
+
 @pytest.mark.parametrize("falls", [True, False])
 def test_the_learning_rate(tmp_path, falls):
     loop(tmp_path, warmup_steps=2, lr=0.3, lr_decay=falls)
@@ -261,16 +265,110 @@ def test_the_learning_rate(tmp_path, falls):
     np.testing.assert_allclose([row["lr"] for row in metrics(tmp_path)], [0.1, 0.2, *(0.3 * cosine)], rtol=1e-5)
 
 
-@pytest.mark.parametrize("loss", [np.nan, np.inf])
-def test_a_loss_that_is_not_finite_ends_the_run_unsaved(tmp_path, loss):
-    with pytest.raises(UserError, match=f"{loss} at step 1.*--train.lr"):
-        loop(tmp_path, losses=lambda step: loss)
-    assert not list(tmp_path.rglob("*.safetensors"))
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_many_losses_in_a_row_that_are_not_finite_end_a_run(tmp_path, bad):
+    """Nothing is saved of the weights that made them; the last good checkpoint stays, and the run goes on from there."""
+    many = {"total_steps": 200, "save_every": 3, "log_every": 100, "sample_every": 1000}
+    with pytest.raises(UserError, match="step 5[0-9].*nothing was saved.*--train.lr"):
+        loop(tmp_path / "new", losses=lambda step: bad, **many)
+    assert not list(tmp_path.rglob("*.safetensors")) and not metrics(tmp_path / "new")
+    with pytest.raises(UserError, match="checkpoint of step 6 stands"):
+        loop(tmp_path, losses=lambda step: bad if step > 6 else 1.0, **many)
+    assert list(fids(tmp_path)) == [3, 6]
+    assert loop(tmp_path, **many)[1][0] == 200 and [row["loss"] for row in metrics(tmp_path)] == [1, 1]
+
+
+def test_a_skipped_step_is_counted_and_a_checkpoint_waits_for_a_good_one(tmp_path):
+    bad = {2: np.nan, 3: np.inf, 6: np.nan}
+    loop(tmp_path, losses=lambda step: bad.get(step, step), total_steps=8, log_every=4, save_every=4, sample_every=8)
+    assert [(row["step"], row["loss"], row["skipped"]) for row in metrics(tmp_path)] == [(4, 0.5, 2), (8, 16 / 3, 1)]
+    assert list(fids(tmp_path)) == [5, 8]
+
+
+def test_a_preview_that_cannot_be_written_loses_no_step(tmp_path, monkeypatch):
+    def unwritable(self, step):
+        raise OSError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(ToyTask, "preview", unwritable)
+    with pytest.raises(OSError):
+        loop(tmp_path, save_every=100, sample_every=3)
+    assert list(fids(tmp_path)) == [3]
+    monkeypatch.undo()
+    assert loop(tmp_path, save_every=100, sample_every=3)[0].previews == [3, 6]  # that of step 3 is made up for
+
+
+def test_a_stop_in_a_preview_saves_and_the_next_call_makes_it(tmp_path, monkeypatch):
+    def interrupted(self, step):
+        raise runtime.Interrupted
+
+    monkeypatch.setattr(ToyTask, "score", interrupted)
+    scores = {3: 1.5, 6: 1.0}
+    assert loop(tmp_path, scores=scores, save_every=3, log_every=3, sample_every=100)[1] == (3, None)
+    assert fids(tmp_path) == {3: None}
+    monkeypatch.undo()
+    loop(tmp_path, scores=scores, save_every=3, log_every=3, sample_every=100)
+    assert fids(tmp_path) == scores and [row["step"] for row in metrics(tmp_path)] == [3, 3, 6, 6]
+
+
+@pytest.mark.parametrize("name", ["preview", "score"])
+def test_a_preview_and_a_score_are_given_up_at_a_stop(tmp_path, monkeypatch, name):
+    """Also those of the last step: the run is then not at its end."""
+    stop = threading.Event()
+
+    def long(self, step):
+        stop.set()
+        runtime.check_interrupted()  # as sampling, decoding and features do
+        raise AssertionError
+
+    monkeypatch.setattr(ToyTask, name, long)
+    options = {"total_steps": 3, "sample_every": 3, "save_every": 100, "scores": {3: 1.5}}
+    assert loop(tmp_path, stop=stop, **options)[1] == (3, None)
+    assert fids(tmp_path) == {3: None}
+    monkeypatch.undo()
+    task, end = loop(tmp_path, **options)
+    assert end == (3, tmp_path / "3.png") and task.start_step == 3 and fids(tmp_path) == {3: 1.5}
+
+
+def test_the_log_of_a_resumed_run_is_that_of_one_run(tmp_path):
+    """Also where a line of the log is of steps on both sides of the checkpoint."""
+    options = {"log_every": 4, "save_every": 3, "sample_every": 100, "total_steps": 12}
+    losses = lambda step: 1 / (1 + step)  # noqa: E731
+    loop(tmp_path / "whole", losses=losses, **options)
+    stop = threading.Event()
+    loop(tmp_path / "parts", losses=lambda step: (step == 5 and stop.set()) or losses(step), stop=stop, **options)
+    loop(tmp_path / "parts", losses=losses, **options)
+    assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole") and len(metrics(tmp_path / "whole")) == 3
+
+
+def test_lines_of_the_log_that_cannot_be_read_are_dropped(tmp_path):
+    loop(tmp_path)
+    path = tmp_path / "metrics.jsonl"
+    good = path.read_bytes().splitlines(keepends=True)
+    bad = [b"\xff\n", b"{\n", b"[]\n", b'{"step": "x"}\n', b'{"step": 3, "loss": null}\n', b"[" * 100_000 + b"\n", b"\0\n"]
+    path.write_bytes(b"".join([*bad, *good[:3], *bad, *good[3:], b'{"step": 6, "lo']))
+    loop(tmp_path)
+    assert path.read_bytes().splitlines(keepends=True) == good
+
+
+def test_a_run_whose_folder_is_removed_is_saved_anew(tmp_path):
+    """What is known in memory is not lost: the next checkpoint, and the whole log."""
+
+    def losses(step):
+        if step == 3:
+            shutil.rmtree(tmp_path / "run")
+        return 1.0
+
+    with pytest.raises(FileNotFoundError):
+        loop(tmp_path / "run", losses=losses)
+    assert list(fids(tmp_path / "run")) == [4]
+    loop(tmp_path / "run")
+    assert [row["step"] for row in metrics(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_full_disk_is_one_line_of_error(tmp_path, monkeypatch, capsys):
-    def full(_):
-        raise OSError(errno.ENOSPC, "No space left on device")
+    def full(descriptor):
+        if "checkpoints" in os.readlink(f"/proc/self/fd/{descriptor}"):
+            raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     assert runtime.run_program(lambda argv: loop(tmp_path), []) == 2
@@ -367,7 +465,7 @@ def test_the_loss_of_a_step(started):
 def test_samples_that_are_not_finite_end_a_run_with_scores(started):
     task = started("--train.score-every 2 --train.score-num 130")
     task.draw = lambda num, *_: np.full((num, 1, 28, 28), np.nan, np.float32)
-    assert task.score(1) is None
+    assert not task.is_scored(1) and task.is_scored(2)
     with pytest.raises(UserError, match="not finite at step 2"):
         task.score(2)
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from make_golden import draw_weights
 
 import mindspore as ms
-from mindspore import Tensor, nn
+from mindspore import Tensor, nn, ops
 
 from ms_diffusion import runtime
 from ms_diffusion.convert import load_into
@@ -530,8 +530,47 @@ def test_dropout_only_in_training():
     np.testing.assert_array_equal(net(*inputs).asnumpy(), expected)
     np.testing.assert_array_equal(plain.set_train()(*inputs).asnumpy(), expected)
     net.set_train()
-    first, second = net(*inputs).asnumpy(), net(*inputs).asnumpy()
-    assert abs(first - expected).max() > 0.01 and abs(first - second).max() > 0.01
+    with pytest.raises(ValueError, match="needs masks"):
+        net(*inputs)
+    masks, found = layers.Masks(net, 2, inputs[0].shape[2:]), []
+    for step in (0, 1, 0):
+        masks.draw(0, step)
+        found.append(net(*inputs).asnumpy())
+    assert abs(found[0] - expected).max() > 0.01 and abs(found[0] - found[1]).max() > 0.01
+    np.testing.assert_array_equal(found[0], found[2])
+    np.testing.assert_array_equal(net.set_train(False)(*inputs).asnumpy(), expected)
+    assert not any("masks" in p.name for p in net.get_parameters())
+
+
+@pytest.mark.parametrize("network", ["ADM", "LDM"])
+def test_masks_fit_each_block(network):
+    """Where blocks resample too, and where they do not; of another size than the smallest, and with several levels."""
+    config = config_of(network, dropout=0.5, resblock_updown=network == "ADM", recompute=True)
+    net, inputs = drawn(config).set_train(), tensors(draw_inputs(config, 2))
+    masks = layers.Masks(net, 2, inputs[0].shape[2:])
+    assert len(masks.layers) == len({cell.index for cell in masks.layers}) > 4
+    masks.draw(0, 0)
+    assert np.isfinite(net(*inputs).asnumpy()).all()
+
+
+@pytest.mark.slow
+def test_recomputed_blocks_have_the_same_masks(monkeypatch):
+    """The gradient of a network that recomputes is that of the one that stores, on MindSpore's operators."""
+    monkeypatch.setattr(layers.kernels, "available", lambda: False)
+
+    def gradients(recompute):
+        options = {"channel_mult": (1,), "attention_resolutions": (), "recompute": recompute}
+        config = config_of("unconditional recomputed", dropout=0.5, **options)
+        net, inputs = drawn(config).set_train(), tensors(draw_inputs(config, 2))
+        layers.Masks(net, 2, inputs[0].shape[2:]).draw(0, 3)
+
+        def loss(*inputs):
+            return ops.square(net(*inputs)).mean()
+
+        return ms.jit(ms.grad(loss, None, ms.ParameterTuple(net.trainable_params())))(*inputs)
+
+    for a, b in zip(gradients(False), gradients(True), strict=True):
+        np.testing.assert_allclose(a.asnumpy(), b.asnumpy(), atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -613,7 +652,6 @@ def test_float16_stays_close(name):
         ({"num_head_channels": 5}, "8 channels are not divisible into heads by num_head_channels 5"),
         ({"groups": 3}, "8 channels are not divisible into 3 groups"),
         ({"model_channels": 9, "groups": 3, "num_heads": 3}, "model_channels is 9: it must be even"),
-        ({"recompute": True, "dropout": 0.1}, "recompute .*set dropout"),
         ({"dropout": 1.0}, r"dropout is 1.0: it must be in \[0, 1\)"),
         ({"channel_mult": (1, 0)}, "channel_mult is .*: it must be at least 1"),
     ],

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import numpy as np
@@ -23,6 +22,7 @@ from mindspore import ops
 
 from .. import kernels
 from ..fields import OneOf, check_fields
+from ..files import temporary_folder
 from ..runtime import command, set_device
 from ..sampling import Sampling
 from ..training.checkpoint import Checkpoint
@@ -89,15 +89,15 @@ def dumped_graphs() -> Iterator[Path]:
     """A temporary folder into which the compiler writes all graphs, if none was compiled before: MindSpore reads these
     settings once. The folder is also the current one, because the compiler writes beside what is asked for."""
     here, before = Path.cwd(), dict(os.environ)
-    with TemporaryDirectory() as folder:
+    with temporary_folder() as folder:
         os.environ |= {
             "MS_DEV_SAVE_GRAPHS": "1",
-            "MS_DEV_SAVE_GRAPHS_PATH": folder,
+            "MS_DEV_SAVE_GRAPHS_PATH": str(folder),
             "MS_DEV_DUMP_IR_PASSES": "validate,graph_build",
         }
         os.chdir(folder)
         try:
-            yield Path(folder)
+            yield folder
         finally:
             os.chdir(here)
             os.environ.clear()

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -21,7 +20,7 @@ from mindspore import Tensor
 
 from ..data.batches import make_dataset
 from ..fields import AT_LEAST_1, OneOf, check_fields
-from ..files import write
+from ..files import check_output, temporary_folder, write
 from ..process import predict
 from ..runtime import DEVICES, UserError, command, compiled, set_device
 from ..samplers import SAMPLERS
@@ -41,15 +40,15 @@ class Work:
         every = dict.fromkeys(("total_steps", "log_every", "sample_every", "save_every"), steps_per_call * 10**6)
         train = replace(config.train, batch_size=batch_size, steps_per_call=steps_per_call, **every)
         self.task = replace(config, train=train).task(data)
-        with TemporaryDirectory() as folder:
-            self.task.start(Path(folder))
+        with temporary_folder() as folder:
+            self.task.start(folder)
         self.batches: Any = make_dataset(self.task.data, self.task.labels, batch_size, 10**9).source
 
     def draw_batch(self, step: int) -> dict[str, np.ndarray]:
         return self.task.draw_batch(*self.batches[step], step)
 
     def train(self, batch: dict[str, np.ndarray]) -> float:
-        return float(self.task.advance(batch, 0)[0].asnumpy())
+        return float(self.task.advance(batch, 0)[0].asnumpy().mean())
 
 
 class ImageWork(Work):
@@ -191,8 +190,7 @@ def machine(device: str) -> dict[str, Any]:
 def run(args: Any, measurement: Callable[[Any], list[dict[str, Any]]]) -> int:
     """Check the arguments, name the machine, measure, and write the figures to --json."""
     check_fields(args)
-    if args.json and not Path(args.json).absolute().parent.is_dir():
-        raise UserError(f"--json {args.json}: the folder does not exist; create it or choose another path")
+    check_output(args.json)
     here = machine(set_device(args.device))
     print(", ".join(f"{key} {value}" for key, value in here.items()))
     text = json.dumps({"machine": here, "records": measurement(args)}, indent=1)

@@ -30,6 +30,11 @@ PACKAGES = ("numpy", "scipy", "PIL", "safetensors", "matplotlib", "tqdm", "tyro"
 NEWEST_PYTHON = "3.12"  # of MindSpore 2.7.2 to 2.10; 3.11 of 2.7.1
 FREE = 2e9  # bytes that caches and a run with its checkpoints may take
 
+ALONE = """
+import ctypes, signal
+getattr(ctypes.CDLL(None), "prctl", id)(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it ends with the doctor
+signal.pthread_sigmask(signal.SIG_SETMASK, [])
+"""
 START = """
 import json, ms_diffusion.runtime as runtime
 device = runtime.set_device("auto")
@@ -101,7 +106,8 @@ def run_python(code: str) -> Any:
     paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
     try:
-        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=600)
+        command = [sys.executable, "-c", ALONE + code]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace", timeout=600)
     except subprocess.TimeoutExpired:
         return "it takes more than ten minutes"
     if done.returncode < 0:
@@ -203,6 +209,10 @@ def supported_cann() -> list[str]:
 
 def examine_environment(environment: dict[str, str]) -> Iterator[Finding]:
     """Settings that are known to break or slow down training."""
+    try:
+        versions.check_limits()
+    except UserError as e:
+        yield PROBLEM, str(e)
     if "mindspore" in sys.modules:
         yield NOTE, "mindspore is imported before ms_diffusion, and a CPU may be several times slower: import it later"
     info = Path("/proc/cpuinfo")

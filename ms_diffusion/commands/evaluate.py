@@ -13,7 +13,7 @@ import tyro
 from .. import runtime
 from ..data.batches import DATASETS
 from ..fields import AT_LEAST_1, OneOf, check_fields
-from ..files import write
+from ..files import check_output, write
 from ..metrics.features import Features
 from ..metrics.scores import OTHER_SPLIT, Reference, format_report, read_npz
 from ..runtime import UserError, command
@@ -62,26 +62,35 @@ def main(argv: Sequence[str]) -> int:
     features = Features(args.inception, bar=True)
     name, folder, options = args.data or "fashion-mnist", args.data_dir, (args.against, args.against_num)
     originals = None
+
+    def outputs(beside: Path | str) -> tuple[Path, Path]:
+        """The paths of the scores and the picture, if they can be written."""
+        paths = Path(args.json or f"{beside}.json"), Path(args.out or f"{beside}.png")
+        if not rank:
+            check_output(*paths)
+        return paths
+
     if source.endswith(".npz"):
-        samples, beside = read_npz(source, args.num), Path(f"{source.removesuffix('.npz')}-evaluation")
+        samples = read_npz(source, args.num)
+        report, picture = outputs(f"{source.removesuffix('.npz')}-evaluation")
         num, (size, channels) = len(samples.images), samples.images.shape[2:]
         reference = Reference(features, name, folder, size, channels, num, *options, num_name=source)
     elif source in OTHER_SPLIT:
-        reference, beside = Reference(features, name, folder, 28, 1, args.num, *options), Path("evaluation")
+        report, picture = outputs("evaluation")
+        reference = Reference(features, name, folder, 28, 1, args.num, *options)
         samples = reference.real_samples(source)
     else:
         path = Path(source)
         run = load(source, args.sampling.weights, args.sampling.ema_length, args.sampling.device)
+        report, picture = outputs((path if path.is_dir() else path.parent) / "evaluation")
         reference = run.reference(features, args.num, *options, name=args.data, folder=args.data_dir)
-        beside = (path if path.is_dir() else path.parent) / "evaluation"
         samples, originals = run.task.samples_to_score(run, args.sampling, args.num, reference)
     record = reference.score(samples, originals)
     if rank:
         return 0  # rank 0 writes
     record["seconds"] = round(time.perf_counter() - clock, 1)
     print(f"{format_report(record)}; {record['seconds']:.0f} s on {device}")
-    report, picture = Path(args.json or f"{beside}.json"), Path(args.out or f"{beside}.png")
     write(report, lambda f: f.write(json.dumps(record, indent=1).encode()))
     reference.save_picture(picture, samples)
-    print(f"{report}, {picture}")
+    print(runtime.one_line(f"{report}, {picture}"))
     return 0

@@ -10,9 +10,9 @@ import tyro
 
 from .. import kernels, mindir
 from ..data.captions import WORDS
-from ..files import write
+from ..files import check_output, write
 from ..mindir import Input
-from ..runtime import UserError, command, set_device
+from ..runtime import UserError, command, one_line, set_device
 from ..training.runs import Run, default_run
 from .parse import parse
 
@@ -47,17 +47,19 @@ def main(argv: Sequence[str]) -> int:
     if out.suffix != suffix:
         raise UserError(f"--out is {out}: its name must end in {suffix}, or choose another --format")
     description, networks = describe(run)
+    files = {part: out if part == "denoiser" else out.with_name(f"{out.stem}-{part}{suffix}") for part in networks}
+    record = out.with_suffix(".json")
+    check_output(*files.values(), record)
     for part, (net, inputs, output) in networks.items():
-        file = out if part == "denoiser" else out.with_name(f"{out.stem}-{part}{suffix}")
+        file = files[part]
         data = mindir.to_onnx(net, inputs, output) if args.format == "onnx" else mindir.export(net, inputs)
         write(file, lambda f, data=data: f.write(data))
         columns = [{"name": name, "shape": shape, "dtype": dtype} for name, shape, dtype in inputs]
         description[part] = {"file": file.name, "inputs": columns, "output": output}
-        print(f"{file}: {len(data) / 1e6:.1f} MB")
-    record = out.with_suffix(".json")
+        print(one_line(f"{file}: {len(data) / 1e6:.1f} MB"))
     lines = [f" {json.dumps(name)}: {json.dumps(value)}" for name, value in {"format": args.format, **description}.items()]
     write(record, lambda f: f.write("{{\n{}\n}}\n".format(",\n".join(lines)).encode()))
-    print(f"{record}: schedule, scales and inputs")
+    print(one_line(f"{record}: schedule, scales and inputs"))
     return 0
 
 

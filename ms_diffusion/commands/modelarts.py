@@ -3,7 +3,6 @@
 A run is brought back from its --train_url before training (`restore`), and copied there beside training (`Uploads`). Both
 addresses may be local folders, too."""
 
-import json
 import os
 import platform
 import re
@@ -17,16 +16,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ..data import points
 from ..data.fashion_mnist import FILES
 from ..data.image_folder import EXTENSIONS
-from ..files import write
+from ..files import load_npz, sweep, write_json
+from ..locks import sole_writer
 from ..metrics.scores import read_npz
 from ..progress import ProgressBar
 from ..runtime import UserError
-from ..training.checkpoint import checkpoints, read_state, read_weights
+from ..training.checkpoint import age, checkpoints, move_in, read_state, read_weights
 from ..training.config import Config
 from ..training.loop import check_same_run
 from .transfer import (
@@ -39,12 +37,12 @@ from .transfer import (
     in_threads,
     is_archive,
     locked,
-    read_json,
+    read_record,
     unpack,
     visible_files,
 )
 
-STEP = re.compile(r"checkpoints/step-(\d+)/")
+STEP = re.compile(r"checkpoints/step-(\d+)(?:\.old)?/")
 RECORD = ".uploaded.json"  # in a run's folder: which versions of its files its --train_url holds
 
 
@@ -110,9 +108,8 @@ def read_arrays(config: Config, path: Path) -> Any:
         samples = read_npz(path)
         return samples.images if samples.labels is None else (samples.images, samples.labels)
     try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
-            return arrays["points"]
-    except Exception as e:  # a corrupt archive raises many kinds
+        return load_npz(path, ["points"])["points"]
+    except (OSError, ValueError, KeyError) as e:
         raise UserError(f"{path} has no array `points`, or cannot be read: save it by np.savez(path, points=...)") from e
 
 
@@ -129,7 +126,8 @@ def check_writable(url: str) -> None:
 
 def restore(run_dir: Path, url: str | None, config: Config) -> None:
     """Bring a run and its complete checkpoints from `url` to `run_dir`, where it is further than the run there. Raises
-    UserError if it is another run than `config` asks for, cannot be fetched, or none of its checkpoints is intact."""
+    UserError if it is another run than `config` asks for, cannot be fetched, none of its checkpoints is intact, or another
+    process writes to the run here."""
     url = url and url.rstrip("/").removesuffix("/checkpoints")
     if not url or is_same(run_dir, url):
         return
@@ -137,33 +135,34 @@ def restore(run_dir: Path, url: str | None, config: Config) -> None:
     lock = cache_of(str(run_dir.resolve())).with_suffix(".lock")
     with locked(lock) as progress:
         shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed
+        for folder in (run_dir, run_dir / "checkpoints"):
+            sweep(folder)
         try:
             remote = source.list()
-            if "config.json" in remote:
-                source.get("config.json", scratch / "config.json")
-                check_same_run(scratch, config)
-            steps = [name.split("/")[1] for name in remote if re.fullmatch(r"checkpoints/step-\d+/state\.json", name)]
-            steps.sort(key=number)
-            if not steps:
+            states = [name for name in remote if STEP.match(name) and name.endswith("/state.json")]
+            in_threads(lambda name: source.get(name, scratch / name), [*states, *{"config.json"} & remote.keys()], progress)
+            check_same_run(scratch, config)
+            there, here = checkpoints(scratch), checkpoints(run_dir)
+            if not there:
                 print(f"note: there is no run in {url} to continue", file=sys.stderr)
-            here = [folder.name for folder in checkpoints(run_dir)]
-            if steps and (not here or number(steps[-1]) > number(here[-1])):
+            elif not here or age(there[-1]) > age(here[-1]):
                 print(f"fetching the run in {url}", file=sys.stderr)
-                in_threads(lambda name: source.get(name, scratch / name), remote, progress)
-                move(scratch, run_dir, steps, url)
-                files = Folder(run_dir).list()
-                write_record(run_dir, url, {name: files[name] for name in remote if name in files})
+                with sole_writer(run_dir):
+                    in_threads(lambda name: source.get(name, scratch / name), remote, progress)
+                    move(scratch, run_dir, url)
+                    files = Folder(run_dir).list()
+                    write_record(run_dir, url, {name: files[name] for name in remote if name in files})
         except UserError as e:
             raise UserError(str(e).replace(str(scratch), url).replace("another --run-dir", "another address")) from e
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 
 
-def move(scratch: Path, run_dir: Path, steps: list[str], url: str) -> None:
+def move(scratch: Path, run_dir: Path, url: str) -> None:
     """Move a run that was fetched from `url` to its place, with those of its checkpoints that are intact, the newest last.
     Raises UserError if none is intact."""
     intact = []
-    for folder in [scratch / "checkpoints" / step for step in steps]:
+    for folder in checkpoints(scratch):
         try:
             for name in read_state(folder)["sha256"]:
                 read_weights(folder, name.removesuffix(".safetensors"))
@@ -172,17 +171,13 @@ def move(scratch: Path, run_dir: Path, steps: list[str], url: str) -> None:
             print(f"warning: {str(e).replace(str(scratch), url)}; the checkpoint is left out", file=sys.stderr)
     if not intact:
         raise UserError(f"no checkpoint in {url} can be read: remove them, or use another address")
-    others = [path for path in visible_files(scratch) if path.parent.parent != scratch / "checkpoints"]
-    for path in [*others, *intact]:
+    for path in [path for path in visible_files(scratch) if path.parent.parent != scratch / "checkpoints"]:
         target = run_dir / path.relative_to(scratch)
         target.parent.mkdir(parents=True, exist_ok=True)
-        if target.is_dir():
-            shutil.rmtree(target)
         os.replace(path, target)
-
-
-def number(step: str) -> int:
-    return int(step.removeprefix("step-"))
+    (run_dir / "checkpoints").mkdir(exist_ok=True)
+    for folder in intact:
+        move_in(folder, run_dir / "checkpoints" / folder.name)
 
 
 def is_same(run_dir: Path, url: str) -> bool:
@@ -190,7 +185,7 @@ def is_same(run_dir: Path, url: str) -> bool:
 
 
 def write_record(run_dir: Path, url: str, sent: dict[str, Version]) -> None:
-    write(run_dir / RECORD, lambda file: file.write(json.dumps({"url": url, "sent": sent}).encode()))
+    write_json(run_dir / RECORD, {"url": url, "sent": sent})
 
 
 def upload_order(name: str) -> tuple[int, bool, str]:
@@ -252,8 +247,10 @@ class Uploads:
         UserError if that fails."""
         assert self.folder
         if self.sent is None:
-            record = read_json(self.run_dir / RECORD) or {}
-            known = record["sent"] if record.get("url") == self.folder.url else {}
+            record = read_record(self.run_dir / RECORD)
+            sent = record.get("sent") if record.get("url") == self.folder.url else {}
+            items = sent.items() if isinstance(sent, dict) else ()
+            known = {name: version for name, version in items if isinstance(version, list)}
             there = self.folder.list().items()
             self.sent = {name: known[name] if known.get(name, [])[:1] == [size] else [] for name, (size, _) in there}
         files = Folder(self.run_dir).list()

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import tyro
 
-from ..runtime import UserError, command, initialise_ranks
+from ..runtime import UserError, command, initialise_ranks, one_line
 from ..training.runs import WEIGHTS, bundled_models, default_run, load
 from ..training.tasks.base import Request
 from . import modelarts
@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
     seconds = time.perf_counter() - clock
     if initialise_ranks()[0]:
         return 0  # rank 0 has written
-    print(f"{run.task.noun} of step {run.step} in {seconds:.1f} s: {', '.join(map(str, written))}")
+    print(one_line(f"{run.task.noun} of step {run.step} in {seconds:.1f} s: {', '.join(map(str, written))}"))
     for file in written:
         modelarts.publish(file, args.train_url and f"{args.train_url.rstrip('/')}/{file.name}")
     return 0

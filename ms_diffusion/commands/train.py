@@ -73,7 +73,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         step, preview = train_task(task, run_dir, device, runtime.STOP, uploads.ask)
         total = config.train.total_steps
-        code = 130 if step < total else 0
+        code = 130 if preview is None else 0
         if task.rank == 0:
             uploads.ask(run_dir)
     finally:

@@ -1,10 +1,12 @@
 """Files on this machine and in OBS: folders that are read and written in the same way, copies that one process of a machine
 makes for all, and archives. moxing, ModelArts' way to OBS, is imported only for obs:// and s3:// addresses."""
 
+import bz2
 import contextlib
 import fcntl
+import gzip
 import hashlib
-import json
+import lzma
 import os
 import re
 import shutil
@@ -21,7 +23,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from .. import runtime
-from ..files import cache_folder, write
+from ..files import cache_folder, open_file, read_json, write, write_json
 from ..runtime import UserError
 
 OBS = ("obs://", "s3://")
@@ -202,18 +204,16 @@ def cached(source: str, version: Callable[[], Any], fill: Callable[[Path, Any, P
     with locked(folder.with_suffix(".lock")) as progress:
         if marker.exists() and marker.stat().st_mtime >= started:  # another process has just made or checked it
             return folder
-        wanted, record, files = version(), read_json(marker), Folder(folder).list()
-        if (
-            not record
-            or record["source"] != wanted
-            or record["files"] != {name: files.get(name) for name in record["files"]}
-        ):
+        wanted, record, files = version(), read_record(marker), Folder(folder).list()
+        made = record.get("files")
+        is_same = isinstance(made, dict) and made == {name: files.get(name) for name in made}
+        if record.get("source") != wanted or not is_same:
             marker.unlink(missing_ok=True)
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
             fill(folder, wanted, progress)
             record = {"source": wanted, "files": Folder(folder).list()}
-        write(marker, lambda file: file.write(json.dumps(record).encode()))
+        write_json(marker, record)
     return folder
 
 
@@ -223,12 +223,12 @@ def cache_of(source: str) -> Path:
     return cache_folder(CACHE) / "modelarts" / f"{name}-{hashlib.sha256(source.encode()).hexdigest()[:8]}"
 
 
-def read_json(path: Path) -> Any:
-    """The content of a JSON file; None if it is missing or corrupt."""
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
+def read_record(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; {} if it is missing or corrupt."""
+    with contextlib.suppress(OSError, ValueError):
+        if isinstance(record := read_json(path), dict):
+            return record
+    return {}
 
 
 def check_space(folder: Path, needed: int, what: Any) -> None:
@@ -272,8 +272,12 @@ def unpack(archives: list[Path]) -> Path:
         for archive in archives:
             try:
                 with contextlib.ExitStack() as stack:
-                    members = list(members_of(archive, stack))
-                    check_space(folder, sum(size for _, size, _ in members), archive)
+                    members, total = [], 0
+                    for member in members_of(archive, stack):
+                        members.append(member)
+                        total += member[1]
+                        check_space(folder, total, archive)  # before the next one, for which a tar is unpacked so far
+                        progress()
                     for name, _, open_member in members:
                         target = folder / archive.name.split(".")[0] / check_inside(name, archive)
                         target.parent.mkdir(parents=True, exist_ok=True)
@@ -289,20 +293,40 @@ def unpack(archives: list[Path]) -> Path:
     return cached(f"unpacked {' '.join(versions)}", lambda: versions, fill)
 
 
+class Pieces:
+    """An open file that is read in pieces of a few MB, and not at once where a damaged header says so."""
+
+    def __init__(self, file: Any):
+        self.file, self.seek, self.tell = file, file.seek, file.tell
+
+    def read(self, size: int) -> bytes:
+        if not 0 <= size <= 1 << 24:
+            raise ValueError(f"a header says {size} bytes")
+        return self.file.read(size)
+
+
 def members_of(archive: Path, stack: contextlib.ExitStack) -> Iterator[tuple[str, int, Callable[[], IO[bytes]]]]:
     """(name, size, open) of each file in an archive, which stays open as long as `stack`. Raises UserError at a link or a
-    device."""
+    device, and at a file that is packed in a way that Python does not unpack piece by piece."""
     packed: Any
-    if zipfile.is_zipfile(archive):
-        packed = stack.enter_context(zipfile.ZipFile(archive))
-        found = [(i, i.filename, i.file_size, i.is_dir(), stat.S_ISLNK(i.external_attr >> 16)) for i in packed.infolist()]
+    file: Any = stack.enter_context(open_file(archive))
+    if zipfile.is_zipfile(file):
+        packed = stack.enter_context(zipfile.ZipFile(file))
+        found = ((i, i.filename, i.file_size, i.is_dir(), stat.S_ISLNK(i.external_attr >> 16)) for i in packed.infolist())
         open_member = packed.open
+        if any(i.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for i in packed.infolist()):
+            raise UserError(f"{archive} is compressed in an unusual way: pack it again, by zip without options")
     else:
-        packed = stack.enter_context(tarfile.open(archive))
-        found = [(m, m.name, m.size, m.isdir(), not m.isreg()) for m in packed]
+        file.seek(0)
+        start = file.peek(6)
+        kinds = (b"\x1f\x8b", gzip.open), (b"BZh", bz2.open), (b"\xfd7zXZ\0", lzma.open)
+        unpacked = next((unpacked(file) for magic, unpacked in kinds if start.startswith(magic)), file)
+        pieces: Any = Pieces(unpacked)
+        packed = stack.enter_context(tarfile.open(fileobj=pieces, mode="r:"))
+        found = ((m, m.name, m.size, m.isdir(), not m.isreg()) for m in packed)
         open_member = packed.extractfile
     for member, name, size, is_folder, is_special in found:
-        if is_special and not is_folder:
+        if size < 0 or (is_special and not is_folder):
             raise UserError(f"{archive} holds {name!r}, which is a link or a device: leave it out")
         if not is_folder:
             yield name, size, partial(open_member, member)

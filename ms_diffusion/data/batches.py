@@ -1,5 +1,7 @@
 """Data sets by name, and exactly repeatable training batches of arrays in memory."""
 
+import hashlib
+import sys
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -92,6 +94,30 @@ def check_enough(data: np.ndarray, batch_size: int, world_size: int) -> None:
         raise UserError(f"{what} are too few for a step of {step}: lower --train.batch-size")
 
 
+def check_values(data: np.ndarray, noun: str) -> None:
+    """Raise UserError if data (N, ...) hold values that are not finite. Says on stderr if they hold one value everywhere, or
+    look like images of 0 and 1, not 0 to 255. `noun` is what they are called."""
+    if data.dtype.kind == "f":
+        bad = ~np.isfinite(data).reshape(len(data), -1).all(1)
+        if bad.any():
+            which = f"{bad.sum()} of {len(data)} {noun}, the first of them number {bad.argmax()}"
+            raise UserError(f"{which}, hold NaN or infinity: remove or mend them")
+    low, high = (data.min(), data.max()) if data.size else (0, 1)
+    if low == high:
+        print(f"note: all values of the {noun} are {low}: there is nothing to learn from them", file=sys.stderr)
+    elif data.dtype == np.uint8 and high <= 1:
+        print(f"note: the {noun} hold only 0 and 1, where 255 is white: multiply them by 255 if 1 means so", file=sys.stderr)
+
+
+def fingerprint(data: np.ndarray, labels: np.ndarray) -> str:
+    """A SHA-256 of data and labels, of their types and shapes too."""
+    digest = hashlib.sha256()
+    for array in (data, labels):
+        digest.update(f"{array.dtype.str} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array))
+    return digest.hexdigest()
+
+
 def check_images(images: np.ndarray, prefix: str = "") -> None:
     """Raise UserError, whose message starts with `prefix`, if an array of images is not (N, H, W, C) uint8, square, C = 1 or
     3, and not empty."""
@@ -102,6 +128,14 @@ def check_images(images: np.ndarray, prefix: str = "") -> None:
         raise UserError(f"{prefix}images must be uint8, 0 to 255, not {dtype}: convert floats in [-1, 1] by to_uint8")
     if shape[1] != shape[2]:
         raise UserError(f"{prefix}images must be square, not {shape[1]} x {shape[2]}: crop or resize them")
+
+
+def check_labels(labels: np.ndarray, num: int, prefix: str = "") -> None:
+    """Raise UserError, whose message starts with `prefix`, if labels are not (num,) integers of 0 or more."""
+    if labels.shape != (num,) or labels.dtype.kind not in "iu":
+        raise UserError(f"{prefix}labels must be {num} integers, not {labels.shape} of {labels.dtype}")
+    if labels.min() < 0 or labels.max() > np.iinfo(np.int32).max:
+        raise UserError(f"{prefix}labels must be 0 or more, and fit in int32, not {labels.min()} to {labels.max()}")
 
 
 def load_images(name: str, directory: str | None, split: str, size: int, channels: int) -> Labelled:

@@ -6,12 +6,11 @@ Other data sets in the same four IDX files (MNIST, KMNIST, ...) load in the same
 import contextlib
 import gzip
 import hashlib
-import io
 import math
 import os
-import shutil
 import subprocess
 import sys
+import time
 import zlib
 from http.client import HTTPException
 from pathlib import Path
@@ -20,7 +19,7 @@ from urllib.request import urlopen
 
 import numpy as np
 
-from ..files import cache_folder, locked, write
+from ..files import cache_folder, check_memory, locked, open_file, write
 from ..progress import ProgressBar
 from ..runtime import UserError
 
@@ -36,9 +35,12 @@ MD5 = {
     "t10k-images-idx3-ubyte.gz": "bef4ecab320f06d8554ea6380940ec79",
     "t10k-labels-idx1-ubyte.gz": "bb300cfdad3c16e7a12a480ee83cd310",
 }
+SIZES = dict(zip(MD5, (26421880, 29515, 4422102, 5148), strict=True))  # bytes
 URL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
 BELOW = ("", "fashion-mnist", "FashionMNIST/raw")  # subfolders where the files may be
-TIMEOUT = 30  # seconds without a byte
+TIMEOUT, MOST_SECONDS = 30, 3600  # without a byte; for a file
+DIMENSIONS = 4  # of an IDX file's array, at most
+DEFLATED = 1032  # bytes, at most, that a byte of a gzip file stands for
 MINI = Path(__file__).parent / "fashion-mnist-mini"
 
 
@@ -104,24 +106,33 @@ def center_crop(images: np.ndarray) -> np.ndarray:
 
 
 def read_idx(path: str | Path) -> np.ndarray:
-    """The array, uint8 and read-only, in an IDX file (http://yann.lecun.com/exdb/mnist), gzipped or raw. Raises UserError if
-    the file is corrupt or not an IDX file."""
-    path = Path(path)
-    raw = path.read_bytes()
-    if path.suffix == ".gz" or raw[:2] == b"\x1f\x8b":
+    """The array, uint8 and read-only, in an IDX file (http://yann.lecun.com/exdb/mnist), gzipped or raw. No more is unpacked
+    than the size in its header. Raises OSError if the file cannot be read, UserError if it is corrupt, not an IDX file, or
+    larger than there is memory."""
+    path, advice = Path(path), "delete it and download it again"
+    with open_file(path) as file:
+        zipped = file.read(2) == b"\x1f\x8b" or path.suffix == ".gz"
+        file.seek(0)
+        source = gzip.GzipFile(fileobj=file) if zipped else file
         try:
-            raw = gzip.decompress(raw)  # checks the CRC
+            # Two zero bytes, the type (8: uint8), the number of dimensions, each of them as big-endian uint32, the data
+            start = source.read(4)
+            known = len(start) == 4 and start[:3] == b"\0\0\x08" and start[3] <= DIMENSIONS
+            sizes = source.read(4 * start[3]) if known else b""
+            if not known or len(sizes) != 4 * start[3]:
+                raise UserError(f"{path}: not an IDX file of bytes; {advice}")
+            shape = np.frombuffer(sizes, ">u4").tolist()
+            size = math.prod(shape)
+            found = os.fstat(file.fileno()).st_size - (0 if zipped else file.tell())
+            if size > DEFLATED * found if zipped else size != found:
+                raise UserError(f"{path}: {found} bytes for an array of shape {shape}; {advice}")
+            check_memory(size, path)
+            data = source.read(size + 1)  # at the end of a gzip file its CRC is checked
         except (OSError, EOFError, zlib.error) as e:
-            raise UserError(f"{path}: corrupt gzip file ({e}); delete it and download it again") from e
-
-    # Two zero bytes, the type (8: uint8), the number of dimensions, each of them as big-endian uint32, the data
-    if len(raw) < 4 or raw[:3] != b"\0\0\x08" or len(raw) < 4 + 4 * raw[3]:
-        raise UserError(f"{path}: not an IDX file of bytes; delete it and download it again")
-    start = 4 + 4 * raw[3]
-    shape = np.frombuffer(raw[4:start], ">u4").tolist()
-    if len(raw) - start != math.prod(shape):
-        raise UserError(f"{path}: {len(raw) - start} bytes for an array of shape {shape}; delete it and download it again")
-    return np.frombuffer(raw, np.uint8, offset=start).reshape(shape)
+            raise UserError(f"{path}: corrupt gzip file ({e}); {advice}") from e
+    if len(data) != size:
+        raise UserError(f"{path}: not the {size} bytes of an array of shape {shape}; {advice}")
+    return np.frombuffer(data, np.uint8).reshape(shape)
 
 
 def _check_split(split: str) -> None:
@@ -131,22 +142,27 @@ def _check_split(split: str) -> None:
 
 def _debian_folders() -> list[Path]:
     try:
-        listing = subprocess.run(["dpkg", "-L", "dataset-fashion-mnist"], capture_output=True, text=True).stdout
-    except OSError:  # dpkg is not installed
+        done = subprocess.run(["dpkg", "-L", "dataset-fashion-mnist"], capture_output=True, timeout=30)
+        listing = os.fsdecode(done.stdout)
+    except (OSError, subprocess.TimeoutExpired):  # dpkg is not installed
         return []
     return [Path(line).parent for line in listing.splitlines() if Path(line).name.startswith(FILES["train"][0])]
 
 
 def _find(folder: Path, name: str) -> Path | None:
-    """The path of the file, gzipped or raw; None if there is neither."""
-    return next((path for path in (folder / f"{name}.gz", folder / name) if path.is_file()), None)
+    """The path of the file, gzipped or raw; None if there is neither. Raises UserError if it is no file."""
+    paths = folder / f"{name}.gz", folder / name
+    found = next((path for path in paths if path.is_file()), None)
+    if not found and (others := [path for path in paths if path.exists()]):
+        raise UserError(f"{others[0]} is a folder or a device, not a file: replace it by the file of that name")
+    return found
 
 
 def _load(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
     images_path, labels_path = (_find(folder, name) or folder / name for name in FILES[split])
     images, labels = read_idx(images_path), read_idx(labels_path)
-    if images.ndim != 3:
-        raise UserError(f"{images_path}: its array has {images.ndim} dimensions, not 3; replace it by the file of that name")
+    if images.ndim != 3 or 0 in images.shape:
+        raise UserError(f"{images_path}: an array {images.shape} is not one of images; replace it by the file of that name")
     if labels.shape != images.shape[:1]:
         raise UserError(f"{labels_path}: labels {labels.shape} for {len(images)} images; download both files again")
     return images[..., None], labels.astype(np.int32)
@@ -163,10 +179,13 @@ def _first_writable(folders: list[Path]) -> Path:
 
 def _download(name: str, folder: Path) -> None:
     """Download one official file, check it, and write it to the folder."""
-    buffer = io.BytesIO()  # at most 26 MB
-    with urlopen(URL + name, timeout=TIMEOUT) as response:
-        with ProgressBar.wrapattr(response, "read", total=response.length, desc=name) as source:
-            shutil.copyfileobj(source, buffer)
-    if hashlib.md5(buffer.getvalue(), usedforsecurity=False).hexdigest() != MD5[name]:
+    data, end = bytearray(), time.monotonic() + MOST_SECONDS
+    with urlopen(URL + name, timeout=TIMEOUT) as response, ProgressBar(total=SIZES[name], desc=name) as bar:
+        while len(data) <= SIZES[name] and (part := response.read1(1 << 16)):
+            data += part
+            bar.update(len(part))
+            if time.monotonic() > end:
+                raise TimeoutError(f"no more than {len(data)} bytes in {MOST_SECONDS} s")
+    if len(data) != SIZES[name] or hashlib.md5(data, usedforsecurity=False).hexdigest() != MD5[name]:
         raise UserError(f"{URL + name}: the download is incomplete or corrupt (wrong MD5); run the same command again")
-    write(folder / name, lambda f: f.write(buffer.getvalue()))
+    write(folder / name, lambda f: f.write(data))

@@ -1,11 +1,15 @@
 """A folder of image files of any size and format, read into one array."""
 
+import os
 import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
+from ..files import check_memory, shown
+from ..images import open_picture
 from ..progress import ProgressBar
 from ..runtime import UserError
 
@@ -18,19 +22,26 @@ def load_image_folder(directory: str | Path, size: int, channels: int) -> tuple[
 
     The files are in sorted order; names that start with a dot are ignored. A label is the index of the first-level subfolder
     among the sorted subfolders that contain images; a file directly in `directory` has label 0. `read_image` says how a file
-    is read. All images are held in memory: N * size * size * channels bytes. A file that cannot be read is skipped and named
-    on stderr. Raises UserError if the folder does not exist or has no readable image, or `channels` is neither 1 nor 3.
+    is read. All images are held in memory: N * size * size * channels bytes. What cannot be read, and a link to a folder, is
+    skipped and named on stderr. Raises UserError if the folder does not exist, has no readable image, or more than there is
+    memory for, or `channels` is neither 1 nor 3.
     """
     directory = Path(directory)
     if channels not in MODES:
         raise UserError(f"images have 1 channel (gray) or 3 (RGB), not {channels}: set --model.channels to 1 or 3")
     if not directory.is_dir():
         raise UserError(f"--data.dir {directory}: no such folder; pass the folder with the images")
-    files = (path for path in directory.rglob("*") if path.suffix.lower() in EXTENSIONS and path.is_file())
-    names = sorted(path.relative_to(directory) for path in files)
-    names = [name for name in names if not any(part.startswith(".") for part in name.parts)]
+    skipped, names, problems = [], [], []
+    for parent, folders, files in os.walk(directory, onerror=problems.append):
+        links = [name for name in folders if os.path.islink(os.path.join(parent, name))]
+        skipped += [(Path(parent, name), "it is a link to a folder") for name in links if not name.startswith(".")]
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        paths = [Path(parent, name) for name in files if not name.startswith(".")]
+        names += [path.relative_to(directory) for path in paths if path.suffix.lower() in EXTENSIONS]
+    names.sort()
     subfolders = sorted({name.parts[0] for name in names if len(name.parts) > 1})
 
+    check_memory(len(names) * size * size * channels, f"--data.dir {directory}")
     images = np.empty((len(names), size, size, channels), np.uint8)
     labels = []
     for name in ProgressBar(names, desc="reading images", unit="", disable=len(names) < 1000):
@@ -38,7 +49,9 @@ def load_image_folder(directory: str | Path, size: int, channels: int) -> tuple[
             images[len(labels)] = read_image(directory / name, size, channels)
             labels.append(subfolders.index(name.parts[0]) if len(name.parts) > 1 else 0)
         except Exception as e:  # on a corrupt file PIL's decoders raise many kinds of exceptions
-            ProgressBar.write(f"skipped {directory / name}: {e}", file=sys.stderr)
+            skipped.append((directory / name, e))
+    for path, reason in [*((e.filename, e.strerror) for e in problems), *skipped]:
+        print(f"skipped {shown(path)}: {textwrap.shorten(str(reason) or repr(reason), 200)}", file=sys.stderr)
     if not labels:
         kinds = " ".join(sorted(kind[1:] for kind in EXTENSIONS))
         raise UserError(f"--data.dir {directory}: no readable image in it; put files of these kinds there: {kinds}")
@@ -50,8 +63,9 @@ def read_image(path: str | Path, size: int, channels: int) -> np.ndarray:
 
     The first frame of an animation is read. The EXIF orientation is applied, transparent pixels become white, and 16-bit
     gray keeps its upper byte. The shorter side is resized to `size` (Lanczos), the longer one is cropped about its center.
+    Raises what `open_picture` raises, and what PIL's decoders do, which is of many kinds.
     """
-    with Image.open(path) as image:
+    with open_picture(path) as image:
         image = ImageOps.exif_transpose(image)
     if image.mode == "F":
         raise ValueError("its pixels are floats of unknown range")

@@ -1,7 +1,7 @@
 """Points in the plane: seven toy distributions, files of points, and their normalization for a network."""
 
 import os
-import textwrap
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..files import check_memory, load_npy, load_npz, read_bytes, shown
 from ..randomness import Stream
 from ..runtime import UserError
 
@@ -101,12 +102,12 @@ def load_points(name: str, path: str | np.ndarray | None, num: int, seed: int) -
 def read_saved_points(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """The training and test points that a run has saved in its points.npz; UserError if it is missing or corrupt."""
     try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
-            train, test = arrays["train"], arrays["test"]
-        if train.shape[1:] != (2,) or test.shape[1:] != (2,):
+        arrays = load_npz(path, ("train", "test"))
+        train, test = arrays["train"], arrays["test"]
+        if not all(a.dtype == np.float32 and a.shape[1:] == (2,) and np.isfinite(a).all() for a in (train, test)):
             raise ValueError("the arrays are not points")
         return train, test
-    except Exception as e:  # a corrupt archive raises many kinds of exceptions
+    except (OSError, ValueError, KeyError) as e:
         raise UserError(f"{path} cannot be read: delete it, and run the training command again, which writes it") from e
 
 
@@ -116,7 +117,8 @@ def read_points(path: str | Path) -> np.ndarray:
     A .csv file is UTF-8 text with one point per line: two numbers separated by a comma, a semicolon or white space. A first
     line without numbers is a header. In a folder, names that start with a dot are ignored. Raises UserError if there is no
     such file, or not exactly one in the folder; if it is corrupt; if it does not have two columns of finite real numbers in
-    the range of float32; if it has fewer than two points, or only equal ones.
+    the range of float32; if it has fewer than two points, or only equal ones; or if it needs more memory than there is.
+    Raises OSError if it cannot be read, or is a device or a pipe.
     """
     path = Path(path)
     if not os.path.exists(path):
@@ -158,21 +160,18 @@ def _only_file(folder: Path) -> Path:
 
 
 def _read_npy(path: Path) -> np.ndarray:
-    with path.open("rb") as file:
-        try:
-            points = np.load(file, allow_pickle=False)
-            if not isinstance(points, np.ndarray):
-                raise ValueError("it is an archive of arrays, an .npz file")
-        except Exception as e:  # a corrupt header raises many kinds of exceptions
-            problem = textwrap.shorten(str(e), 100)  # one line
-            raise UserError(f"--data.dir {path}: not a valid .npy file ({problem}); save the points again by np.save") from e
-    return points
+    try:
+        return load_npy(path)
+    except ValueError as e:
+        raise UserError(f"--data.dir {path}: not a valid .npy file ({e}); save the points again by np.save") from e
 
 
 def _read_csv(path: Path) -> np.ndarray:
     where = f"--data.dir {path}"
+    content = read_bytes(path)
+    check_memory(64 * len(content), path)  # lines of a few characters become objects of Python
     try:
-        lines = [(i, line) for i, line in enumerate(path.read_text("utf-8-sig").splitlines(), 1) if line.strip()]
+        lines = [(i, line) for i, line in enumerate(content.decode("utf-8-sig").splitlines(), 1) if line.strip()]
     except UnicodeDecodeError as e:
         raise UserError(f"{where}: not a text file in UTF-8; save it as CSV in UTF-8") from e
     # If there are semicolons, a comma may be the decimal separator, and is then refused as part of a number
@@ -185,12 +184,13 @@ def _read_csv(path: Path) -> np.ndarray:
     parse = partial(np.loadtxt, delimiter=separator, comments=None, ndmin=2)
     try:
         return parse([line for _, line in lines])
-    except ValueError:
-        for number, line in lines:  # NumPy does not name the line of the file
+    except ValueError as e:
+        row = re.search(r" at row (\d+)", str(e))  # NumPy counts from 0 or 1, and without empty lines
+        for number, line in lines[max(int(row[1]) - 1, 0) if row else 0 :]:
             try:
                 parse([lines[0][1], line])
             except ValueError as e:
-                problem = str(e).split(" at row ")[0][:100]
+                problem = shown(str(e).split(" at row ")[0])[:100]
                 raise UserError(f"{where}: line {number}: {problem}; write one point a line, such as 0.5,1.5") from e
         raise
 

@@ -2,21 +2,23 @@
 
 All are float32. `kernels.cc` and its headers are compiled on first use with the machine's C++ compiler ($CXX, c++, g++ or
 clang++). The library is kept in the `kernels` folder of `files.cache_folder()`, one file for each source, CPU and MindSpore
-version. Without a compiler, or with MS_DIFFUSION_KERNELS=off, `available()` is False and the layers use MindSpore's
-operators. Only `models/layers.py`, `models/attention.py` and `training/step.py` use them.
+version, whose name holds its SHA-256. It is loaded only from a folder that no other user could have written to. Without a
+compiler, or with MS_DIFFUSION_KERNELS=off, `available()` is False and the layers use MindSpore's operators. Only
+`models/layers.py`, `models/attention.py` and `training/step.py` use them.
 """
 
 import contextlib
 import ctypes
+import errno
 import functools
 import hashlib
 import math
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -26,8 +28,8 @@ import mindspore as ms
 from mindspore import Tensor, nn, ops
 from mindspore.ops.signature import make_sig, sig_rw
 
-from ..files import cache_folder
-from ..runtime import allow_numpy_2
+from ..files import cache_folder, private_folder, process_folder, remove, sweep, temporary_path, user_cache
+from ..runtime import allow_numpy_2, cgroups
 
 allow_numpy_2()
 
@@ -40,6 +42,8 @@ if "OMP_NUM_THREADS" not in os.environ:
 SOURCES = [Path(__file__).with_name("kernels.cc"), *sorted(Path(__file__).parent.glob("*.h"))]
 FLAGS = "-O3 -march=native -std=c++17 -fopenmp-simd -ffp-contract=fast -fno-math-errno -fno-trapping-math".split()
 FLAGS += "-fvisibility=hidden -shared -fPIC -pthread".split()
+SUPERVISOR = str(Path(__file__).with_name("supervise.py"))
+COMPILER_SECONDS, TRIAL_SECONDS = 180, 60  # they take 3 and 0.05
 
 
 def _cpu() -> str:
@@ -54,15 +58,11 @@ def cpu_quota(groups: str, mount: Path) -> float:
 
     `groups` is the text of /proc/self/cgroup. The smallest quota of the process's groups and of those above them applies."""
     quota = math.inf
-    for _, controllers, path in (line.split(":", 2) for line in groups.splitlines()):
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        folder = mount / ("cpu" if controllers else "") / path.strip("/")
-        names = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if controllers else ("cpu.max",)
-        for group in (folder, *folder.parents):
-            with contextlib.suppress(OSError, ValueError):  # no such file; "max"
-                limit, period = map(int, " ".join((group / name).read_text() for name in names).split())
-                quota = min(quota, limit / period) if limit > 0 else quota
+    for group, is_v1 in cgroups("cpu", groups, mount):
+        names = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if is_v1 else ("cpu.max",)
+        with contextlib.suppress(OSError, ValueError):  # no such file; "max"
+            limit, period = map(int, " ".join((group / name).read_text() for name in names).split())
+            quota = min(quota, limit / period) if limit > 0 else quota
     return quota
 
 
@@ -76,32 +76,75 @@ def thread_count() -> int:
     return math.ceil(min(affinity, quota, int(wanted) if wanted.isdigit() and int(wanted) else math.inf))
 
 
-def _works(library: Path) -> bool:
-    """Whether the library loads here and its SiLU of 1 is right. Another process tries it: a corrupt file can kill one."""
+def _run(command: list, seconds: float, folder: Path) -> str | None:
+    """None if a program succeeds, else the first line of what it says. Its temporary files are in `folder`. It ends with
+    this process, and after `seconds` (`supervise.py`)."""
+    supervisor = [sys.executable, "-I", "-S", SUPERVISOR, str(seconds), *map(str, command)]
+    environment = os.environ | {"LC_ALL": "C", "TMPDIR": str(folder)}
+    pipe, nothing = subprocess.PIPE, subprocess.DEVNULL
+    with subprocess.Popen(supervisor, stdin=pipe, stdout=nothing, stderr=pipe, env=environment) as process:
+        text = process.stderr.read(4096).decode(errors="replace")
+        process.stderr.close()  # there may be no end of it
+        code = process.wait()
+    line = next(filter(None, map(str.strip, text.splitlines())), "no message")[:200]
+    return "".join(letter if letter.isprintable() else "?" for letter in line) if code else None
+
+
+def _works(library: Path, folder: Path) -> bool:
+    """Whether the library loads here and its SiLU of 1 is right. Another process tries it, since it could be killed."""
     code = "import ctypes, sys; sys.exit(ctypes.CDLL(sys.argv[1]).self_test())"
-    return subprocess.run([sys.executable, "-c", code, library], capture_output=True).returncode == 0
+    return _run([sys.executable, "-I", "-S", "-c", code, library], TRIAL_SECONDS, folder) is None
+
+
+def _folder(place: Path) -> Path:
+    """The private folder for libraries there. Raises OSError if it cannot be one."""
+    folder = private_folder(place / "kernels")
+    if ":" in str(folder):
+        raise OSError(errno.EINVAL, "MindSpore takes no path with a colon", str(folder))
+    return folder
+
+
+def _find(folder: Path, key: str) -> Path | None:
+    """The library of this key in a private folder. A file is one only if it is the user's own and not changed since it was
+    built: its name ends in its SHA-256. Others are deleted. Nothing else is ever loaded, not even for a trial."""
+    sweep(folder)
+    for path in folder.glob(f"{key}-*.so"):
+        found = path.lstat()
+        own = stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o022
+        if own and path.stem == f"{key}-{hashlib.sha256(path.read_bytes()).hexdigest()}" and _works(path, folder):
+            return path
+        remove(path)
+    return None
 
 
 def _build() -> Path:
-    """The compiled library. Raises OSError if there is no compiler, it fails, the library does not run, or the cache cannot
-    be written to."""
-    compiler = next(filter(None, map(shutil.which, filter(None, [os.environ.get("CXX"), "c++", "g++", "clang++"]))), None)
+    """The compiled library. Raises OSError if there is no compiler, it fails, the library does not run, or it cannot be
+    written to a folder that is safe from other users."""
     text = "".join([*(source.read_text() for source in SOURCES), *FLAGS, _cpu(), ms.__version__])
-    path = cache_folder() / "kernels" / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.so"
-    if path.exists() and _works(path):
-        return path
+    key = hashlib.sha256(text.encode()).hexdigest()[:16]
+    with contextlib.suppress(OSError):
+        if found := _find(_folder(user_cache()), key):
+            return found
+    compiler = next(filter(None, map(shutil.which, filter(None, [os.environ.get("CXX"), "c++", "g++", "clang++"]))), None)
     if not compiler:
         raise OSError("no C++ compiler was found (g++ or clang++)")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        new = Path(folder) / path.name
-        build = subprocess.run([compiler, *FLAGS, SOURCES[0], "-o", new], capture_output=True, text=True)
-        if build.returncode:
-            raise OSError(f"{compiler} failed: {(build.stderr.strip() or 'no message').splitlines()[0]}")
-        if not _works(new):
+    try:
+        folder = _folder(cache_folder())
+    except OSError as e:
+        folder = _folder(process_folder(str(e)))
+    scratch = private_folder(temporary_path(folder / "build"))
+    try:
+        new = scratch / "new.so"
+        if problem := _run([compiler, *FLAGS, SOURCES[0], "-o", new], COMPILER_SECONDS, scratch):
+            raise OSError(f"{compiler} failed: {problem}")
+        if not _works(new, scratch):
             raise OSError(f"the library that {compiler} made does not run here")
+        new.chmod(0o700)
+        path = folder / f"{key}-{hashlib.sha256(new.read_bytes()).hexdigest()}.so"
         os.replace(new, path)
-    return path
+        return path
+    finally:
+        remove(scratch)
 
 
 @functools.cache
@@ -310,8 +353,9 @@ class LinearAttention(nn.Cell):
 
 
 def adam(optimizer: nn.Adam, clip_norm: float, ema=None) -> Callable:
-    """A function update(gradients) -> their norm (): it clips the norm at `clip_norm`, then takes `nn.Adam`'s step, then
-    moves the averages of `ema`.
+    """A function update(loss, gradients) -> the loss () and the gradients' norm (): it clips the norm at `clip_norm`, then
+    takes `nn.Adam`'s step, then moves the averages of `ema`. Where the loss, the norm or the learning rate is not finite,
+    it returns NaN and changes nothing.
 
     MindSpore needs ten operators for each parameter, this function one for all. The operator declares that it changes inputs
     in place: otherwise MindSpore passes it copies beside another such operator, for example a batch norm in training."""
@@ -320,17 +364,17 @@ def adam(optimizer: nn.Adam, clip_norm: float, ema=None) -> Callable:
     n = len(parameters)
     constants = [float(c) for c in (n, optimizer.beta1, optimizer.beta2, optimizer.eps, clip_norm)]
     constants = Tensor(np.array(constants, np.float32))
-    operator = Operator("adam", lambda *inputs: ())
-    written = [False] * 3 + [True] * (3 + 3 * n) + [False] * n + [True] * len(averages)
+    operator = Operator("adam", lambda *inputs: ((), ()), 2)
+    written = [False] * 4 + [True] * (3 + 3 * n) + [False] * n + [True] * len(averages)
     operator.set_signatures([make_sig(f"x{i}", sig_rw.RW_WRITE if w else sig_rw.RW_READ) for i, w in enumerate(written)])
     operator.add_prim_attr("side_effect_mem", True)
     step, schedule = optimizer.global_step, optimizer.learning_rate
     powers = (optimizer.beta1_power, optimizer.beta2_power)
 
-    def update(gradients):
+    def update(loss, gradients):
         n = ops.cast(step, ms.float32) + 1  # (1,)
         decay = ema.decay_after(n) if ema is not None else n
         lr = schedule(step).reshape(1)
-        return operator(constants, lr, decay, *powers, step, *parameters, *moments, *gradients, *averages)
+        return operator(constants, loss, lr, decay, *powers, step, *parameters, *moments, *gradients, *averages)
 
     return update

@@ -193,24 +193,27 @@ OPERATOR(linear_attention_gradient) {
   });
 }
 
-// {n, beta1, beta2, eps, clip norm}, learning rate, decay of the averages, the powers of beta1 and beta2, the number of
-// steps, n parameters, n first moments, n second moments, n gradients, n or no averages -> norm of the gradients
+// {n, beta1, beta2, eps, clip norm}, loss, learning rate, decay of the averages, the powers of beta1 and beta2, the number of
+// steps, n parameters, n first moments, n second moments, n gradients, n or no averages -> the loss, norm of the gradients;
+// both are NaN, and nothing else changes, where the loss, the norm or the rate is not finite
 OPERATOR(adam) {
-  constexpr int FIRST = 6;
+  constexpr int FIRST = 7;
   const float* settings = a.in(0);
-  const int n = static_cast<int>(settings[0]);
-  AdamState state{settings[1], settings[2], settings[3], settings[4], *a.in(1), *a.in(2), a.out(3),
-                  a.out(4),    {},          {},          {},          {},       {},       {}};
+  const int n = static_cast<int>(settings[0]), out = a.tensors - 2;
+  AdamState state{settings[1], settings[2], settings[3], settings[4], *a.in(1), *a.in(2), *a.in(3),
+                  a.out(4),    a.out(5),    {},          {},          {},       {},       {},       {}};
   for (int i = FIRST; i < FIRST + n; ++i) {
     state.sizes.push_back(a.elements(i));
     state.parameters.push_back(a.out(i));
     state.first_moments.push_back(a.out(i + n));
     state.second_moments.push_back(a.out(i + 2 * n));
     state.gradients.push_back(a.in(i + 3 * n));
-    if (FIRST + 4 * n < a.tensors - 1) state.averages.push_back(a.out(i + 4 * n));
+    if (FIRST + 4 * n < out) state.averages.push_back(a.out(i + 4 * n));
   }
-  *a.out(a.tensors - 1) = adam(state);
-  ++*static_cast<int32_t*>(a.data[5]);
+  const float norm = adam(state);
+  *a.out(out) = std::isfinite(norm) ? state.loss : norm;
+  *a.out(out + 1) = norm;
+  *static_cast<int32_t*>(a.data[6]) += std::isfinite(norm);
 }
 
 // The number of threads of all operators: 1 until it is set. No operator may run meanwhile.

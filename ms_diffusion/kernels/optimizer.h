@@ -14,7 +14,7 @@ namespace kernels {
 
 struct AdamState {
   float beta1, beta2, eps, clip_norm;
-  float rate, decay;                 // the learning rate; the decay of the averages
+  float loss, rate, decay;           // the step's loss; the learning rate; the decay of the averages
   float *beta1_power, *beta2_power;  // beta1 and beta2 to the power of the number of steps; this step multiplies them
   std::vector<long> sizes;           // of each parameter
   std::vector<float*> parameters, first_moments, second_moments, averages;  // averages: empty, or one for each parameter
@@ -22,7 +22,8 @@ struct AdamState {
 };
 
 // Scales the gradients to a norm of at most clip_norm, takes the step of nn.Adam, and moves the averages:
-// average += (1 - decay) (parameter - average). All in place. Returns the norm of the gradients before the scaling.
+// average += (1 - decay) (parameter - average). All in place. Returns the norm of the gradients before the scaling, or NaN
+// where the loss, the norm or the rate is not finite: then nothing changes.
 inline float adam(const AdamState& state) {
   const long count = static_cast<long>(state.sizes.size());
   std::vector<long> end(count + 1, 0);  // of each parameter, as if they were one array
@@ -48,6 +49,8 @@ inline float adam(const AdamState& state) {
   double total = 0;
   for (int t = 0; t < threads(); ++t) total += squares[8 * t];
   const float norm = static_cast<float>(std::sqrt(total)), shrink = std::min(1.f, state.clip_norm / (norm + 1e-6f));
+
+  if (!std::isfinite(norm) || !std::isfinite(state.loss) || !std::isfinite(state.rate)) return NAN;
 
   const float beta1 = state.beta1, beta2 = state.beta2, eps = state.eps;
   const float power1 = *state.beta1_power *= beta1, power2 = *state.beta2_power *= beta2;

@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -55,13 +54,6 @@ class Features:
         """The same, from a cache file in `folder` or in the user's cache (`cache_folder`), which the first call writes. Its
         name is a hash of the images and of the weights."""
         key = hashlib.sha256(self.weights + str(images.shape).encode() + images.tobytes()).hexdigest()
-        path = cache_folder(folder) / f"features-{key[:16]}.npz"
-
-        def save(file: BinaryIO, outputs: Any) -> None:
-            np.savez(file, **outputs)
-
-        return load_or_compute(path, self._read, lambda: self(images), save)
-
-    def _read(self, file: BinaryIO) -> Outputs:
-        with np.load(file) as arrays:
-            return {name: arrays[name] for name in self.names}
+        widths = {"features": self.num, "logits": 10}
+        shapes = {name: (len(images), widths[name]) for name in self.names}
+        return load_or_compute(cache_folder(folder) / f"features-{key[:16]}.bin", key, shapes, lambda: self(images))

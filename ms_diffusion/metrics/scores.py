@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from ..data.batches import Labelled, check_images, load_images
+from ..data.batches import Labelled, check_images, check_labels, load_images
 from ..data.fashion_mnist import center_crop
-from ..files import write
+from ..files import load_npz, write
 from ..images import grid
 from ..runtime import UserError
 from . import distances
@@ -36,16 +36,15 @@ def read_npz(path: str | Path, num: int | None = None) -> Samples:
     """The first `num` images (N, H, W, C) of an .npz file's array `images`, and of its array `labels`, if there is one.
     Raises UserError if the file cannot be read, has no images, or an array has the wrong shape or type."""
     try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
-            arrays = {name: arrays[name] for name in arrays if name in ("images", "labels")}
-    except Exception as e:  # a corrupt archive raises many kinds of exceptions
+        arrays = load_npz(path, ("images", "labels"))
+    except (OSError, ValueError) as e:
         raise UserError(f"{path} cannot be read as an .npz file: {e}") from e
     if "images" not in arrays:
         raise UserError(f"{path} has no array `images`: write it as the option --npz of the sample command does")
     images, labels = arrays["images"], arrays.get("labels")
     check_images(images, f"{path}: ")
-    if labels is not None and (labels.shape != images.shape[:1] or labels.dtype.kind not in "iu"):
-        raise UserError(f"{path}: labels must be {len(images)} integers, not {labels.shape} of {labels.dtype}")
+    if labels is not None:
+        check_labels(labels, len(images), f"{path}: ")
     return Samples(images[:num], None if labels is None else labels[:num], str(path))
 
 

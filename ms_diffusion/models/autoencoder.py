@@ -11,9 +11,9 @@ from typing import Annotated, Literal
 import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 
-from ..fields import AT_LEAST_1, NOT_EMPTY, Bounds, check_fields
+from ..fields import AT_LEAST_1, DEPTH, NOT_EMPTY, Bounds, check_fields
 from .attention import attend, matmul, matmul_t, split_heads
-from .layers import GroupNorm, Identity, UpsampleNearest, chunk, conv2d, name_and_initialise, norm_conv
+from .layers import Dropout, GroupNorm, Identity, UpsampleNearest, chunk, conv2d, name_and_initialise, norm_conv
 
 EPS = 1e-6  # of every GroupNorm; PyTorch's default is 1e-5
 
@@ -59,12 +59,12 @@ class ResnetBlock(nn.Cell):
     """GroupNorm, SiLU and 3x3 convolution twice, dropout before the second convolution, and a shortcut (He et al. 2016,
     fig. 4e): (B, c_in, H, W) -> (B, c_out, H, W)."""
 
-    def __init__(self, c_in: int, c_out: int, groups: int = 32, dropout: float = 0.0):
+    def __init__(self, c_in: int, c_out: int, groups: int = 32, dropout: float = 0.0, level: int = 0):
         super().__init__()
         self.norm1 = GroupNorm(groups, c_in, EPS, "silu-after")
         self.conv1 = conv2d(c_in, c_out, 3, padding=1)
         self.norm2 = GroupNorm(groups, c_out, EPS, "silu-after")
-        self.dropout = nn.Dropout(p=dropout)
+        self.dropout = Dropout(dropout, c_out, level)
         self.conv2 = conv2d(c_out, c_out, 3, padding=1)
         self.nin_shortcut = conv2d(c_in, c_out, 1) if c_in != c_out else Identity()
 
@@ -134,17 +134,17 @@ class Downsample(nn.Cell):
 class AutoencoderConfig:
     """Configuration of an AutoencoderKL; the defaults are Stable Diffusion's."""
 
-    ch: Annotated[int, AT_LEAST_1] = 128
+    ch: Annotated[int, Bounds(1, 2**20)] = 128
     """Base width: channels after the encoder's first convolution."""
     ch_mult: Annotated[tuple[Annotated[int, AT_LEAST_1], ...], NOT_EMPTY] = (1, 2, 4, 4)
     """Width of each level as a multiple of ch; H and W halve between levels."""
-    num_res_blocks: Annotated[int, AT_LEAST_1] = 2
+    num_res_blocks: Annotated[int, DEPTH] = 2
     """ResnetBlocks per level of the encoder; the decoder has one more per level."""
     attn_resolutions: tuple[Annotated[int, AT_LEAST_1], ...] = ()
     """Resolutions H = W at which attention follows every ResnetBlock; the middle always has attention."""
     dropout: Annotated[float, Bounds(0, 1, high_open=True)] = 0.0
-    """Dropout rate in training, that is after `set_train()`, which must precede compilation. MindSpore draws the masks, so
-    a resumed run draws others."""
+    """Dropout rate in training, that is after `set_train()`, which must precede compilation; `layers.Masks` draws what is
+    dropped."""
     channels: Annotated[int, AT_LEAST_1] = 3
     """Image channels: 1 gray, 3 RGB."""
     resolution: Annotated[int, AT_LEAST_1] = 256
@@ -176,9 +176,10 @@ class Middle(nn.Cell):
 
     def __init__(self, config: AutoencoderConfig, width: int):
         super().__init__()
-        self.block_1 = ResnetBlock(width, width, config.groups, config.dropout)
+        options = {"groups": config.groups, "dropout": config.dropout, "level": len(config.ch_mult) - 1}
+        self.block_1 = ResnetBlock(width, width, **options)
         self.attn_1 = attention(config.attention, width, config.groups)
-        self.block_2 = ResnetBlock(width, width, config.groups, config.dropout)
+        self.block_2 = ResnetBlock(width, width, **options)
 
     def construct(self, x: Tensor) -> Tensor:
         return self.block_2(self.attn_1(self.block_1(x)))
@@ -192,7 +193,7 @@ class Level(nn.Cell):
         super().__init__()
         kind = config.attention if config.resolution // 2**i in config.attn_resolutions else "none"
         widths = [c_in] + [c_out] * (num_blocks - 1)
-        self.block = nn.CellList([ResnetBlock(c, c_out, config.groups, config.dropout) for c in widths])
+        self.block = nn.CellList([ResnetBlock(c, c_out, config.groups, config.dropout, i) for c in widths])
         self.attn = nn.CellList([attention(kind, c_out, config.groups) for _ in widths])
         self.downsample = Downsample(c_out, config.resamp_with_conv) if down else Identity()
         self.upsample = UpsampleNearest(c_out, config.resamp_with_conv) if up else Identity()

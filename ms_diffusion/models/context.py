@@ -7,7 +7,7 @@ import numpy as np
 
 from mindspore import Tensor, nn, ops
 
-from ..fields import AT_LEAST_1, NON_NEGATIVE, NOT_EMPTY, check_fields
+from ..fields import AT_LEAST_1, DEPTH, NON_NEGATIVE, NOT_EMPTY, check_fields
 from .layers import Embedding, name_and_initialise
 from .unet_ldm import CrossAttention, FeedForward, LayerNorm, UNetModel, UNetModelConfig
 
@@ -65,7 +65,7 @@ class LatentUnetConfig(UNetModelConfig):
     """Base width, an even number; the embedding is four times as wide."""
     out_channels: Annotated[int, AT_LEAST_1] = 2
     """Channels of the output; equal to those of a latent."""
-    num_res_blocks: Annotated[int, AT_LEAST_1] = 1
+    num_res_blocks: Annotated[int, DEPTH] = 1
     """ResBlocks per level on the way down; on the way up there is one more."""
     attention_resolutions: tuple[Annotated[int, AT_LEAST_1], ...] = (2,)
     """Reductions of H and W at which attention follows each ResBlock: (1, 2) is at full and at half size."""

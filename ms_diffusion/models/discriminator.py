@@ -24,10 +24,13 @@ class ActNorm(nn.Cell):
         self.initialized = Parameter(Tensor(np.uint8(0)), name="initialized", requires_grad=False)
 
     def initialise(self, x: Tensor) -> None:
-        """Set scale and loc so that all ranks' x are mapped to mean 0 and variance 1; only the first call has an effect."""
+        """Set scale and loc so that all ranks' x are mapped to mean 0 and variance 1; only the first call with finite x has
+        an effect."""
         if self.initialized.asnumpy() == 0:
             a = gather(x.asnumpy())  # (ranks, B, C, H, W)
             a = a.reshape(-1, *a.shape[2:])
+            if not np.isfinite(a).all():
+                return
             ops.assign(self.loc, Tensor(-a.mean((0, 2, 3), keepdims=True)))
             ops.assign(self.scale, Tensor(1 / (a.std((0, 2, 3), ddof=1, keepdims=True) + 1e-6)))
             ops.assign(self.initialized, Tensor(np.uint8(1)))
@@ -73,6 +76,12 @@ class NLayerDiscriminator(nn.Cell):
             if p.name.endswith("weight"):
                 p.set_data(Tensor(rng.normal(0 if p.ndim == 4 else 1, 0.02, p.shape).astype(np.float32)))
         self.set_train()
+
+    @property
+    def statistics(self) -> list[Parameter]:
+        """The running statistics of the batch norms, which each call in training changes."""
+        norms = [layer for layer in self.main if isinstance(layer, BatchNorm)]
+        return [p for norm in norms for p in (norm.running_mean, norm.running_var)]
 
     def initialise(self, x: Tensor) -> None:
         """Initialise each ActNorm from its input for the images x; those that have been initialised stay as they are."""

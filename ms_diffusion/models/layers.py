@@ -15,6 +15,8 @@ from mindspore.mint.nn import functional as F
 from mindspore.ops.auto_generate import SplitWithSize
 
 from .. import kernels
+from ..files import check_memory
+from ..randomness import Stream
 from ..runtime import initialise_ranks, on_ascend
 
 CONVOLUTIONS_AND_LINEAR = (nn.Conv2d, nn.Conv2dTranspose, nn.Dense)
@@ -42,10 +44,17 @@ def read(parameter: Parameter, slot: tuple[nn.Cell] | None) -> Tensor:
     return parameter if slot is None else slot[0](parameter)
 
 
+def check_weights(*shape: int) -> None:
+    """Raise UserError if a layer with weights of this shape cannot be trained in the memory that is free: it takes the
+    weights, their gradients, two moments and an average."""
+    check_memory(5 * 4 * math.prod(shape), f"a layer with weights {shape}")
+
+
 class Conv2d(nn.Conv2d):
     """``torch.nn.Conv2d`` with square kernels, computed in `compute_type`: (B, c_in, H, W) -> (B, c_out, H', W')."""
 
     def __init__(self, c_in: int, c_out: int, kernel: int, stride: int, padding: int, groups: int, bias: bool):
+        check_weights(c_out, c_in // groups, kernel, kernel)
         super().__init__(c_in, c_out, kernel, stride, pad_mode="pad", padding=padding, group=groups, has_bias=bias)
         self.compute_type = ms.float32
         self.weight_slot = self.bias_slot = self.kernel = None
@@ -80,6 +89,7 @@ class Conv2dTranspose(nn.Conv2dTranspose):
     """``torch.nn.ConvTranspose2d`` with square kernels and a bias, computed in `compute_type`."""
 
     def __init__(self, c_in: int, c_out: int, kernel: int, stride: int, padding: int):
+        check_weights(c_in, c_out, kernel, kernel)
         super().__init__(c_in, c_out, kernel, stride, pad_mode="pad", padding=padding, has_bias=True)
         self.compute_type = ms.float32
         self.weight_slot = self.bias_slot = None
@@ -106,6 +116,7 @@ class Linear(nn.Dense):
     """
 
     def __init__(self, c_in: int, c_out: int, activation: str | None = None, bias: bool = True):
+        check_weights(c_out, c_in)
         super().__init__(c_in, c_out, has_bias=bias)
         self.compute_type = ms.float32
         self.weight_slot = self.bias_slot = None
@@ -165,6 +176,7 @@ class GroupNorm(nn.Cell):
         super().__init__()
         if channels % groups:
             raise ValueError(f"{channels} channels are not divisible into {groups} groups: choose another dim or groups")
+        check_weights(channels)
         self.groups, self.eps, self.activation = groups, eps, activation
         self.weight = Parameter(Tensor(np.ones(channels, np.float32)), name="weight")
         self.bias = Parameter(Tensor(np.zeros(channels, np.float32)), name="bias")
@@ -233,6 +245,51 @@ class BatchNorm(nn.Cell):
 
     def move(self, average: Parameter, new: Tensor) -> Tensor:
         return ops.assign(average, 0.9 * average + 0.1 * ops.stop_gradient(new).reshape(average.shape))
+
+
+class Dropout(nn.Cell):
+    """In training, x with a share p of its values 0 and the others divided by 1 - p (Srivastava et al. 2014); otherwise x
+    itself. Which values are 0 is said by `Masks`, without which training raises ValueError.
+
+    x (B, channels, H / 2^level, W / 2^level) -> the same, where H and W are those of the network's input."""
+
+    def __init__(self, p: float, channels: int, level: int):
+        super().__init__()
+        self.p, self.channels, self.level, self.index, self.masks = p, channels, level, 0, None
+
+    def construct(self, x: Tensor) -> Tensor:
+        if not self.training or self.p == 0:
+            return x
+        if self.masks is None:
+            raise ValueError("training with dropout needs masks: make Masks of the network and draw them before each step")
+        return x * ops.cast(self.masks[0](self.index), x.dtype)
+
+
+class Masks(nn.Cell):
+    """What each `Dropout` of `net` multiplies a batch (batch_size, C, *size) by, in one parameter, which is none of `net`.
+    Make them before `net` is compiled, and `draw` them before each step. Without dropout they do nothing."""
+
+    def __init__(self, net: nn.Cell, batch_size: int, size: tuple[int, ...]):
+        super().__init__()
+        self.layers = tuple(cell for _, cell in net.cells_and_names() if isinstance(cell, Dropout) and cell.p)
+        self.shapes = tuple((batch_size, cell.channels, *(n >> cell.level for n in size)) for cell in self.layers)
+        self.sizes = tuple(math.prod(shape) for shape in self.shapes)
+        self.values = Parameter(Tensor(np.zeros(sum(self.sizes) or 1, np.float32)), name="masks", requires_grad=False)
+        for i, cell in enumerate(self.layers):  # in a tuple, so that the parameter is none of the network
+            cell.index, cell.masks = i, (self,)
+
+    def construct(self, index: int) -> Tensor:
+        return split(self.values, self.sizes, 0)[index].reshape(self.shapes[index])
+
+    def draw(self, seed: int, step: int, rank: int = 0) -> None:
+        """The masks of a step: of each row of the batch of all ranks its own, whichever rank has it."""
+        if not self.layers:
+            return
+        rows, per_row = self.shapes[0][0], np.cumsum([size // self.shapes[0][0] for size in self.sizes])
+        generators = [np.random.default_rng((seed, Stream.DROPOUT, rank * rows + i, step)) for i in range(rows)]
+        uniform = np.split(np.stack([rng.random(per_row[-1], np.float32) for rng in generators]), per_row[:-1], 1)
+        kept = [(u >= cell.p).reshape(-1) / np.float32(1 - cell.p) for u, cell in zip(uniform, self.layers, strict=True)]
+        ops.assign(self.values, Tensor(np.concatenate(kept)))
 
 
 def freeze(net: nn.Cell) -> nn.Cell:
@@ -308,6 +365,7 @@ class Embedding(nn.Cell):
 
     def __init__(self, num: int, dim: int):
         super().__init__()
+        check_weights(num, dim)
         self.weight, self.weight_slot = Parameter(Tensor(np.zeros((num, dim), np.float32)), name="weight"), None
 
     def construct(self, index: Tensor) -> Tensor:
@@ -322,6 +380,7 @@ class SinusoidalPositionEmbeddings(nn.Cell):
 
     def __init__(self, dim: int, cosines_first: bool = False):
         super().__init__()
+        check_weights(dim, dim)  # of the linear layer that takes them
         half, self.cosines_first = dim // 2, cosines_first
         steps = half if cosines_first else half - 1
         self.frequencies = Tensor(np.exp(-math.log(10000) * np.arange(half) / steps).astype(np.float32))

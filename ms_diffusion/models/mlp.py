@@ -10,8 +10,8 @@ import numpy as np
 
 from mindspore import Tensor, nn, ops
 
-from ..fields import AT_LEAST_1, NON_NEGATIVE, Bounds, check_fields
-from .layers import Embedding, Linear, SinusoidalPositionEmbeddings, name_and_initialise, rows
+from ..fields import AT_LEAST_1, DEPTH, Bounds, check_fields
+from .layers import Embedding, Linear, SinusoidalPositionEmbeddings, check_weights, name_and_initialise, rows
 
 
 @dataclass(frozen=True)
@@ -71,9 +71,9 @@ class ResidualMLPConfig:
 
     dim: Annotated[int, Bounds(4)] = 128
     """Width, an even number."""
-    depth: Annotated[int, NON_NEGATIVE] = 3
+    depth: Annotated[int, Bounds(0, DEPTH.high)] = 3
     """Number of residual blocks."""
-    frequencies: Annotated[int, NON_NEGATIVE] = 4
+    frequencies: Annotated[int, Bounds(0, 100)] = 4
     """Number of sines and of cosines per coordinate, with periods 4, 2, 1, ... for data in [-1, 1]; 0: none."""
     num_embeddings: Annotated[int, AT_LEAST_1] = 1000
     """Timesteps that have an embedding; at least the diffusion's num_timesteps."""
@@ -101,6 +101,7 @@ class ResidualMLP(nn.Cell):
         if dim % 2:
             raise ValueError(f"dim is {dim}: it must be even, for an equal number of sines and cosines")
         self.frequencies = Tensor((np.pi / 2 * 2.0 ** np.arange(num)).astype(np.float32))
+        check_weights(config.num_embeddings, dim)
         every_t = Tensor(np.arange(config.num_embeddings, dtype=np.float32))
         self.time_embeddings = Tensor(SinusoidalPositionEmbeddings(dim)(every_t).asnumpy())  # once: a sine takes 20 ns
         self.time_mlp = Linear(dim, dim)

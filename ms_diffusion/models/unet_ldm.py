@@ -16,17 +16,19 @@ import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore.mint.nn import functional as F
 
-from ..fields import AT_LEAST_1, NOT_EMPTY, Bounds, check_fields
+from ..fields import AT_LEAST_1, DEPTH, NOT_EMPTY, Bounds, check_fields
 from . import layers
 from .attention import attend, matmul, matmul_t, softmax, split_heads
 from .layers import (
     GELU,
+    Dropout,
     Embedding,
     GroupNorm,
     Identity,
     Linear,
     UpsampleNearest,
     ascend,
+    check_weights,
     chunk,
     conv2d,
     name_and_initialise,
@@ -53,17 +55,19 @@ class ResBlock(nn.Cell):
 
     The embedding is added between the convolutions or, with `scale_shift`, scales and shifts the second norm (Dhariwal &
     Nichol 2021, section 3.1). `resample`, a Downsample or UpsampleNearest without convolution, applies to the shortcut and
-    before the first convolution.
+    before the first convolution. `level` is that of the output (`Dropout`).
     """
 
-    def __init__(self, c_in: int, c_out: int, emb_channels: int, groups=32, dropout=0.0, scale_shift=False, resample=None):
+    def __init__(self, c_in: int, c_out: int, emb_channels: int, groups=32, dropout=0.0, level=0,
+            scale_shift=False, resample=None):  # fmt: skip
         super().__init__()
         self.scale_shift, self.resample = scale_shift, resample
         norm1, norm2 = [GroupNorm(groups, c, activation="silu-after") for c in (c_in, c_out)]
         # The norms and Linear compute SiLU; an Identity keeps its number in the parameters' names
         self.in_layers = nn.SequentialCell(norm1, Identity(), conv2d(c_in, c_out, 3, padding=1))
         self.emb_layers = nn.SequentialCell(Identity(), Linear(emb_channels, c_out * 2 if scale_shift else c_out, "silu"))
-        self.out_layers = nn.SequentialCell(norm2, Identity(), nn.Dropout(p=dropout), conv2d(c_out, c_out, 3, padding=1))
+        drop = Dropout(dropout, c_out, level)
+        self.out_layers = nn.SequentialCell(norm2, Identity(), drop, conv2d(c_out, c_out, 3, padding=1))
         self.skip_connection = conv2d(c_in, c_out, 1) if c_in != c_out else Identity()
 
     def construct(self, x: Tensor, emb: Tensor, context: Tensor | None = None) -> Tensor:
@@ -85,6 +89,7 @@ class Conv1d(nn.Conv2d):
     """``torch.nn.Conv1d`` with kernel 1 over all positions: (B, c_in, H, W) -> (B, c_out, H, W); weight (c_out, c_in, 1)."""
 
     def __init__(self, c_in: int, c_out: int):
+        check_weights(c_out, c_in)
         super().__init__(c_in, c_out, 1, has_bias=True)
         self.weight = Parameter(Tensor(np.zeros((c_out, c_in, 1), np.float32)), name="weight")
         self.weight_slot = self.bias_slot = None
@@ -241,12 +246,12 @@ class UNetModelConfig:
     """Base width, an even number; the embedding is four times as wide."""
     out_channels: Annotated[int, AT_LEAST_1]
     """Channels of the output."""
-    num_res_blocks: Annotated[int, AT_LEAST_1]
+    num_res_blocks: Annotated[int, DEPTH]
     """ResBlocks per level on the way down; on the way up there is one more."""
     attention_resolutions: tuple[Annotated[int, AT_LEAST_1], ...]
     """Reductions of H and W at which attention follows each ResBlock: (4, 2) is at a quarter and at half of the size."""
     dropout: Annotated[float, Bounds(0, 1, high_open=True)] = 0.0
-    """Dropout rate in ResBlocks in training."""
+    """Dropout rate in ResBlocks in training; `layers.Masks` draws what is dropped."""
     channel_mult: Annotated[tuple[Annotated[int, AT_LEAST_1], ...], NOT_EMPTY] = (1, 2, 4, 8)
     """Width of each level as a multiple of model_channels; H and W halve between levels."""
     conv_resample: bool = True
@@ -268,7 +273,7 @@ class UNetModelConfig:
     """Order the channels of an AttentionBlock as (q k v, head), instead of (head, q k v)."""
     use_spatial_transformer: bool = False
     """Use SpatialTransformers, which attend to the context, instead of AttentionBlocks."""
-    transformer_depth: Annotated[int, AT_LEAST_1] = 1
+    transformer_depth: Annotated[int, DEPTH] = 1
     """Transformer blocks per SpatialTransformer."""
     context_dim: Annotated[int, AT_LEAST_1] | None = None
     """Width of a context entry; None: no context."""
@@ -306,8 +311,8 @@ class UNetModel(nn.Cell):
     Raises:
         UserError: a field of the configuration is out of range.
         ValueError: at construction, context_dim without use_spatial_transformer or the reverse, neither num_heads nor
-            num_head_channels, channels not divisible into heads or groups, an odd model_channels, recompute with dropout;
-            in a call, a missing or superfluous context or y, or H or W not divisible by size_multiple.
+            num_head_channels, channels not divisible into heads or groups, an odd model_channels; in a call, a
+            missing or superfluous context or y, or H or W not divisible by size_multiple.
     """
 
     def __init__(self, config: UNetModelConfig, seed: int = 0):
@@ -320,8 +325,6 @@ class UNetModel(nn.Cell):
             raise ValueError("attention needs a number of heads: set num_heads or num_head_channels")
         if config.model_channels % 2:
             raise ValueError(f"model_channels is {config.model_channels}: it must be even, for as many cosines as sines")
-        if config.recompute and config.dropout:
-            raise ValueError("recompute would draw new dropout masks for the gradient: set dropout or recompute to 0")
         self.size_multiple = config.size_multiple
         self.size_message = f"H and W must be divisible by {self.size_multiple}: choose another image size"
         self.takes_context, self.takes_label = transformer, config.num_classes is not None
@@ -336,11 +339,13 @@ class UNetModel(nn.Cell):
             return AttentionBlock(channels, heads, groups, config.use_new_attention_order)
 
         def stage(c_in, c_out, level):
-            return [block(c_in, c_out)] + ([attention(c_out)] if 2**level in config.attention_resolutions else [])
+            return [block(c_in, c_out, level=level)] + (
+                [attention(c_out)] if 2**level in config.attention_resolutions else []
+            )
 
-        def resample(kind, channels):
+        def resample(kind, channels, level):
             if config.resblock_updown:
-                return block(channels, channels, resample=kind(channels, with_conv=False))
+                return block(channels, channels, level=level, resample=kind(channels, with_conv=False))
             return kind(channels, config.conv_resample)
 
         # Timestep and class: -> (B, 4 model_channels)
@@ -354,7 +359,7 @@ class UNetModel(nn.Cell):
         skips, channels = [width], width
         for level, mult in enumerate(config.channel_mult):
             if level > 0:
-                self.input_blocks.append(nn.CellList([resample(Downsample, channels)]))
+                self.input_blocks.append(nn.CellList([resample(Downsample, channels, level)]))
                 skips.append(channels)
             for _ in range(config.num_res_blocks):
                 self.input_blocks.append(nn.CellList(stage(channels, mult * width, level)))
@@ -362,7 +367,8 @@ class UNetModel(nn.Cell):
                 skips.append(channels)
 
         # Middle
-        self.middle_block = nn.CellList([block(channels, channels), attention(channels), block(channels, channels)])
+        first, second = [block(channels, channels, level=len(config.channel_mult) - 1) for _ in range(2)]
+        self.middle_block = nn.CellList([first, attention(channels), second])
 
         # Up: the input of each block is concatenated with the output of its mirror image on the way down
         self.output_blocks = nn.CellList()
@@ -371,7 +377,7 @@ class UNetModel(nn.Cell):
                 self.output_blocks.append(nn.CellList(stage(channels + skips.pop(), mult * width, level)))
                 channels = mult * width
                 if level > 0 and i == config.num_res_blocks:
-                    self.output_blocks[-1].append(resample(UpsampleNearest, channels))
+                    self.output_blocks[-1].append(resample(UpsampleNearest, channels, level - 1))
 
         # CompVis keeps an unused `out` beside the codebook's predictor, so its weights contain both
         norm = GroupNorm(groups, channels, activation="silu-after")

@@ -1,14 +1,25 @@
 """What configures a run: fields with their ranges, shared by all kinds. Each kind adds its own in `tasks/`."""
 
 import difflib
-import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from ..data.batches import DATASETS
 from ..data.conditions import KINDS as CONDITIONS
-from ..fields import AT_LEAST_1, FRACTION, NON_NEGATIVE, POSITIVE, Bounds, OneOf, check_fields, from_record
+from ..fields import (
+    AT_LEAST_1,
+    FRACTION,
+    NON_NEGATIVE,
+    POSITIVE,
+    Bounds,
+    OneOf,
+    check_fields,
+    find_problem,
+    from_record,
+)
+from ..files import read_json
 from ..models.classifier import Classifier
 from ..process import DiffusionConfig
 from ..randomness import TIMESTEP_SAMPLING
@@ -48,7 +59,7 @@ class DataConfig:
 class TrainConfig:
     """How a network is trained."""
 
-    total_steps: Annotated[int, NON_NEGATIVE] = 20000
+    total_steps: Annotated[int, Bounds(0, 2**31 - 1)] = 20000  # which the optimizer counts in int32
     """Number of training steps."""
     batch_size: Annotated[int, AT_LEAST_1] = 128
     """Images or points per step on each device."""
@@ -63,7 +74,7 @@ class TrainConfig:
     ema_decay: Annotated[float, Bounds(0, 1, high_open=True)] = 0.999
     """Decay of the moving average of the weights (EMA) that samples are drawn with."""
     seed: Annotated[int, NON_NEGATIVE] = 0
-    """Seed of every random number of the run except the masks of dropout, which MindSpore draws."""
+    """Seed of every random number of the run."""
     log_every: Annotated[int, AT_LEAST_1] = 20
     """Steps between two lines of metrics.jsonl."""
     sample_every: Annotated[int, AT_LEAST_1] = 1000
@@ -153,14 +164,17 @@ class Config:
 
     def to_record(self) -> dict[str, Any]:
         """The content of config.json."""
-        return {"kind": self.kind, **asdict(self)}
+        return {"version": len(MIGRATIONS), "kind": self.kind, **asdict(self)}
 
     @staticmethod
     def from_json(path: str | Path) -> "Config":
-        """Read a run's config.json. Raises UserError if the file is missing or is no such record."""
+        """Read a run's config.json. Raises UserError if the file is missing or is no such record, or a value has another
+        type or is out of its range."""
         try:
-            return config_from_record(json.loads(Path(path).read_text()))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+            return config_from_record(read_json(path))
+        except OSError as e:
+            raise UserError(f"{path} cannot be read: {e.strerror}") from e
+        except ValueError as e:
             raise UserError(f"{path} is not the config.json of a run: {e}") from e
 
 
@@ -183,25 +197,55 @@ class DiffusionRunConfig(Config):
             raise UserError(f"--train.sample-steps is {steps}: choose at most {most}, the number of timesteps")
 
 
-def config_from_record(record: dict[str, Any]) -> Config:
-    """The configuration in a config.json. A record without `kind` is of the first kind that has its model's fields.
-    Raises ValueError if no kind has these fields."""
-    kind, record = record.get("kind"), {key: value for key, value in record.items() if key != "kind"}
-    if kind is not None:
-        if kind not in Config.kinds:
-            raise ValueError(f"unknown kind {kind!r}: choose one of {', '.join(Config.kinds)}")
-        return from_record(Config.kinds[kind], record, RENAMED)
-    # Before there was `kind`, a record had the fields of all kinds
+def config_from_record(record: Any) -> Config:
+    """The configuration in a config.json, of this version or an older one. Raises ValueError if no kind has these fields, a
+    value has another type or is out of its range, or the version is a newer one."""
+    try:
+        if problem := find_problem(record, dict[str, Any]):
+            raise ValueError(problem)
+        version = record.get("version", 0)
+        if problem := find_problem(version, Annotated[int, NON_NEGATIVE]):
+            raise ValueError(f"version is {version!r:.200}: {problem}")
+        if version > len(MIGRATIONS):
+            raise ValueError(
+                f"it has version {version}, and this program reads up to {len(MIGRATIONS)}: update ms_diffusion"
+            )
+        for migrate in MIGRATIONS[version:]:
+            record = migrate(record)
+        kind, record = record.get("kind"), {key: value for key, value in record.items() if key not in ("version", "kind")}
+        if kind not in list(Config.kinds):
+            raise ValueError(f"unknown kind {kind!r:.200}: choose one of {', '.join(Config.kinds)}")
+        config = from_record(Config.kinds[kind], record)
+        check_fields(config, "")
+        return config
+    except (UserError, RecursionError) as e:
+        raise ValueError(str(e)) from e
+
+
+def name_kind(record: dict[str, Any]) -> dict[str, Any]:
+    """A record of version 0 as one of version 1: fields that had other names, and a `kind` where there is none, the first
+    that has the model's fields; such a record has fields of all kinds."""
+    record = {key: dict(value) if isinstance(value, dict) else value for key, value in record.items()}
+    for old, new in RENAMED.items():
+        section, name = old.split(".")
+        if isinstance(values := record.get(section), dict) and name in values:
+            values[new.split(".")[1]] = values.pop(name)
+    if "kind" in record:
+        return record
     trains = [DiffusionTrainConfig, *(type(cls().train) for cls in Config.kinds.values())]
     obsolete = {"diffusion", *(f.name for cls in Config.kinds.values() for f in fields(cls))}
     obsolete |= {f"train.{f.name}" for train in trains for f in fields(train)}
     problems = []
     for cls in Config.kinds.values():
         try:
-            return from_record(cls, record, RENAMED, obsolete)
+            return {"kind": cls.kind, **asdict(from_record(cls, record, obsolete))}
         except ValueError as e:
             problems.append(e)
     raise problems[0]
+
+
+# What makes a record of version i one of version i + 1. A change that older records do not fit adds one
+MIGRATIONS: tuple[Callable[[dict[str, Any]], dict[str, Any]], ...] = (name_kind,)
 
 
 def override(config: Config, **values: Any) -> Config:

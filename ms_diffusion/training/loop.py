@@ -6,7 +6,6 @@ import math
 import os
 import threading
 import time
-from array import array
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -21,8 +20,18 @@ from ..files import write, write_json
 from ..images import save_loss_curve
 from ..locks import sole_writer
 from ..progress import ProgressBar
-from ..runtime import Interrupted, UserError, barrier, gather, initialise_ranks, ranks, set_device
-from .checkpoint import best_checkpoint, read_state
+from ..runtime import (
+    Interrupted,
+    UserError,
+    barrier,
+    defer_interrupts,
+    gather,
+    given_up,
+    initialise_ranks,
+    ranks,
+    set_device,
+)
+from .checkpoint import best_checkpoint, read_config, read_state
 from .config import Config, override
 from .presets import PRESETS
 from .runs import Run
@@ -67,13 +76,14 @@ def train(config: str | Config = "quick", run_dir: str | Path | None = None, dat
 def train_task(task: Task, run_dir: Path, device: str, stop: threading.Event,
         on_save: OnSave = None) -> tuple[int, Path | None]:  # fmt: skip
     """Train the task to its last step, or until `stop` is set on any rank, which then is set on all; returns the step and
-    the last preview, if there is one. All ranks call this. Rank 0 alone writes, and calls `on_save`. Raises UserError if
-    another process trains this run."""
+    the last preview, or None if training was stopped before it. All ranks call this. Rank 0 alone writes, and calls
+    `on_save`. Raises UserError if another process trains this run."""
     rank, world_size = initialise_ranks()
     task.config.check()
     with sole_writer(run_dir) if rank == 0 else nullcontext() as check_lock:
         check_same_run(run_dir, task.config)
         task.start(run_dir, device, rank, world_size)
+        defer_interrupts()  # until here there is nothing to save
         return Training(task, stop, check_lock, on_save).run()
 
 
@@ -88,14 +98,14 @@ class Training:
         self.task, self.train, self.run_dir, self.start = task, task.config.train, task.run_dir, task.start_step
         self.check_lock, self.on_save, state = check_lock, on_save, task.state or {}
         self.asked_to_stop = StopOfAnyRank(stop, self.start)
-        task.interrupted = stop.is_set if task.world_size == 1 else lambda: False  # ranks cannot leave one by one
+        self.may_give_up = stop.is_set if task.world_size == 1 else lambda: False  # ranks cannot leave one by one
         self.steps_per_epoch = max(len(task.data) // (self.train.batch_size * task.world_size), 1)
         self.saved, self.preview = self.start if task.state else -1, None
         self.losses = Losses(**state.get("losses", {}))
         self.metrics = Metrics(self.run_dir / "metrics.jsonl", self.start) if task.rank == 0 else None
 
     def run(self) -> tuple[int, Path | None]:
-        task, train, step = self.task, self.train, self.start
+        task, train, step, preview = self.task, self.train, self.start, None
         if step and self.metrics:
             print(f"resuming at step {step} of {train.total_steps} in {self.run_dir}")
         if self.metrics:
@@ -105,13 +115,13 @@ class Training:
         options = {"unit": "step", "disable": task.rank > 0, "dynamic_ncols": True}
         with ProgressBar(total=train.total_steps, initial=step, **options) as bar:
             bar.set_postfix_str("compiling" if step < train.total_steps else "finished")
-            with contextlib.suppress(Interrupted):
+            with contextlib.suppress(Interrupted), given_up(self.may_give_up):
                 if (task.state or {}).get("unfinished"):
                     self.finish(step, bar)
                 step, stopped = self.train_steps(step, bar)
                 if not stopped:
-                    self.preview = self.preview or task.preview(step)
-        return step, self.preview
+                    preview = self.preview or task.preview(step)
+        return step, preview
 
     def train_steps(self, step: int, bar: ProgressBar) -> tuple[int, bool]:
         """The step that was reached, and whether training was asked to stop there."""
@@ -214,7 +224,8 @@ class Training:
         if scores:
             best = best_checkpoint(self.run_dir)
             is_best = best is None or scores["fid"] < read_state(best)["fid"]
-            self.metrics.append(step=step, **scores)
+            if {"step": step, **scores} not in self.metrics.rows:  # or was logged before the run was killed here
+                self.metrics.append(step=step, **scores)
         if self.saved == step:
             self.check_lock()
             task.checkpoint.update(step, unfinished=False, **scores)
@@ -280,10 +291,9 @@ class StopOfAnyRank:
 def check_same_run(run_dir: Path, config: Config) -> None:
     """Refuse a folder that holds another run: only the location of the data and the training options may change.
     The UserError names what differs."""
-    record = run_dir / "config.json"
-    if not record.exists():
+    if not (found := read_config(run_dir)):
         return
-    old, new = fixed_parts(Config.from_json(record)), fixed_parts(config)
+    old, new = fixed_parts(found), fixed_parts(config)
     if part := next((name for name in old.keys() | new.keys() if old.get(name) != new.get(name)), None):
         raise UserError(f"{run_dir} holds a run with another {part}: use another --run-dir, or the command it began with")
 
@@ -298,45 +308,44 @@ def fixed_parts(config: Config) -> dict[str, Any]:
 
 class Metrics:
     """metrics.jsonl: a line of numbers every `log_every` steps. Lines after the step that a run resumes at are dropped, and
-    lines that cannot be read, such as one that a crash has cut. What the curve shows is kept in memory: 16 bytes a line."""
+    lines that cannot be read, such as one that a crash has cut."""
 
     def __init__(self, path: Path, start: int):
-        self.path, self.steps, self.losses, self.scores = path, array("q"), array("d"), []
+        self.path = path
         rows = parse_rows(path.read_bytes()) if path.exists() else []
-        rows = [row for row in rows if row["step"] <= start]
-        write(path, lambda f: f.write("".join(json.dumps(row) + "\n" for row in rows).encode()))
-        for row in rows:
-            self.remember(row)
+        self.rows = [row for row in rows if row["step"] <= start]
+        self.write()
 
-    def remember(self, row: dict[str, Any]) -> None:
-        if "loss" in row:
-            self.steps.append(row["step"])
-            self.losses.append(row["loss"])
-        if "fid" in row:
-            self.scores.append((row["step"], row["fid"]))
+    def write(self) -> None:
+        write(self.path, lambda f: f.write("".join(json.dumps(row) + "\n" for row in self.rows).encode()))
 
     def append(self, **row: float) -> None:
-        self.remember(row)
+        self.rows.append(row)
         with open(self.path, "a") as f:
             f.write(json.dumps(row) + "\n")
 
     def sync(self) -> None:
-        """Wait until all lines are on the disk."""
+        """Wait until all lines are on the disk. If the file was removed, it is written again."""
+        if not self.path.exists():
+            self.write()
         with open(self.path, "rb") as f:
             os.fsync(f.fileno())
 
     def draw(self, path: Path) -> None:
-        if self.steps:
-            save_loss_curve(path, self.steps, self.losses, self.scores)
+        steps, losses = ([row[key] for row in self.rows if "loss" in row] for key in ("step", "loss"))
+        scores = [(row["step"], row["fid"]) for row in self.rows if "fid" in row]
+        if steps:
+            save_loss_curve(path, steps, losses, scores)
 
 
 def parse_rows(content: bytes) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl whose values are finite numbers."""
+    """The rows of a metrics.jsonl whose values are numbers that can be drawn."""
     rows = []
     for line in content.splitlines():
-        with contextlib.suppress(ValueError, RecursionError, OverflowError):  # the last of an integer that is no float
+        with contextlib.suppress(ValueError, RecursionError):
             row = json.loads(line)
-            are_numbers = isinstance(row, dict) and all(type(v) in (int, float) and math.isfinite(v) for v in row.values())
-            if are_numbers and type(row.get("step")) is int and 0 <= row["step"]:
+            if not isinstance(row, dict) or type(row.get("step")) is not int:
+                continue
+            if all(type(value) in (int, float) and not abs(value) > 1e300 for value in row.values()):
                 rows.append(row)
     return rows

@@ -1,5 +1,7 @@
 """Trained runs: where they are, how one is loaded, and what can be done with it in Python."""
 
+import sys
+from collections.abc import Sequence, Set
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,7 @@ from ..metrics.features import Features
 from ..metrics.scores import Reference, halve
 from ..runtime import UserError, command, initialise_ranks, set_device
 from ..sampling import Generator, sampling_from
-from .checkpoint import checkpoints, read_state, read_weights
-from .config import Config
+from .checkpoint import Intact, read_config, read_newest, read_state, read_weights, readable
 from .step import average_after_training
 
 WEIGHTS = Path(__file__).parents[1] / "weights"
@@ -31,11 +32,11 @@ def default_run() -> str:
     return bundled_models()[0]
 
 
-def run_folders(run: str | Path) -> tuple[Path, Path]:
-    """(checkpoint, run): the newest checkpoint of a run's folder, or the given checkpoint or weights file, and its run. A
-    bundled model goes by its name; its folder is run and checkpoint in one. Raises UserError if there is no such run, or it
-    has no checkpoint."""
-    run = Path(run)
+def open_run(path: str | Path, names: Sequence[str] = ("ema",)) -> tuple[Path, Intact]:
+    """The folder of a run, and its newest checkpoint of which the files with these names are intact, or the one that `path`
+    is or holds a file of. A bundled model goes by its name; its folder is run and checkpoint in one. Nothing in the folder
+    changes. Raises UserError if there is no such run, or it has no such checkpoint."""
+    run = Path(path)
     if not run.exists() and str(run) in bundled_models():
         run = WEIGHTS / run
     if run.suffix == ".safetensors":
@@ -44,10 +45,12 @@ def run_folders(run: str | Path) -> tuple[Path, Path]:
         known = ", ".join(bundled_models())
         raise UserError(f"{run} is not a folder: give a run's folder, such as runs/quick, or a bundled model: {known}")
     if (run / "state.json").exists():
-        return run, run if (run / "config.json").exists() else run.resolve().parent.parent
-    if not (found := checkpoints(run)):
+        state = read_state(run)
+        found = Intact(run, state, {name: read_weights(run, name, state) for name in names})
+        return run if (run / "config.json").exists() else run.resolve().parent.parent, found
+    if not (found := read_newest(run, names)):
         raise UserError(f"{run} holds no checkpoint: train it first with {command('train')} --run-dir {run}")
-    return found[-1], run
+    return run, found
 
 
 class Run:
@@ -65,24 +68,25 @@ class Run:
         config, task, step: Its configuration, its kind, and the step of the checkpoint."""
 
     def __init__(self, path: str | Path, weights: str = "ema", ema_length: float | None = None):
-        self.name, (folder, self.home) = str(path), run_folders(path)
-        self.config = Config.from_json(self.home / "config.json")
-        state = read_state(folder)
-        self.step = state["step"]
-        arrays = read_weights(folder, weights) if ema_length is None else self.average(ema_length)
+        self.name, (self.home, found) = str(path), open_run(path, [weights] if ema_length is None else [])
+        if not (config := read_config(self.home)):
+            raise UserError(f"{self.home} has no config.json: copy the whole run")
+        self.config, self.step = config, found.state["step"]
+        arrays = found.arrays[weights] if ema_length is None else self.average(ema_length)
         self.task: Any = self.config.task()
         self.net, self.diffusion = self.task.build()
         load_into(self.net, arrays)
         self.net.set_train(False)
-        self.task.open(self.home, state)
+        self.task.open(self.home, found.state)
 
-    def average(self, length: float) -> dict[str, np.ndarray]:
-        """The weights' average of this length, from the averages in the run's checkpoints up to its step. Raises UserError
-        if the run keeps none, or the length is out of range."""
+    def average(self, length: float, without: Set[Path] = frozenset()) -> dict[str, np.ndarray]:
+        """The weights' average of this length, from the averages in the run's checkpoints up to its step, but for those
+        `without`. Raises UserError if the run keeps none, or the length is out of range."""
         if not (lengths := getattr(self.config.train, "ema_lengths", ())):
             raise UserError("this run keeps no averages for --ema-length: train with --train.ema-lengths 0.05 0.1")
-        kept = [(read_state(folder)["step"], each, folder) for folder in checkpoints(self.home) for each in lengths]
-        if not (kept := [row for row in kept if row[0] <= self.step]):
+        found = [(state["step"], folder) for folder, state in readable(self.home).items() if folder not in without]
+        kept = [(step, each, folder) for step, folder in found if step <= self.step for each in lengths]
+        if not kept:
             raise UserError("this run has no checkpoint with averages for --ema-length: leave it out")
         steps, lengths, folders = zip(*kept, strict=True)
         try:
@@ -91,7 +95,13 @@ class Run:
             raise UserError(f"--ema-length: {e}") from e
         total: dict[str, Any] = {}
         for coefficient, each, folder in zip(coefficients, lengths, folders, strict=True):
-            for name, values in read_weights(folder, f"ema-{each:g}").items():
+            try:
+                weights = read_weights(folder, f"ema-{each:g}")
+            except UserError as e:
+                if folder.exists():  # else the process that trains the run has deleted it meanwhile
+                    print(f"warning: {e}; the average is made without it", file=sys.stderr)
+                return self.average(length, without | {folder})
+            for name, values in weights.items():
                 total[name] = total.get(name, 0) + np.float32(coefficient) * values
         return total
 

@@ -117,8 +117,12 @@ def _like(parameter: Tensor, values: Tensor) -> Tensor:
 
 
 def _if_finite(finite: Tensor, value: Tensor) -> Tensor:
-    """The value, or 0 after an overflow, where a product with 0 would not be finite."""
-    return ops.where(finite, value, ops.zeros_like(value))
+    """The value, or 0 in a step that is skipped, where a product with 0 would not be finite."""
+    return ops.where(finite, value, 0.0)
+
+
+def _nan_unless(finite: Tensor, value: Tensor) -> Tensor:
+    return ops.where(finite, value, math.nan)
 
 
 def _adam(powers, lr, betas, eps, parameter, moment1, moment2, gradient):
@@ -172,23 +176,44 @@ def to_device(packed: bool) -> Callable[..., tuple[Tensor, ...]]:
     return in_one_copy(same) if packed else lambda *arrays: tuple(map(Tensor, arrays))
 
 
+def make_undo(parameters: Sequence[Parameter]) -> tuple[Callable[[], Any], Callable[..., Any]]:
+    """Two functions for what the forward pass itself changes, such as the running statistics of batch norms: remember()
+    before a step, and undo(*losses) after it, which restores the parameters where a loss is not finite."""
+    copies = ms.ParameterTuple([Parameter(p.asnumpy(), name=f"remembered.{p.name}") for p in parameters])
+    kept = ms.ParameterTuple(parameters)
+
+    def restore(finite, parameter, copy):
+        return ops.assign(parameter, ops.where(finite, parameter, copy))
+
+    def remember():
+        return each(ops.assign, copies, kept)
+
+    def undo(*losses):
+        return each(partial(restore, ops.isfinite(ops.addn(losses))), kept, copies)
+
+    return (compiled(remember), compiled(undo)) if parameters else (lambda: (), lambda *losses: ())
+
+
 def make_train_step(loss_fn: Callable[..., Any], optimizer: nn.Optimizer, ema: EMA | None = None, *, clip_norm: float = 1.0,
         loss_scaler: ms.amp.LossScaler | None = None, world_size: int = 1, has_aux: bool = False,
         extra_emas: Sequence[EMA] = (), steps_per_call: int = 1,
         pack: Pack | None = None) -> Callable[..., tuple[Tensor, ...]]:  # fmt: skip
     """Compile `step(*values, **batch) -> (loss (), gradient norm ())`: the gradients of `loss_fn`, clipping, Adam, EMA.
 
+    A step whose loss or gradients are not finite is skipped: it changes nothing, and its loss is NaN.
+
     The names of loss_fn's parameters are the fields of a batch. The step takes Tensors and arrays by position or by name; a
     field that is not passed has loss_fn's default, such as None.
 
     Args:
         clip_norm: the largest global norm of the gradients, which are scaled down to it (Pascanu et al. 2013).
-        loss_scaler: `mindspore.amp.DynamicLossScaler` for float16; a step with an overflow is skipped, and its norm is 0.
-        world_size: number of ranks; their losses and gradients are averaged, and all skip a step if one has an overflow.
-        has_aux: loss_fn returns (loss, aux), and the step (loss, gradient norm, aux).
+        loss_scaler: `mindspore.amp.DynamicLossScaler` for float16; a step that is skipped lowers the scale.
+        world_size: number of ranks; their losses and gradients are averaged, and all skip a step if one has to.
+        has_aux: loss_fn returns (loss, aux), and the step (loss, gradient norm, aux). aux, a Tensor of floats, is NaN in a
+            step that is skipped, so that nothing else learns from it.
         extra_emas: averages of the network besides `ema`.
         steps_per_call: K > 1 makes K steps per call, with batches that have an additional first axis (K, ...), and returns
-            the mean loss and the last gradient norm. For small networks, whose steps take less time than a call, on the CPU.
+            the losses (K,) and the last gradient norm. For small networks on the CPU, whose steps take less than a call.
         pack: buffers that are trained in place of the network's parameters.
 
     Raises ValueError if steps_per_call is above 1 together with loss_scaler, has_aux or extra_emas."""
@@ -203,7 +228,7 @@ def make_train_step(loss_fn: Callable[..., Any], optimizer: nn.Optimizer, ema: E
         for average in emas:
             average.use(pack)
     parameters, moment1, moment2 = state
-    sizes = (*(p.size for p in parameters), 1, 1)
+    sizes = (*(p.size for p in parameters), 1)
 
     def scaled_loss(*batch):
         loss, aux = loss_fn(*batch) if has_aux else (loss_fn(*batch), ())
@@ -215,75 +240,66 @@ def make_train_step(loss_fn: Callable[..., Any], optimizer: nn.Optimizer, ema: E
         (loss, aux), gradients = loss_and_gradients(*batch)
         if pack is not None:
             gradients = pack.join(gradients)
-        finite = Tensor(True)
         if loss_scaler is not None:
-            loss, finite = loss_scaler.unscale(loss), ms.amp.all_finite(gradients)
+            loss = loss_scaler.unscale(loss)
         if world_size > 1:
-            loss, finite, gradients = over_ranks(loss, finite, gradients)
-        loss, norm = update(loss, finite, gradients) if fused is None else fused_update(loss, finite, gradients)
+            loss, gradients = over_ranks(loss, gradients)
+        loss, norm = update(loss, gradients) if fused is None else fused_update(loss, gradients)
         if loss_scaler is not None:
-            loss = ops.depend(loss, loss_scaler.adjust(finite))
-        return (loss, norm, aux) if has_aux else (loss, norm)
+            loss = ops.depend(loss, loss_scaler.adjust(ops.isfinite(loss)))
+        return (loss, norm, _nan_unless(ops.isfinite(loss), aux)) if has_aux else (loss, norm)
 
-    def over_ranks(loss, finite, gradients):
-        """Mean loss, whether all are finite, mean gradients, by one reduction."""
-        values = each(flatten, gradients) + (loss.reshape(1), ops.cast(finite, ms.float32).reshape(1))
+    def over_ranks(loss, gradients):
+        """Mean loss and mean gradients, by one reduction. They are finite if those of all ranks are."""
+        values = each(flatten, gradients) + (loss.reshape(1),)
         means = split(ops.AllReduce()(ops.concat(values)) / world_size, sizes, 0)
-        return means[-2].reshape(()), means[-1].reshape(()) == 1, each(_like, parameters, means[:-2])
+        return means[-1].reshape(()), each(_like, parameters, means[:-1])
 
-    def update(loss, finite, gradients):
-        """Clipping, Adam and averages. After an overflow all stays as it is, by arithmetic: an `if` in the graph would bring
-        the state to the host and back on Ascend and on a GPU."""
+    def update(loss, gradients):
+        """Clipping, Adam and averages. In a step that is skipped all stays as it is, by arithmetic: an `if` in the graph
+        would bring the state to the host and back on Ascend and on a GPU."""
         norm = ops.sqrt(ops.addn(each(_sum_of_squares, gradients)))
         norm = norm if loss_scaler is None else norm / loss_scaler.scale_value
         shrink = ops.clamp(clip_norm / (norm + 1e-6), 0.0, 1.0)
         shrink = shrink if loss_scaler is None else shrink / loss_scaler.scale_value
-        gradients = each(partial(ops.mul, shrink), gradients)
         lr, betas = optimizer.learning_rate(optimizer.global_step).reshape(()), (optimizer.beta1, optimizer.beta2)
-        powers, count = (optimizer.beta1_power * betas[0], optimizer.beta2_power * betas[1]), ops.cast(finite, ms.int32)
-        kept = powers
-        if loss_scaler is not None:
-            gradients = each(partial(_if_finite, finite), gradients)
-            norm, lr = _if_finite(finite, norm), _if_finite(finite, lr)
-            betas = ops.where(finite, betas[0], 1.0), ops.where(finite, betas[1], 1.0)
-            kept = ops.where(finite, powers[0], optimizer.beta1_power), ops.where(finite, powers[1], optimizer.beta2_power)
+        powers = optimizer.beta1_power * betas[0], optimizer.beta2_power * betas[1]
+        finite = ops.isfinite(loss + norm + lr)
+        gradients = each(partial(_if_finite, finite), each(partial(ops.mul, shrink), gradients))
+        lr, betas = _if_finite(finite, lr), (ops.where(finite, betas[0], 1.0), ops.where(finite, betas[1], 1.0))
+        kept = ops.where(finite, powers[0], optimizer.beta1_power), ops.where(finite, powers[1], optimizer.beta2_power)
         done = each(partial(_adam, powers, lr, betas, optimizer.eps), parameters, moment1, moment2, gradients)
-        loss = ops.depend(loss, done)
+        loss = ops.depend(_nan_unless(finite, loss), done)
         ops.assign(optimizer.beta1_power, kept[0])
         ops.assign(optimizer.beta2_power, kept[1])
-        ops.assign_add(optimizer.global_step, count)
+        ops.assign_add(optimizer.global_step, ops.cast(finite, ms.int32))
         return move_averages(emas, loss, finite), norm
 
-    def fused_update(loss, finite, gradients):
-        """The same by one operator of the CPU, where control flow in the graph costs nothing."""
-        if loss_scaler is None:
-            return loss, fused(gradients)
-        norm = ops.zeros_like(loss)
-        if finite:
-            norm = fused(loss_scaler.unscale(gradients))
-        return loss, norm
+    def fused_update(loss, gradients):
+        """The same by one operator of the CPU."""
+        return fused(loss, gradients if loss_scaler is None else loss_scaler.unscale(gradients))
 
     def move_averages(emas, loss, finite):
         """The loss, after the averages have followed the parameters that the step has trained."""
         for average in emas:
             n = ops.cast(ops.depend(optimizer.global_step, loss), ms.float32).reshape(())
-            weight = 1 - average.decay_after(n)
-            weight = weight if loss_scaler is None else _if_finite(finite, weight)
+            weight = _if_finite(finite, 1 - average.decay_after(n))
             loss = ops.depend(loss, each(partial(_move_average, weight, loss), average.targets, average.followed))
         return loss
 
     def repeat(count, *batches):
-        i, total, norm = Tensor(0, ms.int32), Tensor(0.0, ms.float32), Tensor(0.0, ms.float32)
+        i, norm, numbers = Tensor(0, ms.int32), Tensor(0.0, ms.float32), Tensor(np.arange(steps_per_call), ms.int32)
+        losses = ops.zeros(steps_per_call, ms.float32)
         while i < count:  # a loop in the graph, because both are Tensors
             batch = ()
             for values in batches:
                 batch = batch + (None if values is None else ops.gather(values, i, 0),)
             loss, norm = step(*batch)[:2]
-            total, i = total + loss, i + 1
-        return total / steps_per_call, norm
+            losses, i = ops.where(numbers == i, loss, losses), i + 1
+        return losses, norm
 
     def move_extra_averages(loss):
-        return move_averages(extra_emas, loss, Tensor(True))
+        return move_averages(extra_emas, loss, ops.isfinite(loss))
 
     train = compiled(repeat if steps_per_call > 1 else step) if pack is None else in_one_copy(step)
     count = (Tensor(steps_per_call, ms.int32),) if steps_per_call > 1 else ()

@@ -11,14 +11,14 @@ import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 
 from ... import images
-from ...fields import AT_LEAST_1, NON_NEGATIVE, POSITIVE, Bounds
+from ...fields import AT_LEAST_1, DEPTH, NON_NEGATIVE, POSITIVE, Bounds
 from ...latent import FirstStage
 from ...losses import D_LOSSES, adaptive_weight, autoencoder_loss, discriminator_loss, generator_loss
 from ...metrics.scores import Reference, Samples, choose
 from ...models.autoencoder import AutoencoderConfig, gaussian_kl, gaussian_sample
 from ...models.classifier import load_classifier
 from ...models.discriminator import NORMS, NLayerDiscriminator
-from ...models.layers import RankMean
+from ...models.layers import Masks, RankMean
 from ...models.lpips import classifier_distance, load_lpips
 from ...runtime import UserError, command, compiled, ranks
 from ...sampling import Sampling
@@ -26,7 +26,7 @@ from ..checkpoint import Checkpoint
 from ..config import Config, DataConfig, TrainConfig
 from ..pack import make_pack
 from ..runs import Run
-from ..step import EMA, make_optimizer, make_train_step, to_device
+from ..step import EMA, make_optimizer, make_train_step, make_undo, to_device
 from .base import Arrays, Request, Scored, Task, load_initial_weights, set_precision
 from .images import ImageData, Images, check_image_size
 
@@ -59,7 +59,7 @@ class AutoencoderTrainConfig(TrainConfig):
     """Loss of the discriminator."""
     disc_channels: Annotated[int, AT_LEAST_1] = 32
     """Channels after the discriminator's first convolution."""
-    disc_layers: Annotated[int, AT_LEAST_1] = 2
+    disc_layers: Annotated[int, DEPTH] = 2
     """Number of the discriminator's convolutions with a norm."""
     disc_norm: Literal[tuple(NORMS)] = "batch"
     """Norm of the discriminator."""
@@ -131,6 +131,7 @@ class AutoencoderTask(Images, Task):
     def prepare(self) -> None:
         """The steps, compiled when first called: the first without the discriminator, until disc_start."""
         train, net, discriminator = self.config.train, self.net, self.discriminator
+        self.masks = Masks(net, train.batch_size, (self.config.data.size,) * 2)
         options = {"clip_norm": train.clip_norm, "world_size": self.world_size}
         losses = autoencoder_losses(net, discriminator, self.logvar, perceptual_distance(self.config), train)
         likelihood, adversarial, weigh, d_loss = losses
@@ -145,20 +146,24 @@ class AutoencoderTask(Images, Task):
             self.adversarial_step = make_train_step(adversarial, self.optimizer, self.ema, **generator)
             options |= {"pack": d_pack, "loss_scaler": self.d_scaler}
             self.discriminator_step = make_train_step(d_loss, self.d_optimizer, **options)
+            self.remember, self.undo = make_undo(discriminator.statistics)
 
     def draw_batch(self, x: np.ndarray, labels: np.ndarray, step: int) -> Arrays:
         return {"x": x, "noise": self.random(step).standard_normal((len(x), *self.latent_shape), np.float32)}
 
     def advance(self, batch: Arrays, step: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         train, (x, noise) = self.config.train, self.to_device(batch["x"], batch["noise"])
+        self.masks.draw(train.seed, step, self.rank)
         if not self.discriminator or step < train.disc_start:
             loss, norm, _ = self.likelihood_step(x, noise)
             return loss, norm, {"logvar": self.logvar}
         if train.disc_norm == "act":
             self.discriminator.initialise(x)
+        self.remember()
         weight = self.weigh(x, noise)
         loss, norm, reconstruction = self.adversarial_step(x, noise, weight)
         d_loss = self.discriminator_step(x, reconstruction)[0]
+        self.undo(loss, d_loss)
         return loss, norm, {"logvar": self.logvar, "disc_weight": weight, "disc_loss": d_loss}
 
     def preview(self, step: int) -> Path:

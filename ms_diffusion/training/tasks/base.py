@@ -1,6 +1,7 @@
 """What every kind of run has to know: one object, asked by the training loop, sampling, evaluation and likelihood.
 `config.task()` makes it. Training, sampling and scoring never ask what kind a run is: they call these methods."""
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from mindspore import Tensor, nn
 from mindspore.amp import DynamicLossScaler
 
 from ...convert import LoadReport, load_pretrained
-from ...data.batches import check_enough, make_dataset
+from ...data.batches import check_enough, check_values, fingerprint, make_dataset
 from ...metrics.scores import Reference, Samples
 from ...models.layers import set_compute_type
 from ...process import GaussianDiffusion
@@ -100,11 +101,26 @@ class Task:
         self.run_dir, self.rank, self.world_size = run_dir, rank, world_size
         self.make_networks(device)
         self.data, self.labels = self.load_data()
+        if rank == 0:
+            check_values(self.data, self.noun)
         self.check_data()
         self.state = self.checkpoint.load_latest()
+        self.note_other_data()
         self.keep_batch()
         check_enough(self.data, self.config.train.batch_size if self.config.train.total_steps else 1, world_size)
         self.prepare()
+
+    def note_other_data(self) -> None:
+        """Say so where a run goes on with other data than it had, such as a folder in which images were added."""
+        self.fingerprint = fingerprint(self.data, self.labels)
+        known = self.state and self.state.get("data_sha256")
+        if self.rank == 0 and known and known != self.fingerprint:
+            then, now = self.state.get("data_num"), len(self.data)
+            print(
+                f"note: the training data are not those of step {self.start_step}: {then} {self.noun} then, {now} now; "
+                "training goes on with those of now",
+                file=sys.stderr,
+            )
 
     def keep_batch(self) -> None:
         """Where a run goes on with another number of ranks, and the user has not changed --train.batch-size, let the ranks
@@ -187,13 +203,9 @@ class Task:
         """FID of a few samples, which all ranks draw together."""
         raise NotImplementedError
 
-    def interrupted(self) -> bool:
-        """Whether a preview or a score need not be finished, because training was asked to stop."""
-        return False
-
     def checkpoint_record(self) -> dict[str, Any]:
         """Additional content of a checkpoint's state.json."""
-        return {}
+        return {"data_num": len(self.data), "data_sha256": self.fingerprint}
 
     def next_commands(self) -> dict[str, str]:
         """What a user may do when training has ended: purpose -> command and arguments."""

@@ -9,9 +9,10 @@ import numpy as np
 
 from mindspore import Parameter, Tensor, nn, ops
 
+from ...models.layers import Masks
 from ...process import GaussianDiffusion
 from ...randomness import ImportanceTimesteps, Random, antithetic_timesteps, offset_noise, uniform_timesteps
-from ...runtime import Interrupted, gather
+from ...runtime import check_interrupted, gather
 from ...sampling import Generator, Sampling
 from ..checkpoint import Checkpoint
 from ..pack import make_pack
@@ -63,7 +64,8 @@ class DiffusionTask(Task):
     def prepare(self) -> None:
         train, options, pack = self.config.train, self.step_options, make_pack(self.net, self.optimizer)
         self.packs = [] if pack is None else [pack]
-        need_host = options["has_aux"] or options["extra_emas"] or options["loss_scaler"]  # each step
+        self.masks = Masks(self.net, train.batch_size, self.shape[1:])
+        need_host = options["has_aux"] or options["extra_emas"] or options["loss_scaler"] or self.masks.layers  # each step
         if pack is None and not need_host:  # a loop in the graph keeps its state on the CPU; a card would copy it each time
             counts = [getattr(train, f"{name}_every", 0) for name in ("log", "sample", "save", "score")]
             self.steps_per_call = math.gcd(train.steps_per_call, self.start_step, train.total_steps, *counts)
@@ -105,6 +107,7 @@ class DiffusionTask(Task):
         return {"self_cond_mask": rng.integers(0, 2, len(labels)).astype(np.float32)} if self.self_condition else {}
 
     def advance(self, batch: Arrays, step: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        self.masks.draw(self.config.train.seed, step, self.rank)
         loss, norm, *aux = self.train_step(**batch)
         if self.importance:
             t, losses = gather(np.stack([np.float32(batch["t"]), aux[0].asnumpy()])).swapaxes(0, 1)  # of all ranks
@@ -120,12 +123,9 @@ class DiffusionTask(Task):
         """`num` samples (num, ...) of the averaged network, as floats."""
         self.write_back()
         sampling = replace(sampling or self.preview_sampling, seed=self.config.train.seed, batch_size=batch_size)
-        return self.decode(self.average.draw(sampling, num, self.in_order(self.preview_conditions(num)), self.watch))
-
-    def watch(self, *_: Any) -> None:
-        """Called after each sampling step."""
-        if self.interrupted():
-            raise Interrupted
+        return self.decode(
+            self.average.draw(sampling, num, self.in_order(self.preview_conditions(num)), lambda *_: check_interrupted())
+        )
 
     def in_order(self, conditions: Arrays) -> list[np.ndarray]:
         """Conditions by name -> in the network's order."""

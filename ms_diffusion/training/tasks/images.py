@@ -11,9 +11,9 @@ import numpy as np
 from PIL import Image
 
 from ... import images
-from ...data.batches import CLASS_NAMES, DATASETS, check_images, load_images
+from ...data.batches import CLASS_NAMES, DATASETS, check_images, check_labels, load_images
 from ...data.fashion_mnist import center_crop
-from ...files import write
+from ...files import check_output, write
 from ...metrics.distances import frechet_distance, mean_and_covariance
 from ...metrics.features import Features
 from ...metrics.scores import Reference, Samples
@@ -46,8 +46,7 @@ class ImageData:
         pictures, labels = data if isinstance(data, tuple) else (data, np.zeros(len(data), np.int32))
         pictures, labels = np.asarray(pictures), np.asarray(labels)
         check_images(pictures)
-        if labels.shape != pictures.shape[:1] or labels.dtype.kind not in "iu":
-            raise UserError(f"labels must be {len(pictures)} integers, these are {labels.shape} of {labels.dtype}")
+        check_labels(labels, len(pictures))
         size, channels = pictures.shape[2:]
         data, model = replace(config.data, name="arrays", size=size), replace(config.model, channels=channels)
         return replace(config, data=data, model=model), (pictures, labels.astype(np.int32))
@@ -112,8 +111,12 @@ class ImageTask(Images, DiffusionTask):
     # Training
 
     def check_data(self) -> None:
-        if self.num_classes is not None and self.labels.max() >= self.num_classes:
-            highest = self.labels.max()
+        if self.num_classes is None:
+            return
+        lowest, highest = self.labels.min(), self.labels.max()
+        if lowest < 0:
+            raise UserError(f"the data has labels down to {lowest}: number the classes from 0")
+        if highest >= self.num_classes:
             raise UserError(f"the data has labels up to {highest}: set --model.num-classes {highest + 1}")
 
     def prepare(self) -> None:
@@ -194,6 +197,9 @@ class ImageTask(Images, DiffusionTask):
 
     def render(self, run: Run, request: Request, folder: Path) -> list[Path]:
         plan, (rank, world_size) = self.plan(run, request), ranks()
+        out = Path(request.out or folder / "sample.png")
+        if not rank:
+            check_output(out, request.gif, request.denoise_row, request.npz)
         in_steps = bool(request.gif or request.denoise_row)  # these show the first batch as one rank draws it
         if rank and in_steps:
             return []
@@ -218,7 +224,6 @@ class ImageTask(Images, DiffusionTask):
         bar.close()
         if rank:
             return []
-        out = Path(request.out or folder / "sample.png")
         images.save_grid(out, images.to_uint8(plan.arrange(x)), plan.columns, plan.scale, plan.captions)
         if request.gif:
             images.save_gif(request.gif, frames, plan.gif_columns)

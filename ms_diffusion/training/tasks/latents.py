@@ -1,5 +1,6 @@
 """Latent diffusion (Rombach et al. 2022): a denoiser on the latents of a trained autoencoder, its first stage."""
 
+import contextlib
 import hashlib
 import json
 from dataclasses import dataclass, field
@@ -10,17 +11,18 @@ import numpy as np
 
 from mindspore import Tensor
 
+from ...data.batches import check_values
 from ...data.captions import CAPTIONS, LENGTH, NAMES, WORDS, draw_captions, plain_captions, tokens
 from ...fields import AT_LEAST_1, POSITIVE
-from ...files import share_files, write
+from ...files import read_bytes, share_files, sweep, write, write_json
 from ...latent import FirstStage
 from ...models.autoencoder import gaussian_sample
 from ...models.context import LatentUnetConfig
 from ...randomness import Random, Stream, drop_labels
 from ...runtime import UserError, broadcast, command
-from ..checkpoint import read_state
-from ..config import Config, DataConfig, DiffusionRunConfig, ImageTrainConfig
-from ..runs import run_folders
+from ..checkpoint import read_config, read_state, readable
+from ..config import DataConfig, DiffusionRunConfig, ImageTrainConfig
+from ..runs import open_run
 from .autoencoder import load_first_stage, save_reconstructions
 from .base import Arrays
 from .images import ImageData, ImageTask, check_image_size, check_scored
@@ -85,12 +87,14 @@ class LatentTask(ImageTask):
         """Encode the images, and find the scale of the latents."""
         config, state = self.config, self.state
         if self.rank == 0:
-            self.first_stage = resolve_first_stage(config, self.run_dir)
+            self.first_stage = resolve_first_stage(config, self.run_dir, (state or {}).get("first_stage"))
         saved = self.run_dir / "first_stage"
         share_files([saved / name for name in ("config.json", "ema.safetensors", "state.json")])
+        self.weights_hash = hash_of(read_state(saved))
         if self.rank:
             self.first_stage = load_first_stage(saved, config.first_stage_patch)
         self.data = self.first_stage.cached_moments(self.originals, config.data.dir)
+        check_values(self.data, f"latents of the first stage {config.first_stage or saved}")
         if state and "latent_scale" not in state:
             which = f"the checkpoint of step {self.start_step} in {self.run_dir}"
             raise UserError(f"{which} has no latent_scale: remove it, or use another --run-dir")
@@ -102,7 +106,8 @@ class LatentTask(ImageTask):
             save_reconstructions(path, self.first_stage, self.originals[: config.train.sample_num])
 
     def checkpoint_record(self) -> dict[str, Any]:
-        return {"latent_scale": self.first_stage.scale}
+        own = {"latent_scale": self.first_stage.scale, "first_stage": self.weights_hash}
+        return own | super().checkpoint_record()
 
     def make_x_start(self) -> Any:
         scale = self.first_stage.scale
@@ -151,44 +156,69 @@ class CaptionTask(LatentTask):
         return {"tokens": plain_captions(self.label_array(labels, num))}
 
 
-def resolve_first_stage(config: LatentConfig, run: Path) -> FirstStage:
-    """The first stage that a run of latents has saved, or the one of --first-stage, of which it keeps a copy.
-    Raises UserError if there is none, or another one, or one whose latents the network does not take."""
+def resolve_first_stage(config: LatentConfig, run: Path, kept: str | None = None) -> FirstStage:
+    """The first stage that a run of latents has saved, or the one of --first-stage, of which it keeps a copy; a damaged copy
+    is made again. `kept` is the SHA-256 of its weights, where a checkpoint knows it. Raises UserError if there is none, or
+    another one, or one whose latents the network does not take."""
     saved, requested = run / "first_stage", config.first_stage
-    is_saved = (saved / "state.json").exists()  # which is written last
+    sweep(saved)
+    with contextlib.suppress(UserError):
+        kept = kept or hash_of(read_state(saved))
+    is_saved = is_copy(saved, kept)
     if is_saved and requested and not Path(requested).exists():
         requested = None  # it was needed only for the copy
     if not requested and not is_saved:
         trained = f"the run of {command('train')} --preset autoencoder"
-        raise UserError(f"no autoencoder is given: add --first-stage runs/autoencoder, {trained}")
+        missing = f"{saved} is missing or damaged" if kept else "no autoencoder is given"
+        raise UserError(f"{missing}: add --first-stage runs/autoencoder, {trained}")
+    name, source = requested or saved, saved
     if requested:
-        folder = run_folders(Path(requested))[0]
-        hashes = [read_state(f)["sha256"]["ema.safetensors"] for f in (folder, *[saved] * is_saved)]
-        if len(set(hashes)) > 1:
+        home, found = open_run(requested, [] if is_saved else ["ema"])
+        if not is_saved:  # where the autoencoder has been trained on, the copy is of an earlier checkpoint
+            source = next((each for each, state in readable(home).items() if kept == hash_of(state)), found.folder)
+        if kept and kept != hash_of(found.state if is_saved else read_state(source)):
             raise UserError(f"--first-stage {requested} is not the first stage that the run in {run} has kept: leave it out")
-    source = saved if is_saved else Path(requested or "")
-    first_stage = load_first_stage(source, config.first_stage_patch)
-    model, autoencoder = config.model, Config.from_json(run_folders(source)[1] / "config.json").model
-    size, side, f = config.data.size, model.latent_size, autoencoder.size_multiple
+    try:
+        first_stage, content = load_first_stage(source, config.first_stage_patch), read_bytes(source / "ema.safetensors")
+        autoencoder: Any = read_config(open_run(source, [])[0])
+    except (UserError, OSError):
+        if source.exists():
+            raise
+        return resolve_first_stage(config, run, kept)  # the autoencoder's training has deleted this checkpoint meanwhile
+    model, size, side, f = config.model, config.data.size, config.model.latent_size, autoencoder.model.size_multiple
     if size % f:
         sizes = f"sizes divisible by {f}, such as {side * f}"
-        raise UserError(f"--data.size is {size}: the first stage {source} takes {sizes}")
-    made, taken = (autoencoder.embed_dim, size // f, size // f), (model.in_channels, side, side)
-    if made != taken or autoencoder.channels != model.channels:
+        raise UserError(f"--data.size is {size}: the first stage {name} takes {sizes}")
+    made, taken = (autoencoder.model.embed_dim, size // f, size // f), (model.in_channels, side, side)
+    if made != taken or autoencoder.model.channels != model.channels:
         raise UserError(
-            f"the first stage {source} makes latents {made} of images with {autoencoder.channels} channels, the network "
+            f"the first stage {name} makes latents {made} of images with {autoencoder.model.channels} channels, the network "
             f"takes {taken} and {model.channels}: set --model.in-channels, --model.out-channels, --model.latent-size, "
             "--model.channels and --data.size to fit"
         )
     if not is_saved:
-        folder, home = run_folders(source)
-        state = {"step": read_state(folder)["step"], "sha256": {}}
-        for path in (home / "config.json", folder / "ema.safetensors"):
-            content = path.read_bytes()
-            state["sha256"][path.name] = hashlib.sha256(content).hexdigest()
-            write(saved / path.name, lambda file, content=content: file.write(content))
-        write(saved / "state.json", lambda file: file.write(json.dumps(state, indent=1).encode()))
+        record = json.dumps(autoencoder.to_record(), indent=1).encode()
+        files = {"config.json": record, "ema.safetensors": content}
+        hashes = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+        for name, data in files.items():
+            write(saved / name, lambda file, data=data: file.write(data))
+        write_json(saved / "state.json", {"step": read_state(source)["step"], "sha256": hashes})  # last: now it is complete
     return first_stage
+
+
+def hash_of(state: dict[str, Any]) -> str | None:
+    """The SHA-256 of the averaged weights of a checkpoint with this state.json."""
+    return state["sha256"].get("ema.safetensors")
+
+
+def is_copy(folder: Path, weights: str | None) -> bool:
+    """Whether a folder is a whole copy of the first stage whose weights have this SHA-256."""
+    try:
+        hashes = read_state(folder)["sha256"]
+        files = {name: hashlib.sha256(read_bytes(folder / name)).hexdigest() for name in hashes}
+    except (UserError, OSError):
+        return False
+    return files == hashes and hashes.get("ema.safetensors") == weights
 
 
 def scale_of(moments: np.ndarray, train: ImageTrainConfig, world_size: int = 1) -> float:

@@ -14,7 +14,7 @@ from mindspore import Tensor
 from ... import plots2d
 from ...data.points import POINTS_FILE, TOYS, Normalizer, load_points, read_saved_points
 from ...fields import AT_LEAST_1, OneOf
-from ...files import write
+from ...files import check_output, write
 from ...metrics.distances import compare
 from ...models.mlp import MLPConfig, ResidualMLPConfig
 from ...progress import ProgressBar
@@ -27,6 +27,7 @@ from .diffusion import DiffusionTask
 
 GIF_FRAMES = 40
 PANELS = 10
+PICTURES = ("forward", "reverse", "score", "trajectories")  # in the run's folder, beside the samples
 SHOWN = 2000  # points in a panel
 
 
@@ -127,6 +128,9 @@ class PointsTask(DiffusionTask):
         num, sampling = request.num or 10_000, request.sampling.resolve(self)
         sampling = replace(sampling, batch_size=sampling.batch_size or num)
         diffusion, data, timesteps = run.diffusion, self.test, sampling.timesteps(run.diffusion)
+        out, gif = Path(request.out or folder / "sample.png"), Path(request.gif or folder / "denoise.gif")
+        pictures, report = [folder / f"{name}.png" for name in PICTURES], folder / "scores.json"
+        check_output(out, gif, request.npz, report, *pictures)
 
         def draw(sampler: Any, timesteps: list[int], n: int) -> tuple[np.ndarray, np.ndarray]:
             """Points (n, 2), and the paths of those of the first batch, (steps + 1, B, 2), in the data's units."""
@@ -144,7 +148,6 @@ class PointsTask(DiffusionTask):
             return self.decode(x), self.decode(np.stack(path))
 
         samples, path = draw(sampling.make_sampler(), timesteps, num)
-        out, gif = Path(request.out or folder / "sample.png"), Path(request.gif or folder / "denoise.gif")
         title = f"{sampling.sampler}, {len(timesteps)} steps"
         plots2d.save_samples(out, samples, data[:num], title)
         names = [*(f"t = {t}" for t in timesteps), "x_0"]
@@ -157,11 +160,10 @@ class PointsTask(DiffusionTask):
         paths = {f"{name}, {len(few)} steps": draw(SAMPLERS[name], few, 8)[1] for name in ("ddpm", "ddim")}
         plots2d.save_trajectories(folder / "trajectories.png", paths, data[:SHOWN])
 
-        written = [out, gif, *(folder / f"{name}.png" for name in ("forward", "reverse", "score", "trajectories"))]
+        written = [out, gif, *pictures]
         if request.npz:
             write(request.npz, lambda f: np.savez_compressed(f, points=samples))
             written.append(Path(request.npz))
-        report = folder / "scores.json"
         try:
             distances = compare(samples, data, np.random.default_rng(sampling.seed))
         except ValueError as e:
