@@ -44,13 +44,29 @@ def make_denoiser(diffusion: GaussianDiffusion, net: nn.Cell, cond: Cond = None,
         x_start = diffusion.predict_start(predict(net, x_t, t, cond), x_t, t)
         return ops.clamp(x_start, -1.0, 1.0) if clip else x_start
 
-    graph, times = compiled(predict_start), lru_cache(4096)(filled)
+    graph, times, gather = compiled(predict_start), lru_cache(4096)(filled), ops.Gather()
+
+    @lru_cache(64)
+    def filled_up(n: int) -> Tensor:
+        """The rows of a batch of n, and its last one again up to the size that is compiled."""
+        return on_device(np.minimum(np.arange(graph_size(n)), n - 1).astype(np.int32))
 
     def denoise(x_t: Tensor, t: int, *cond: Tensor) -> Tensor:
+        n, values = x_t.shape[0], (x_t, *(cond or default))
+        if size_differs := graph_size(n) != n:
+            values = [gather(value, filled_up(n), 0) for value in values]
         with evaluation_mode(net):
-            return graph(x_t, times(t, x_t.shape[:1]), *(cond or default))
+            x_start = graph(values[0], times(t, values[0].shape[:1]), *values[1:])
+        return x_start[:n] if size_differs else x_start
 
     return denoise
+
+
+def graph_size(n: int) -> int:
+    """The batch size of the graph that is used for n samples: the next of 1, 2, 3, 4, 6, 8, 12, 16, ..., 64, or n above it.
+    A graph for each n would cost seconds, and megabytes that MindSpore never frees."""
+    power = 1 << (n - 1).bit_length()
+    return n if n > 64 else power * 3 // 4 if n <= power * 3 // 4 else power
 
 
 def filled(value: int, shape: tuple[int, ...]) -> Tensor:

@@ -493,7 +493,7 @@ def in_batches(
     Several ranks share the batches and all return the same: all of them call this with the same rows, or one of them
     `runtime.alone`. The batches are smaller than `size` where there would be fewer of them than ranks."""
     rank, world_size = ranks()
-    size = min(size, round_up(-(-len(rows) // world_size)))
+    size = max(min(size, -(-len(rows) // world_size)), 1)
     share = -(-len(rows) // (size * world_size)) * size  # rows of each rank
     found = []
     with alone():
@@ -503,11 +503,3 @@ def in_batches(
             found.append(fn(rows[np.minimum(np.arange(first, first + size), len(rows) - 1)]))
     parts = (gather(np.concatenate(part)) for part in zip(*found, strict=True))
     return [part.reshape(-1, *part.shape[2:])[: len(rows)] for part in parts]
-
-
-def round_up(n: int) -> int:
-    """The next of 1, 2, 3, 4, 6, 8, 12, 16, 24, ...: a process that draws other numbers of samples in each call compiles a
-    graph for these sizes alone, each of which costs seconds, and memory that MindSpore never frees."""
-    n = max(n, 1)
-    power = 1 << (n - 1).bit_length()
-    return power * 3 // 4 if n <= power * 3 // 4 else power

@@ -117,6 +117,7 @@ def save_loss_curve(
     long curve, means of neighbours are drawn."""
     from matplotlib.figure import Figure  # takes a second to import
 
+    gc.collect()  # the last figure, 2 MB of objects that refer to each other: a run draws one at each checkpoint
     group = -(-len(losses) // CURVE_POINTS)
     steps, losses = steps[::group], [float(np.mean(losses[i : i + group])) for i in range(0, len(losses), group)]
     figure = Figure(figsize=(6, 4), layout="constrained")
@@ -134,5 +135,3 @@ def save_loss_curve(
         right.plot(*zip(*scores, strict=True), "o-", color="C2")
         right.set(ylabel="FID", yscale="log")
     write(path, lambda f: figure.savefig(f, format="png", dpi=120))
-    del figure, axes
-    gc.collect()  # a figure is 2 MB that refer to each other, and a run draws one at each checkpoint

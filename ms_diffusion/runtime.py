@@ -215,7 +215,7 @@ def compiled(fn: Callable) -> Callable:
     return call
 
 
-MOST_GRAPHS = 8  # of a function: 16 MB each for a small network
+MOST_GRAPHS = 16  # of a function: 16 MB each for a small network; `denoiser.graph_size` has 12 sizes
 _unused: list[list[str]] = []  # names of the graphs of functions that are gone
 
 

@@ -56,8 +56,8 @@ def latent(folder: Path, steps: int = 500) -> list[dict[str, float]]:
 def options_of(i: int) -> dict[str, Any]:
     """Other options for each call of `sample`."""
     samplers = list(SAMPLERS)
-    guidance = {"guidance": 1 + i % 7 / 2, "guidance_rescale": i % 3 / 4} if i % 7 else {}
-    return {"num": 1 + i * 7 % 12, "sampler": samplers[i % len(samplers)], "steps": 2 + i % 5, "seed": i, **guidance}
+    guidance = {"guidance": 1.5 + i % 7 / 2, "guidance_rescale": i % 3 / 4} if i % 2 else {"guidance": 1.0}
+    return {"num": (1, 3, 4)[i // 2 % 3], "sampler": samplers[i % len(samplers)], "steps": 2 + i % 5, "seed": i, **guidance}
 
 
 SMALL = {"dim": 8, "init_dim": 8, "dim_mults": (1,), "resnet_block_groups": 4, "num_timesteps": 100}
@@ -65,7 +65,9 @@ SMALL = {"dim": 8, "init_dim": 8, "dim_mults": (1,), "resnet_block_groups": 4, "
 
 def small_run(folder: Path) -> Any:
     """A run with classes that has hardly begun."""
-    return md.train("quick-class", folder / "run", "fashion-mnist-mini", total_steps=1, sample_num=1, sample_steps=1, **SMALL)
+    return md.train(
+        "quick-class", folder / "run", "fashion-mnist-mini", total_steps=1, sample_num=1, sample_steps=1, **SMALL
+    )
 
 
 def sample(folder: Path, calls: int = 200) -> list[dict[str, float]]:
