@@ -234,6 +234,34 @@ def test_steps_in_one_call_are_those_of_many(build, averaged, with_kernels, monk
     np.testing.assert_equal(states, after_each[2::3])
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_averages_are_of_the_network_alone(frozen, monkeypatch):
+    """Also with a trained parameter that is none of the network's, and with parameters that are not trained: as without the
+    kernels."""
+    if not kernels.available():
+        pytest.skip("needs a C++ compiler")
+
+    def trained():
+        net, extra = Linear(), Parameter(Tensor(np.zeros(1000, np.float32)), name="extra")
+        next(iter(net.get_parameters())).requires_grad = not frozen
+        error = squared_error(net)
+
+        def loss_fn(x, y):
+            return error(x, y) * ops.exp(-extra.mean()) + extra.mean()
+
+        ema = EMA(net, DECAY)
+        optimizer = make_optimizer(net, LR, WARMUP, STEPS, extra_parameters=[extra])
+        step = make_train_step(loss_fn, optimizer, ema)
+        losses = [step(*batch)[0] for batch in batches()]
+        return [loss.asnumpy() for loss in losses], values([extra, *net.get_parameters(), *ema.averages])  # read late
+
+    with_kernels = trained()
+    monkeypatch.setattr(kernels, "available", lambda: False)
+    for found, expected in zip(with_kernels, trained(), strict=True):
+        for a, b in zip(found, expected, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
 def test_learning_rate():
     schedule = WarmupCosine(1e-3, 4, 12)
     steps = [0, 1, 3, 4, 8, 10, 12, 13, 1000]

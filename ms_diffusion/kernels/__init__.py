@@ -359,11 +359,12 @@ def adam(optimizer: nn.Adam, clip_norm: float, ema=None) -> Callable:
 
     MindSpore needs ten operators for each parameter, this function one for all. The operator declares that it changes inputs
     in place: otherwise MindSpore passes it copies beside another such operator, for example a batch norm in training."""
-    averages = ema.averages if ema is not None else ()
     parameters, moments = optimizer.parameters, optimizer.moment1 + optimizer.moment2
-    n = len(parameters)
+    average_of = {} if ema is None else {id(p): a for p, a in zip(ema.sources, ema.averages, strict=True)}
+    averages = [average_of[id(p)] for p in parameters if id(p) in average_of]  # a learned variance has none
+    n, has_average = len(parameters), [float(id(p) in average_of) for p in parameters]
     constants = [float(c) for c in (n, optimizer.beta1, optimizer.beta2, optimizer.eps, clip_norm)]
-    constants = Tensor(np.array(constants, np.float32))
+    constants = Tensor(np.array([*constants, *has_average], np.float32))
     operator = Operator("adam", lambda *inputs: ((), ()), 2)
     written = [False] * 4 + [True] * (3 + 3 * n) + [False] * n + [True] * len(averages)
     operator.set_signatures([make_sig(f"x{i}", sig_rw.RW_WRITE if w else sig_rw.RW_READ) for i, w in enumerate(written)])

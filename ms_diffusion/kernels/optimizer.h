@@ -17,7 +17,7 @@ struct AdamState {
   float loss, rate, decay;           // the step's loss; the learning rate; the decay of the averages
   float *beta1_power, *beta2_power;  // beta1 and beta2 to the power of the number of steps; this step multiplies them
   std::vector<long> sizes;           // of each parameter
-  std::vector<float*> parameters, first_moments, second_moments, averages;  // averages: empty, or one for each parameter
+  std::vector<float*> parameters, first_moments, second_moments, averages;  // averages: null where there is none
   std::vector<const float*> gradients;
 };
 
@@ -58,7 +58,7 @@ inline float adam(const AdamState& state) {
   parallel([&](int t) {
     share(t, [&](long i, long from, long to) {
       float *p = state.parameters[i], *m = state.first_moments[i], *v = state.second_moments[i];
-      float* average = state.averages.empty() ? nullptr : state.averages[i];
+      float* average = state.averages[i];
       const float* gradient = state.gradients[i];
 #pragma omp simd
       for (long j = from; j < to; ++j) {

@@ -220,7 +220,9 @@ def make_train_step(loss_fn: Callable[..., Any], optimizer: nn.Optimizer, ema: E
     if steps_per_call > 1 and (loss_scaler is not None or has_aux or extra_emas):
         raise ValueError("steps_per_call above 1 works without loss_scaler, has_aux and extra_emas only: set it to 1")
     fields = inspect.signature(loss_fn)
-    fused = kernels.adam(optimizer, clip_norm, ema) if pack is None and kernels.adam_available() else None
+    moves_all = ema is None or {id(p) for p in ema.sources} <= {id(p) for p in optimizer.parameters}  # none is frozen
+    is_fused = pack is None and moves_all and kernels.adam_available()
+    fused = kernels.adam(optimizer, clip_norm, ema) if is_fused else None
     emas = [*([] if ema is None else [ema]), *extra_emas]
     trained, state = optimizer.parameters, (optimizer.parameters, optimizer.moment1, optimizer.moment2)
     if pack is not None:

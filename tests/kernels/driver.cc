@@ -386,41 +386,55 @@ void check_attention(long images, long heads, long d, long h, long w) {
   compare("linear_attention dqkv", dqkv, gradient);
 }
 
-void check_adam(long count, bool with_averages) {
+// Every second parameter, or the others, or all, have an average; with a loss that is not finite nothing changes.
+void check_adam(long count, int averaged, bool finite) {
   const double beta1 = 0.9, beta2 = 0.99, eps = 1e-3, clip = 2, lr = 0.1, decay = 0.7;
-  Tensor settings = constant({static_cast<double>(count), beta1, beta2, eps, clip}), rate = constant({lr}),
-         keep = constant({decay});
+  const auto has_average = [&](long i) { return averaged == 2 || i % 2 == averaged; };
+  std::vector<double> constants{static_cast<double>(count), beta1, beta2, eps, clip};
+  for (long i = 0; i < count; ++i) constants.push_back(has_average(i));
+  Tensor settings = constant(constants), rate = constant({lr}), keep = constant({decay});
+  Tensor loss = constant({finite ? 3. : NAN}), loss_out = output({});
   Tensor power1 = constant({beta1}), power2 = constant({beta2}), steps = ints({4}), norm = output({});
   std::vector<std::vector<int64_t>> shapes;
   for (long i = 0; i < count; ++i)
     shapes.push_back(i % 2 ? std::vector<int64_t>{uniform(1, 90)} : std::vector<int64_t>{uniform(1, 9), uniform(1, 20)});
   std::vector<Tensor> all;  // parameters, first moments, second moments, gradients, averages
-  for (int kind = 0; kind < (with_averages ? 5 : 4); ++kind)
-    for (const auto& shape : shapes) all.push_back(kind == 2 ? positive(shape) : normal(shape));
+  for (int kind = 0; kind < 5; ++kind)
+    for (long i = 0; i < count; ++i)
+      if (kind < 4 || has_average(i)) all.push_back(kind == 2 ? positive(shapes[i]) : normal(shapes[i]));
   std::vector<Doubles> wanted;
   for (const Tensor& t : all) wanted.push_back(t.doubles());
   double total = 0;
   for (long i = 0; i < count; ++i)
     for (const double g : wanted[3 * count + i]) total += g * g;
   const double scale = std::fmin(1, clip / (std::sqrt(total) + 1e-6));
-  for (long i = 0; i < count; ++i)
+  long average = 4 * count - 1;
+  for (long i = 0; i < count && finite; ++i) {
+    average += has_average(i);
     for (size_t j = 0; j < wanted[i].size(); ++j) {
       const double g = wanted[3 * count + i][j] * scale;
       double &p = wanted[i][j], &m = wanted[count + i][j], &v = wanted[2 * count + i][j];
       m = beta1 * m + (1 - beta1) * g;
       v = beta2 * v + (1 - beta2) * g * g;
       p -= lr * std::sqrt(1 - beta2 * beta2) / (1 - beta1 * beta1) * m / (std::sqrt(v) + eps);
-      if (with_averages) wanted[4 * count + i][j] += (1 - decay) * (p - wanted[4 * count + i][j]);
+      if (has_average(i)) wanted[average][j] += (1 - decay) * (p - wanted[average][j]);
     }
-  std::vector<Tensor*> tensors{&settings, &rate, &keep, &power1, &power2, &steps};
+  }
+  std::vector<Tensor*> tensors{&settings, &loss, &rate, &keep, &power1, &power2, &steps};
   for (Tensor& t : all) tensors.push_back(&t);
+  tensors.push_back(&loss_out);
   tensors.push_back(&norm);
   expect(call(adam, tensors) == 0, "adam fails");
   for (size_t i = 0; i < all.size(); ++i) compare("adam", all[i], wanted[i]);
-  compare("adam norm", norm, {std::sqrt(total)});
-  compare("adam power of beta1", power1, {beta1 * beta1});
-  compare("adam power of beta2", power2, {beta2 * beta2});
-  expect(steps.ints[0] == 5, "adam counts wrong");
+  if (finite) {
+    compare("adam loss", loss_out, {3});
+    compare("adam norm", norm, {std::sqrt(total)});
+  } else {
+    expect(std::isnan(loss_out.doubles()[0]) && std::isnan(norm.doubles()[0]), "adam does not say that it skips");
+  }
+  compare("adam power of beta1", power1, {finite ? beta1 * beta1 : beta1});
+  compare("adam power of beta2", power2, {finite ? beta2 * beta2 : beta2});
+  expect(steps.ints[0] == 4 + finite, "adam counts wrong");
 }
 
 // An operator returns an error, and those that follow work.
@@ -462,7 +476,7 @@ int main(int argc, char** argv) {
     check_linear(n ? uniform(1, 30) : 0, uniform(1, 70), uniform(1, 70), round % 3, round % 2 == 0);
     check_elementwise(uniform(1, 100));
     check_attention(n, uniform(1, 3), uniform(1, 34), uniform(1, 9), uniform(1, 9));
-    check_adam(uniform(1, 5), round % 2 == 0);
+    check_adam(uniform(1, 5), static_cast<int>(round % 3), round % 4 != 0);
     check_errors();
   }
   set_threads(1);  // ends the pool: LeakSanitizer then sees every block that was lost
