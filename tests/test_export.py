@@ -172,7 +172,8 @@ def test_layers_use_the_kernels_again_after_the_block():
 def test_bad_input(tmp_path, monkeypatch):
     config = override(PRESETS["scurve"], **{"model.dim": 8, "model.depth": 1})
     run = untrained(tmp_path / "run", config)
-    np.savez(run / "points.npz", train=np.eye(2), test=np.eye(2))
+    points = np.eye(2, dtype=np.float32)
+    np.savez(run / "points.npz", train=points, test=points)
     assert_refused(call("export", run, "--out", tmp_path / "net.mindir"), "--out", ".onnx")
     assert_refused(call("export", tmp_path / "nothing"), "nothing")
     monkeypatch.setitem(sys.modules, "onnx", None)

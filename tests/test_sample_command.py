@@ -171,7 +171,7 @@ def test_weights_and_checkpoints(tmp_path):
 def test_a_run_in_the_format_of_before(class_run, tmp_path):
     """A config.json without `kind`, with fields of all kinds and old names, is read."""
     config = replace(class_run.config, data=replace(class_run.config.data, dir=None))
-    record = {name: value for name, value in config.to_record().items() if name != "kind"}
+    record = {name: value for name, value in config.to_record().items() if name not in ("kind", "version")}
     record["diffusion"]["timesteps"] = record["diffusion"].pop("num_timesteps")
     record["train"]["timesteps"] = record["train"].pop("timestep_sampling")
     record["train"] |= {"disc_start": 5000, "betas": [0.9, 0.999], "vgg": None, "kl_weight": 1e-6}

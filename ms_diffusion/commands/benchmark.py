@@ -42,10 +42,13 @@ class Work:
         self.task = replace(config, train=train).task(data)
         with temporary_folder() as folder:
             self.task.start(folder)
-        self.batches: Any = make_dataset(self.task.data, self.task.labels, batch_size, 10**9).source
+        rows: Any = make_dataset(self.task.data, self.task.labels, batch_size, 10**9).source
+        self.rows = enumerate(rows)
 
-    def draw_batch(self, step: int) -> dict[str, np.ndarray]:
-        return self.task.draw_batch(*self.batches[step], step)
+    def draw_batch(self) -> dict[str, np.ndarray]:
+        """The batch of the next step."""
+        step, (x, labels) = next(self.rows)
+        return self.task.draw_batch(x, labels, step)
 
     def train(self, batch: dict[str, np.ndarray]) -> float:
         return float(self.task.advance(batch, 0)[0].asnumpy().mean())
@@ -58,7 +61,7 @@ class ImageWork(Work):
         size = config.data.size
         images = np.random.default_rng(0).integers(0, 256, (batch_size, size, size, config.model.channels), np.uint8)
         super().__init__(config.with_data(images)[0], batch_size, (images, np.zeros(batch_size, np.int32)))
-        self.batch, net = self.draw_batch(0), self.task.net
+        self.batch, net = self.draw_batch(), self.task.net
         self.num, self.inputs = batch_size, (Tensor(self.batch["x_start"]), Tensor(self.batch["t"]))
 
         def forward(x, t):
@@ -82,13 +85,12 @@ class PointsWork(Work):
     """A training epoch of points: batches and noise are drawn on the host, all steps run in one call."""
 
     def __init__(self, config: Any, batch_size: int):
-        self.steps, self.next = math.ceil(config.data.num / batch_size), 0
+        self.steps = math.ceil(config.data.num / batch_size)
         config = replace(config, data=replace(config.data, num=self.steps * batch_size))  # the last batch is full, too
         super().__init__(config, batch_size, steps_per_call=self.steps)
 
     def epoch(self) -> float:
-        drawn = [self.draw_batch(self.next + k) for k in range(self.steps)]
-        self.next += self.steps
+        drawn = [self.draw_batch() for _ in range(self.steps)]
         return self.train({name: np.stack([batch[name] for batch in drawn]) for name in drawn[0]})
 
 

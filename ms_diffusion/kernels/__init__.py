@@ -81,13 +81,13 @@ def _run(command: list, seconds: float, folder: Path) -> str | None:
     this process, and after `seconds` (`supervise.py`)."""
     supervisor = [sys.executable, "-I", "-S", SUPERVISOR, str(seconds), *map(str, command)]
     environment = os.environ | {"LC_ALL": "C", "TMPDIR": str(folder)}
-    pipe, nothing = subprocess.PIPE, subprocess.DEVNULL
-    with subprocess.Popen(supervisor, stdin=pipe, stdout=nothing, stderr=pipe, env=environment) as process:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(supervisor, stdin=pipe, stdout=pipe, stderr=pipe, env=environment) as process:
         text = process.stderr.read(4096).decode(errors="replace")
         process.stderr.close()  # there may be no end of it
-        code = process.wait()
+        done = process.stdout.read() == b"done\n"
     line = next(filter(None, map(str.strip, text.splitlines())), "no message")[:200]
-    return "".join(letter if letter.isprintable() else "?" for letter in line) if code else None
+    return "".join(letter if letter.isprintable() else "?" for letter in line) if not done else None
 
 
 def _works(library: Path, folder: Path) -> bool:
