@@ -38,6 +38,7 @@ TEMPORARY = re.compile(r"\..*\.msd-(\w+)-(\d+)-(\d+)-\w+\.tmp", re.DOTALL)
 NAME_BYTES = 255  # of a file's name, on all common file systems
 # What file systems answer that cannot sync a folder, or do not let it be opened
 UNSYNCED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EACCES, errno.EPERM)
+RUN_FILES = ("config.json", "metrics.jsonl", "points.npz", "checkpoints", "first_stage")  # what a run's folder cannot spare
 JSON_BYTES = 1 << 26
 Source = str | os.PathLike | BinaryIO  # a file's path, or an open file that can seek
 NPY_HEADER = 10_000  # bytes, at most, of the header of an .npy file: NumPy's bound
@@ -122,12 +123,16 @@ def is_device(path: Path) -> bool:
 
 def check_output(*paths: str | os.PathLike | None) -> None:
     """Make the folders of the files that a program is going to write, before it works for hours. Raises OSError if a file
-    cannot be written there, UserError if two of the paths are one file, and does nothing for None."""
+    cannot be written there, UserError if two of the paths are one file, or one is a file that a run needs. Does nothing for
+    None."""
     files = [path for path in map(Path, filter(None, paths)) if not is_device(path)]
     places = [os.path.realpath(path.parent) + os.sep + path.name for path in files]
     if twice := next((path for path, place in zip(files, places, strict=True) if places.count(place) > 1), None):
         raise UserError(f"two outputs would be written to {twice}: give each a path of its own")
-    for path in files:
+    for path, place in zip(files, map(Path, places), strict=True):
+        for folder in place.parents:
+            if (folder / "checkpoints").is_dir() and place.relative_to(folder).parts[0] in RUN_FILES:
+                raise UserError(f"{path} belongs to the run in {folder}: choose another path")
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
         path.parent.mkdir(parents=True, exist_ok=True)

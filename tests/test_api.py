@@ -97,6 +97,8 @@ def test_labels(run):
     ("options", "word"),
     [
         ({"num": 0}, "num is 0"),
+        ({"num": "3"}, "num is '3'"),
+        ({"num": 2.5}, "num is 2.5"),
         ({"stesp": 3}, "stesp"),
         ({"steps": 0}, "steps is 0"),
         ({"steps": 21}, "20"),
@@ -223,6 +225,11 @@ def test_bad_arguments_of_train(tmp_path):
             md.train(config, tmp_path / "run", **values)
     with pytest.raises(md.UserError, match="run_dir"):
         md.train(md.PRESETS["quick"])
+    for run in (None, "", 5):
+        with pytest.raises(md.UserError, match="folder"):
+            md.load(run)
+        with pytest.raises(md.UserError, match="run_dir"):
+            md.train(md.PRESETS["quick"], run)
     assert not (tmp_path / "run").exists()
 
 

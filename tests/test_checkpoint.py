@@ -18,6 +18,7 @@ from ms_diffusion.runtime import UserError, compiled
 from ms_diffusion.training import checkpoint as checkpoint_module
 from ms_diffusion.training.checkpoint import (
     Checkpoint,
+    Unreadable,
     best_checkpoint,
     checkpoints,
     read_config,
@@ -546,3 +547,25 @@ def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "checkpoints").write_text("in the way")
     with pytest.raises(UserError, match="cannot write"):
         Checkpoint(tmp_path, Net()).save(1)
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EACCES, "Permission denied"), OSError(errno.EIO, "I/O error"), UserError("no memory")]
+)
+@pytest.mark.parametrize("file", ["read_bytes", "read_json"])
+def test_a_checkpoint_that_cannot_be_read_now_is_not_spoilt(trained, folder, monkeypatch, error, file):
+    """None is set aside or passed over, since it may be intact."""
+    if isinstance(error, UserError) and file == "read_json":
+        pytest.skip("a state.json is small")
+
+    def refuse(*_):
+        raise error
+
+    before = sorted(os.listdir(folder / "checkpoints"))
+    monkeypatch.setattr(checkpoint_module, file, refuse)
+    with pytest.raises(Unreadable):
+        Run(folder).checkpoint.load_latest()
+    with pytest.raises(Unreadable):
+        read_newest(folder, ["ema"])
+    monkeypatch.undo()
+    assert sorted(os.listdir(folder / "checkpoints")) == before and read_newest(folder, ["ema"]).state["step"] == 3

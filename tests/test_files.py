@@ -16,6 +16,7 @@ import pytest
 
 from ms_diffusion.files import (
     cache_folder,
+    check_output,
     in_batches,
     load_or_compute,
     locked,
@@ -26,6 +27,7 @@ from ms_diffusion.files import (
     write,
     write_synced,
 )
+from ms_diffusion.runtime import UserError
 
 
 def files(folder):
@@ -316,3 +318,17 @@ def test_in_batches(capsys):
     assert capsys.readouterr().err == ""
     in_batches(fn, rows, 5, "bar")
     assert "bar: 100%" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "metrics.jsonl", "points.npz", "checkpoints/a.png", "first_stage/ema.safetensors"]
+)
+def test_an_output_is_no_file_that_a_run_needs(tmp_path, name):
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    for folder in (tmp_path / "run", tmp_path / "link"):
+        with pytest.raises(UserError, match="belongs to the run"):
+            check_output(folder / name)
+    check_output(
+        tmp_path / "run" / "sample.png", tmp_path / "run" / "pictures" / "config.png", tmp_path / name.replace("/", "-")
+    )

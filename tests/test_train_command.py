@@ -352,19 +352,18 @@ def test_lines_of_the_log_that_cannot_be_read_are_dropped(tmp_path):
     assert path.read_bytes().splitlines(keepends=True) == good
 
 
-def test_a_run_whose_folder_is_removed_is_saved_anew(tmp_path):
-    """What is known in memory is not lost: the next checkpoint, and the whole log."""
+def test_a_run_whose_folder_is_removed_or_renamed_is_saved_anew(tmp_path):
+    """What is known in memory is not lost: the next checkpoint, the configuration and the whole log."""
 
     def losses(step):
         if step == 3:
-            shutil.rmtree(tmp_path / "run")
+            (tmp_path / "run").rename(tmp_path / "renamed")
         return 1.0
 
-    with pytest.raises(FileNotFoundError):
-        loop(tmp_path / "run", losses=losses)
-    assert list(fids(tmp_path / "run")) == [4]
-    loop(tmp_path / "run")
+    loop(tmp_path / "run", losses=losses)
+    assert list(fids(tmp_path / "run")) == [4, 6] and list(fids(tmp_path / "renamed")) == [2]
     assert [row["step"] for row in metrics(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+    assert Config.from_json(tmp_path / "run" / "config.json").train.total_steps == 6
 
 
 def test_a_full_disk_is_one_line_of_error(tmp_path, monkeypatch, capsys):

@@ -37,9 +37,12 @@ def parse(cls: type[T], argv: Sequence[str], default: T | None = None, prog: str
     on_platform = on_modelarts() or getattr(args, "data_url", None) or getattr(args, "train_url", None)
     if dotted or not on_platform:
         flag = (dotted or flags)[0]
-        usage = io.StringIO()
+        usage, width = io.StringIO(), os.environ.pop("COLUMNS", None)
+        os.environ["COLUMNS"] = "1000"  # narrower, a flag could be cut
         with contextlib.redirect_stdout(usage), contextlib.suppress(SystemExit):
             tyro.cli(plain, default=default, args=["--help"])
+        os.environ.pop("COLUMNS")
+        os.environ |= {} if width is None else {"COLUMNS": width}
         known = re.findall(r"--[\w.-]+", usage.getvalue())
         close = difflib.get_close_matches(flag.replace("_", "-"), known, 1, 0.5)
         raise UserError(f"unknown argument {repr(flag)[1:-1]}: " + (f"did you mean {close[0]}?" if close else "see --help"))

@@ -62,6 +62,8 @@ def main(argv: Sequence[str]) -> int:
     args = parse_args(argv)
     if not args.upload_minutes > 0:
         raise UserError(f"--upload-minutes is {args.upload_minutes:g}: it must be above 0")
+    if args.run_dir is not None and not args.run_dir.strip():
+        raise UserError("--run-dir is empty: give the folder of the run, or leave it out")
     run_dir = Path(args.run_dir or modelarts.output_folder(args.train_url) or f"runs/{args.preset}")
     config, arrays = modelarts.use_data(args.config, args.data_url) if args.data_url else (args.config, None)
     if args.train_url:

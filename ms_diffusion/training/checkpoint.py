@@ -6,6 +6,7 @@ one of the same step, that one is `step-0001000.old`; so there is always one of 
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -246,6 +247,20 @@ def best_checkpoint(run_dir: str | os.PathLike) -> Path | None:
     return min(scores, key=scores.__getitem__, default=None)
 
 
+class Unreadable(UserError):
+    """A file that may be intact cannot be read now: the right to read it is missing, or memory, or its disk is away."""
+
+
+DAMAGED = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.ELOOP)  # there is no such file
+
+
+def cannot_be_read(path: Path, e: OSError) -> UserError:
+    """What to raise where a file of a checkpoint cannot be read."""
+    if e.errno in DAMAGED:
+        return UserError(f"{path} cannot be read: {e.strerror}")
+    return Unreadable(f"{path} cannot be read ({e.strerror}), but may be intact: mend that, then run the same command again")
+
+
 def read_state(folder: Path) -> State:
     """A checkpoint's state.json. Raises UserError if it is missing or corrupt, or of another step than the folder."""
     try:
@@ -253,7 +268,9 @@ def read_state(folder: Path) -> State:
         if name and int(name[1]) != state["step"]:
             raise UserError(f"the step is {state['step']}")
         return state
-    except (OSError, ValueError) as e:
+    except OSError as e:
+        raise cannot_be_read(folder / "state.json", e) from e
+    except ValueError as e:
         raise UserError(f"{folder} is not a complete checkpoint: its state.json cannot be read") from e
     except UserError as e:
         raise UserError(f"{folder} is not a complete checkpoint: in its state.json {e}") from e
@@ -276,16 +293,21 @@ def checked(state: State) -> State:
 
 def read_weights(folder: Path, name: str, state: State | None = None) -> Arrays:
     """Parameter name -> array of one file of a checkpoint ("model", "ema", "ema-0.05", "optimizer"), checked by its SHA-256.
-    Raises UserError if the file is missing, truncated or changed, or holds values that are not finite."""
+    Raises UserError if the file is missing, truncated or changed, or holds values that are not finite, Unreadable if it may
+    be intact."""
     path = folder / f"{name}.safetensors"
     try:
         data = read_bytes(path)
     except OSError as e:
-        raise UserError(f"{path} cannot be read: {e.strerror}") from e
+        raise cannot_be_read(path, e) from e
+    except UserError as e:  # not enough memory
+        raise Unreadable(str(e)) from e
     if hashlib.sha256(data).hexdigest() != (state or read_state(folder))["sha256"].get(path.name):
         raise UserError(f"{path} is truncated or changed: its SHA-256 is not the one in state.json")
     try:
         arrays = safetensors.numpy.load(data)
+    except MemoryError:
+        raise
     except Exception as e:  # a damaged file raises many kinds
         raise UserError(f"{path} is not a complete .safetensors file") from e
     if bad := find_bad_values(name, arrays):
@@ -322,7 +344,8 @@ def read_newest(run_dir: str | os.PathLike, names: Iterable[str],
         on_spoilt: Callable[[Path, Problems], object] = warn) -> Intact | None:  # fmt: skip
     """The newest checkpoint of a run of which the files with these names are intact, or None if there are no checkpoints.
     on_spoilt(its folder, problems) is called with those that are newer. Where the process that trains the run replaces or
-    deletes one meanwhile, the newest of then is read. Raises UserError if there are checkpoints, but none is intact."""
+    deletes one meanwhile, the newest of then is read. Raises UserError if there are checkpoints, but none is intact, or one
+    that may be intact cannot be read."""
     names = list(names)
     while found := checkpoints(run_dir) or checkpoints(run_dir):  # in one look a folder that is renamed may be missed
         spoilt, before = {}, {folder: version(folder) for folder in found}
@@ -330,6 +353,8 @@ def read_newest(run_dir: str | os.PathLike, names: Iterable[str],
             try:
                 state = read_state(folder)
                 arrays = {name: read_weights(folder, name, state) for name in names}
+            except Unreadable:
+                raise
             except UserError as e:
                 if before[folder] is None or version(folder) != before[folder]:
                     break

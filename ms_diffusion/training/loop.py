@@ -16,7 +16,7 @@ import numpy as np
 from mindspore import Tensor
 
 from ..fields import check_fields
-from ..files import write, write_json
+from ..files import read_bytes, write, write_json
 from ..images import save_loss_curve
 from ..locks import sole_writer
 from ..progress import ProgressBar
@@ -59,8 +59,8 @@ def train(config: str | Config = "quick", run_dir: str | Path | None = None, dat
         if config not in PRESETS:
             raise UserError(f"unknown preset {config!r}: choose one of {', '.join(PRESETS)}")
         run_dir, config = run_dir or f"runs/{config}", PRESETS[config]
-    if run_dir is None:
-        raise UserError("run_dir is missing: give the folder of the run")
+    if not isinstance(run_dir, str | Path) or not str(run_dir).strip():
+        raise UserError(f"run_dir is {run_dir!r}: give the folder of the run")
     chosen, arrays = override(config, **overrides), None
     check_fields(chosen)  # the types of values from Python; whether they fit the data is checked with the data
     if data is not None:
@@ -199,6 +199,9 @@ class Training:
         record |= {"batch_size": train.batch_size, "world_size": task.world_size, "config": task.config.to_record()}
         record |= {"unfinished": self.is_due(step), **task.checkpoint_record(), **scores}
         task.checkpoint.save(step, **record)
+        if not (self.run_dir / "config.json").exists():  # the folder was removed or renamed
+            write_json(self.run_dir / "config.json", task.config.to_record())
+            task.keep_data()
         self.metrics.draw(self.run_dir / "loss.png")
         if self.on_save:
             self.on_save(self.run_dir)
@@ -312,7 +315,7 @@ class Metrics:
 
     def __init__(self, path: Path, start: int):
         self.path = path
-        rows = parse_rows(path.read_bytes()) if path.exists() else []
+        rows = parse_rows(read_bytes(path)) if path.exists() else []
         self.rows = [row for row in rows if row["step"] <= start]
         self.write()
 
@@ -321,6 +324,9 @@ class Metrics:
 
     def append(self, **row: float) -> None:
         self.rows.append(row)
+        if not self.path.exists():  # the folder was removed or renamed
+            self.write()
+            return
         with open(self.path, "a") as f:
             f.write(json.dumps(row) + "\n")
 

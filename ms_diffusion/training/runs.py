@@ -4,12 +4,13 @@ import sys
 from collections.abc import Sequence, Set
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from PIL import Image
 
 from ..convert import load_into
+from ..fields import AT_LEAST_1, find_problem
 from ..metrics.features import Features
 from ..metrics.scores import Reference, halve
 from ..runtime import UserError, command, initialise_ranks, set_device
@@ -68,6 +69,8 @@ class Run:
         config, task, step: Its configuration, its kind, and the step of the checkpoint."""
 
     def __init__(self, path: str | Path, weights: str = "ema", ema_length: float | None = None):
+        if not isinstance(path, str | Path) or not str(path).strip():
+            raise UserError(f"the run is {path!r}: give a run's folder, or the name of a bundled model")
         self.name, (self.home, found) = str(path), open_run(path, [weights] if ema_length is None else [])
         if not (config := read_config(self.home)):
             raise UserError(f"{self.home} has no config.json: copy the whole run")
@@ -125,8 +128,8 @@ class Run:
             raw: Return floats, (num, C, H, W) in [-1, 1].
             callback: callback(i, x, x_start) after each step.
             options: Fields of `Sampling`: sampler, steps, seed, guidance, batch_size, ..."""
-        if num < 1:
-            raise UserError(f"num is {num}: it must be at least 1")
+        if problem := find_problem(num, Annotated[int, AT_LEAST_1]):
+            raise UserError(f"num is {num!r}: {problem}")
         generator = self.generator
         sampling = sampling_from(options).resolve(self.task)
         cond = self.task.conditions(num, labels, prompt, pictures, sampling.seed)

@@ -153,6 +153,9 @@ class Task:
     def prepare(self) -> None:
         """What can be made only when the data and the checkpoint are there."""
 
+    def keep_data(self) -> None:
+        """Write what a run needs beside its checkpoints and config.json."""
+
     @property
     def start_step(self) -> int:
         return self.state["step"] if self.state else 0

@@ -105,6 +105,9 @@ class LatentTask(ImageTask):
             path = self.run_dir / "samples" / "first-stage.png"
             save_reconstructions(path, self.first_stage, self.originals[: config.train.sample_num])
 
+    def keep_data(self) -> None:
+        resolve_first_stage(self.config, self.run_dir, self.weights_hash)
+
     def checkpoint_record(self) -> dict[str, Any]:
         own = {"latent_scale": self.first_stage.scale, "first_stage": self.weights_hash}
         return own | super().checkpoint_record()

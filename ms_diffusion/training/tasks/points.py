@@ -92,8 +92,11 @@ class PointsTask(DiffusionTask):
         if path.exists() and not all(map(np.array_equal, read_saved_points(path), self.points)):
             raise UserError(f"{path} holds other points than these: use another --run-dir for them")
         if self.rank == 0:
-            write(path, partial(np.savez, train=self.points[0], test=self.points[1]))
+            self.keep_data()
         super().prepare()
+
+    def keep_data(self) -> None:
+        write(self.run_dir / "points.npz", partial(np.savez, train=self.points[0], test=self.points[1]))
 
     def preview(self, step: int) -> Path:
         num, path = self.config.train.sample_num, self.run_dir / "samples" / f"step-{step:07d}.png"
