@@ -32,6 +32,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 
@@ -317,8 +318,8 @@ def idx_samples() -> list[Files]:
 def read_idx(folder: Path) -> None:
     from ms_diffusion.data import fashion_mnist
 
-    fashion_mnist._debian_folders = lambda: []  # which starts a program
-    images, labels = fashion_mnist.load_fashion_mnist("train", str(folder))
+    with patch.object(fashion_mnist, "_debian_folders", lambda: []):  # which starts a program
+        images, labels = fashion_mnist.load_fashion_mnist("train", str(folder))
     assert images.ndim == 4 and images.dtype == np.uint8 and labels.shape == images.shape[:1] and labels.min() >= 0
 
 
@@ -635,8 +636,8 @@ def read_library(folder: Path) -> None:
     from ms_diffusion import kernels
 
     content, tried = (folder / LIBRARY_NAME).read_bytes(), []
-    kernels._works = lambda *args: not tried.append(args)
-    found = kernels._find(folder, "key")
+    with patch.object(kernels, "_works", lambda *args: not tried.append(args)):
+        found = kernels._find(folder, "key")
     assert bool(found) == bool(tried) == (content == LIBRARY) and (folder / LIBRARY_NAME).exists() == bool(found)
 
 
