@@ -74,3 +74,16 @@ class Affine(nn.Cell):
 
     def construct(self, x, t):
         return self.w * x + self.c * t.reshape((-1,) + (1,) * (x.ndim - 1)).astype(ms.float32) + self.b
+
+
+class Linear(nn.Cell):
+    """x (B, 3) -> (B, 2)."""
+
+    def __init__(self):
+        super().__init__()
+        rng = np.random.default_rng(0)
+        self.weight = Parameter(Tensor(rng.standard_normal((3, 2), dtype=np.float32)), name="weight")
+        self.bias = Parameter(Tensor(rng.standard_normal(2, dtype=np.float32)), name="bias")
+
+    def construct(self, x):
+        return ops.matmul(x, self.weight) + self.bias

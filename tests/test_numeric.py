@@ -5,10 +5,11 @@ import threading
 import numpy as np
 import pytest
 import safetensors.numpy
+from helpers import Linear
 from runs import PIXELS
 
 import mindspore as ms
-from mindspore import Parameter, Tensor, nn, ops
+from mindspore import Tensor, nn, ops
 
 from ms_diffusion import kernels
 from ms_diffusion.data.batches import check_values, fingerprint
@@ -19,19 +20,6 @@ from ms_diffusion.training.loop import train_task
 from ms_diffusion.training.pack import Pack
 from ms_diffusion.training.presets import PRESETS
 from ms_diffusion.training.step import EMA, make_optimizer, make_train_step
-
-
-class Net(nn.Cell):
-    """x (B, 3) -> (B, 2)."""
-
-    def __init__(self):
-        super().__init__()
-        rng = np.random.default_rng(0)
-        self.weight = Parameter(Tensor(rng.standard_normal((3, 2), dtype=np.float32)), name="weight")
-        self.bias = Parameter(Tensor(rng.standard_normal(2, dtype=np.float32)), name="bias")
-
-    def construct(self, x):
-        return ops.matmul(x, self.weight) + self.bias
 
 
 def batch(i, kind="good"):
@@ -48,7 +36,7 @@ BAD = ("nan", "inf", "huge", "gradient")
 
 def trained(kinds, per_call=1, kernel=True, half=False, extra=False, packed=False):
     """Losses, norms and aux of the steps of these kinds, which are numbered without the bad ones, and what they leave."""
-    net = Net()
+    net = Linear()
     emas = EMA(net, 0.5), *([EMA(net, length=0.1)] if extra else [])
     optimizer = make_optimizer(net, 0.1, 2, 100)
     scaler = ms.amp.DynamicLossScaler(2.0**10, 2, 100) if half else None
@@ -111,7 +99,7 @@ def test_a_step_that_is_not_finite_changes_nothing(path, monkeypatch):
 def test_a_rate_that_is_not_finite_changes_nothing(kernel, monkeypatch):
     if not kernel:
         monkeypatch.setattr(kernels, "available", lambda: False)
-    net = Net()
+    net = Linear()
     before = [p.asnumpy().copy() for p in net.get_parameters()]
 
     def loss_fn(x):

@@ -6,11 +6,12 @@ import threading
 
 import numpy as np
 import pytest
+from helpers import Linear
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mindspore as ms
-from mindspore import Parameter, Tensor, nn, ops
+from mindspore import Parameter, Tensor, ops
 
 from ms_diffusion import kernels
 from ms_diffusion.models.mlp import ResidualMLPConfig
@@ -19,19 +20,6 @@ from ms_diffusion.runtime import compiled
 from ms_diffusion.training.step import EMA, WarmupCosine, make_optimizer, make_train_step
 
 LR, WARMUP, STEPS, CLIP, DECAY = 0.05, 2, 6, 1.0, 0.3  # the warm-up of the decay, (1 + n) / (10 + n), passes 0.3 at step 3
-
-
-class Linear(nn.Cell):
-    """x (B, 3) -> (B, 2)."""
-
-    def __init__(self):
-        super().__init__()
-        rng = np.random.default_rng(0)
-        self.weight = Parameter(Tensor(rng.standard_normal((3, 2), dtype=np.float32)), name="weight")
-        self.bias = Parameter(Tensor(rng.standard_normal(2, dtype=np.float32)), name="bias")
-
-    def construct(self, x):
-        return ops.matmul(x, self.weight) + self.bias
 
 
 def squared_error(net):
