@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 
 import mindspore as ms
-from mindspore import Parameter, Tensor, nn
+from mindspore import Parameter, Tensor, nn, ops
 
 from ms_diffusion.runtime import compiled
 from ms_diffusion.schedules import SCHEDULES, linear_beta_schedule, rescale_zero_terminal_snr
