@@ -89,6 +89,7 @@ def test_a_short_run(peer, tmp_path, capsys):
     assert line in printed
 
 
+@pytest.mark.slow
 def test_the_command_times_a_preset(monkeypatch, capsys):
     monkeypatch.setitem(PRESETS, "tiny", replace(PRESETS["quick"], model=replace(PRESETS["quick"].model, dim=8, init_dim=8)))
     arguments = "benchmark --presets tiny --batch-sizes 2 --rounds 1 --sampling-steps --device cpu".split()

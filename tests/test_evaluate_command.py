@@ -95,6 +95,7 @@ def test_a_run(class_run, folder):
     assert read["samples"] == pytest.approx(record["samples"], rel=1e-2) and read["floor"] == record["floor"]
 
 
+@pytest.mark.slow
 def test_a_run_in_python(class_run):
     options = {"steps": 2, "batch_size": 4}
     record = class_run.evaluate(140, seed=5, against_num=400, **options)
@@ -211,6 +212,7 @@ def test_bad_files(folder):
     assert {path.name for path in tree(folder)} == {"x.npz"}
 
 
+@pytest.mark.slow
 def test_inception(class_run, folder):
     """It needs more images than it has features; another network's file is refused."""
     save_torch_state_dict(InceptionV3(), "inception.safetensors")

@@ -34,6 +34,7 @@ def registries():
         table.update(content)
 
 
+@pytest.mark.slow
 def test_a_data_set_a_preset_and_a_sampler(tmp_path):
     # A data set: a function
     def load_squares(directory, split, size, channels):

@@ -114,10 +114,12 @@ def test_the_run_of_an_autoencoder(autoencoder):
         autoencoder.sample(4)
 
 
+@pytest.mark.slow
 def test_a_resumed_autoencoder_equals_an_uninterrupted_one(autoencoder, tmp_path):
     resume(AUTOENCODER, autoencoder, tmp_path)
 
 
+@pytest.mark.slow
 def test_scores_of_reconstructions(autoencoder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     printed = succeed("evaluate", autoencoder.home, "--num", 150, "--json", "x.json", "--out", "x.png")
@@ -203,6 +205,7 @@ def test_a_resumed_run_of_latents_equals_an_uninterrupted_one(text, tmp_path):
     resume(TEXT, text, tmp_path)
 
 
+@pytest.mark.slow
 def test_batches_of_classes_and_captions(autoencoder, latent, text, tmp_path):
     """Each batch has moments, latent noise, and the class or a caption of it, of which a tenth is dropped."""
     for config, field, null in ((LATENT, "labels", 10), (TEXT, "tokens", 0)):
@@ -219,6 +222,7 @@ def test_batches_of_classes_and_captions(autoencoder, latent, text, tmp_path):
         assert {row.tobytes() if field == "tokens" else row[0] for row in values[~dropped]} <= known
 
 
+@pytest.mark.slow
 def test_class_by_class(latent, tmp_path):
     in_turn, labels = draw(latent, tmp_path, "--num", 10)
     assert in_turn.shape == (10, 32, 32, 1)
@@ -243,6 +247,7 @@ def test_prompts(text, tmp_path):
     np.testing.assert_array_equal(text.sample(4, prompt="a dress", steps=3), by_class)
 
 
+@pytest.mark.slow
 def test_how_an_image_is_denoised(latent, tmp_path):
     """A row for each of the first 8 images; in the last column the image itself, since the last step goes to x_0."""
     row = tmp_path / "row.png"

@@ -376,6 +376,7 @@ def test_divergence_of_a_dense_network(objective, batch, conditional):
     assert net.training
 
 
+@pytest.mark.slow
 def test_divergence_of_a_unet():
     """A basis of probes gives the trace: each against differences of the unclipped denoiser."""
     net = UnetConfig(dim=8, init_dim=8, dim_mults=(1,), num_classes=3, use_convnext=False, resnet_block_groups=4).build()

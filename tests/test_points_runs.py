@@ -126,6 +126,7 @@ def test_how_many_steps_a_call_makes(tmp_path, settings, steps):
     assert batch["t"].shape == ((steps, 32) if steps > 1 else (32,)) and batch["x_start"].shape == (*batch["t"].shape, 2)
 
 
+@pytest.mark.slow
 def test_averages_of_other_lengths(tmp_path):
     run = train(override(LONG, ema_lengths=(0.05, 0.1), total_steps=20), tmp_path / "run").home
     kept = [weights(run, 20, f"ema-{length}") for length in ("0.05", "0.1")]

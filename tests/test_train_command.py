@@ -132,6 +132,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(trained, run):
 # Interruptions
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_a_process_saves_and_the_same_command_continues(tmp_path):
     net = "--preset scurve --run-dir run --model.dim 8 --model.depth 1 --data.num 200 --diffusion.num-timesteps 12".split()
     few = "--train.batch-size 32 --train.sample-num 20 --train.sample-steps 2 --train.steps-per-call 1".split()

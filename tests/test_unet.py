@@ -250,6 +250,7 @@ def test_patches_are_channels():
     np.testing.assert_allclose(patched(Tensor(x), Tensor(t)).asnumpy(), large, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_float16_stays_close():
     net, half = (small_unet(dim_mults=(1,)) for _ in range(2))
     layers.set_compute_type(half, ms.float16)
