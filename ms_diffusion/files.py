@@ -220,9 +220,7 @@ def is_running(process: int, start: int) -> bool:
     """Whether the process of this machine with this number and start is still running."""
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OverflowError:
+    except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
         pass  # another user's

@@ -1,7 +1,6 @@
 """Score samples against real images: `evaluate runs/quick-class`, or images.npz, or train, the real images themselves.
 Every score stands beside its floor: what as many real images of the other split score in the same comparison."""
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import tyro
 from .. import runtime
 from ..data.batches import DATASETS
 from ..fields import AT_LEAST_1, OneOf, check_fields
-from ..files import check_output, write
+from ..files import check_output, write_json
 from ..metrics.features import Features
 from ..metrics.scores import OTHER_SPLIT, Reference, format_report, read_npz
 from ..runtime import UserError, command
@@ -90,7 +89,7 @@ def main(argv: Sequence[str]) -> int:
         return 0  # rank 0 writes
     record["seconds"] = round(time.perf_counter() - clock, 1)
     print(f"{format_report(record)}; {record['seconds']:.0f} s on {device}")
-    write(report, lambda f: f.write(json.dumps(record, indent=1).encode()))
+    write_json(report, record)
     reference.save_picture(picture, samples)
     print(runtime.one_line(f"{report}, {picture}"))
     return 0

@@ -1,6 +1,5 @@
 """Points in the plane: a network that learns in seconds, and pictures of the whole way from noise to data."""
 
-import json
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +13,7 @@ from mindspore import Tensor
 from ... import plots2d
 from ...data.points import POINTS_FILE, TOYS, Normalizer, load_points, read_saved_points
 from ...fields import AT_LEAST_1, OneOf
-from ...files import check_output, write
+from ...files import check_output, write, write_json
 from ...metrics.distances import compare
 from ...models.mlp import MLPConfig, ResidualMLPConfig
 from ...progress import ProgressBar
@@ -177,7 +176,7 @@ class PointsTask(DiffusionTask):
         for name, d in distances.items():
             print(f"  {name:18} {d['score']:8.4f}   data {d['floor']:8.4f}, at most {d['floor_most']:8.4f}")
         record = {"sampler": sampling.sampler, "steps": len(timesteps), "num": num, **distances}
-        write(report, lambda f: f.write(json.dumps(record, indent=1).encode()))
+        write_json(report, record)
         return [*written, report]
 
     def draw_fields(self, run: Run, seed: int, folder: Path) -> None:
