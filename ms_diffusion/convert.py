@@ -103,7 +103,8 @@ def read_pickled(path: Path) -> dict[str, np.ndarray]:
             raise UserError(f"{path}: {shown(name)} is no plain array but {kind}: save it as dense float32")
     check_memory(sum(a.numel() * max(a.element_size(), 4) for _, a in items), path)
     half = (torch.float16, torch.bfloat16)
-    return {name: np.array((a.float() if a.dtype in half else a).detach().resolve_neg()) for name, a in items}
+    # not np.array(tensor): NumPy 2 warns that PyTorch's __array__ takes no copy
+    return {name: (a.float() if a.dtype in half else a).detach().resolve_neg().numpy().copy() for name, a in items}
 
 
 def is_intact_archive(path: Path) -> bool:

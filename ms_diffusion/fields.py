@@ -14,6 +14,8 @@ from dataclasses import dataclass, fields, is_dataclass
 from numbers import Integral, Real
 from typing import Annotated, Any, Literal, TypeVar
 
+import numpy as np
+
 from .runtime import UserError
 
 T = TypeVar("T")
@@ -116,7 +118,8 @@ def find_problem(value: Any, hint: Any) -> str | None:
             return "it must be an object"
         pairs = itertools.chain.from_iterable(value.items())
         return next(filter(None, map(find_problem, pairs, itertools.cycle(args))), None)
-    size: Any = abs(value) if isinstance(value, Real) and not isinstance(value, bool) else math.inf
+    plain = value.item() if isinstance(value, np.generic) else value  # NumPy casts what it is compared with
+    size: Any = abs(plain) if isinstance(plain, Real) and not isinstance(plain, bool) else math.inf
     if hint is float:
         return None if size <= sys.float_info.max else "it must be a finite number"
     if hint is int and isinstance(value, Integral) and not isinstance(value, bool):
