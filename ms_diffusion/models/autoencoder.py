@@ -5,6 +5,7 @@ The Gaussian comes first, then the codebook, the blocks, and the networks. Param
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Annotated, Literal
@@ -397,7 +398,12 @@ class Decoder(nn.Cell):
 
 
 class Autoencoder(nn.Cell):
-    """What both kinds share. `parts` is 2 if the encoder also gives log-variances, and 1 otherwise."""
+    """What both kinds share. `parts` is 2 if the encoder also gives log-variances, and 1 otherwise.
+
+    A kind says how a latent is made of what `encode` gives, sample_latent(encoded, noise), and whether it needs the noise."""
+
+    needs_noise: bool
+    sample_latent: Callable[[Tensor, Tensor], Tensor]
 
     def __init__(self, config: AutoencoderConfig, parts: int):
         super().__init__()
@@ -435,7 +441,7 @@ class AutoencoderKL(Autoencoder):
         ValueError: a width is not divisible by the groups, or the resolution by `size_multiple`.
     """
 
-    sample_latent = staticmethod(gaussian_sample)
+    needs_noise, sample_latent = True, staticmethod(gaussian_sample)
 
     def __init__(self, config: AutoencoderConfig = AutoencoderConfig(), seed: int = 0):
         super().__init__(config, parts=2)
@@ -471,7 +477,7 @@ class VQModel(Autoencoder):
         ValueError: a width is not divisible by the groups, or the resolution by `size_multiple`.
     """
 
-    sample_latent = staticmethod(same_latent)
+    needs_noise, sample_latent = False, staticmethod(same_latent)
 
     def __init__(self, config: VQConfig = VQConfig(), seed: int = 0):
         super().__init__(config, parts=1)
