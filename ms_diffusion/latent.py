@@ -12,7 +12,7 @@ from mindspore import Tensor
 
 from .files import cache_folder, in_batches, load_or_compute
 from .images import to_float
-from .models.autoencoder import AutoencoderKL
+from .models.autoencoder import Autoencoder
 from .runtime import compiled
 
 PIXELS = 100 * 32 * 32  # per batch of images; bounds the memory of encoding and decoding
@@ -21,7 +21,9 @@ PIXELS = 100 * 32 * 32  # per batch of images; bounds the memory of encoding and
 class FirstStage:
     """A trained autoencoder, in evaluation mode for good, and the latent scale.
 
-    The diffusion sees latents times `scale`, which gives them standard deviation 1 (Rombach et al. 2022, appendix G).
+    The diffusion sees latents times `scale`, which gives them standard deviation 1 (Rombach et al. 2022, appendix G). What the
+    encoder gives for an image is kept, and latents are made of it in training: moments (2 embed_dim, h, w), of which a latent
+    is drawn, or the latent (embed_dim, h, w) itself, before quantization, where a decoder quantizes.
 
     Args:
         scale: factor of the latents.
@@ -30,8 +32,9 @@ class FirstStage:
             need too much memory as a whole; None: whole images.
     """
 
-    def __init__(self, autoencoder: AutoencoderKL, scale: float = 1.0, f: int = 1, patch: int | None = None):
+    def __init__(self, autoencoder: Autoencoder, scale: float = 1.0, f: int = 1, patch: int | None = None):
         self.net, self.scale, self.f, self.patch = autoencoder.set_train(False), scale, f, patch
+        self.channels = autoencoder.post_quant_conv.weight.shape[1]  # of a latent
         side = (patch or 0) // f  # of a patch of latents
         stride = max(side // 2, 1)
         self._encode = self._graph(autoencoder.encode, patch or 0, stride * f, 1 / f)
@@ -47,7 +50,8 @@ class FirstStage:
         return partial(in_patches, whole, size=size, stride=stride, factor=factor) if self.patch else whole
 
     def moments(self, images: np.ndarray) -> np.ndarray:
-        """Images (N, H, W, C) uint8 -> the moments (N, 2 embed_dim, h, w) of their latents, not scaled."""
+        """Images (N, H, W, C) uint8 -> the moments (N, 2 embed_dim, h, w) of their latents, or the latents (N, embed_dim, h,
+        w), not scaled."""
         size = PIXELS // images[0, ..., 0].size
         return in_batches(lambda batch: [self._encode(to_float(batch))], images, size, "first stage")[0]
 
@@ -62,8 +66,8 @@ class FirstStage:
         return load_or_compute(path, key.hexdigest(), shapes, lambda: {"moments": self.moments(images)})["moments"]
 
     def reconstruct(self, images: np.ndarray) -> np.ndarray:
-        """Images (N, H, W, C) uint8 -> images (N, C, H, W), decoded from the means of their latents."""
-        means, size = np.split(self.moments(images), 2, 1)[0], PIXELS // images[0, ..., 0].size
+        """Images (N, H, W, C) uint8 -> images (N, C, H, W), decoded from their latents, or the means of these."""
+        means, size = self.moments(images)[:, : self.channels], PIXELS // images[0, ..., 0].size
         return in_batches(lambda batch: [self._decode(batch)], means, size)[0]
 
     def decode(self, z: np.ndarray) -> np.ndarray:

@@ -22,6 +22,9 @@ from ms_diffusion.models.autoencoder import (
     Downsample,
     Encoder,
     ResnetBlock,
+    VQConfig,
+    VQModel,
+    codebook_use,
     gaussian_kl,
     gaussian_mode,
     gaussian_nll,
@@ -40,6 +43,8 @@ SMALL = dict(ch=8, ch_mult=(1, 2), num_res_blocks=1, resolution=8, z_channels=3,
 CONFIGS = {
     "vanilla": AutoencoderConfig(**SMALL, attn_resolutions=(4,)),
     "linear": AutoencoderConfig(**SMALL, attn_resolutions=(8, 4), attention="linear", channels=1, tanh_out=True),
+    "vq": VQConfig(**SMALL, attn_resolutions=(4,), n_embed=11, out_channels=5),
+    "vq-corrected": VQConfig(**SMALL, attention="none", n_embed=11, legacy=False, beta=0.3),
     "none": AutoencoderConfig(**SMALL | dict(ch_mult=(2, 1, 3), num_res_blocks=2), attention="none", resamp_with_conv=False),
 }
 
@@ -183,7 +188,8 @@ def peers():
                 stages.append(stage(config, i, c, d, config.num_res_blocks + 1, **resample))
                 c = d
             self.up = ModuleList(reversed(stages))
-            self.norm_out, self.conv_out = GroupNorm(config.groups, c, eps=1e-6), Conv2d(c, config.channels, 3, padding=1)
+            self.norm_out = GroupNorm(config.groups, c, eps=1e-6)
+            self.conv_out = Conv2d(c, config.out_channels or config.channels, 3, padding=1)
             self.end = Identity() if give_pre_end else lambda x: self.conv_out(silu(self.norm_out(x)))
             self.squash = torch.tanh if config.tanh_out else Identity()
 
@@ -195,18 +201,40 @@ def peers():
                 x = run(stage, x)
             return self.squash(self.end(x))
 
+    class Quantizer(Module):
+        """With the nearest entries by their differences, and the two terms of the loss apart."""
+
+        def __init__(self, config):
+            super().__init__()
+            self.embedding, self.config = torch.nn.Embedding(config.n_embed, config.embed_dim), config
+
+        def forward(self, z):
+            vectors, table = z.movedim(1, 3), self.embedding.weight
+            ids = ((vectors[..., None, :] - table) ** 2).sum(-1).argmin(-1)
+            entries = table[ids].movedim(3, 1)
+            to_encoder, to_codebook = ((entries.detach() - z) ** 2).mean(), ((entries - z.detach()) ** 2).mean()
+            beta, legacy = self.config.beta, self.config.legacy
+            loss = to_encoder + beta * to_codebook if legacy else beta * to_encoder + to_codebook
+            return z + (entries - z).detach(), loss, ids
+
     class Autoencoder(Module):
         def __init__(self, config):
             super().__init__()
-            self.encoder, self.decoder = Down(config), Up(config)
-            self.quant_conv = Conv2d(2 * config.z_channels, 2 * config.embed_dim, 1)
+            parts = 1 if isinstance(config, VQConfig) else 2
+            self.encoder, self.decoder = Down(config, parts == 2), Up(config)
+            self.quant_conv = Conv2d(parts * config.z_channels, parts * config.embed_dim, 1)
             self.post_quant_conv = Conv2d(config.embed_dim, config.z_channels, 1)
+            if parts == 1:
+                self.quantize = Quantizer(config)
 
         def forward(self, x, noise=None):
-            moments = self.quant_conv(self.encoder(x))
-            mean, logvar = moments.chunk(2, 1)
+            encoded = self.quant_conv(self.encoder(x))
+            if hasattr(self, "quantize"):
+                quantized, loss, ids = self.quantize(encoded)
+                return self.decoder(self.post_quant_conv(quantized)), loss, ids
+            mean, logvar = encoded.chunk(2, 1)
             z = mean if noise is None else mean + torch.exp(logvar.clamp(-30, 20) / 2) * noise
-            return self.decoder(self.post_quant_conv(z)), moments
+            return self.decoder(self.post_quant_conv(z)), encoded
 
     return tuple(lambda *args, kind=kind: kind(*args).double() for kind in (Down, Up, Autoencoder))
 

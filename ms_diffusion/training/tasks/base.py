@@ -29,6 +29,7 @@ from ..pack import Pack
 from ..runs import Run
 
 Arrays = dict[str, np.ndarray]
+Logged = dict[tuple[str, ...], Tensor]  # numbers (n,) to log, or one (), by their names
 Scored = tuple[Samples, np.ndarray | None]  # images to score, and the originals of which they are reconstructions, or None
 
 
@@ -185,8 +186,8 @@ class Task:
         """What the compiled step takes, from data x (B, ...) and labels (B,)."""
         raise NotImplementedError
 
-    def advance(self, batch: Arrays, step: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Train on a batch of `batches`: loss (), gradient norm (), and other values to log, by name."""
+    def advance(self, batch: Arrays, step: int) -> tuple[Tensor, Tensor, Logged]:
+        """Train on a batch of `batches`: loss (), gradient norm (), and other numbers to log."""
         raise NotImplementedError
 
     def write_back(self) -> None:

@@ -17,7 +17,7 @@ from ...sampling import Generator, Sampling
 from ..checkpoint import Checkpoint
 from ..pack import make_pack
 from ..step import EMA, make_optimizer, make_train_step
-from .base import Arrays, Task, load_initial_weights, set_precision
+from .base import Arrays, Logged, Task, load_initial_weights, set_precision
 
 
 class DiffusionTask(Task):
@@ -106,7 +106,7 @@ class DiffusionTask(Task):
         """The other fields of a batch, drawn from `rng`."""
         return {"self_cond_mask": rng.integers(0, 2, len(labels)).astype(np.float32)} if self.self_condition else {}
 
-    def advance(self, batch: Arrays, step: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def advance(self, batch: Arrays, step: int) -> tuple[Tensor, Tensor, Logged]:
         self.masks.draw(self.config.train.seed, step, self.rank)
         loss, norm, *aux = self.train_step(**batch)
         if self.importance:

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -99,7 +100,7 @@ class LatentTask(ImageTask):
             which = f"the checkpoint of step {self.start_step} in {self.run_dir}"
             raise UserError(f"{which} has no latent_scale: remove it, or use another --run-dir")
         known = state["latent_scale"] if state else config.latent_scale or (self.loaded and self.loaded.scale_factor)
-        scale = known or scale_of(self.data, config.train, self.world_size)
+        scale = known or scale_of(self.data, config.train, self.world_size, self.first_stage.net.sample_latent)
         self.first_stage.scale = json.loads(broadcast(json.dumps(scale).encode()))  # rank 0's, should they differ by a bit
         if not state:
             path = self.run_dir / "samples" / "first-stage.png"
@@ -113,11 +114,12 @@ class LatentTask(ImageTask):
         return own | super().checkpoint_record()
 
     def make_x_start(self) -> Any:
-        scale = self.first_stage.scale
-        return lambda moments, noise: scale * gaussian_sample(moments, noise)
+        scale, sample = self.first_stage.scale, self.first_stage.net.sample_latent
+        return lambda moments, noise: scale * sample(moments, noise)
 
     def draw_conditions(self, rng: Random, batch: Arrays, labels: np.ndarray) -> Arrays:
-        drawn = {"latent_noise": rng.standard_normal(batch["noise"].shape, np.float32)}
+        shape = batch["noise"].shape
+        drawn = {"latent_noise": rng.standard_normal(shape, np.float32)} if self.first_stage.net.needs_noise else {}
         if self.null_label is not None:
             dropout = self.config.train.label_dropout
             drawn[self.cond_fields[0]] = drop_labels(rng, self.draw_labels(rng, labels), dropout, self.null_label)
@@ -224,9 +226,10 @@ def is_copy(folder: Path, weights: str | None) -> bool:
     return files == hashes and hashes.get("ema.safetensors") == weights
 
 
-def scale_of(moments: np.ndarray, train: ImageTrainConfig, world_size: int = 1) -> float:
-    """1 / the standard deviation of the latents of a first batch of all ranks (Rombach et al. 2022, appendix G)."""
+def scale_of(encoded: np.ndarray, train: ImageTrainConfig, world_size: int = 1, sample: Callable = gaussian_sample) -> float:
+    """1 / the standard deviation of the latents of a first batch of all ranks (Rombach et al. 2022, appendix G), where
+    sample(encoded, noise) makes a latent of what the encoder gives."""
     rng = np.random.default_rng((train.seed, Stream.NOISE))
-    batch = moments[rng.permutation(len(moments))[: train.batch_size * world_size]]
+    batch = encoded[rng.permutation(len(encoded))[: train.batch_size * world_size]]
     noise = rng.standard_normal((len(batch), batch.shape[1] // 2, *batch.shape[2:]), np.float32)
-    return float(1 / gaussian_sample(Tensor(batch), Tensor(noise)).asnumpy().std())
+    return float(1 / sample(Tensor(batch), Tensor(noise)).asnumpy().std())
