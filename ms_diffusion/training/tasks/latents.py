@@ -4,27 +4,30 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import safetensors.numpy
+import tyro
 
 from mindspore import Tensor
 
+from ...convert import load_pretrained
 from ...data.batches import check_values
 from ...data.captions import CAPTIONS, LENGTH, NAMES, WORDS, draw_captions, plain_captions, tokens
 from ...fields import AT_LEAST_1, POSITIVE
 from ...files import read_bytes, share_files, sweep, write, write_json
 from ...latent import FirstStage
-from ...models.autoencoder import gaussian_sample
+from ...models.autoencoder import AutoencoderConfig, VQConfig, gaussian_sample
 from ...models.context import LatentUnetConfig
 from ...randomness import Random, Stream, drop_labels
 from ...runtime import UserError, broadcast, command
 from ..checkpoint import read_config, read_state, readable
 from ..config import DataConfig, DiffusionRunConfig, ImageTrainConfig
 from ..runs import open_run
-from .autoencoder import load_first_stage, save_reconstructions
+from .autoencoder import AutoencoderRunConfig, load_first_stage, save_reconstructions
 from .base import Arrays
 from .images import ImageData, ImageTask, check_image_size, check_scored
 
@@ -37,7 +40,10 @@ class LatentConfig(ImageData, DiffusionRunConfig):
     model: LatentUnetConfig = field(default_factory=LatentUnetConfig)
     train: ImageTrainConfig = field(default_factory=ImageTrainConfig)
     first_stage: str | None = None
-    """Run of the autoencoder whose latents are learned; the new run keeps a copy of it."""
+    """Run of the autoencoder whose latents are learned; the new run keeps a copy of it. With --config also a file of its
+    weights; by default these are in the file of --init-from."""
+    first_stage_model: Annotated[AutoencoderConfig | VQConfig | None, tyro.conf.Suppress] = None
+    """The autoencoder of which such a file has the weights."""
     latent_scale: Annotated[float, POSITIVE] | None = None
     """Factor of the latents; by default 1 / the standard deviation of the latents of a first batch."""
     first_stage_patch: Annotated[int, AT_LEAST_1] | None = None
@@ -84,6 +90,20 @@ class LatentTask(ImageTask):
         self.shape = (model.in_channels, model.latent_size, model.latent_size)
         self.null_label, self.cond_fields = model.null_label, model.cond_fields
 
+    def load_data(self) -> tuple[np.ndarray, np.ndarray]:
+        if not self.has_pictures:
+            size, channels = self.image_format()
+            ramp = np.linspace(0, 255, size).astype(np.uint8)
+            return np.tile(ramp[:, None], (1, size, 1, channels)), np.zeros(1, np.int32)
+        return super().load_data()
+
+    @property
+    def has_pictures(self) -> bool:
+        """False for a run that is not trained and has no images; a gray ramp stands for them."""
+        config = self.config
+        named = config.data.name != "image-folder" or config.data.dir is not None
+        return bool(config.train.total_steps) or named or self.given_data is not None
+
     def prepare_data(self) -> None:
         """Encode the images, and find the scale of the latents."""
         config, state = self.config, self.state
@@ -100,6 +120,8 @@ class LatentTask(ImageTask):
             which = f"the checkpoint of step {self.start_step} in {self.run_dir}"
             raise UserError(f"{which} has no latent_scale: remove it, or use another --run-dir")
         known = state["latent_scale"] if state else config.latent_scale or (self.loaded and self.loaded.scale_factor)
+        if not known and not self.has_pictures:
+            raise UserError("there are no images to compute the latents' scale of: give --latent-scale or --data.dir")
         scale = known or scale_of(self.data, config.train, self.world_size, self.first_stage.net.sample_latent)
         self.first_stage.scale = json.loads(broadcast(json.dumps(scale).encode()))  # rank 0's, should they differ by a bit
         if not state:
@@ -162,14 +184,20 @@ class CaptionTask(LatentTask):
 
 
 def resolve_first_stage(config: LatentConfig, run: Path, kept: str | None = None) -> FirstStage:
-    """The first stage that a run of latents has saved, or the one of --first-stage, of which it keeps a copy; a damaged copy
-    is made again. `kept` is the SHA-256 of its weights, where a checkpoint knows it. Raises UserError if there is none, or
-    another one, or one whose latents the network does not take."""
+    """The first stage that a run of latents has saved, or the one of --first-stage or in --init-from, of which it keeps a
+    copy; a damaged copy is made again. `kept` is the SHA-256 of its weights, where a checkpoint knows it. Raises UserError
+    if there is none, or another one, or one whose latents the network does not take."""
     saved, requested = run / "first_stage", config.first_stage
     sweep(saved)
     with contextlib.suppress(UserError):
         kept = kept or hash_of(read_state(saved))
     is_saved = is_copy(saved, kept)
+    if config.first_stage_model and not (requested and Path(requested).is_dir()):
+        if not is_saved and (file := requested or config.init_from):
+            check_fits(config, config.first_stage_model, file)
+            keep_first_stage(saved, *first_stage_in(file, config), 0)
+            is_saved = is_copy(saved, kept)
+        requested = None
     if is_saved and requested and not Path(requested).exists():
         requested = None  # it was needed only for the copy
     if not requested and not is_saved:
@@ -190,25 +218,43 @@ def resolve_first_stage(config: LatentConfig, run: Path, kept: str | None = None
         if source.exists():
             raise
         return resolve_first_stage(config, run, kept)  # the autoencoder's training has deleted this checkpoint meanwhile
-    model, size, side, f = config.model, config.data.size, config.model.latent_size, autoencoder.model.size_multiple
+    check_fits(config, autoencoder.model, name)
+    if not is_saved:
+        keep_first_stage(saved, autoencoder, content, read_state(source)["step"])
+    return first_stage
+
+
+def check_fits(config: LatentConfig, autoencoder: AutoencoderConfig, name: str | Path) -> None:
+    """Refuse a first stage, called `name`, whose latents the network does not take."""
+    model, size, side, f = config.model, config.data.size, config.model.latent_size, autoencoder.size_multiple
     if size % f:
         sizes = f"sizes divisible by {f}, such as {side * f}"
         raise UserError(f"--data.size is {size}: the first stage {name} takes {sizes}")
-    made, taken = (autoencoder.model.embed_dim, size // f, size // f), (model.in_channels, side, side)
-    if made != taken or autoencoder.model.channels != model.channels:
+    made, taken = (autoencoder.embed_dim, size // f, size // f), (model.in_channels, side, side)
+    if made != taken or autoencoder.channels != model.channels:
         raise UserError(
-            f"the first stage {name} makes latents {made} of images with {autoencoder.model.channels} channels, the network "
+            f"the first stage {name} makes latents {made} of images with {autoencoder.channels} channels, the network "
             f"takes {taken} and {model.channels}: set --model.in-channels, --model.out-channels, --model.latent-size, "
             "--model.channels and --data.size to fit"
         )
-    if not is_saved:
-        record = json.dumps(autoencoder.to_record(), indent=1).encode()
-        files = {"config.json": record, "ema.safetensors": content}
-        hashes = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
-        for name, data in files.items():
-            write(saved / name, lambda file, data=data: file.write(data))
-        write_json(saved / "state.json", {"step": read_state(source)["step"], "sha256": hashes})  # last: now it is complete
-    return first_stage
+
+
+def first_stage_in(file: str, config: LatentConfig) -> tuple[AutoencoderRunConfig, bytes]:
+    """The first stage in a file of weights, such as that of a whole LatentDiffusion: its run and its weights."""
+    model: Any = config.first_stage_model
+    net = model.build()
+    load_pretrained(net, file)
+    content = safetensors.numpy.save({p.name: p.asnumpy() for p in net.get_parameters()})
+    return AutoencoderRunConfig(data=replace(config.data, dir=None), model=model), content
+
+
+def keep_first_stage(saved: Path, autoencoder: AutoencoderRunConfig, content: bytes, step: int) -> None:
+    """Write the copy of a first stage, whose averaged weights at this step are `content`, that a run of latents keeps."""
+    files = {"config.json": json.dumps(autoencoder.to_record(), indent=1).encode(), "ema.safetensors": content}
+    hashes = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+    for name, data in files.items():
+        write(saved / name, lambda file, data=data: file.write(data))
+    write_json(saved / "state.json", {"step": step, "sha256": hashes})  # last: now it is complete
 
 
 def hash_of(state: dict[str, Any]) -> str | None:
