@@ -157,7 +157,7 @@ def load_pretrained(
         for name, a in arrays.items()
         if name.startswith((*begin, "model_ema."))
         and not name.startswith((f"{start}loss.", f"{start}first_stage_model.loss."))
-        and not name.endswith(".num_batches_tracked")
+        and not (a.dtype.kind in "biu" and a.ndim == 0)  # counters, such as num_batches_tracked
     }
 
     reshaped = [name for name, p in parameters.items() if name in weights and ones_differ(weights[name].shape, p.shape)]

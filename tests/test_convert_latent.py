@@ -14,6 +14,7 @@ from mindspore import Tensor
 from ms_diffusion.convert import load_pretrained, save_torch_state_dict
 from ms_diffusion.models.autoencoder import AutoencoderConfig
 from ms_diffusion.models.context import LatentUnetConfig
+from ms_diffusion.models.unet import UnetConfig
 from ms_diffusion.models.unet_ldm import UNetModelConfig
 from ms_diffusion.runtime import UserError, compiled
 
@@ -223,6 +224,91 @@ def test_no_moving_averages_of_this_network(tmp_path):
     assert message in complaint(fresh("autoencoder"), path, ema=True)
     assert message in complaint(fresh("unet"), write(tmp_path / "b.safetensors", drawn("unet")), ema=True)
     assert all((value == 0.5).all() for value in values(net_of("unet")).values())
+
+
+# What wraps a network: prefixes of its names, and files of trainers
+
+COUNTERS = {"step": np.array(7), "initted": np.array(True), "n_averaged": np.array(3)}
+WRAPPED = {
+    "compiled": lambda: prefixed("_orig_mod.", drawn("unet")),
+    "parallel": lambda: prefixed("module.", drawn("unet")) | {"n_averaged": np.array(3)},
+    "both": lambda: prefixed("module._orig_mod.", drawn("unet")),
+    "inside": lambda: prefixed("model.module.", drawn("unet")) | {"criterion.weight": np.ones(3, np.float32)},
+    "lightning": lambda: prefixed("net._orig_mod.", drawn("unet")) | prefixed("vgg.", drawn("autoencoder")),
+    "deep": lambda: prefixed("a.b.c.d.", drawn("unet")),
+    "averages": lambda: prefixed("online_model.", drawn("unet", -1)) | prefixed("ema_model.", drawn("unet")) | COUNTERS,
+    "with averages": lambda: drawn("unet", -1) | prefixed("ema.module.", drawn("unet")),
+    "latent diffusion": lambda: prefixed("module._orig_mod.", latent_diffusion()),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_prefixes(name, tmp_path):
+    report = load_pretrained(fresh("unet"), write(tmp_path / "a.safetensors", WRAPPED[name]()))
+    assert_same(values(net_of("unet")), drawn("unet"))
+    assert not report.unexpected and ("(moving averages)" in str(report)) == ("averages" in name)
+
+
+def test_names_in_messages_are_the_files(tmp_path):
+    arrays = prefixed("module.", drawn("unet") | {"extra": np.ones(2, np.float32)})
+    path = write(tmp_path / "a.safetensors", arrays)
+    assert "unexpected: module.extra)" in complaint(fresh("unet"), path)
+    assert not load_pretrained(fresh("unet"), path, ignore_keys="module.extra").unexpected
+    both = drawn("unet") | {f"module.{name}": value for name, value in drawn("unet", -1).items()}  # one of two models
+    load_pretrained(fresh("unet"), write(tmp_path / "b.safetensors", both), ignore_keys="module.")
+    assert_same(values(net_of("unet")), drawn("unet"))
+    assert "unexpected: module." in complaint(fresh("unet"), tmp_path / "b.safetensors")
+
+
+def test_files_of_trainers(tmp_path):
+    """As of denoising_diffusion_pytorch and Lightning, each with the states of what trains the network."""
+    torch = pytest.importorskip("torch")
+
+    def tensors(arrays):
+        return {name: torch.from_numpy(np.array(a)) for name, a in arrays.items()}
+
+    layer = torch.nn.Linear(2, 3)
+    adam = torch.optim.Adam(layer.parameters())
+    layer(torch.ones(1, 2)).sum().backward()
+    adam.step()
+    diffusion = {"betas": np.zeros(5), "sqrt_alphas_cumprod": np.zeros(5)}
+    raw, averaged = (prefixed("model.", drawn("unet", sign)) | diffusion for sign in (-1, 1))
+    ema = prefixed("online_model.", raw) | prefixed("ema_model.", averaged) | COUNTERS
+    beside = {"step": 7, "opt": adam.state_dict(), "scaler": {"scale": 2.0, "_growth_tracker": 0}, "version": "2.2.5"}
+    contents = [
+        {"model": tensors(raw), "ema": tensors(ema), **beside},
+        {"model": tensors(raw), "ema": tensors(averaged), **beside},  # older ones
+        {"net": tensors(drawn("unet", -1)), "ema_state_dict": tensors(drawn("unet")), **beside},
+    ]
+    for content in contents:
+        torch.save(content, tmp_path / "model-1.pt")
+        report = load_pretrained(fresh("unet"), tmp_path / "model-1.pt")
+        assert_same(values(net_of("unet")), drawn("unet"))
+        assert report.prefix.startswith("ema") and "(moving averages)" in str(report)
+        load_pretrained(fresh("unet"), tmp_path / "model-1.pt", ema=True)
+        load_pretrained(net_of("unet"), tmp_path / "model-1.pt", ignore_keys="ema")
+        assert_same(values(net_of("unet")), drawn("unet", -1))
+    callbacks = {"ModelCheckpoint": {"best_model_score": torch.tensor(0.5), "best_model_path": "a.ckpt"}}
+    lightning = {"epoch": 3, "global_step": 70, "optimizer_states": [adam.state_dict()], "callbacks": callbacks}
+    torch.save({**lightning, "state_dict": tensors(raw)}, tmp_path / "a.ckpt")
+    assert load_pretrained(fresh("unet"), tmp_path / "a.ckpt").prefix == "model."
+    assert_same(values(net_of("unet")), drawn("unet", -1))
+
+
+def test_wrappers_of_pytorch(tmp_path):
+    torch = pytest.importorskip("torch")
+    from torch.optim import swa_utils
+
+    from benchmarks.torch_peer import Unet as Twin
+
+    twin, net = Twin(8, dim_mults=(1,)), UnetConfig(dim=8, dim_mults=(1,)).build()
+    expected = {name: value.numpy() for name, value in twin.state_dict().items()}
+    for wrapped in (torch.compile(twin, backend="eager"), torch.nn.DataParallel(twin), swa_utils.AveragedModel(twin)):
+        torch.save(wrapped.state_dict(), tmp_path / "net.pt")
+        for p in net.get_parameters():
+            p.set_data(Tensor(np.full(p.shape, 0.5, np.float32)))
+        load_pretrained(net, tmp_path / "net.pt")
+        assert_same(values(net), expected)
 
 
 # What does not fit
