@@ -490,6 +490,50 @@ def test_unet_of_diffusers(linear, tmp_path):
     assert_close(function(*map(Tensor, inputs)), peer(x, t, context, class_labels=y.long()).sample)
 
 
+ATTENTION = UNET | dict(num_res_blocks=2, context_dim=None, num_classes=3)
+UPDOWN = dict(resblock_updown=True, use_scale_shift_norm=True, num_head_channels=None, num_heads=1)
+
+
+@of_diffusers
+@pytest.mark.parametrize("updown", [False, True])
+@pytest.mark.parametrize("new_order", [False, True])
+def test_unet_with_attention_blocks_of_diffusers(updown, new_order, tmp_path):
+    """UNet2DModel, the network of diffusers' unconditional and class-conditional pipelines; also in its older spelling."""
+    kind = "resnet" if updown else "conv"
+    options = {"attn_norm_num_groups": 4, "resnet_time_scale_shift": "scale_shift"} if updown else {}
+    peer = peer_of(
+        "UNet2DModel",
+        in_channels=2,
+        out_channels=2,
+        block_out_channels=(8, 16),
+        down_block_types=("ResnetDownsampleBlock2D" if updown else "DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "ResnetUpsampleBlock2D" if updown else "UpBlock2D"),
+        layers_per_block=2,
+        attention_head_dim=None if updown else 4,
+        norm_num_groups=4,
+        num_class_embeds=3,
+        downsample_type=kind,
+        upsample_type=kind,
+        **options,
+    )
+    config = UNetModelConfig(**ATTENTION | (UPDOWN if updown else {}), use_new_attention_order=new_order)
+    net, arrays = config.build(), arrays_of(peer)
+    load_pretrained(net, write(tmp_path / "old.safetensors", {in_old_spelling(n): a for n, a in arrays.items()}))
+    in_old = values(net)
+    peer.save_pretrained(tmp_path / "unet")
+    report = load_pretrained(net, tmp_path / "unet")
+    assert_same(in_old, values(net))
+    assert sorted(report.loaded) == sorted(in_old) and not report.unexpected
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(0)
+    x, t, y = rng.standard_normal((13, 2, 8, 8), np.float32), rng.integers(0, 1000, 13), rng.integers(0, 3, 13)
+    expected = peer(torch.from_numpy(x), torch.from_numpy(t), class_labels=torch.from_numpy(y)).sample
+    assert_close(net(Tensor(x), Tensor(t.astype(np.int32)), None, Tensor(y.astype(np.int32))), expected)
+    part = {name: value for name, value in arrays.items() if not name.endswith("mid_block.attentions.0.to_k.bias")}
+    message = complaint(net, write(tmp_path / "part.safetensors", part))
+    assert "missing: middle_block.1.qkv.bias; unexpected: mid_block.attentions.0.to_q.bias, mid_block" in message
+
+
 def file_of_diffusers(path, kind, weights, config):
     """These weights of CompVis as diffusers reads them."""
     pytest.importorskip("torch"), pytest.importorskip("diffusers")
