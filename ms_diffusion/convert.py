@@ -157,6 +157,7 @@ def load_pretrained(
         for name, a in arrays.items()
         if name.startswith((*begin, "model_ema."))
         and not name.startswith((f"{start}loss.", f"{start}first_stage_model.loss."))
+        and not name.startswith(f"{start}cond_stage_model.transformer.to_logits.")  # x-transformers' unused head
         and not (a.dtype.kind in "biu" and a.ndim == 0)  # counters, such as num_batches_tracked
     }
 

@@ -8,7 +8,7 @@ B, N, L: batch, positions of the image (H W), entries of the context.
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 
@@ -50,7 +50,8 @@ class Conv1d(nn.Conv2d):
         self.weight = Parameter(Tensor(np.zeros((c_out, c_in, kernel), np.float32)), name="weight")
         self.weight_slot = self.bias_slot = self.norm_kernel = None
         self.compute_type = ms.float32
-        self.steps, self.border = (1, stride), (0, kernel // 2)
+        self.steps: Any = (1, stride)
+        self.border: Any = (0, kernel // 2)
 
     def construct(self, x: Tensor) -> Tensor:
         weight, bias = read(self.weight, self.weight_slot), read(self.bias, self.bias_slot)

@@ -196,6 +196,7 @@ def resolve_first_stage(config: LatentConfig, run: Path, kept: str | None = None
         if not is_saved and (file := requested or config.init_from):
             check_fits(config, config.first_stage_model, file)
             keep_first_stage(saved, *first_stage_in(file, config), 0)
+            kept = kept or hash_of(read_state(saved))
             is_saved = is_copy(saved, kept)
         requested = None
     if is_saved and requested and not Path(requested).exists():
