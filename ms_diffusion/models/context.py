@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 import numpy as np
 
+import mindspore as ms
 from mindspore import Tensor, nn, ops
 
 from ..fields import AT_LEAST_1, DEPTH, NON_NEGATIVE, NOT_EMPTY, check_fields
@@ -139,6 +140,20 @@ class SpatialRescaler(nn.Cell):
             x = matmul(resizing_tensor(height, self.multiplier, self.method).expand_dims(0).tile((b * c, 1, 1)), x)
             x = x.reshape(b, c, x.shape[1], x.shape[2])
         return self.channel_mapper(x)
+
+
+class TextEmbedding(nn.Cell):
+    """The mean of a `TextEncoder` over the tokens of a caption, for a time embedding: tokens (B, max_length) -> (B,
+    dim_out). Tokens of 0, which pad a caption, do not count."""
+
+    def __init__(self, vocab_size: int, max_length: int, dim: int, dim_out: int):
+        super().__init__()
+        self.encoder, self.proj = TextEncoder(vocab_size, max_length, dim), Linear(dim, dim_out)
+
+    def construct(self, tokens: Tensor) -> Tensor:
+        used = ops.cast(tokens != 0, ms.float32).expand_dims(-1)
+        total = (self.encoder(tokens) * used).sum(1)
+        return self.proj(total / ops.maximum(used.sum(1), Tensor(1.0, ms.float32)))
 
 
 @dataclass(frozen=True)

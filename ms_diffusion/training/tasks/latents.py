@@ -5,6 +5,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,14 +16,14 @@ import tyro
 from mindspore import Tensor
 
 from ...convert import load_pretrained
-from ...data.batches import check_values
-from ...data.captions import CAPTIONS, LENGTH, NAMES, WORDS, draw_captions, plain_captions, tokens
+from ...data.batches import ImageSet, check_values
+from ...data.tokenizers import Tokenizer, WordPieces
 from ...fields import AT_LEAST_1, POSITIVE
 from ...files import read_bytes, share_files, sweep, write, write_json
 from ...latent import FirstStage
 from ...models.autoencoder import AutoencoderConfig, VQConfig, gaussian_sample
 from ...models.context import LatentUnetConfig
-from ...randomness import Random, Stream, drop_labels
+from ...randomness import Random, Stream
 from ...runtime import UserError, broadcast, command
 from ..checkpoint import read_config, read_state, readable
 from ..config import DataConfig, DiffusionRunConfig, ImageTrainConfig
@@ -30,6 +31,7 @@ from ..runs import open_run
 from .autoencoder import AutoencoderRunConfig, load_first_stage, save_reconstructions
 from .base import Arrays
 from .images import ImageData, ImageTask, check_image_size, check_scored
+from .labels import Nothing, read_kept
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,8 @@ class LatentConfig(ImageData, DiffusionRunConfig):
     weights; by default these are in the file of --init-from."""
     first_stage_model: Annotated[AutoencoderConfig | VQConfig | None, tyro.conf.Suppress] = None
     """The autoencoder of which such a file has the weights."""
+    vocab: str | None = None
+    """BERT's vocab.txt, for the conditions text and bert; the new run keeps its words. By default a tokenizer is trained."""
     latent_scale: Annotated[float, POSITIVE] | None = None
     """Factor of the latents; by default 1 / the standard deviation of the latents of a first batch."""
     first_stage_patch: Annotated[int, AT_LEAST_1] | None = None
@@ -52,7 +56,7 @@ class LatentConfig(ImageData, DiffusionRunConfig):
     kind = "latents"
 
     def task(self, data: Any = None) -> "LatentTask":
-        return (LatentTask if self.model.condition != "text" else CaptionTask)(self, data)
+        return LatentTask(self, data)
 
     def check(self) -> None:
         super().check()
@@ -68,17 +72,16 @@ class LatentConfig(ImageData, DiffusionRunConfig):
             raise UserError(f"--data.condition {data.condition} is for networks in pixel space: leave it out")
         if model.cond_channels:
             raise UserError(f"--model.cond-channels is {model.cond_channels}: it must be 0, there is no image condition")
+        if "context" in model.cond_fields:
+            raise UserError("--model.condition context takes rows from outside, which a run has none of: choose bert")
+        if model.num_classes is not None and model.null_label is None and self.train.label_dropout:
+            raise UserError("without --model.null-class there is no row for no class: set --train.label-dropout to 0")
         if data.flip:
             raise UserError("latents are computed once, of images that are not flipped: add --data.no-flip")
-        if model.condition == "text":
-            if not data.name.startswith("fashion-mnist"):
-                raise UserError(f"captions exist for Fashion-MNIST only, not for {data.name}: use --preset latent")
-            if (model.vocab_size, model.max_length) != (len(WORDS), LENGTH):
-                raise UserError(f"the captions need --model.vocab-size {len(WORDS)} --model.max-length {LENGTH}")
 
 
 class LatentTask(ImageTask):
-    """A UNetModel on latents, conditioned on the class or nothing."""
+    """A UNetModel on latents, conditioned on the class, a caption or nothing."""
 
     config: LatentConfig
     clip_denoised = False
@@ -88,14 +91,34 @@ class LatentTask(ImageTask):
         super().__init__(config, data)
         model = config.model
         self.shape = (model.in_channels, model.latent_size, model.latent_size)
-        self.null_label, self.cond_fields = model.null_label, model.cond_fields
+        self.cond_fields = model.cond_fields
 
-    def load_data(self) -> tuple[np.ndarray, np.ndarray]:
-        if not self.has_pictures:
-            size, channels = self.image_format()
-            ramp = np.linspace(0, 255, size).astype(np.uint8)
-            return np.tile(ramp[:, None], (1, size, 1, channels)), np.zeros(1, np.int32)
-        return super().load_data()
+    @cached_property
+    def tokenizer(self) -> Tokenizer | None:
+        """That of the run, or of --vocab."""
+        model, folder = self.config.model, getattr(self, "home", None) or getattr(self, "run_dir", None)
+        kept = read_kept(folder).get("tokenizer") if folder else None
+        return kept or (WordPieces.read(self.config.vocab, model.max_length) if self.config.vocab else None)
+
+    @property
+    def null_label(self) -> Any:
+        model = self.config.model
+        if model.null_label is not None or "tokens" not in model.cond_fields:
+            return model.null_label
+        if not self.tokenizer:
+            raise UserError("the text encoder needs its vocabulary: give BERT's vocab.txt by --vocab")
+        return self.tokenizer.encode([""])[0]
+
+    def make_labelling(self, image_set: ImageSet | None = None) -> Nothing:
+        return super().make_labelling(image_set, self.tokenizer)
+
+    def load_set(self, split: str) -> ImageSet:
+        if self.has_pictures:
+            return super().load_set(split)
+        size, channels = self.image_format()
+        ramp = np.linspace(0, 255, size).astype(np.uint8)[:, None]
+        none = np.zeros(1, np.int32)
+        return ImageSet(np.tile(ramp, (1, size, 1, channels)), none, captions=(("",),), caption_ids=none)
 
     @property
     def has_pictures(self) -> bool:
@@ -129,6 +152,7 @@ class LatentTask(ImageTask):
             save_reconstructions(path, self.first_stage, self.originals[: config.train.sample_num])
 
     def keep_data(self) -> None:
+        super().keep_data()
         resolve_first_stage(self.config, self.run_dir, self.weights_hash)
 
     def checkpoint_record(self) -> dict[str, Any]:
@@ -142,16 +166,10 @@ class LatentTask(ImageTask):
     def draw_conditions(self, rng: Random, batch: Arrays, labels: np.ndarray) -> Arrays:
         shape = batch["noise"].shape
         drawn = {"latent_noise": rng.standard_normal(shape, np.float32)} if self.first_stage.net.needs_noise else {}
-        if self.null_label is not None:
-            dropout = self.config.train.label_dropout
-            drawn[self.cond_fields[0]] = drop_labels(rng, self.draw_labels(rng, labels), dropout, self.null_label)
-        return drawn
-
-    def draw_labels(self, rng: Random, labels: np.ndarray) -> np.ndarray:
-        """What the network is conditioned on for images of these classes."""
-        return labels
+        return drawn | self.draw_labels(rng, labels)
 
     def open(self, home: Path, state: dict[str, Any]) -> None:
+        super().open(home, state)
         scale = state.get("latent_scale")
         if scale is None or not (home / "first_stage").exists():
             missing = "latent_scale in its state.json" if scale is None else "first_stage beside its config.json"
@@ -161,26 +179,6 @@ class LatentTask(ImageTask):
 
     def decode(self, x: np.ndarray) -> np.ndarray:
         return self.first_stage.decode(x)
-
-
-class CaptionTask(LatentTask):
-    """A UNetModel on latents, conditioned on captions of Fashion-MNIST's classes."""
-
-    captions = tuple(names[0] for names in NAMES)
-
-    @property
-    def num_classes(self) -> Any:
-        return len(CAPTIONS)
-
-    def draw_labels(self, rng: Random, labels: np.ndarray) -> np.ndarray:
-        return draw_captions(rng, labels)
-
-    def class_conditions(self, num: int, labels: Any = None, prompt: str | None = None) -> Arrays:
-        if prompt is not None:
-            return {"tokens": tokens([prompt] * num)}
-        if isinstance(labels, np.ndarray) and labels.ndim == 2:
-            return {"tokens": labels}
-        return {"tokens": plain_captions(self.label_array(labels, num))}
 
 
 def resolve_first_stage(config: LatentConfig, run: Path, kept: str | None = None) -> FirstStage:
