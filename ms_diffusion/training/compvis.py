@@ -42,9 +42,9 @@ class Section:
     def section(self, key: str) -> "Section":
         return Section(self.take(key), f"{self.path}.{key}")
 
-    def rename(self, names: dict[str, str]) -> dict[str, Any]:
+    def rename(self, names: dict[str, str], required: tuple[str, ...] = ()) -> dict[str, Any]:
         """Values of the keys that are there, by our names for them."""
-        return {ours: self.content.pop(theirs) for theirs, ours in names.items() if theirs in self.content}
+        return {ours: self.take(theirs) for theirs, ours in names.items() if theirs in self.content or theirs in required}
 
     def only(self, **values: Any) -> None:
         """Refuse other values of these keys than ours."""
@@ -79,12 +79,12 @@ def from_compvis(path: str | Path, init_ema: bool = False) -> Config:
     except ImportError as e:
         raise UserError(f"{path}: reading YAML needs PyYAML: pip install pyyaml") from e
     try:
-        content = yaml.safe_load(read_bytes(path))
+        content = as_python(yaml.safe_load(read_bytes(path)))
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as e:
         raise UserError(f"{path} is no YAML: {' '.join(str(e).split()):.200}") from e
     except OSError as e:
         raise UserError(f"{path} cannot be read: {e.strerror}") from e
-    whole = Section(as_python(content), str(path))
+    whole = Section(content, str(path))
     model, data = whole.section("model"), Section(whole.take("data", {}), f"{path}.data")
     data = Section(data.take("params", {}), f"{data.path}.params")
     read, params = model.target(RUNS)
@@ -120,10 +120,13 @@ DDCONFIG |= {"in_channels": "channels", "dropout": "dropout", "resamp_with_conv"
 DDCONFIG |= {"tanh_out": "tanh_out", "attn_type": "attention"}
 
 
-def first_stage(section: Section, double_z: bool, kind: type[AutoencoderConfig], names: dict[str, str]) -> Any:
+def first_stage(section: Section, double_z: bool, kind: type[AutoencoderConfig], names: tuple[str, ...] = ()) -> Any:
+    """The autoencoder; the first of its other `names` must be there. Defaults are those of the original's constructors."""
     dd = section.section("ddconfig")
     dd.only(double_z=double_z, give_pre_end=False)
-    values = {"embed_dim": section.take("embed_dim"), **dd.rename(DDCONFIG), **section.rename(names)}
+    required = "ch", "in_channels", "num_res_blocks", "attn_resolutions", "resolution", "z_channels"
+    values = {"embed_dim": section.take("embed_dim"), "ch_mult": (1, 2, 4, 8), **dd.rename(DDCONFIG, required)}
+    values |= section.rename({name: name for name in names}, names[:1])
     out_channels = dd.take("out_ch", None)
     if dd.take("use_linear_attn", False):
         values["attention"] = "linear"
@@ -142,12 +145,11 @@ def checked(kind: type, values: dict[str, Any], path: str) -> Any:
 
 
 def kl_model(section: Section) -> AutoencoderConfig:
-    return first_stage(section, True, AutoencoderConfig, {})
+    return first_stage(section, True, AutoencoderConfig)
 
 
 def vq_model(section: Section) -> VQConfig:
-    names = {name: name for name in ("n_embed", "remap", "sane_index_shape")}
-    return first_stage(section, False, VQConfig, names)
+    return first_stage(section, False, VQConfig, ("n_embed", "remap", "sane_index_shape"))
 
 
 LOSS = {"kl_weight": "kl_weight", "codebook_weight": "codebook_weight", "logvar_init": "logvar_init"}
@@ -212,7 +214,9 @@ COUNTS = ("num_heads", "num_head_channels", "num_heads_upsample")  # of which -1
 
 def unet(section: Section) -> dict[str, Any]:
     section.only(dims=2, use_fp16=False)
-    values = section.rename(UNET) | {name: None if (n := section.take(name, -1)) == -1 else n for name in COUNTS}
+    required = "model_channels", "num_res_blocks", "attention_resolutions"
+    values = {"channel_mult": (1, 2, 4, 8), **section.rename(UNET, required)}
+    values |= {name: None if (n := section.take(name, -1)) == -1 else n for name in COUNTS}
     context = section.take("context_dim", None)
     values["context_dim"] = context[0] if isinstance(context, tuple) and len(context) == 1 else context
     values |= {"num_classes": section.take("num_classes", None), "groups": 32}
