@@ -93,8 +93,10 @@ class Sampling:
 
     def timesteps(self, diffusion: GaussianDiffusion) -> list[int]:
         """The timesteps of the sampler's steps, descending."""
-        spacing = self.spacing or default_spacing(SAMPLERS[self.sampler])
-        return sampling_timesteps(diffusion.num_timesteps, self.steps, spacing, diffusion.alphas_cumprod)
+        spacing = default_spacing(SAMPLERS[self.sampler])
+        spacing = self.spacing or (diffusion.spacing if spacing == GaussianDiffusion.spacing else spacing)
+        T, tables = diffusion.num_timesteps, (diffusion.alphas_cumprod, diffusion.steps_offset)
+        return sampling_timesteps(T, self.steps, spacing, *tables)
 
 
 class Generator:

@@ -77,8 +77,9 @@ class LatentUnetConfig(UNetModelConfig):
     """H and W of a latent."""
     channels: Annotated[int, AT_LEAST_1] = 1
     """Channels of the images that the first stage encodes."""
-    condition: Literal["none", "class", "adm", "text"] = "class"
-    """The condition: class or text by cross-attention, adm (the class, added to the time embedding), or none."""
+    condition: Literal["none", "class", "adm", "text", "context"] = "class"
+    """The condition: class or text by cross-attention, adm (the class, added to the time embedding), context (entries that
+    an encoder outside of the network has made), or none."""
     num_classes: Annotated[int, AT_LEAST_1] | None = 10
     """Number of classes for the conditions class and adm; otherwise None."""
     context_dim: Annotated[int, AT_LEAST_1] | None = 64
@@ -92,13 +93,14 @@ class LatentUnetConfig(UNetModelConfig):
 
     @property
     def null_label(self) -> int | None:
-        """The value that means "no condition": label num_classes, token 0, or None for an unconditional network."""
-        return {"none": None, "text": 0}.get(self.condition, self.num_classes)
+        """The value that means "no condition": label num_classes, token 0, or None for an unconditional network, and for a
+        context, whose encoder knows it."""
+        return {"none": None, "context": None, "text": 0}.get(self.condition, self.num_classes)
 
     @property
     def cond_fields(self) -> tuple[str, ...]:
         """Names of the conditions that the network takes after t, in order."""
-        first = {"none": (), "text": ("tokens",)}.get(self.condition, ("labels",))
+        first = {"none": (), "text": ("tokens",), "context": ("context",)}.get(self.condition, ("labels",))
         return first + ("cond_image",) * (self.cond_channels > 0)
 
     def build(self, seed: int = 0) -> "LatentUnet":
@@ -109,8 +111,9 @@ class LatentUnet(nn.Cell):
     """A UNetModel with an encoder of its condition: x (B, in_channels, H, W), t (B,) int32 -> (B, out_channels, H, W).
 
     The conditions of `config.cond_fields` follow t: labels (B,) int32 in [0, num_classes], where num_classes means "no
-    class", or tokens (B, max_length) int32, where all 0 means "no text"; an image (B, cond_channels, H, W), concatenated to
-    x. These are the five modes of CompVis's DiffusionWrapper: none, concat, crossattn, hybrid, adm.
+    class", or tokens (B, max_length) int32, where all 0 means "no text", or a context (B, L, context_dim) float32; an image
+    (B, cond_channels, H, W), concatenated to x. These are the five modes of CompVis's DiffusionWrapper: none, concat,
+    crossattn, hybrid, adm.
 
     Raises:
         UserError: a field of the configuration is out of range.
@@ -121,7 +124,7 @@ class LatentUnet(nn.Cell):
         super().__init__()
         check_fields(config, "")
         condition, context_dim = config.condition, config.context_dim
-        if (config.num_classes is None) != (condition in ("none", "text")):
+        if (config.num_classes is None) != (condition in ("none", "text", "context")):
             raise ValueError(f"condition is {condition!r}, num_classes {config.num_classes}: set it for class and adm only")
         if (context_dim is None) != (condition in ("none", "adm")):
             raise ValueError(f"condition is {condition!r}, context_dim {context_dim}: set it for class and text only")
@@ -130,7 +133,7 @@ class LatentUnet(nn.Cell):
         num_labels, dim = (config.num_classes or 0) + 1, context_dim or 0  # labels: with that for "no class"
         own |= {"num_classes": num_labels if condition == "adm" else None}
         self.unet = UNetModel(UNetModelConfig(**own), seed)
-        self.is_adm = condition == "adm"
+        self.is_adm, self.is_context = condition == "adm", condition == "context"
         self.cond_stage = None
         if condition == "class":
             self.cond_stage = ClassEmbedder(num_labels, dim)
@@ -145,6 +148,8 @@ class LatentUnet(nn.Cell):
         context, y = None, None
         if self.cond_stage is not None:
             context, cond = self.cond_stage(cond[0]), cond[1:]
+        if self.is_context:
+            context, cond = cond[0], cond[1:]
         if self.is_adm:
             y, cond = cond[0], cond[1:]
         if len(cond) > 0:
