@@ -5,6 +5,7 @@ The folder stays as it is: model_index.json, and unet, vae, text_encoder, tokeni
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,11 +28,12 @@ from ..sampling import Generator
 from ..schedules import cosine_beta_schedule, rescale_zero_terminal_snr
 from ..weight_files import flat, read_weights
 from .config import DataConfig, ImageTrainConfig
-from .runs import Run
+from .runs import PIPELINE, Run
+from .tasks.base import Request
+from .tasks.images import Plan
 from .tasks.labels import Nothing
 from .tasks.latents import LatentConfig, LatentTask
 
-INDEX = "model_index.json"
 GUIDANCE = 7.5  # the default of the pipelines of diffusers
 OBJECTIVES = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
 WHOLE = Annotated[int, Bounds(1, 2**20)]
@@ -63,11 +65,6 @@ VAE_ONLY = {
     "shift_factor": None, "latents_mean": None, "latents_std": None,
 }
 # fmt: on
-
-
-def is_pipeline(path: str | Path) -> bool:
-    """Whether this is a folder of diffusers with the parts of a pipeline."""
-    return (Path(path) / INDEX).is_file()
 
 
 class Settings:
@@ -246,12 +243,9 @@ class PipelineTask(LatentTask):
     Args:
         size: Height and width of the pictures; by default those of the training."""
 
-    scale_of_grid = 1
-    default_num = 1
-
     def __init__(self, folder: Path, size: Sequence[int] = ()):
         self.folder = folder
-        index = Settings(folder / INDEX)
+        index = Settings(folder / PIPELINE)
         if (name := index.get("_class_name", str, "")) not in PIPELINES:
             raise UserError(f"{folder} holds a {name[:200]}, not Stable Diffusion 1 or 2 ({PIPELINES[0]})")
         for part, names in CLASSES.items():
@@ -289,6 +283,11 @@ class PipelineTask(LatentTask):
         self.first_stage = FirstStage(autoencoder, self.config.latent_scale or 1, self.autoencoder.size_multiple)
         self.labelling = load_text_encoder(home, self.config.model.context_dim or 0)
         self.null_label = self.labelling.null
+
+    def plan_grid(self, run: Run, request: Request) -> Plan:
+        plan = super().plan_grid(run, replace(request, num=request.num or 1))
+        plan.scale = 1
+        return plan
 
     def load_set(self, split: str) -> ImageSet:
         raise UserError(f"{self.folder} comes without images: give the path of one")
