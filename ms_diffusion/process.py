@@ -70,8 +70,14 @@ class GaussianDiffusion:
             times the error weighted by `lvlb_weights`, as in the code of latent diffusion (L_hybrid, Nichol & Dhariwal 2021,
             eq. 16).
 
+    Three attributes are set where a network comes with its own rules for few timesteps (training/pipeline.py): `spacing`, by
+    default that of ddpm and ddim; `steps_offset`, which is added to the timesteps of "leading"; and `last_alpha_cumprod`, the
+    alpha_bar that ddim's last step leads to.
+
     Raises ValueError if an argument is outside its range or unknown. Warns (UserWarning) if alpha_bar_T > 0.01: x_T still
     contains data, so samples will be poor."""
+
+    spacing, steps_offset, last_alpha_cumprod = "linspace", 0, 1.0
 
     def __init__(self, betas: np.ndarray, objective: str = "eps", loss: str = "huber", v_posterior: float = 0.0,
             clip_denoised: bool = True, weighting: str = "none", gamma: float | None = None, l_simple_weight: float = 1.0,

@@ -214,7 +214,7 @@ class ImageTask(Images, DiffusionTask):
         sampling, calls = plan.sampling, len(plan.timesteps) * plan.calls_per_step
         frames, every = [], max(calls // GIF_FRAMES, 1)
         rows, picked = [], set(np.linspace(0, calls - 1, ROW_STEPS, dtype=int))
-        size = (sampling.batch_size or 64) * (1 if in_steps else world_size)
+        size = (sampling.batch_size or run.generator.batch_size) * (1 if in_steps else world_size)
         bar = ProgressBar(total=-(-plan.num // size) * calls, unit="step", desc=sampling.sampler, disable=rank > 0)
 
         def watch(i: int, x: Any, x_start: Any) -> None:
