@@ -21,9 +21,9 @@ PIXELS = 100 * 32 * 32  # per batch of images; bounds the memory of encoding and
 class FirstStage:
     """A trained autoencoder, in evaluation mode for good, and the latent scale.
 
-    The diffusion sees latents times `scale`, which gives them standard deviation 1 (Rombach et al. 2022, appendix G). What the
-    encoder gives for an image is kept, and latents are made of it in training: moments (2 embed_dim, h, w), of which a latent
-    is drawn, or the latent (embed_dim, h, w) itself, before quantization, where a decoder quantizes.
+    The diffusion sees latents times `scale`, which gives them standard deviation 1 (Rombach et al. 2022, appendix G). For
+    training it keeps what the encoder gives: moments (2 embed_dim, h, w), of which each step draws a latent, or of a VQModel
+    the latent (embed_dim, h, w) itself, before quantization.
 
     Args:
         scale: factor of the latents.
