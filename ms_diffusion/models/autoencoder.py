@@ -406,6 +406,7 @@ class Autoencoder(nn.Cell):
 
     A kind says how a latent is made of what `encode` gives, sample_latent(encoded, noise), and whether that needs noise."""
 
+    quantize: "VectorQuantizer | None"
     needs_noise: bool
     sample_latent: Callable[[Tensor, Tensor], Tensor]
 
@@ -449,6 +450,7 @@ class AutoencoderKL(Autoencoder):
 
     def __init__(self, config: AutoencoderConfig = AutoencoderConfig(), seed: int = 0):
         super().__init__(config, parts=2)
+        self.quantize = None
         name_and_initialise(self, seed)
 
     def decode(self, z: Tensor) -> Tensor:

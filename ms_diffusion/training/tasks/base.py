@@ -44,6 +44,8 @@ class Request:
     """Class to draw, by number or name; by default each class in turn, in columns."""
     prompt: str | None = None
     """Caption to draw, for a run trained on captions, such as "an ankle boot"; by default one of each class in turn."""
+    negative_prompt: str | None = None
+    """Caption to keep away from, with --prompt and --guidance above 1."""
     image: tuple[str, ...] = ()
     """IMAGEs to upscale, colorize or fill in, for a run with an image condition; by default its own test images."""
     inpaint: tuple[str, str] | None = None
@@ -240,6 +242,10 @@ class Task:
     def decode(self, x: np.ndarray) -> np.ndarray:
         """Samples of the process -> samples of the data, floats."""
         return x
+
+    def codes(self, x: np.ndarray) -> Arrays:
+        """What else an .npz file keeps of samples of the process, arrays (num, ...)."""
+        return {}
 
     def to_output(self, x: np.ndarray) -> np.ndarray:
         """What `decode` returns, as users keep it."""
