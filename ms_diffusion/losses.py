@@ -44,8 +44,8 @@ def reconstruction_error(x: Tensor, reconstruction: Tensor, perceptual: Tensor |
     error = pixel_loss(reconstruction, x)
     if weights is None:
         return pixel_weight * error.mean((1, 2, 3)) + perceptual
-    error = pixel_weight * error + (perceptual.reshape(-1, 1, 1, 1) if isinstance(perceptual, Tensor) else perceptual)
-    return (weights * error).mean((1, 2, 3))
+    perceptual = perceptual if isinstance(perceptual, (int, float)) else perceptual.reshape(-1, 1, 1, 1)
+    return (weights * (pixel_weight * error + perceptual)).mean((1, 2, 3))
 
 
 def laplace_nll(error: Tensor, logvar: Tensor, size: int, weight: Tensor | float = 1.0) -> Tensor:

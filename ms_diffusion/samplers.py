@@ -92,8 +92,8 @@ def ddim_step(x: Array, x_start: Array, alpha_bar: float, alpha_bar_next: float,
 
 def quantized_step(x: Array, x_start: Array, alpha_bar: float, alpha_bar_next: float, sigma: float,
         quantize: Quantize) -> tuple[Array, Array]:  # fmt: skip
-    """The step of `ddim_step`, and its x_0; with `quantize`, to quantize(x_0), but with the noise that x_0 leaves in x, as in
-    the code of latent diffusion."""
+    """The step of `ddim_step`, and its x_0; with `quantize`, to quantize(x_0), but with the noise that x_0 leaves in x, as
+    in the code of latent diffusion."""
     new = ddim_step(x, x_start, alpha_bar, alpha_bar_next, sigma)
     if quantize is None:
         return new, x_start
