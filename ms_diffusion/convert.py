@@ -163,7 +163,8 @@ def listed(names_of_kinds: Mapping[str, list[str]]) -> str:
 
 # Names in latent diffusion
 
-FIRST_STAGE = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")  # prefixes of an AutoencoderKL's names
+# Prefixes of the names of an autoencoder
+FIRST_STAGE = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.", "quantize.")
 
 # Parts of CompVis's names -> diffusers' names for them
 # fmt: off
