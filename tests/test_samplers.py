@@ -386,7 +386,7 @@ def test_ddpm_takes_the_quantized_x_0():
 def test_quantized_x_0_with_the_noise_of_the_network(sampler, options):
     """As published: the x_0 of a step is quantized, and its direction is the eps before it, written out here."""
     diffusion, x, z = diffusion_of("linear", 100), np.random.default_rng(0).standard_normal(13), 0.7
-    denoise, timesteps, seen, past = exact_denoiser(diffusion), [90, 70, 50, 30, 20, 10, 3], [], []
+    denoise, timesteps, seen, past = exact_denoiser(diffusion), [70, 60, 45, 30, 20, 10, 3], [], []
     sampler(denoise, x, diffusion, timesteps, lambda x: z, lambda i, *x: seen.append(x), quantize=to_fifths, **options)
 
     def alpha_bar_of(i):
