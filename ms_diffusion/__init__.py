@@ -33,7 +33,7 @@ if TYPE_CHECKING:  # the public names; below, the same lines say where each is f
     from .likelihood import (bits_per_dim as bits_per_dim, dequantised_bits_per_dim as dequantised_bits_per_dim,
         make_divergence as make_divergence, ode_log_likelihood as ode_log_likelihood)
     from .losses import (adaptive_weight as adaptive_weight, autoencoder_loss as autoencoder_loss,
-        discriminator_loss as discriminator_loss, generator_loss as generator_loss)
+        discriminator_loss as discriminator_loss, generator_loss as generator_loss, vq_loss as vq_loss)
     from .metrics.distances import (compare as compare, energy_distance as energy_distance,
         frechet_distance as frechet_distance, kernel_distance as kernel_distance,
         maximum_mean_discrepancy as maximum_mean_discrepancy, mean_and_covariance as mean_and_covariance,
@@ -41,6 +41,7 @@ if TYPE_CHECKING:  # the public names; below, the same lines say where each is f
     from .metrics.features import Features as Features
     from .models.attention import Attention as Attention, LinearAttention as LinearAttention
     from .models.autoencoder import (AutoencoderConfig as AutoencoderConfig, AutoencoderKL as AutoencoderKL,
+        VectorQuantizer as VectorQuantizer, VQConfig as VQConfig, VQModel as VQModel, codebook_use as codebook_use,
         gaussian_kl as gaussian_kl, gaussian_mode as gaussian_mode, gaussian_nll as gaussian_nll,
         gaussian_sample as gaussian_sample, normal_kl as normal_kl)
     from .models.classifier import Classifier as Classifier, load_classifier as load_classifier

@@ -21,9 +21,9 @@ PIXELS = 100 * 32 * 32  # per batch of images; bounds the memory of encoding and
 class FirstStage:
     """A trained autoencoder, in evaluation mode for good, and the latent scale.
 
-    The diffusion sees latents times `scale`, which gives them standard deviation 1 (Rombach et al. 2022, appendix G). What the
-    encoder gives for an image is kept, and latents are made of it in training: moments (2 embed_dim, h, w), of which a latent
-    is drawn, or the latent (embed_dim, h, w) itself, before quantization, where a decoder quantizes.
+    The diffusion sees latents times `scale`, which gives them standard deviation 1 (Rombach et al. 2022, appendix G). For
+    training it keeps what the encoder gives: moments (2 embed_dim, h, w), of which each step draws a latent, or of a VQModel
+    the latent (embed_dim, h, w) itself, before quantization.
 
     Args:
         scale: factor of the latents.
@@ -39,6 +39,9 @@ class FirstStage:
         stride = max(side // 2, 1)
         self._encode = self._graph(autoencoder.encode, patch or 0, stride * f, 1 / f)
         self._decode = self._graph(autoencoder.decode, side, stride, f)
+        self.has_codebook = autoencoder.quantize is not None
+        if self.has_codebook:
+            self._nearest, self._entries = compiled(autoencoder.quantize.nearest), compiled(autoencoder.quantize.entries)
 
     def _graph(self, fn: Callable, size: int, stride: int, factor: float) -> Callable[[np.ndarray], np.ndarray]:
         """fn of Tensors, compiled, for arrays: of the whole array, or of patches if `patch` is set."""
@@ -64,6 +67,20 @@ class FirstStage:
         shapes = {"moments": (len(images), self.net.quant_conv.weight.shape[0], height, width)}
         path = cache_folder(folder) / f"latents-{key.hexdigest()[:16]}.bin"
         return load_or_compute(path, key.hexdigest(), shapes, lambda: {"moments": self.moments(images)})["moments"]
+
+    def quantize(self, z: Tensor) -> Tensor:
+        """Scaled latents (B, embed_dim, h, w) -> the nearest entries of a VQModel's codebook, scaled."""
+        return self.scale * self._entries(self._nearest(z / self.scale))
+
+    def codebook_ids(self, z: np.ndarray) -> np.ndarray:
+        """Scaled latents (N, embed_dim, h, w) -> ids (N, h, w) int32 of the nearest entries of a VQModel's codebook."""
+        scale, size = np.float32(self.scale), PIXELS // (z[0, 0].size * self.f**2)
+        return in_batches(lambda batch: [self._nearest(Tensor(batch)).asnumpy()], z / scale, size)[0]
+
+    def decode_ids(self, ids: np.ndarray) -> np.ndarray:
+        """Ids (N, h, w) into a VQModel's codebook -> images (N, C, H, W)."""
+        entries = self._entries(Tensor(ids.astype(np.int32))).asnumpy()
+        return self.decode(entries * np.float32(self.scale))
 
     def reconstruct(self, images: np.ndarray) -> np.ndarray:
         """Images (N, H, W, C) uint8 -> images (N, C, H, W), decoded from their latents, or the means of these."""

@@ -3,7 +3,7 @@
 Errors are computed per element: (pred, target) of any shape -> the same shape.
 
 An autoencoder and its discriminator have one optimizer each, whose steps alternate (Rombach et al. 2022, appendix G). The
-autoencoder, with logvar if it has one, minimises `autoencoder_loss` or `vq_loss`, plus weight * `generator_loss`. The weight,
+autoencoder and logvar minimise `autoencoder_loss`, or a VQModel `vq_loss`, + weight * `generator_loss`. The weight,
 `adaptive_weight` of gradients at the decoder's last layer, is computed before the step and is constant in it. Then the
 discriminator minimises `discriminator_loss`, where the reconstructions of the first step are constants.
 """
@@ -33,7 +33,8 @@ LOSSES = {"l1": l1, "l2": l2, "huber": huber}
 
 
 def reconstruction_error(x: Tensor, reconstruction: Tensor, perceptual: Tensor | float = 0.0,
-        pixel_loss: Callable[..., Tensor] = l1, pixel_weight: float = 1.0, weights: Tensor | None = None) -> Tensor:  # fmt: skip
+        pixel_loss: Callable[..., Tensor] = l1, pixel_weight: float = 1.0,
+        weights: Tensor | None = None) -> Tensor:  # fmt: skip
     """The mean error of each image's elements, pixel_weight times their `pixel_loss` plus perceptual: (B,).
 
     Args:
@@ -43,13 +44,13 @@ def reconstruction_error(x: Tensor, reconstruction: Tensor, perceptual: Tensor |
     error = pixel_loss(reconstruction, x)
     if weights is None:
         return pixel_weight * error.mean((1, 2, 3)) + perceptual
-    perceptual = perceptual if isinstance(perceptual, float) else perceptual.reshape(-1, 1, 1, 1)
+    perceptual = perceptual if isinstance(perceptual, (int, float)) else perceptual.reshape(-1, 1, 1, 1)
     return (weights * (pixel_weight * error + perceptual)).mean((1, 2, 3))
 
 
 def laplace_nll(error: Tensor, logvar: Tensor, size: int, weight: Tensor | float = 1.0) -> Tensor:
-    """The negative log-likelihood of `size` elements with this mean error, of a Laplace distribution with a learned log-scale,
-    but for a constant: size (error / exp(logvar) + logvar), the shape of error. `weight` is the mean of weights in error."""
+    """The negative log-likelihood of `size` elements with this mean error under a Laplace distribution, but for a constant:
+    size (error / exp(logvar) + logvar), the shape of error. `weight` is the mean of the weights that are in error."""
     return (error / ops.exp(logvar) + weight * logvar) * size
 
 
@@ -57,8 +58,8 @@ def autoencoder_loss(x: Tensor, reconstruction: Tensor, kl: Tensor | float, logv
         perceptual: Tensor | float = 0.0, pixel_weight: float = 1.0, weights: Tensor | None = None) -> Tensor:  # fmt: skip
     """All but the adversarial part: the negative log-likelihood of x, summed over an image, plus kl_weight KL: ().
 
-    The error of an element is |x - reconstruction| + perceptual. The KL does not depend on the decoder, so the gradient at the
-    decoder's last layer is that of the likelihood.
+    The error of an element is |x - reconstruction| + perceptual. The KL does not depend on the decoder, so the gradient at
+    the decoder's last layer is that of the likelihood.
 
     Args:
         x, reconstruction: (B, C, H, W).
@@ -74,7 +75,8 @@ def autoencoder_loss(x: Tensor, reconstruction: Tensor, kl: Tensor | float, logv
 
 
 def vq_loss(x: Tensor, reconstruction: Tensor, codebook_loss: Tensor | float, codebook_weight: float = 1.0,
-        perceptual: Tensor | float = 0.0, pixel_loss: Callable[..., Tensor] = l1, pixel_weight: float = 1.0) -> Tensor:  # fmt: skip
+        perceptual: Tensor | float = 0.0, pixel_loss: Callable[..., Tensor] = l1,
+        pixel_weight: float = 1.0) -> Tensor:  # fmt: skip
     """The same for a VQModel: the mean of `reconstruction_error` plus codebook_weight codebook_loss: ()."""
     error = reconstruction_error(x, reconstruction, perceptual, pixel_loss, pixel_weight)
     return error.mean() + codebook_weight * codebook_loss

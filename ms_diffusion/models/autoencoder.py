@@ -1,5 +1,5 @@
-"""The autoencoders of latent diffusion (Rombach et al. 2022, section 3.1 and appendix G): one whose latents are Gaussian, with
-a KL divergence, and one whose latents are quantized (VQ), by the nearest entries of a codebook.
+"""The autoencoders of latent diffusion (Rombach et al. 2022, section 3.1 and appendix G): KL, with Gaussian latents, and VQ,
+whose latents are vectors of a codebook.
 
 The Gaussian comes first, then the codebook, the blocks, and the networks. Parameter paths are those of the PyTorch original.
 """
@@ -74,14 +74,15 @@ def normal_kl(mean1: Tensor | float, logvar1: Tensor | float, mean2: Tensor | fl
 
 
 class VectorQuantizer(nn.Cell):
-    """Vectors z (B, embed_dim, h, w) -> the nearest entries of a codebook, the codebook loss (), and the entries' ids (van den
-    Oord et al. 2017, section 3).
+    """Vectors z (B, embed_dim, h, w) -> the nearest entries of a codebook, the codebook loss (), and the entries' ids (van
+    den Oord et al. 2017, section 3).
 
     The gradient passes from the entries to z unchanged (straight-through). The loss is the sum of |sg(e) - z|^2, which moves
-    the encoder, and |e - sg(z)|^2, which moves the codebook, means over all elements. beta weights the first (eq. 3), or with
-    `legacy` the second, as in the published models.
+    the encoder, and |e - sg(z)|^2, which moves the codebook, means over all elements. beta weights the first (eq. 3), or
+    with `legacy` the second, as in the published models.
 
-    The ids are int32 (B, h, w); without `sane_index_shape` (B h w,), and with a remap (B h w, 1), as in the original.
+    The ids are int32 (B, h, w); without `sane_index_shape` (B h w,), and with a remap (B h w, 1), as in the original. With a
+    remap whose `unknown_index` is "random", the call takes `random` (B, h, w), see `remap_to_used`.
 
     Raises:
         UserError: the file of the remap cannot be read, or does not hold ids.
@@ -89,7 +90,7 @@ class VectorQuantizer(nn.Cell):
 
     def __init__(self, config: "VQConfig"):
         super().__init__()
-        self.weights = (1.0, config.beta) if config.legacy else (config.beta, 1.0)  # of the encoder's and the codebook's term
+        self.weights = (1.0, config.beta) if config.legacy else (config.beta, 1.0)  # of encoder and codebook
         self.sane_index_shape, self.unknown_index = config.sane_index_shape, config.unknown_index
         self.embedding = Embedding(config.n_embed, config.embed_dim)
         self.used = None if config.remap is None else Tensor(read_remap(config.remap, config.n_embed))
@@ -119,8 +120,8 @@ class VectorQuantizer(nn.Cell):
         return rows(self.table(), ids.reshape(-1)).reshape(*ids.shape, -1).transpose(0, 3, 1, 2)
 
     def remap_to_used(self, ids: Tensor, random: Tensor | None = None) -> Tensor:
-        """Ids (B, ...) into the whole codebook -> positions in the remap. `unknown_index` stands for an id that is not in it;
-        if it is "random", `random` (B, ...) int32 does, positions that the caller draws. Raises ValueError without them."""
+        """Ids (B, ...) into the whole codebook -> positions in the remap, and `unknown_index` for an id that is not in it;
+        if that is "random", `random` (B, ...) int32, positions that the caller draws. Raises ValueError without them."""
         matches = ops.cast(ids.expand_dims(-1) == self.used, ms.int32)
         unknown = self.used.shape[0] if self.unknown_index == "extra" else self.unknown_index
         if unknown == "random":
@@ -151,8 +152,11 @@ class VectorQuantizer(nn.Cell):
 
 
 def read_remap(path: str, n_embed: int) -> np.ndarray:
-    """The ids of a codebook in a .npy file, (K,) int32. Raises UserError if it does not hold such ids."""
-    ids = load_npy(path)
+    """The ids of a codebook in a .npy file, (K,) int32. Raises UserError if it cannot be read, or does not hold such ids."""
+    try:
+        ids = load_npy(path)
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path} cannot be read: {e}") from e
     if ids.ndim != 1 or not ids.size or ids.dtype.kind not in "iu" or not 0 <= ids.min() <= ids.max() < n_embed:
         raise UserError(f"{path} is not a list of ids of a codebook: save whole numbers (K,) from 0 to {n_embed - 1}")
     return ids.astype(np.int32)
@@ -294,9 +298,9 @@ class VQConfig(AutoencoderConfig):
     n_embed: Annotated[int, AT_LEAST_1] = 8192
     """Entries of the codebook, vectors of embed_dim numbers."""
     beta: Annotated[float, NON_NEGATIVE] = 0.25
-    """Weight of one term of the codebook's loss; see legacy."""
+    """Weight of a term of the codebook's loss; see legacy."""
     legacy: bool = True
-    """beta weights the term that moves the codebook, as in the published models; otherwise the one that moves the encoder."""
+    """beta weights what moves the codebook, as in the published models; otherwise what moves the encoder."""
     remap: str | None = None
     """File .npy of the ids that occur, (K,) whole numbers: ids are then positions in this list."""
     unknown_index: Literal["random", "extra"] | Annotated[int, NON_NEGATIVE] = "random"
@@ -400,8 +404,9 @@ class Decoder(nn.Cell):
 class Autoencoder(nn.Cell):
     """What both kinds share. `parts` is 2 if the encoder also gives log-variances, and 1 otherwise.
 
-    A kind says how a latent is made of what `encode` gives, sample_latent(encoded, noise), and whether it needs the noise."""
+    A kind says how a latent is made of what `encode` gives, sample_latent(encoded, noise), and whether that needs noise."""
 
+    quantize: "VectorQuantizer | None"
     needs_noise: bool
     sample_latent: Callable[[Tensor, Tensor], Tensor]
 
@@ -445,6 +450,7 @@ class AutoencoderKL(Autoencoder):
 
     def __init__(self, config: AutoencoderConfig = AutoencoderConfig(), seed: int = 0):
         super().__init__(config, parts=2)
+        self.quantize = None
         name_and_initialise(self, seed)
 
     def decode(self, z: Tensor) -> Tensor:
@@ -463,14 +469,14 @@ def same_latent(z: Tensor, noise: Tensor | None = None) -> Tensor:
 
 
 class VQModel(Autoencoder):
-    """Images x (B, channels, H, W) in [-1, 1] and their latents z (B, embed_dim, h, w), h = H / f and w = W / f, of which the
-    decoder gets the nearest entries of a codebook (Esser et al. 2021, section 3.1).
+    """Images x (B, channels, H, W) in [-1, 1] and their latents z (B, embed_dim, h, w), h = H / f and w = W / f, for which
+    the decoder gets the nearest entries of a codebook (Esser et al. 2021, section 3.1).
 
-    ``net(x)`` -> reconstruction (B, out_channels, H, W), codebook loss (), ids as `VectorQuantizer` returns them; `random` is
-    passed to it. `seed` determines the initial weights.
+    ``net(x, random)`` -> reconstruction (B, out_channels, H, W), codebook loss (), ids: see `VectorQuantizer`. `seed`
+    determines the initial weights.
 
-    A diffusion works on what `encode` gives, the vectors before quantization, and `decode` quantizes (VQModelInterface of the
-    original).
+    A diffusion works on what `encode` gives, the vectors before quantization, and `decode` quantizes, as VQModelInterface of
+    the original does.
 
     Raises:
         UserError: a field of the configuration is out of range, or its remap cannot be read.

@@ -81,9 +81,7 @@ AUTOENCODER_VQ = AutoencoderRunConfig(
         n_embed=512,
         groups=8,
     ),
-    train=AutoencoderTrainConfig(
-        total_steps=12_000, batch_size=16, lr=1e-3, ema_decay=0.998, disc_start=9500, disc_weight=0.75
-    ),
+    train=AutoencoderTrainConfig(total_steps=12_000, batch_size=16, lr=4e-3, ema_decay=0.998, disc_start=9500),
 )
 LATENT = LatentConfig(
     diffusion=DiffusionConfig(schedule="cosine", objective="v", loss="l2", weighting="min-snr"),

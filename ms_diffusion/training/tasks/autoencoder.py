@@ -111,7 +111,7 @@ class AutoencoderRunConfig(ImageData, Config):
         if data.condition != "none":
             raise UserError(f"--data.condition {data.condition} is for networks in pixel space: leave it out")
         if (found := self.model.out_channels) not in (None, self.model.channels):
-            raise UserError(f"--model.out-channels is {found}: images are reconstructed with their channels, so leave it out")
+            raise UserError(f"--model.out-channels is {found}: reconstructions have the images' channels: leave it out")
         if train.disc_weight and data.size // 2**train.disc_layers < 3:
             raise UserError(f"--train.disc-layers is {train.disc_layers}: too many for images of {data.size} pixels")
         if bool(train.vgg) != bool(train.lpips):
@@ -288,7 +288,8 @@ def autoencoder_losses(
         discriminator: Takes C + C' channels; None if only the likelihood is used.
         distance: distance(x, y) -> (B,), such as `LPIPS`, or None."""
     last_layer = ms.ParameterTuple([net.last_layer])
-    latent, nll_of, penalty_weight, pixel_loss = objective.latent, objective.nll, objective.weight, PIXEL_LOSSES[train.pixel_loss]
+    latent, nll_of, penalty_weight = objective.latent, objective.nll, objective.weight
+    pixel_loss = PIXEL_LOSSES[train.pixel_loss]
 
     def errors(x, reconstruction):
         """(negative log-likelihood, error, perceptual distance) of each image, (B,)."""
@@ -311,7 +312,7 @@ def autoencoder_losses(
         loss, reconstruction, numbers = evidence(x, noise)
         return loss, (reconstruction, ops.stack(numbers))
 
-    def adversarial(x, noise=None, weight=None, cond=None):
+    def adversarial(x, noise=None, weight=1.0, cond=None):
         loss, reconstruction, numbers = evidence(x, noise)
         g_loss = generator_loss(judge(reconstruction, cond))
         numbers = (*numbers, g_loss, ops.full_like(g_loss, train.disc_factor))

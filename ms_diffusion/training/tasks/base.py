@@ -243,6 +243,10 @@ class Task:
         """Samples of the process -> samples of the data, floats."""
         return x
 
+    def codes(self, x: np.ndarray) -> Arrays:
+        """What else an .npz file keeps of samples of the process, arrays (num, ...)."""
+        return {}
+
     def to_output(self, x: np.ndarray) -> np.ndarray:
         """What `decode` returns, as users keep it."""
         return x

@@ -30,6 +30,8 @@ class DiffusionTask(Task):
     clip_denoised = True  # whether the data are known to lie in [-1, 1]
     null_label: int | None = None  # the label or token for "no condition"; None where the network has no such condition
     self_condition = False
+    has_codebook = False
+    quantize: Callable | None = None  # x_0 -> the nearest vectors of the codebook
     cond_fields: tuple[str, ...] = ()  # names of the network's conditions, in its order
 
     def build_parts(self) -> tuple[nn.Cell, GaussianDiffusion]:
@@ -37,7 +39,9 @@ class DiffusionTask(Task):
         return config.model.build(config.train.seed), config.diffusion.build(self.clip_denoised)
 
     def generator(self, net: nn.Cell, diffusion: GaussianDiffusion) -> Generator:
-        return Generator(net, diffusion, self.shape, self.null_label, self.self_condition)
+        generator = Generator(net, diffusion, self.shape, self.null_label, self.self_condition)
+        generator.quantize = self.quantize
+        return generator
 
     # Training
 

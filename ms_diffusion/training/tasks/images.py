@@ -228,7 +228,8 @@ class ImageTask(Images, DiffusionTask):
 
         with alone() if in_steps else nullcontext():
             cond, how = self.in_order(plan.cond), (plan.start, plan.timesteps, plan.denoise, plan.sampler, plan.null)
-            x = self.decode(run.generator.draw(sampling, plan.num, cond, watch, *how))
+            drawn = run.generator.draw(sampling, plan.num, cond, watch, *how)
+            x = self.decode(drawn)
         bar.close()
         if rank:
             return []
@@ -238,7 +239,7 @@ class ImageTask(Images, DiffusionTask):
         if request.denoise_row:
             images.save_grid(request.denoise_row, np.stack(rows, 1).reshape(-1, *rows[0].shape[1:]), len(rows))
         if request.npz:
-            arrays: dict[str, Any] = {"images": images.to_uint8(x)}
+            arrays: dict[str, Any] = {"images": images.to_uint8(x), **self.codes(drawn)}
             if plan.labels is not None and plan.labels.max() < self.num_classes:
                 arrays["labels"] = plan.labels
             write(request.npz, lambda f: np.savez_compressed(f, **arrays))

@@ -164,8 +164,8 @@ class LatentTask(ImageTask):
         return lambda moments, noise: scale * sample(moments, noise)
 
     def draw_conditions(self, rng: Random, batch: Arrays, labels: np.ndarray) -> Arrays:
-        shape = batch["noise"].shape
-        drawn = {"latent_noise": rng.standard_normal(shape, np.float32)} if self.first_stage.net.needs_noise else {}
+        shape, needs_noise = batch["noise"].shape, self.first_stage.net.needs_noise
+        drawn = {"latent_noise": rng.standard_normal(shape, np.float32)} if needs_noise else {}
         return drawn | self.draw_labels(rng, labels)
 
     def open(self, home: Path, state: dict[str, Any]) -> None:
@@ -179,6 +179,16 @@ class LatentTask(ImageTask):
 
     def decode(self, x: np.ndarray) -> np.ndarray:
         return self.first_stage.decode(x)
+
+    def codes(self, x: np.ndarray) -> Arrays:
+        return {"codebook_ids": self.first_stage.codebook_ids(x)} if self.has_codebook else {}
+
+    @property
+    def has_codebook(self) -> bool:
+        return self.first_stage.has_codebook
+
+    def quantize(self, x: Tensor) -> Tensor:
+        return self.first_stage.quantize(x)
 
 
 def resolve_first_stage(config: LatentConfig, run: Path, kept: str | None = None) -> FirstStage:
