@@ -54,6 +54,10 @@ class DataConfig:
     lowres_size: Annotated[int, AT_LEAST_1] = 7
     """Height and width of the lowres condition in pixels."""
 
+    def options(self) -> dict[str, Any]:
+        """What the data set's loader may take beside name, folder and size."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("name", "dir", "size")}
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -129,7 +133,8 @@ class Config:
     model: Any = None
     train: TrainConfig = field(default_factory=TrainConfig)
     init_from: str | None = None
-    """File of weights to start a new run from, ours, of CompVis or of diffusers: .safetensors, or .ckpt with PyTorch."""
+    """Weights to start a new run from, ours, of CompVis or of diffusers: a file (.safetensors; .ckpt, .pt, .bin with PyTorch),
+    the index of several, or a folder of diffusers. Moving averages of a trainer's file are taken, unless ignored."""
     init_ema: bool = False
     """Take CompVis's moving averages (model_ema) from that file."""
     init_ignore: tuple[str, ...] = ()
