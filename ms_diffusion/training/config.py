@@ -133,8 +133,8 @@ class Config:
     model: Any = None
     train: TrainConfig = field(default_factory=TrainConfig)
     init_from: str | None = None
-    """Weights to start a new run from, ours, of CompVis or of diffusers: a file (.safetensors; .ckpt, .pt, .bin with PyTorch),
-    the index of several, or a folder of diffusers. Moving averages of a trainer's file are taken, unless ignored."""
+    """Weights to start a new run from, ours, of CompVis or of diffusers: a file (.safetensors, or with PyTorch .ckpt, .pt,
+    .pth or .bin), the index of several files, or a folder of diffusers."""
     init_ema: bool = False
     """Take CompVis's moving averages (model_ema) from that file."""
     init_ignore: tuple[str, ...] = ()
