@@ -133,8 +133,7 @@ class Config:
     model: Any = None
     train: TrainConfig = field(default_factory=TrainConfig)
     init_from: str | None = None
-    """Weights to start a new run from, ours, of CompVis or of diffusers: a file (.safetensors, or with PyTorch .ckpt, .pt,
-    .pth or .bin), the index of several files, or a folder of diffusers."""
+    """File of weights to start a new run from, ours, of CompVis or of diffusers: .safetensors, or .ckpt with PyTorch."""
     init_ema: bool = False
     """Take CompVis's moving averages (model_ema) from that file."""
     init_ignore: tuple[str, ...] = ()
