@@ -44,7 +44,7 @@ def load_into(
         raise UserError(f"{begin}the weights are not this network's ({listed(found)}): {advice}")
 
     def value(name: str) -> np.ndarray:  # one after the other: all of them could be a second copy of the network
-        return np.require(arrays[name], ms.dtype_to_nptype(parameters[name].dtype), "CA")
+        return np.require(arrays[name], ms.dtype_to_nptype(parameters[name].dtype), ["C", "A"])
 
     with np.errstate(over="ignore", invalid="ignore"):
         is_finite = {name: np.isfinite(arrays[name]).all() and np.isfinite(value(name)).all() for name in parameters}

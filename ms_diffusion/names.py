@@ -119,8 +119,8 @@ def joined_qkv(arrays: Mapping[str, np.ndarray], qkv: Mapping[str, tuple[int, bo
     """`arrays` with one array for the `to_q`, `to_k` and `to_v` of each AttentionBlock.
 
     Args:
-        qkv: name of the joined array, such as "mid_block.attentions.0.qkv.weight" -> the block's number of heads, and whether
-            its channels are in the new order.
+        qkv: name of the joined array, such as "mid_block.attentions.0.qkv.weight" -> the block's number of heads, and
+            whether its channels are in the new order.
     """
     joined = dict(arrays)
     for name, (heads, new_order) in qkv.items():

@@ -17,8 +17,8 @@ from ms_diffusion.training.runs import Run
 from ms_diffusion.training.tasks.latents import resolve_first_stage
 
 of_diffusers = pytest.mark.filterwarnings("default")  # it warns as it is imported
-BARE = {"model.condition": "none", "model.num_classes": None, "model.context_dim": None, "train.sample_guidance_interval": None}
-BARE |= {"train.sample_guidance": 1.0}
+BARE = {"model.condition": "none", "model.num_classes": None, "model.context_dim": None}
+BARE |= {"train.sample_guidance": 1.0, "train.sample_guidance_interval": None}
 CONFIGS = {
     "class": LATENT,
     "text": TEXT,
@@ -86,7 +86,8 @@ def test_the_state_dict_of_a_latent_diffusion(runs, tmp_path):
     assert "MB" in succeed("export", run.home, "--format", "compvis", "--out", out)
     state = safetensors.numpy.load_file(out)
     weights = {name: a for name, a in state.items() if name.startswith("model.")}
-    assert set(weights) == {f"model.diffusion_model.{name.removeprefix('unet.')}" for name in values(run.net) if "unet." in name}
+    ours = {name.removeprefix("unet.") for name in values(run.net) if name.startswith("unet.")}
+    assert set(weights) == {f"model.diffusion_model.{name}" for name in ours}
     for name, a in weights.items():  # CompVis samples from its averages
         np.testing.assert_array_equal(state["model_ema." + name.removeprefix("model.").replace(".", "")], a)
     assert state["model_ema.num_updates"] == 70 and state["scale_factor"] == np.float32(0.7)

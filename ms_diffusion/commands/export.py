@@ -37,9 +37,9 @@ class Args:
     """onnx needs the onnx package: pip install "ms_diffusion[export]". compvis and diffusers are for runs of latents and of
     autoencoders: one state dict, or a folder of models, each with its config.json."""
     out: str | None = None
-    """Path of the network; by default denoiser.onnx, or with the ending of the format, in the folder `export` of the run. The
-    other files lie beside it, for example denoiser.json and denoiser-decoder.onnx. For compvis it may end in .ckpt, which
-    needs PyTorch; for diffusers it is a folder, by default export/diffusers."""
+    """Path of the network; by default denoiser.onnx, or with the format's ending, in the folder `export` of the run. Other
+    files lie beside it, for example denoiser.json and denoiser-decoder.onnx. For compvis it may end in .ckpt, which needs
+    PyTorch; for diffusers it is a folder, by default export/diffusers."""
     weights: Literal["ema", "model"] = "ema"
     """Weights of the network: their moving average, or as trained."""
     half: bool = False
@@ -128,8 +128,8 @@ def named_as_diffusers(run: Run, out: Path, args: Args) -> list[Output]:
 
 
 def in_type(arrays: Mapping[str, np.ndarray], half: bool) -> dict[str, np.ndarray]:
-    """The arrays; where `half` is set, weights as float16, but not the tables of a schedule, which have no dot in their names.
-    Raises UserError if a weight is too large for that."""
+    """The arrays; where `half` is set, weights as float16, but not the tables of a schedule, whose names have no dot. Raises
+    UserError if a weight is too large for that."""
     if not half:
         return dict(arrays)
     with np.errstate(over="ignore"):

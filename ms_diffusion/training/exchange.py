@@ -38,8 +38,8 @@ def check_kind(run: Run) -> None:
 
 
 def compvis_state_dict(run: Run) -> Arrays:
-    """The state dict of CompVis' AutoencoderKL, or of a LatentDiffusion: its U-Net, condition's encoder, first stage, schedule
-    and latent scale. Its moving averages are the same weights: CompVis' scripts sample from those.
+    """The state dict of CompVis' AutoencoderKL, or of a LatentDiffusion: its U-Net, condition's encoder, first stage,
+    schedule and latent scale. Its moving averages are the same weights: CompVis' scripts sample from those.
 
     Raises UserError if the networks of the run are none of CompVis'."""
     check_kind(run)
