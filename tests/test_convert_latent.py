@@ -495,12 +495,16 @@ UPDOWN = dict(resblock_updown=True, use_scale_shift_norm=True, num_head_channels
 
 
 @of_diffusers
-@pytest.mark.parametrize("updown", [False, True])
+@pytest.mark.parametrize("style", ["default", "ddpm", "updown"])
 @pytest.mark.parametrize("new_order", [False, True])
-def test_unet_with_attention_blocks_of_diffusers(updown, new_order, tmp_path):
-    """UNet2DModel, the network of diffusers' unconditional and class-conditional pipelines; also in its older spelling."""
+def test_unet_with_attention_blocks_of_diffusers(style, new_order, tmp_path):
+    """UNet2DModel, the network of diffusers' unconditional and class-conditional pipelines; also in its older spelling. ddpm
+    has the settings of the weights of Ho et al. 2020."""
+    updown = style == "updown"
     kind = "resnet" if updown else "conv"
     options = {"attn_norm_num_groups": 4, "resnet_time_scale_shift": "scale_shift"} if updown else {}
+    options |= dict(flip_sin_to_cos=False, freq_shift=1, downsample_padding=0, norm_eps=1e-2) if style == "ddpm" else {}
+    own = dict(sines_first=True, pad_right=True, norm_eps=1e-2) if style == "ddpm" else {}
     peer = peer_of(
         "UNet2DModel",
         in_channels=2,
@@ -516,7 +520,7 @@ def test_unet_with_attention_blocks_of_diffusers(updown, new_order, tmp_path):
         upsample_type=kind,
         **options,
     )
-    config = UNetModelConfig(**ATTENTION | (UPDOWN if updown else {}), use_new_attention_order=new_order)
+    config = UNetModelConfig(**ATTENTION | own | (UPDOWN if updown else {}), use_new_attention_order=new_order)
     net, arrays = config.build(), arrays_of(peer)
     load_pretrained(net, write(tmp_path / "old.safetensors", {in_old_spelling(n): a for n, a in arrays.items()}))
     in_old = values(net)
