@@ -71,8 +71,11 @@ if TYPE_CHECKING:  # the public names; below, the same lines say where each is f
         rescale_zero_terminal_snr as rescale_zero_terminal_snr, sigmoid_beta_schedule as sigmoid_beta_schedule,
         sqrt_linear_beta_schedule as sqrt_linear_beta_schedule)
     from .training.checkpoint import Checkpoint as Checkpoint
+    from .training.compvis import from_compvis as from_compvis
     from .training.config import (Config as Config, DataConfig as DataConfig, DiffusionTrainConfig as DiffusionTrainConfig,
         ImageTrainConfig as ImageTrainConfig, TrainConfig as TrainConfig)
+    from .training.latent_diffusion import (DDPM as DDPM, DiagonalGaussianDistribution as DiagonalGaussianDistribution,
+        LatentDiffusion as LatentDiffusion, LPIPSWithDiscriminator as LPIPSWithDiscriminator)
     from .training.loop import train as train
     from .training.presets import PRESETS as PRESETS
     from .training.runs import Run as Run, bundled_models as bundled_models, load as load
