@@ -45,7 +45,8 @@ if TYPE_CHECKING:  # the public names; below, the same lines say where each is f
         gaussian_kl as gaussian_kl, gaussian_mode as gaussian_mode, gaussian_nll as gaussian_nll,
         gaussian_sample as gaussian_sample, normal_kl as normal_kl)
     from .models.classifier import Classifier as Classifier, load_classifier as load_classifier
-    from .models.context import LatentUnet as LatentUnet, LatentUnetConfig as LatentUnetConfig, TextEncoder as TextEncoder
+    from .models.context import (BERTEmbedder as BERTEmbedder, ClassEmbedder as ClassEmbedder, LatentUnet as LatentUnet,
+        LatentUnetConfig as LatentUnetConfig, SpatialRescaler as SpatialRescaler, TextEncoder as TextEncoder)
     from .models.discriminator import NLayerDiscriminator as NLayerDiscriminator
     from .models.inception import InceptionV3 as InceptionV3, load_inception as load_inception
     from .models.layers import (Downsample as Downsample, PreNorm as PreNorm, Residual as Residual,

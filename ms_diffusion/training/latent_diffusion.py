@@ -156,9 +156,9 @@ class DDPM:
         last = timesteps[0]
         return [step for step, t in zip(steps, timesteps, strict=True) if t % self.log_every_t == 0 or t == last]
 
-    def sample(self, batch_size: int = 16, return_intermediates: bool = False, x_T: Values = None, timesteps: int | None = None,
-            quantize_denoised: bool = False, mask: Values = None, x0: Values = None, shape: Sequence[int] | None = None,
-            cond: Any = (), seed: int = 0) -> Any:  # fmt: skip
+    def sample(self, batch_size: int = 16, return_intermediates: bool = False, x_T: Values = None,
+            timesteps: int | None = None, quantize_denoised: bool = False, mask: Values = None, x0: Values = None,
+            shape: Sequence[int] | None = None, cond: Any = (), seed: int = 0) -> Any:  # fmt: skip
         """Ancestral samples (batch_size, C, H, W) from the first `timesteps` timesteps, by default all; with
         `return_intermediates` a list of x at some of them, too."""
         times = list(range(timesteps or self.num_timesteps))[::-1]
@@ -183,7 +183,7 @@ class DDPM:
 
     def log_images(self, batch: dict[str, Any], N: int = 8, n_row: int = 2, sample: bool = True,
             return_keys: Sequence[str] | None = None, seed: int = 0) -> dict[str, np.ndarray]:  # fmt: skip
-        """{"inputs", "diffusion_row", "samples", "denoise_row"} of a batch: images (N, C, H, W), rows as one picture each."""
+        """{"inputs", "diffusion_row", "samples", "denoise_row"} of a batch: images (N, C, H, W), rows one picture each."""
         x = self.get_input(batch, N)
         log = {"inputs": x, "diffusion_row": self.diffusion_row(x[:n_row], seed=seed)}
         if sample:
@@ -217,7 +217,7 @@ class LatentDiffusion(DDPM):
         return np.float32(self.scale_factor) * (encoded.sample(seed) if is_gaussian else array(encoded))
 
     def decode_first_stage(self, z: Values, predict_cids: bool = False, force_not_quantize: bool = False) -> np.ndarray:
-        """Latents -> images. With `predict_cids`, z are logits (B, n_embed, h, w) or ids (B, h, w) of a VQModel's codebook."""
+        """Latents -> images. With `predict_cids`, z are logits (B, n_embed, h, w) or ids (B, h, w) into a codebook."""
         if predict_cids:
             ids = np.asarray(z.asnumpy() if isinstance(z, Tensor) else z)
             return self.first_stage.decode_ids(ids.argmax(1) if ids.ndim == 4 else ids)
@@ -338,7 +338,7 @@ class LatentDiffusion(DDPM):
 
 
 class LPIPSWithDiscriminator:
-    """The losses of an autoencoder and of its discriminator, for one batch at a time; a run trains with the same (losses.py).
+    """The losses of an autoencoder and of its discriminator for a batch; a run trains with the same (losses.py).
 
     Args:
         perceptual_loss: distance(x, y) -> (B,), such as `load_lpips` returns; None: leave it out.
