@@ -6,15 +6,13 @@ import textwrap
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
 
 from ..files import check_memory, shown
-from ..images import open_picture
 from ..progress import ProgressBar
 from ..runtime import UserError
+from .picture_files import MODES, read_image
 
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
-MODES = {1: "L", 3: "RGB"}
 
 
 def load_image_folder(directory: str | Path, size: int, channels: int) -> tuple[np.ndarray, np.ndarray]:
@@ -56,23 +54,3 @@ def load_image_folder(directory: str | Path, size: int, channels: int) -> tuple[
         kinds = " ".join(sorted(kind[1:] for kind in EXTENSIONS))
         raise UserError(f"--data.dir {directory}: no readable image in it; put files of these kinds there: {kinds}")
     return images[: len(labels)], np.array(labels, np.int32)
-
-
-def read_image(path: str | Path, size: int, channels: int) -> np.ndarray:
-    """One image file as (size, size, channels) uint8, gray or RGB.
-
-    The first frame of an animation is read. The EXIF orientation is applied, transparent pixels become white, and 16-bit
-    gray keeps its upper byte. The shorter side is resized to `size` (Lanczos), the longer one is cropped about its center.
-    Raises what `open_picture` raises, and what PIL's decoders do, which is of many kinds.
-    """
-    with open_picture(path) as image:
-        image = ImageOps.exif_transpose(image)
-    if image.mode == "F":
-        raise ValueError("its pixels are floats of unknown range")
-    if image.mode.startswith("I"):  # convert() would clip 16 bits at 255
-        image = Image.fromarray((np.asarray(image).astype(np.int32) >> 8).clip(0, 255).astype(np.uint8))
-    if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = ImageOps.fit(image.convert(MODES[channels]), (size, size), Image.Resampling.LANCZOS)
-    return np.asarray(image).reshape(size, size, channels)
