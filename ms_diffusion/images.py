@@ -11,8 +11,10 @@ from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
+from PIL.ImageFile import ImageFile
 
-from .files import open_file, write
+from .files import Source, opened, write
+from .runtime import UserError
 
 logging.getLogger("PIL").addHandler(logging.NullHandler())  # what it logs of odd files says no more than its errors
 GAP = 2  # pixels between the images of a grid
@@ -44,21 +46,32 @@ def picture_formats() -> tuple[str, ...]:
     return tuple(kind for kind in FORMATS if kind in Image.OPEN)
 
 
+class PictureError(ValueError):
+    """Why a file cannot be read as a picture."""
+
+
 @contextlib.contextmanager
-def open_picture(path: str | Path) -> Iterator[Image.Image]:
-    """An image file, open for its size, and for its pixels, which are not unpacked yet. Raises OSError if it cannot be read
-    or is no file, ValueError if it is of another kind or its header is damaged."""
+def open_picture(source: Source) -> Iterator[ImageFile]:
+    """An image file, open for its size, and for its pixels, which are not unpacked yet.
+
+    Raises OSError if it cannot be read or is no file, PictureError if it is of another kind or damaged: what PIL's decoders
+    raise inside the block, which is of many kinds, becomes that, too."""
     most = Image.MAX_IMAGE_PIXELS
-    with open_file(path) as file, warnings.catch_warnings():
+    with opened(source) as file, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PIL's, of files that it reads all the same
         try:
-            Image.MAX_IMAGE_PIXELS = None  # the reader has a bound of its own
-            try:
-                picture = Image.open(file, formats=picture_formats())
-            except UnidentifiedImageError as e:
-                raise ValueError(_why_unknown(file)) from e
-            with picture:
+            Image.MAX_IMAGE_PIXELS = None  # the readers have bounds of their own
+            with Image.open(file, formats=picture_formats()) as picture:
                 yield picture
+        except UnidentifiedImageError as e:
+            raise PictureError(_why_unknown(file)) from e
+        except (PictureError, UserError, MemoryError):
+            raise
+        except Exception as e:
+            if isinstance(e, OSError) and e.errno:  # of the disk
+                raise
+            said = "" if not str(e) or str(e).lstrip("-").isdecimal() else f" ({e})"
+            raise PictureError(f"it is damaged or cut off{said}") from e
         finally:
             Image.MAX_IMAGE_PIXELS = most
 
@@ -69,8 +82,6 @@ def _why_unknown(file: BinaryIO) -> str:
     begin = file.read(16)
     if not begin:
         return "it is empty"
-    if begin[4:8] == b"ftyp":
-        return "it is a HEIC or AVIF picture, or a film; pictures of these kinds are read once pillow-heif is installed"
     for kind in picture_formats():
         factory, accept = Image.OPEN[kind]
         if accept and accept(begin) is True:
@@ -78,7 +89,9 @@ def _why_unknown(file: BinaryIO) -> str:
                 file.seek(0)
                 factory(file, "")
             except Exception as e:  # of many kinds
-                return f"it is a {kind} file that is damaged, or of a sort that Pillow cannot read ({e})"
+                return f"it is a {kind} file that is damaged or cut off, or of a sort that Pillow cannot read ({e})"
+    if begin[4:8] == b"ftyp":
+        return "it is a HEIC or AVIF picture, or a film; pictures of these kinds are read once pillow-heif is installed"
     return f"it is no picture of the kinds {' '.join(picture_formats())}: it begins with {begin!r}"
 
 
