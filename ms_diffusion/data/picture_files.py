@@ -80,7 +80,7 @@ def _pages(file: ImageFile) -> int:
 def _orientation(file: ImageFile) -> int:
     """The EXIF orientation; 1 where it is unknown, EXIF is damaged, or PIL has turned the picture already."""
     try:
-        return int(file.getexif().get(ORIENTATION, 1))
+        return int(Image.Image.getexif(file).get(ORIENTATION, 1))  # that of a PNG file would unpack it whole
     except Exception:  # of many kinds
         return 1
 
