@@ -356,14 +356,14 @@ def test_image_folder_labels_order_and_extensions(tmp_path):
         Image.new("L", (6, 6), 30 * i).save(tmp_path / name, **({"lossless": True} if name.endswith("webp") else {}))
     (tmp_path / "empty").mkdir()
     (tmp_path / "a" / "notes.txt").write_text("no image")
-    images, labels = load_image_folder(tmp_path, 6, 1)
+    images, labels, *_ = load_image_folder(tmp_path, 6, 1)
     assert images.shape == (6, 6, 6, 1) and images.dtype == np.uint8 and labels.dtype == np.int32
     assert images[:, 0, 0, 0].tolist() == [60, 90, 0, 30, 120, 180]
     assert labels.tolist() == [0, 0, 1, 1, 2, 0]
 
 
 def one(tmp_path, size=4, channels=3):
-    images, labels = load_image_folder(tmp_path, size, channels)
+    images, labels, *_ = load_image_folder(tmp_path, size, channels)
     assert images.shape == (1, size, size, channels) and labels.tolist() == [0]
     return images[0]
 
@@ -397,8 +397,8 @@ def test_image_folder_gray_and_colour(tmp_path):
 
 
 def test_image_folder_16_bits(tmp_path):
-    Image.fromarray(np.full((4, 4), 0x1234, np.uint16)).save(tmp_path / "a.png")
-    assert (one(tmp_path, channels=1) == 0x12).all()
+    Image.fromarray(np.full((4, 4), 0x8234, np.uint16)).save(tmp_path / "a.png")
+    assert (one(tmp_path, channels=1) == 0x82).all()
 
 
 def test_image_folder_keeps_the_middle(tmp_path):
@@ -421,7 +421,7 @@ def test_image_folder_names_and_skips_the_unreadable(tmp_path, capsys):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "text.jpg").write_text("not a picture")
     (tmp_path / "cut.png").write_bytes((tmp_path / "b.png").read_bytes()[:120])
-    Image.fromarray(np.zeros((4, 4), np.float32)).save(tmp_path / "floats.tif")
+    Image.fromarray(np.full((4, 4), 1e9, np.float32)).save(tmp_path / "floats.tif")
     one(tmp_path)
     err = capsys.readouterr().err
     assert all(name in err for name in ("text.jpg", "cut.png", "floats.tif")) and "b.png" not in err
@@ -443,7 +443,7 @@ def test_image_folder_reads_regular_files_alone(tmp_path, capsys):
     (tmp_path / "link.png").symlink_to("a/x.png")
     with closing(socket.socket(socket.AF_UNIX)) as server:
         server.bind(os.path.relpath(tmp_path / "socket.png"))
-        images, labels = load_image_folder(tmp_path, 4, 1)
+        images, labels, *_ = load_image_folder(tmp_path, 4, 1)
     assert images[:, 0, 0, 0].tolist() == [0, 1, 0] and labels.tolist() == [0, 1, 0]
     lines = sorted(capsys.readouterr().err.splitlines())
     assert len(lines) == 6 and all(line.startswith(f"skipped {tmp_path}") for line in lines)
