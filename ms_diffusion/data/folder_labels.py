@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import re
 import sys
 from collections.abc import Iterable, Sequence
@@ -70,12 +71,14 @@ def read_metadata(directory: Path, files: set[PurePath]) -> dict[PurePath, Row]:
     """Picture -> row, of all metadata files below a folder; each names pictures by their paths from its own folder. Raises
     UserError if a file cannot be understood, or a picture is named twice."""
     found: dict[PurePath, Row] = {}
-    for name in sorted(file for file in files if file.name in METADATA):
+    sources = sorted(file for file in files if file.name in METADATA)
+    for name in sources:
         for where, record in read_records(directory / name):
             file_name = record.get("file_name")
             if not (isinstance(file_name, str) and file_name):
                 raise UserError(f"{where} has no file_name: each line needs the path of its picture")
-            paths = [PurePath(*(name.parent / each).parts) for each in (file_name, file_name.replace("\\", "/"))]
+            names = (file_name, file_name.replace("\\", "/"))  # the second on Windows
+            paths = [PurePath(os.path.normpath(name.parent / each)) for each in names]
             path = paths[0] if paths[0] in files else paths[1]
             if path in found:
                 both = f"{found[path].where} and {where}"
@@ -83,6 +86,10 @@ def read_metadata(directory: Path, files: set[PurePath]) -> dict[PurePath, Row]:
                     f'{both} both name {shown(file_name)}: keep one line, with several captions as a list in "text"'
                 )
             found[path] = Row(where, captions_of(record, where), label_of(record, where))
+    if sources and not found:
+        raise UserError(
+            f"{shown(directory / sources[0])} has no line of a picture; the first line of a .csv names the fields"
+        )
     if found and all(row.captions is None and row.label is None for row in found.values()):
         fields = ", ".join(map(str, record))
         raise UserError(f'{where} has the fields {fields}: name that of the captions "text", that of the classes "label"')
@@ -98,7 +105,7 @@ def read_records(path: Path) -> Iterable[tuple[str, dict[str, Any]]]:
             for row in rows:
                 yield f"{shown(path)}, line {rows.line_num}", {str(key): value for key, value in row.items()}
         except csv.Error as e:
-            raise UserError(f"{shown(path)}, line {rows.line_num}, is no CSV: {e}") from e
+            raise UserError(f"{shown(path)}, after line {rows.line_num}, is no CSV: {e}") from e
         return
     for number, line in enumerate(text.split("\n"), 1):
         where = f"{shown(path)}, line {number}"
