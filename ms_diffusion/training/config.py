@@ -54,6 +54,10 @@ class DataConfig:
     lowres_size: Annotated[int, AT_LEAST_1] = 7
     """Height and width of the lowres condition in pixels."""
 
+    def options(self) -> dict[str, Any]:
+        """What the data set's loader may take beside name, folder and size."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("name", "dir", "size")}
+
 
 @dataclass(frozen=True)
 class TrainConfig:
