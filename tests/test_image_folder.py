@@ -23,15 +23,17 @@ def test_image_folder_labels_order_and_extensions(tmp_path):
         Image.new("L", (6, 6), 30 * i).save(tmp_path / name, **({"lossless": True} if name.endswith("webp") else {}))
     (tmp_path / "c").mkdir()
     (tmp_path / "a" / "notes.txt").write_text("no image")
-    images, labels, class_names, captions, caption_ids = load_image_folder(tmp_path, 6, 1)
+    found = load_image_folder(tmp_path, 6, 1)
+    images, labels, class_names = found.images, found.labels, found.class_names
     assert images.shape == (6, 6, 6, 1) and images.dtype == np.uint8 and labels.dtype == np.int32
     assert images[:, 0, 0, 0].tolist() == [60, 90, 0, 30, 180, 120]
     assert labels.tolist() == [0, 0, 1, 1, 3, 3] and class_names == ("a", "b", "c", "d")
-    assert captions is None and caption_ids is None
+    assert found.captions is None and found.caption_ids is None
 
 
 def one(tmp_path, size=4, channels=3):
-    images, labels, *_ = load_image_folder(tmp_path, size, channels)
+    found = load_image_folder(tmp_path, size, channels)
+    images, labels = found.images, found.labels
     assert images.shape == (1, size, size, channels) and labels.tolist() == [0]
     return images[0]
 
@@ -111,7 +113,8 @@ def test_image_folder_reads_regular_files_alone(tmp_path, capsys):
     with closing(socket.socket(socket.AF_UNIX)) as server:
         server.bind(os.path.relpath(tmp_path / "a" / "socket.png"))
         for options in ({}, {"validation": 1e-9}):
-            images, labels, *_ = load_image_folder(tmp_path, 4, 1, **options)
+            found = load_image_folder(tmp_path, 4, 1, **options)
+            images, labels = found.images, found.labels
             assert images[:, 0, 0, 0].tolist() == [0, 0, 1] and labels.tolist() == [0, 1, 1]
             lines = sorted(capsys.readouterr().err.splitlines())
             assert len(lines) == 6 and all(line.startswith(f"skipped {tmp_path}") for line in lines)
@@ -126,9 +129,9 @@ def test_image_folder_of_odd_names(tmp_path, capsys):
         Image.new("L", (4, 4), 9).save(os.path.join(os.fsencode(tmp_path), b"\xff", name), "PNG")
     (tmp_path / "[b]").mkdir()
     Image.new("L", (4, 4)).save(tmp_path / "[b]" / "*.png")
-    assert len(load_image_folder(tmp_path, 4, 1)[0]) == 6
+    assert len(load_image_folder(tmp_path, 4, 1).images) == 6
     (tmp_path / os.fsdecode(b"\xff") / "two\nlines.png").write_text("no picture")
-    assert len(load_image_folder(tmp_path, 4, 1)[0]) == 5
+    assert len(load_image_folder(tmp_path, 4, 1).images) == 5
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
@@ -144,7 +147,7 @@ def test_image_folder_skips_bombs(tmp_path, capsys, monkeypatch):
     (tmp_path / "bomb.png").write_bytes(png(20_000, 20_000, zlib.compress(bytes(10**6))))
     (tmp_path / "script.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")  # PIL would start a program
     Image.new("L", (3000, 3000)).save(tmp_path / "large.png")  # fine
-    assert len(load_image_folder(tmp_path, 4, 1)[0]) == 1
+    assert len(load_image_folder(tmp_path, 4, 1).images) == 1
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2 and any("cut off" in line for line in lines)
     monkeypatch.setattr(files, "available_memory", lambda: 10**8)
@@ -183,10 +186,11 @@ def paint(folder, *names):
 
 def said_of(folder, **options):
     """{number of a picture: (class name or None, captions or None)}, and the class names."""
-    images, labels, names, captions, ids = load_image_folder(folder, 4, 1, **options)
+    found = load_image_folder(folder, 4, 1, **options)
+    labels, names = found.labels, found.class_names
     kinds = [None] * len(labels) if names is None else [names[label] for label in labels]
-    texts = [None] * len(labels) if captions is None else [captions[i] for i in ids]
-    return dict(zip(images[:, 0, 0, 0].tolist(), zip(kinds, texts, strict=True), strict=True)), names
+    texts = [None] * len(labels) if found.captions is None else [found.captions[i] for i in found.caption_ids]
+    return dict(zip(found.images[:, 0, 0, 0].tolist(), zip(kinds, texts, strict=True), strict=True)), names
 
 
 def test_classes_are_in_natural_order_and_empty_ones_keep_their_number(tmp_path, capsys):
@@ -224,7 +228,7 @@ def test_text_files_beside_pictures(tmp_path, capsys):
     (tmp_path / "b/other.txt").write_text("of no picture")
     found, names = said_of(tmp_path)
     assert names == ("a", "b")
-    assert found == {0: ("a", ("one kite", "\u7ea2\u8272")), 1: ("a", ("a cat",)), 2: ("b", ()), 3: ("b", ("a cat",))}
+    assert found == {0: ("a", ("one kite", "\u7ea2\u8272")), 1: ("a", ("a cat",)), 2: ("b", ("",)), 3: ("b", ("a cat",))}
     assert len(load_image_folder(tmp_path, 4, 1).captions) == 3  # each once
     err = capsys.readouterr().err
     assert "1 of 4 pictures have no caption: b/2.png" in err and "1 .txt" in err
@@ -243,7 +247,7 @@ def test_metadata_with_captions(tmp_path, capsys):
     rows += [{"file_name": "./sub\\2.png", "text": None}, {"file_name": "gone.png", "text": "nothing"}]
     (tmp_path / "metadata.jsonl").write_text(jsonl(*rows))
     found, names = said_of(tmp_path)
-    assert found == {0: (None, ("a kite",)), 1: (None, ("a cat", "a pet")), 2: (None, ())} and names is None
+    assert found == {0: (None, ("a kite",)), 1: (None, ("a cat", "a pet")), 2: (None, ("",))} and names is None
     err = capsys.readouterr().err
     assert "skipped" in err and "3.png: no line of the metadata" in err and "line 4" in err
     assert "1 of 3 pictures have no caption: sub/2.png" in err
@@ -251,7 +255,7 @@ def test_metadata_with_captions(tmp_path, capsys):
     text = 'file_name,text\r\n0.png,"a ""red"" kite\nor two"\r\nsub/1.png,"cat, pet"\r\nsub/2.png,\r\n3.png,last\r\n'
     (tmp_path / "metadata.csv").write_text("\ufeff" + text, newline="")
     found, _ = said_of(tmp_path)
-    assert [found[i][1] for i in range(4)] == [('a "red" kite', "or two"), ("cat, pet",), (), ("last",)]
+    assert [found[i][1] for i in range(4)] == [('a "red" kite', "or two"), ("cat, pet",), ("",), ("last",)]
 
 
 def test_metadata_with_labels(tmp_path):

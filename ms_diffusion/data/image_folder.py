@@ -6,7 +6,6 @@ import sys
 import textwrap
 from collections import Counter
 from pathlib import Path, PurePath
-from typing import NamedTuple
 
 import numpy as np
 
@@ -14,6 +13,7 @@ from ..files import check_memory, read_bytes, shown
 from ..progress import ProgressBar
 from ..runtime import UserError
 from .folder_labels import METADATA, classes_of_folders, classes_of_rows, note, read_metadata, text_files
+from .image_set import ImageSet, table_of
 from .picture_files import MODES, read_picture
 from .picture_files import read_image as read_image
 
@@ -21,16 +21,6 @@ EXTENSIONS = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
 EXTENSIONS |= {".apng", ".avif", ".dib", ".heic", ".heif", ".hif", ".jfif", ".jp2", ".j2k", ".jpe", ".pbm", ".pgm", ".ppm"}
 MOST_LINES = 100  # of skipped files
 USUAL_DEPTH = 0.1  # of a folder's pictures of more than 8 bits that use a number of them, for that to be no accident
-
-
-class Folder(NamedTuple):
-    """The pictures of a folder and what it says of them."""
-
-    images: np.ndarray  # (N, size, size, channels) uint8
-    labels: np.ndarray  # (N,) int32
-    class_names: tuple[str, ...] | None
-    captions: tuple[tuple[str, ...], ...] | None  # without repetition
-    caption_ids: np.ndarray | None  # (N,) int32: captions[caption_ids[i]] are those of image i, of which any may be taken
 
 
 def load_image_folder(
@@ -41,12 +31,12 @@ def load_image_folder(
     split: str = "train",
     matte: str = "white",
     validation: float = 0.0,
-) -> Folder:
+) -> ImageSet:
     """All picture files below `directory`, in sorted order; names that start with a dot are ignored.
 
     The classes are the labels in metadata files, or else the first-level subfolders, in natural order ("2" before "10"),
     also the empty ones. The captions are the texts in metadata files, or else the lines of a .txt file beside each picture;
-    () stands for none. A metadata file, metadata.jsonl or metadata.csv, has a line for each picture of its folder and the
+    "" stands for none. A metadata file, metadata.jsonl or metadata.csv, has a line for each picture of its folder and the
     folders in it: file_name, text or label or both. `read_picture` says how a file is read. Of the pictures of more than 8
     bits, one that is darker than the others is taken to use as many bits as they do.
 
@@ -89,13 +79,10 @@ def load_image_folder(
         raise UserError(f"--data.dir {directory}: no readable image {what}; put files of these kinds there: {kinds}")
     labels = np.array([classes[name] for name in kept], np.int32)
     if not texts:
-        return Folder(images, labels, class_names, None, None)
+        return ImageSet(images, labels, class_names)
     if bare := [name for name in kept if not texts.get(name)]:
         note(f"{len(bare)} of {len(kept)} pictures have no caption", bare)
-    captions = {text: number for number, text in enumerate(dict.fromkeys(texts.get(name, ()) for name in kept))}
-    return Folder(
-        images, labels, class_names, tuple(captions), np.array([captions[texts.get(name, ())] for name in kept], np.int32)
-    )
+    return ImageSet(images, labels, class_names, **table_of([texts.get(name) or ("",) for name in kept]))
 
 
 def find_files(directory: Path) -> tuple[set[PurePath], list[str], list]:
