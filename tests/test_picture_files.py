@@ -249,7 +249,7 @@ TURNED = {  # what a viewer does to the pixels of each orientation, from the EXI
     8: lambda x: x.transpose(1, 0, 2)[::-1],
 }
 KINDS = {"PNG": {}, "WEBP": {"lossless": True}, "TIFF": {}, "JPEG": {"quality": 100, "subsampling": 0}}
-KINDS |= {"AVIF": {"quality": 100, "subsampling": "4:4:4"}} if features.check("avif") else {}
+KINDS |= {"AVIF": {"quality": 100, "subsampling": "4:4:4"}} if "AVIF" in picture_formats() else {}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -264,6 +264,8 @@ def test_rotation_of_16_bits(tmp_path):
     values = ramp(12, 3)
     for data in (tiff(values, 2, tags={274: [6]}), tiff(values, 2, deflate=True, tags={274: [6]})):
         np.testing.assert_array_equal(pixels(tmp_path, data), TURNED[6](values >> 4))
+    for odd in ([0], [9], [65535]):
+        np.testing.assert_array_equal(pixels(tmp_path, tiff(values, 2, tags={274: odd})), values >> 4)
     data = png(values, 2, chunks=[(b"eXIf", exif(8).tobytes()[6:])])
     np.testing.assert_array_equal(pixels(tmp_path, data), TURNED[8](values >> 4))
 
@@ -283,11 +285,11 @@ def test_odd_and_broken_exif_is_no_rotation(tmp_path, kind):
 
 
 def test_the_first_of_several(tmp_path):
-    frames = [Image.new("RGB", (4, 4), (value,) * 3) for value in (50, 100, 150)]
-    for kind, options in (("GIF", {}), ("PNG", {}), ("WEBP", {"lossless": True}), ("TIFF", {})):
+    frames = [Image.new("RGB", (64, 64), (value,) * 3) for value in (50, 100, 150)]
+    for kind, options in (("GIF", {}), ("PNG", {}), ("WEBP", {"lossless": True}), ("TIFF", {}), ("MPO", {})):
         found = read(tmp_path, saved(frames[0], kind, save_all=True, append_images=frames[1:], **options))
-        assert found.pages == 3 and (found.pixels == 50).all(), kind
-    assert read(tmp_path, saved(frames[0], "PNG")).pages == 1
+        assert found.pages == (3 if kind == "TIFF" else 1) and (found.pixels == 50).all(), kind
+    assert read(tmp_path, saved(frames[0], "TIFF")).pages == 1
 
 
 # Other kinds

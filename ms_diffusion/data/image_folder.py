@@ -127,7 +127,7 @@ def read_pictures(
         images[len(kept)] = picture.pixels
         if picture.depth:
             depths[len(kept)] = picture.depth
-        if picture.pages > 1 and name.suffix.lower() in (".tif", ".tiff"):
+        if picture.pages > 1:
             several.append(name)
         kept.append(name)
     if several:

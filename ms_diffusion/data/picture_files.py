@@ -35,7 +35,7 @@ class Picture(NamedTuple):
 
     pixels: np.ndarray  # (size, size, channels) uint8
     depth: int | None  # bits that samples of more than 8 bits seem to use, where the file does not say it
-    pages: int  # or frames, of which this is the first
+    pages: int  # of a TIFF file, of which this is the first
 
 
 def read_image(path: str | Path, size: int, channels: int, matte: str = "white") -> np.ndarray:
@@ -72,7 +72,7 @@ def read_picture(path: str | Path, size: int, channels: int, matte: str = "white
 
 def _pages(file: ImageFile) -> int:
     try:
-        return int(getattr(file, "n_frames", 1))
+        return int(getattr(file, "n_frames", 1)) if file.format == "TIFF" else 1  # of a film it takes long to count
     except Exception:  # where the list of its pages is damaged
         return 1
 
@@ -121,7 +121,8 @@ def _to_8_bits(file: ImageFile, source: Source, depth: int | None) -> tuple[Imag
         samples = upper.astype(np.int32) << 8 | _lower_bytes(source, raw)
     elif isinstance(key, int | tuple):
         samples, declared = np.asarray(file.convert("RGB" if file.mode == "RGB" else "L")).astype(np.int32), 8
-        key = key * {"L;2": 85, "L;4": 17}.get(raw, 1) if isinstance(key, int) else key
+        if isinstance(key, int):
+            key = 255 * (key > 0) if file.mode == "1" else key * {"L;2": 85, "L;4": 17}.get(raw, 1)
     else:
         return file, None
 
