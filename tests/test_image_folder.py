@@ -196,6 +196,7 @@ def said_of(folder, **options):
 def test_classes_are_in_natural_order_and_empty_ones_keep_their_number(tmp_path, capsys):
     paint(tmp_path, "10/a.png", "2/a.png", "2/deep/b.png", "x10/a.png", "x9/a.png")
     (tmp_path / "1").mkdir()
+    paint(tmp_path, "__MACOSX/2/._a.png", "@eaDir/a.png", ".git/a.png")  # no classes
     found, names = said_of(tmp_path)
     assert names == ("1", "2", "10", "x9", "x10")
     assert {i: kind for i, (kind, _) in found.items()} == {0: "10", 1: "2", 2: "2", 3: "x10", 4: "x9"}

@@ -19,6 +19,7 @@ from .picture_files import read_image as read_image
 
 EXTENSIONS = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
 EXTENSIONS |= {".apng", ".avif", ".dib", ".heic", ".heif", ".hif", ".jfif", ".jp2", ".j2k", ".jpe", ".pbm", ".pgm", ".ppm"}
+IGNORED = {"__MACOSX", "@eaDir"}  # folders that archives of macOS and disks of Synology hold beside the user's
 MOST_LINES = 100  # of skipped files
 USUAL_DEPTH = 0.1  # of a folder's pictures of more than 8 bits that use a number of them, for that to be no accident
 
@@ -32,7 +33,7 @@ def load_image_folder(
     matte: str = "white",
     validation: float = 0.0,
 ) -> ImageSet:
-    """All picture files below `directory`, in sorted order; names that start with a dot are ignored.
+    """All picture files below `directory`, in sorted order; names that start with a dot, and `IGNORED`, are left out.
 
     The classes are the labels in metadata files, or else the first-level subfolders, in natural order ("2" before "10"),
     also the empty ones. The captions are the texts in metadata files, or else the lines of a .txt file beside each picture;
@@ -89,9 +90,9 @@ def find_files(directory: Path) -> tuple[set[PurePath], list[str], list]:
     """The files below a folder, its first-level folders, and (path, reason) of what is skipped."""
     files, folders_here, skipped, problems = set(), [], [], []
     for parent, folders, found in os.walk(directory, onerror=problems.append):
+        folders[:] = [name for name in folders if not name.startswith(".") and name not in IGNORED]
         links = [name for name in folders if os.path.islink(os.path.join(parent, name))]
-        skipped += [(Path(parent, name), "it is a link to a folder") for name in links if not name.startswith(".")]
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        skipped += [(Path(parent, name), "it is a link to a folder") for name in links]
         if Path(parent) == directory:
             folders_here = [name for name in folders if name not in links]
         files |= {PurePath(parent, name).relative_to(directory) for name in found if not name.startswith(".")}
