@@ -58,6 +58,22 @@ class NotEmpty:
 NOT_EMPTY = NotEmpty()
 
 
+class Colour:
+    """A colour by its name or its numbers, as PIL and CSS have them."""
+
+    def problem(self, value: Any) -> str | None:
+        from PIL import ImageColor  # takes a moment to import
+
+        try:
+            opaque = len(ImageColor.getrgb(value)) == 3
+        except ValueError:
+            opaque = False
+        return None if opaque else "write the name of a colour, such as white, or its red, green and blue as #rrggbb"
+
+
+COLOUR = Colour()
+
+
 @dataclass(frozen=True)
 class Matches:
     """Text that a regular expression describes."""
@@ -152,7 +168,8 @@ def from_record(cls: type[T], record: dict[str, Any], obsolete: Container[str] =
     hints = typing.get_type_hints(cls)
 
     def read(name: str, value: Any) -> Any:
-        choices = [c for c in typing.get_args(hints[name]) or (hints[name],) if is_dataclass(c)]
+        args = typing.get_args(hints[name]) or (hints[name],)
+        choices = [c for c in args if is_dataclass(c) and not (value is None and type(None) in args)]
         problems = []
         for choice in choices:
             try:
