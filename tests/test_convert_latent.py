@@ -1,5 +1,6 @@
 """Weights of latent diffusion, as CompVis and diffusers name them, loaded into our networks."""
 
+import dataclasses
 import functools
 
 import numpy as np
@@ -533,6 +534,13 @@ def test_unet_with_attention_blocks_of_diffusers(style, new_order, tmp_path):
     x, t, y = rng.standard_normal((13, 2, 8, 8), np.float32), rng.integers(0, 1000, 13), rng.integers(0, 3, 13)
     expected = peer(torch.from_numpy(x), torch.from_numpy(t), class_labels=torch.from_numpy(y)).sample
     assert_close(net(Tensor(x), Tensor(t.astype(np.int32)), None, Tensor(y.astype(np.int32))), expected)
+    before, heads = values(net), 1 if style != "updown" else 2  # the shapes are the same
+    for change in ({"num_head_channels": None, "num_heads": heads}, {"norm_eps": 0.1}, {"sines_first": style != "ddpm"}):
+        other = dataclasses.replace(config, **change).build()
+        assert "config.json" in complaint(other, tmp_path / "unet")
+        assert load_pretrained(other, tmp_path / "unet", partial=True).loaded
+    load_pretrained(net, tmp_path, partial=True)
+    assert_same(values(net), before)
     part = {name: value for name, value in arrays.items() if not name.endswith("mid_block.attentions.0.to_k.bias")}
     message = complaint(net, write(tmp_path / "part.safetensors", part))
     assert "missing: middle_block.1.qkv.bias; unexpected: mid_block.attentions.0.to_q.bias, mid_block" in message

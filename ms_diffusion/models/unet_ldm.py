@@ -380,7 +380,7 @@ class UNetModel(nn.Cell):
             raise ValueError("sines_first needs an even number of model_channels, at least 4")
         if config.pad_right and config.dims == 1:
             raise ValueError("pad_right is for images: set dims to 2, or pad_right to False")
-        self.size_multiple = config.size_multiple
+        self.config, self.size_multiple = config, config.size_multiple
         self.size_message = f"H and W must be divisible by {self.size_multiple}: choose another image size"
         self.takes_context, self.takes_label = transformer, config.num_classes is not None
         width, emb_channels, groups = config.model_channels, 4 * config.model_channels, config.groups
