@@ -180,8 +180,8 @@ def load_pretrained(
 
 
 def settings_unlike(net: nn.Cell, path: Path, start: str) -> list[str]:
-    """`unlike` for a UNetModel in `net`, if a config.json of diffusers lies in the folder or beside the file `path`, or in the
-    folder that the prefix of the names is called after."""
+    """`unlike` for a UNetModel in `net`, if a config.json of diffusers lies in the folder or beside the file `path`, or in
+    the folder that the prefix of the names is called after."""
     folder = path if path.is_dir() else path.parent
     places = [place / "config.json" for place in (folder / start.split(".")[0], folder)]
     try:

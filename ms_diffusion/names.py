@@ -117,8 +117,8 @@ def is_average(prefix: str) -> bool:
 
 
 def unlike(config: Any, record: Mapping[str, Any]) -> list[str]:
-    """What a UNetModel of this configuration has otherwise than a UNet of diffusers with this config.json, of what the shapes of
-    weights do not tell: such weights would load, and the network would draw noise."""
+    """What a UNetModel of this configuration has otherwise than a UNet of diffusers with this config.json, of what the
+    shapes of weights do not tell: such weights would load, and the network would draw noise."""
     ours = {"norm_eps": config.norm_eps, "norm_num_groups": config.groups, "act_fn": "silu", "center_input_sample": False}
     ours |= {"flip_sin_to_cos": not config.sines_first, "freq_shift": int(config.sines_first)}
     ours |= {"downsample_padding": int(not config.pad_right)} if config.conv_resample and not config.resblock_updown else {}
