@@ -91,23 +91,21 @@ class LatentTask(ImageTask):
         super().__init__(config, data)
         model = config.model
         self.shape = (model.in_channels, model.latent_size, model.latent_size)
+        self.null_label: Any = model.null_label
         self.cond_fields = model.cond_fields
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
         """That of the run, or of --vocab."""
-        model, folder = self.config.model, getattr(self, "home", None) or getattr(self, "run_dir", None)
-        kept = read_kept(folder).get("tokenizer") if folder else None
-        return kept or (WordPieces.read(self.config.vocab, model.max_length) if self.config.vocab else None)
+        config, kept = self.config, read_kept(self.run_dir).get("tokenizer") if self.run_dir else None
+        return kept or (WordPieces.read(config.vocab, config.model.max_length) if config.vocab else None)
 
-    @property
-    def null_label(self) -> Any:
-        model = self.config.model
-        if model.null_label is not None or "tokens" not in model.cond_fields:
-            return model.null_label
-        if not self.tokenizer:
-            raise UserError("the text encoder needs its vocabulary: give BERT's vocab.txt by --vocab")
-        return self.tokenizer.encode([""])[0]
+    def make_networks(self, device: str) -> None:
+        if "tokens" in self.cond_fields and self.null_label is None:
+            if not self.tokenizer:
+                raise UserError("the text encoder needs its vocabulary: give BERT's vocab.txt by --vocab")
+            self.null_label = self.tokenizer.encode([""])[0]
+        super().make_networks(device)
 
     def make_labelling(self, image_set: ImageSet | None = None) -> Nothing:
         return super().make_labelling(image_set, self.tokenizer)
@@ -170,6 +168,7 @@ class LatentTask(ImageTask):
 
     def open(self, home: Path, state: dict[str, Any]) -> None:
         super().open(home, state)
+        self.null_label = self.labelling.null
         scale = state.get("latent_scale")
         if scale is None or not (home / "first_stage").exists():
             missing = "latent_scale in its state.json" if scale is None else "first_stage beside its config.json"
