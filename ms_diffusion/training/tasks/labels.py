@@ -148,13 +148,12 @@ class Captions(Nothing):
         table: Captions; one of those in a row describes an image.
         tokenizer: `encode(texts)` returns tokens (N, max_length) int32.
         names: What each row of the table is called; by default its first caption.
-        null: The tokens (max_length,) that stand for no caption, or 0 for tokens of 0 alone; by default those of ""."""
+        null: The tokens (max_length,) that stand for no caption; by default tokens of 0 alone."""
 
     field = "tokens"
 
-    def __init__(self, table: Sequence[Sequence[str]], tokenizer: Any, names: Sequence[str] | None = None, null: Any = None):
-        self.table, self.tokenizer = tuple(map(tuple, table)), tokenizer
-        self.null = tokenizer.encode([""])[0] if null is None else null
+    def __init__(self, table: Sequence[Sequence[str]], tokenizer: Any, names: Sequence[str] | None = None, null: Any = 0):
+        self.table, self.tokenizer, self.null = tuple(map(tuple, table)), tokenizer, null
         self.count, self.firsts = len(self.table), [row[0] for row in self.table]
         self.names = tuple(names) if names and len(names) == self.count else tuple(self.firsts)
         self.counts = np.array([len(row) for row in self.table])
@@ -215,7 +214,8 @@ def make_labelling(model: Any, image_set: ImageSet | None, kept: dict[str, Any],
         needed = tokenizer.vocab_size, tokenizer.max_length
         if needed[0] > model.vocab_size or needed[1] != model.max_length:
             raise UserError("the captions need --model.vocab-size {} --model.max-length {}".format(*needed))
-        return Captions(table, tokenizer, names, model.null_label)
+        null = tokenizer.encode([""])[0] if model.null_label is None else model.null_label
+        return Captions(table, tokenizer, names, null)
     return Nothing() if model.num_classes is None else Classes(model.num_classes, model.null_label, names)
 
 

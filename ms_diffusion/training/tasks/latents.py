@@ -72,8 +72,6 @@ class LatentConfig(ImageData, DiffusionRunConfig):
             raise UserError(f"--data.condition {data.condition} is for networks in pixel space: leave it out")
         if model.cond_channels:
             raise UserError(f"--model.cond-channels is {model.cond_channels}: it must be 0, there is no image condition")
-        if "context" in model.cond_fields:
-            raise UserError("--model.condition context takes rows from outside, which a run has none of: choose bert")
         if model.num_classes is not None and model.null_label is None and self.train.label_dropout:
             raise UserError("without --model.null-class there is no row for no class: set --train.label-dropout to 0")
         if data.flip:
@@ -101,6 +99,8 @@ class LatentTask(ImageTask):
         return kept or (WordPieces.read(config.vocab, config.model.max_length) if config.vocab else None)
 
     def make_networks(self, device: str) -> None:
+        if "context" in self.cond_fields:
+            raise UserError("--model.condition context takes rows from outside, which a run has none of: choose bert")
         if "tokens" in self.cond_fields and self.null_label is None:
             if not self.tokenizer:
                 raise UserError("the text encoder needs its vocabulary: give BERT's vocab.txt by --vocab")
