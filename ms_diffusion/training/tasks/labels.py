@@ -51,6 +51,10 @@ class Nothing:
             raise UserError(f"this run has no classes, which --class needs: train one with {train} --preset quick-class")
         return np.zeros((num, 0))
 
+    def null_rows(self, num: int) -> Rows:
+        """The rows (num, ...) for samples of no class or caption."""
+        return self.rows(num)
+
     def refuse_prompt(self, prompt: str | None) -> None:
         if prompt is not None:
             train = command("train")
@@ -110,6 +114,9 @@ class Classes(Nothing):
     def rows(self, num: int, labels: Any = None, prompt: str | None = None) -> Rows:
         self.refuse_prompt(prompt)
         return self.label_array(labels, num)
+
+    def null_rows(self, num: int) -> Rows:
+        return np.full(num, self.null, np.int32)
 
     def label_array(self, labels: Any, num: int) -> np.ndarray:
         """Labels (num,) int32 from a class's number or name, or an array of numbers; each class in turn from None."""
@@ -180,6 +187,9 @@ class Captions(Nothing):
         if isinstance(labels, np.ndarray) and labels.ndim == 2:
             return labels
         return self.encoded[self.starts[self.label_array(labels, num)]]
+
+    def null_rows(self, num: int) -> Rows:
+        return np.full((num, self.tokenizer.max_length), self.null, np.int32)
 
     def label_array(self, labels: Any, num: int) -> np.ndarray:
         """Rows of the table, (num,) int32: one that is given by number or name, or each in turn."""
