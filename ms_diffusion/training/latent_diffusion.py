@@ -88,7 +88,7 @@ class DDPM:
 
     @cached_property
     def graph(self) -> Callable:
-        return compiled(lambda *arguments: self.model(*arguments))
+        return compiled(self.model)
 
     def apply_model(self, x_noisy: Values, t: Values, cond: Any = ()) -> np.ndarray:
         """What the network predicts at timesteps t (B,)."""
@@ -227,22 +227,27 @@ class LatentDiffusion(DDPM):
 
     @cached_property
     def decode_unquantized(self) -> Callable:
-        return compiled(lambda z: self.first_stage_model.decode(z, True))
+        model = self.first_stage_model
+
+        def decode(z):
+            return model.decode(z, True)
+
+        return compiled(decode)
 
     def get_learned_conditioning(self, c: Any) -> np.ndarray:
         """Classes (B,), or {"class_label": classes}, or texts, or tokens (B, L) -> the context (B, L, dim); classes that are
         added to the time embedding are returned as they are."""
-        c = c["class_label"] if isinstance(c, dict) else c
-        if isinstance(c, str) or isinstance(c, list | tuple) and isinstance(c[0], str):
-            c = self.run.task.labelling.tokenizer.encode([c] if isinstance(c, str) else c)
-        c = np.asarray(c.asnumpy() if isinstance(c, Tensor) else c)
+        c = c["class_label"] if isinstance(c, dict) else [c] if isinstance(c, str) else c
+        if not isinstance(c, np.ndarray | Tensor) and isinstance(c[0], str):
+            c = self.run.task.labelling.tokenizer.encode(c)
+        rows = np.asarray(c.asnumpy() if isinstance(c, Tensor) else c)
         if self.model.cond_stage is None:
-            return c
-        return self.encode_condition(Tensor(c.astype(np.int32))).asnumpy()
+            return rows
+        return self.encode_condition(Tensor(rows.astype(np.int32))).asnumpy()
 
     @cached_property
     def encode_condition(self) -> Callable:
-        return compiled(lambda rows: self.model.cond_stage(rows))
+        return compiled(self.model.cond_stage)
 
     @cached_property
     def graph(self) -> Callable:

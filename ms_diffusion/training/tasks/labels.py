@@ -51,6 +51,10 @@ class Nothing:
             raise UserError(f"this run has no classes, which --class needs: train one with {train} --preset quick-class")
         return np.zeros((num, 0))
 
+    def null_rows(self, num: int) -> Rows:
+        """The rows (num, ...) for samples of no class or caption."""
+        return self.rows(num)
+
     def refuse_prompt(self, prompt: str | None) -> None:
         if prompt is not None:
             train = command("train")
@@ -111,6 +115,9 @@ class Classes(Nothing):
         self.refuse_prompt(prompt)
         return self.label_array(labels, num)
 
+    def null_rows(self, num: int) -> Rows:
+        return np.full(num, self.null, np.int32)
+
     def label_array(self, labels: Any, num: int) -> np.ndarray:
         """Labels (num,) int32 from a class's number or name, or an array of numbers; each class in turn from None."""
         if labels is None:
@@ -148,13 +155,12 @@ class Captions(Nothing):
         table: Captions; one of those in a row describes an image.
         tokenizer: `encode(texts)` returns tokens (N, max_length) int32.
         names: What each row of the table is called; by default its first caption.
-        null: The tokens (max_length,) that stand for no caption, or 0 for tokens of 0 alone; by default those of ""."""
+        null: The tokens (max_length,) that stand for no caption; by default tokens of 0 alone."""
 
     field = "tokens"
 
-    def __init__(self, table: Sequence[Sequence[str]], tokenizer: Any, names: Sequence[str] | None = None, null: Any = None):
-        self.table, self.tokenizer = tuple(map(tuple, table)), tokenizer
-        self.null = tokenizer.encode([""])[0] if null is None else null
+    def __init__(self, table: Sequence[Sequence[str]], tokenizer: Any, names: Sequence[str] | None = None, null: Any = 0):
+        self.table, self.tokenizer, self.null = tuple(map(tuple, table)), tokenizer, null
         self.count, self.firsts = len(self.table), [row[0] for row in self.table]
         self.names = tuple(names) if names and len(names) == self.count else tuple(self.firsts)
         self.counts = np.array([len(row) for row in self.table])
@@ -181,6 +187,9 @@ class Captions(Nothing):
         if isinstance(labels, np.ndarray) and labels.ndim == 2:
             return labels
         return self.encoded[self.starts[self.label_array(labels, num)]]
+
+    def null_rows(self, num: int) -> Rows:
+        return np.full((num, self.tokenizer.max_length), self.null, np.int32)
 
     def label_array(self, labels: Any, num: int) -> np.ndarray:
         """Rows of the table, (num,) int32: one that is given by number or name, or each in turn."""
@@ -215,7 +224,8 @@ def make_labelling(model: Any, image_set: ImageSet | None, kept: dict[str, Any],
         needed = tokenizer.vocab_size, tokenizer.max_length
         if needed[0] > model.vocab_size or needed[1] != model.max_length:
             raise UserError("the captions need --model.vocab-size {} --model.max-length {}".format(*needed))
-        return Captions(table, tokenizer, names, model.null_label)
+        null = tokenizer.encode([""])[0] if model.null_label is None else model.null_label
+        return Captions(table, tokenizer, names, null)
     return Nothing() if model.num_classes is None else Classes(model.num_classes, model.null_label, names)
 
 

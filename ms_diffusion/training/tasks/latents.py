@@ -15,23 +15,28 @@ import tyro
 
 from mindspore import Tensor
 
+from ... import images
 from ...convert import load_pretrained
 from ...data.batches import ImageSet, check_values
+from ...data.conditions import condition_channels, latent_condition
 from ...data.tokenizers import Tokenizer, WordPieces
 from ...fields import AT_LEAST_1, POSITIVE
 from ...files import read_bytes, share_files, sweep, write, write_json
+from ...images import to_float
 from ...latent import FirstStage
 from ...models.autoencoder import AutoencoderConfig, VQConfig, gaussian_sample
 from ...models.context import LatentUnetConfig
 from ...randomness import Random, Stream
-from ...runtime import UserError, broadcast, command
+from ...runtime import UserError, alone, broadcast, command, given_up
 from ..checkpoint import read_config, read_state, readable
 from ..config import DataConfig, DiffusionRunConfig, ImageTrainConfig
 from ..runs import open_run
 from .autoencoder import AutoencoderRunConfig, load_first_stage, save_reconstructions
 from .base import Arrays
-from .images import ImageData, ImageTask, check_image_size, check_scored
+from .images import ROW_STEPS, DenoiseRow, ImageData, ImageTask, check_image_size, check_scored, save_rows
 from .labels import Nothing, read_kept
+
+ROWS = 4  # images in a training run's rows of noising and denoising
 
 
 @dataclass(frozen=True)
@@ -68,20 +73,20 @@ class LatentConfig(ImageData, DiffusionRunConfig):
             raise UserError(f"the network predicts latents: {both}")
         if patch is not None and patch > data.size:
             raise UserError(f"--first-stage-patch is {patch}: choose at most the size of the images, {data.size}")
-        if data.condition != "none":
-            raise UserError(f"--data.condition {data.condition} is for networks in pixel space: leave it out")
-        if model.cond_channels:
-            raise UserError(f"--model.cond-channels is {model.cond_channels}: it must be 0, there is no image condition")
-        if "context" in model.cond_fields:
-            raise UserError("--model.condition context takes rows from outside, which a run has none of: choose bert")
         if model.num_classes is not None and model.null_label is None and self.train.label_dropout:
             raise UserError("without --model.null-class there is no row for no class: set --train.label-dropout to 0")
+        needed = condition_channels(data.condition, model.channels, model.in_channels)
+        if model.cond_channels != needed:
+            raise UserError(f"--data.condition {data.condition} has {needed} channels: set --model.cond-channels {needed}")
+        if data.condition == "lowres" and model.latent_size % data.lowres_size:
+            most = f"it must divide the side of the latents, {model.latent_size}"
+            raise UserError(f"--data.lowres-size is {data.lowres_size}: {most}")
         if data.flip:
             raise UserError("latents are computed once, of images that are not flipped: add --data.no-flip")
 
 
 class LatentTask(ImageTask):
-    """A UNetModel on latents, conditioned on the class, a caption or nothing."""
+    """A UNetModel on latents, conditioned on the class, a caption or nothing, and perhaps on an image."""
 
     config: LatentConfig
     clip_denoised = False
@@ -91,23 +96,23 @@ class LatentTask(ImageTask):
         super().__init__(config, data)
         model = config.model
         self.shape = (model.in_channels, model.latent_size, model.latent_size)
+        self.null_label: Any = model.null_label
         self.cond_fields = model.cond_fields
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
         """That of the run, or of --vocab."""
-        model, folder = self.config.model, getattr(self, "home", None) or getattr(self, "run_dir", None)
-        kept = read_kept(folder).get("tokenizer") if folder else None
-        return kept or (WordPieces.read(self.config.vocab, model.max_length) if self.config.vocab else None)
+        config, kept = self.config, read_kept(self.run_dir).get("tokenizer") if self.run_dir else None
+        return kept or (WordPieces.read(config.vocab, config.model.max_length) if config.vocab else None)
 
-    @property
-    def null_label(self) -> Any:
-        model = self.config.model
-        if model.null_label is not None or "tokens" not in model.cond_fields:
-            return model.null_label
-        if not self.tokenizer:
-            raise UserError("the text encoder needs its vocabulary: give BERT's vocab.txt by --vocab")
-        return self.tokenizer.encode([""])[0]
+    def make_networks(self, device: str) -> None:
+        if "context" in self.cond_fields:
+            raise UserError("--model.condition context takes rows from outside, which a run has none of: choose bert")
+        if "tokens" in self.cond_fields and self.null_label is None:
+            if not self.tokenizer:
+                raise UserError("the text encoder needs its vocabulary: give BERT's vocab.txt by --vocab")
+            self.null_label = self.tokenizer.encode([""])[0]
+        super().make_networks(device)
 
     def make_labelling(self, image_set: ImageSet | None = None) -> Nothing:
         return super().make_labelling(image_set, self.tokenizer)
@@ -150,6 +155,39 @@ class LatentTask(ImageTask):
         if not state:
             path = self.run_dir / "samples" / "first-stage.png"
             save_reconstructions(path, self.first_stage, self.originals[: config.train.sample_num])
+            self.save_start(path.parent)
+        if "cond_image" in self.cond_fields:  # which is made of the images, whose numbers the batches have then
+            self.ids, self.labels = self.labels, np.arange(len(self.labels), dtype=np.int32)
+
+    def save_start(self, folder: Path) -> None:
+        """Write what the process begins and ends with: pictures of noise, and of a few images with more and more noise.
+        Beside these, the images that condition the previews, each with its original."""
+        num, T, channels = self.config.train.sample_num, self.diffusion.num_timesteps, self.shape[0]
+        noise = np.random.default_rng(self.preview_seed).standard_normal((num, *self.shape), np.float32)
+        prior = self.decode(noise)
+        if self.rank:
+            return
+        images.save_grid(folder / "prior.png", images.to_uint8(prior))
+        x_start = Tensor(self.first_stage.scale * self.data[: min(ROWS, num), :channels])  # the means
+        noise, times = Tensor(noise[: len(x_start)]), np.linspace(0, T - 1, ROW_STEPS, dtype=np.int32)
+        at = [Tensor(np.full(len(x_start), t)) for t in times]
+        noisy = [self.diffusion.q_sample(x_start, t, noise).asnumpy() for t in at]
+        with alone():
+            save_rows(folder / "diffusion-row.png", noisy, self.decode, num)
+        if "cond_image" in self.cond_fields:
+            originals = to_float(self.originals[:num])
+            shown = self.cond_image(originals, np.random.default_rng(self.preview_seed))
+            pairs = np.stack([np.broadcast_to(shown[:, : originals.shape[1]], originals.shape), originals], 1)
+            images.save_grid(folder / "condition.png", images.to_uint8(pairs.reshape(-1, *originals.shape[1:])), 16)
+
+    def preview(self, step: int) -> Path:
+        num, path = self.config.train.sample_num, self.run_dir / "samples" / f"denoise-row-{step:07d}.png"
+        row = DenoiseRow(min(ROWS, num), self.preview_sampling.steps)
+        drawn = super().preview(step, row)
+        if self.rank == 0:
+            with alone():
+                row.save(path, self.decode, num)
+        return drawn
 
     def keep_data(self) -> None:
         super().keep_data()
@@ -166,16 +204,28 @@ class LatentTask(ImageTask):
     def draw_conditions(self, rng: Random, batch: Arrays, labels: np.ndarray) -> Arrays:
         shape, needs_noise = batch["noise"].shape, self.first_stage.net.needs_noise
         drawn = {"latent_noise": rng.standard_normal(shape, np.float32)} if needs_noise else {}
+        if "cond_image" in self.cond_fields:
+            shown, labels = self.cond_image(to_float(self.originals[labels]), rng), self.ids[labels]
+            with alone(), given_up(lambda: False):  # a batch of this rank; a step is not given up halfway
+                drawn["cond_image"] = self.encode_condition(shown)
         return drawn | self.draw_labels(rng, labels)
 
     def open(self, home: Path, state: dict[str, Any]) -> None:
         super().open(home, state)
+        self.null_label = self.labelling.null
         scale = state.get("latent_scale")
         if scale is None or not (home / "first_stage").exists():
             missing = "latent_scale in its state.json" if scale is None else "first_stage beside its config.json"
             raise UserError(f"the run in {home} has no {missing}: copy the whole run")
         self.first_stage = load_first_stage(home / "first_stage", self.config.first_stage_patch)
         self.first_stage.scale = scale
+
+    def encode(self, pictures: np.ndarray) -> np.ndarray:
+        return self.first_stage.encode(pictures)
+
+    def encode_condition(self, cond: np.ndarray) -> np.ndarray:
+        model = self.config.model
+        return latent_condition(self.config.data.condition, cond, self.shape[1:], model.channels, self.encode)
 
     def decode(self, x: np.ndarray) -> np.ndarray:
         return self.first_stage.decode(x)
