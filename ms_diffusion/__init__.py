@@ -45,7 +45,8 @@ if TYPE_CHECKING:  # the public names; below, the same lines say where each is f
         gaussian_kl as gaussian_kl, gaussian_mode as gaussian_mode, gaussian_nll as gaussian_nll,
         gaussian_sample as gaussian_sample, normal_kl as normal_kl)
     from .models.classifier import Classifier as Classifier, load_classifier as load_classifier
-    from .models.context import LatentUnet as LatentUnet, LatentUnetConfig as LatentUnetConfig, TextEncoder as TextEncoder
+    from .models.context import (BERTEmbedder as BERTEmbedder, ClassEmbedder as ClassEmbedder, LatentUnet as LatentUnet,
+        LatentUnetConfig as LatentUnetConfig, SpatialRescaler as SpatialRescaler, TextEncoder as TextEncoder)
     from .models.discriminator import NLayerDiscriminator as NLayerDiscriminator
     from .models.inception import InceptionV3 as InceptionV3, load_inception as load_inception
     from .models.layers import (Downsample as Downsample, PreNorm as PreNorm, Residual as Residual,
@@ -71,8 +72,11 @@ if TYPE_CHECKING:  # the public names; below, the same lines say where each is f
         rescale_zero_terminal_snr as rescale_zero_terminal_snr, sigmoid_beta_schedule as sigmoid_beta_schedule,
         sqrt_linear_beta_schedule as sqrt_linear_beta_schedule)
     from .training.checkpoint import Checkpoint as Checkpoint
+    from .training.compvis import from_compvis as from_compvis
     from .training.config import (Config as Config, DataConfig as DataConfig, DiffusionTrainConfig as DiffusionTrainConfig,
         ImageTrainConfig as ImageTrainConfig, TrainConfig as TrainConfig)
+    from .training.latent_diffusion import (DDPM as DDPM, DiagonalGaussianDistribution as DiagonalGaussianDistribution,
+        LatentDiffusion as LatentDiffusion, LPIPSWithDiscriminator as LPIPSWithDiscriminator)
     from .training.loop import train as train
     from .training.presets import PRESETS as PRESETS
     from .training.runs import Run as Run, bundled_models as bundled_models, load as load

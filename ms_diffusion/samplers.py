@@ -34,7 +34,9 @@ SPACINGS = ("linspace", "leading", "trailing", "karras", "logsnr")
 SIGMA_MAX = 80  # sigma / alpha above which x_t has no information about data in [-1, 1] (Karras et al. 2022, table 1)
 
 
-def sampling_timesteps(T: int, steps: int, spacing: str = "linspace", alphas_cumprod: np.ndarray | None = None) -> list[int]:
+def sampling_timesteps(
+    T: int, steps: int, spacing: str = "linspace", alphas_cumprod: np.ndarray | None = None, offset: int = 0
+) -> list[int]:
     """`steps` descending timesteps in [0, T).
 
     Args:
@@ -43,6 +45,7 @@ def sampling_timesteps(T: int, steps: int, spacing: str = "linspace", alphas_cum
             three). karras: even in (sigma / alpha)^(1/7) (Karras et al. 2022, eq. 5). logsnr: even in log(sigma / alpha) (Lu
             et al. 2022, section 3.4). The last two limit sigma / alpha to 80 and take the nearest unused timesteps.
         alphas_cumprod: (T,), needed by karras and logsnr.
+        offset: added to the timesteps of leading, up to T - 1.
 
     Raises ValueError if steps is not in [1, T], the spacing is unknown, or alphas_cumprod is missing."""
     if not 1 <= steps <= T:
@@ -50,7 +53,10 @@ def sampling_timesteps(T: int, steps: int, spacing: str = "linspace", alphas_cum
     if spacing not in SPACINGS:
         raise ValueError(f"unknown spacing {spacing!r}: choose one of {', '.join(SPACINGS)}")
     i = np.arange(steps)
-    even = {"leading": i[::-1] * (T // steps), "linspace": np.round(np.linspace(T - 1, 0, steps))}
+    even = {
+        "leading": np.minimum(i[::-1] * (T // steps) + offset, T - 1),
+        "linspace": np.round(np.linspace(T - 1, 0, steps)),
+    }
     even["trailing"] = np.round(T - i * (T / steps)) - 1
     if spacing in even:
         return even[spacing].astype(int).tolist()
@@ -69,11 +75,14 @@ def sampling_timesteps(T: int, steps: int, spacing: str = "linspace", alphas_cum
     return timesteps
 
 
-def noise_levels(diffusion: GaussianDiffusion, timesteps: Timesteps) -> list[tuple[int, int, float, float]]:
-    """(i, t, alpha_bar of t, alpha_bar of the next timestep) for each step; the last step leads to data, alpha_bar 1."""
+def noise_levels(
+    diffusion: GaussianDiffusion, timesteps: Timesteps, last: float = 1.0
+) -> list[tuple[int, int, float, float]]:
+    """(i, t, alpha_bar of t, alpha_bar of the next timestep) for each step; the last step leads to data, alpha_bar 1, or to
+    an alpha_bar `last`."""
     timesteps = list(range(diffusion.num_timesteps - 1, -1, -1) if timesteps is None else timesteps)
     alpha_bars = [float(diffusion.alphas_cumprod[t]) for t in timesteps]
-    return list(zip(range(len(timesteps)), timesteps, alpha_bars, [*alpha_bars[1:], 1.0], strict=True))
+    return list(zip(range(len(timesteps)), timesteps, alpha_bars, [*alpha_bars[1:], last], strict=True))
 
 
 def _lambda(alpha_bar: float) -> float:
@@ -139,7 +148,7 @@ def sample_ddim(denoise: Denoiser, x: Array, diffusion: GaussianDiffusion, times
     Raises ValueError if eta is not in [0, 1]. `quantize` is that of `quantized_step`."""
     if not 0 <= eta <= 1:
         raise ValueError(f"eta is {eta}: it must be in [0, 1], from DDIM to DDPM")
-    for i, t, alpha_bar, alpha_bar_next in noise_levels(diffusion, timesteps):
+    for i, t, alpha_bar, alpha_bar_next in noise_levels(diffusion, timesteps, getattr(diffusion, "last_alpha_cumprod", 1.0)):
         x_start = denoise(x, t)
         sigma = eta * math.sqrt((1 - alpha_bar_next) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_next))
         x, x_start = quantized_step(x, x_start, alpha_bar, alpha_bar_next, sigma, quantize)

@@ -98,8 +98,10 @@ class Sampling:
 
     def timesteps(self, diffusion: GaussianDiffusion) -> list[int]:
         """The timesteps of the sampler's steps, descending."""
-        spacing = self.spacing or default_spacing(SAMPLERS[self.sampler])
-        return sampling_timesteps(diffusion.num_timesteps, self.steps, spacing, diffusion.alphas_cumprod)
+        spacing = default_spacing(SAMPLERS[self.sampler])
+        spacing = self.spacing or (diffusion.spacing if spacing == GaussianDiffusion.spacing else spacing)
+        T, tables = diffusion.num_timesteps, (diffusion.alphas_cumprod, diffusion.steps_offset)
+        return sampling_timesteps(T, self.steps, spacing, *tables)
 
 
 class Generator:
@@ -119,6 +121,7 @@ class Generator:
             self_condition: bool = False):  # fmt: skip
         self.net, self.diffusion, self.shape = net, diffusion, tuple(shape)
         self.null_label, self.self_condition = null_label, self_condition
+        self.batch_size = 64 if len(self.shape) > 1 else None  # by default; None: all samples
         self._denoisers: dict[bool, Callable] = {}
 
     def raw_denoiser(self, clip: bool) -> Callable:
@@ -156,7 +159,7 @@ class Generator:
             sampler = partial(sampler, quantize=self.quantize)
         sampler = self_conditioned(sampler) if self.self_condition else sampler
         timesteps = timesteps or sampling.timesteps(self.diffusion)
-        size = num, sampling.seed, sampling.batch_size or (64 if len(self.shape) > 1 else num)
+        size = num, sampling.seed, sampling.batch_size or self.batch_size or num
         return generate(sampler, denoise, self.diffusion, timesteps, self.shape, *size, callback, cond, start)
 
 

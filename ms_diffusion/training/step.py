@@ -48,7 +48,9 @@ class EMA:
     def __init__(self, net: nn.Cell, decay: float = 0.999, length: float | None = None):
         self.decay, self.power = decay, None if length is None else power_of_length(length) + 1
         self.name = "ema" if length is None else f"ema-{length:g}"
-        self.net = copy.deepcopy(net)
+        # An average recomputes nothing, and the cells that MindSpore has for that cannot be copied
+        recomputing = [cell._recompute_cell for _, cell in net.cells_and_names() if cell._recompute_cell is not None]
+        self.net = copy.deepcopy(net, {id(cell): None for cell in recomputing})
         self.sources = ms.ParameterTuple(net.get_parameters())
         self.averages = ms.ParameterTuple(self.net.get_parameters())
         for source, average in zip(self.sources, self.averages, strict=True):

@@ -123,13 +123,19 @@ class DiffusionTask(Task):
     def preview_conditions(self, num: int) -> Arrays:
         return self.conditions(num)
 
-    def draw(self, num: int, sampling: Sampling | None = None, batch_size: int = 64) -> np.ndarray:
-        """`num` samples (num, ...) of the averaged network, as floats."""
+    def draw(
+        self, num: int, sampling: Sampling | None = None, batch_size: int = 64, watch: Callable | None = None
+    ) -> np.ndarray:
+        """`num` samples (num, ...) of the averaged network, as floats; watch(i, x, x_start) is called after each step."""
         self.write_back()
         sampling = replace(sampling or self.preview_sampling, seed=self.config.train.seed, batch_size=batch_size)
-        return self.decode(
-            self.average.draw(sampling, num, self.in_order(self.preview_conditions(num)), lambda *_: check_interrupted())
-        )
+
+        def after_step(*step: Any) -> None:
+            check_interrupted()
+            if watch:
+                watch(*step)
+
+        return self.decode(self.average.draw(sampling, num, self.in_order(self.preview_conditions(num)), after_step))
 
     def in_order(self, conditions: Arrays) -> list[np.ndarray]:
         """Conditions by name -> in the network's order."""
