@@ -168,7 +168,8 @@ def from_record(cls: type[T], record: dict[str, Any], obsolete: Container[str] =
     hints = typing.get_type_hints(cls)
 
     def read(name: str, value: Any) -> Any:
-        choices = [c for c in typing.get_args(hints[name]) or (hints[name],) if is_dataclass(c)]
+        args = typing.get_args(hints[name]) or (hints[name],)
+        choices = [c for c in args if is_dataclass(c) and not (value is None and type(None) in args)]
         problems = []
         for choice in choices:
             try:
