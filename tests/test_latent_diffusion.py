@@ -157,6 +157,33 @@ def test_pictures_of_a_batch(codebook):
     assert [*few] == ["inputs", "diffusion_row"]
 
 
+@pytest.mark.slow
+def test_losses_of_an_autoencoder_and_its_discriminator():
+    """Against formulas, and the weight of the training's own losses."""
+    net = AutoencoderConfig(**STAGE | {"resolution": 16}).build()
+    x = rng.uniform(-1, 1, (2, 3, 16, 16)).astype(np.float32)
+    moments = net.encode(Tensor(x))
+    features = net.decoder.features(net.post_quant_conv(moments[:, :2]))
+    images, posterior = net.decoder.last(features), md.DiagonalGaussianDistribution(moments)
+    loss_of = md.LPIPSWithDiscriminator(5, 0.3, 1e-3, disc_num_layers=1, disc_factor=0.9, disc_weight=0.7)
+    loss_of.discriminator.set_train(False)
+    logits = [loss_of.discriminator(Tensor(array(a))).asnumpy() for a in (x, images)]
+    error = abs(x - images.asnumpy()).astype(np.float64)
+    nll, kl = (error / np.exp(0.3) + 0.3).sum((1, 2, 3)).mean(), posterior.kl().mean()
+    for step, factor in ((4, 0), (5, 0.9)):
+        loss, log = loss_of(x, images, posterior, 0, step, (net.decoder, features))
+        weight = log.pop("train/d_weight")
+        total = nll + 1e-3 * kl - weight * factor * logits[1].mean()
+        expected = {"nll_loss": nll, "kl_loss": kl, "rec_loss": error.mean(), "g_loss": -logits[1].mean(), "logvar": 0.3}
+        expected |= {"disc_factor": factor, "total_loss": total}
+        assert log == {f"train/{name}": pytest.approx(value, rel=1e-3) for name, value in expected.items()}
+        assert float(loss) == pytest.approx(total, rel=1e-3) and 0 < weight <= 0.7e4
+        d_loss, log = loss_of(x, images, posterior, 1, step, split="val")
+        hinge = (np.maximum(1 - logits[0], 0).mean() + np.maximum(1 + logits[1], 0).mean()) / 2
+        assert float(d_loss) == log["val/disc_loss"] == pytest.approx(factor * hinge, rel=1e-4)
+    assert loss_of(x, images, posterior, 0, 9)[1]["train/d_weight"] == 0
+
+
 def test_rows_of_a_grid():
     """A row for each image, a column for each step."""
     steps = [np.full((2, 1, 2, 3), 10 * step) + np.arange(2).reshape(2, 1, 1, 1) for step in range(4)]

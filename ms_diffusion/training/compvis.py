@@ -270,7 +270,7 @@ def condition(section: Section, key: str | None, network: dict[str, Any]) -> dic
         return {"condition": "none"} if classes is None else {"condition": "adm", "null_class": False}
     if key == "concat":
         name = content.get("target") if isinstance(content, dict) else content
-        if name not in CONCATENATED:
+        if not isinstance(name, str) or name not in CONCATENATED:
             raise UserError(f"{where} is {name!r:.100}: for concat it can only be {' or '.join(CONCATENATED)}")
         return {"condition": "none", "concatenated": CONCATENATED[name]}
     if key != "crossattn":
