@@ -161,12 +161,15 @@ def _tiff_pieces(file: ImageFile) -> Pieces:
     width, height = tags[WIDTH], tags[HEIGHT]
     strips = TILES not in tags
     wide, high = (width, min(tags.get(ROWS_PER_STRIP, height), height)) if strips else (tags[TILE_WIDTH], tags[TILE_HEIGHT])
-    places = zip(tags[STRIPS if strips else TILES], tags[STRIP_BYTES if strips else TILE_BYTES], strict=True)
+    places = [*zip(tags[STRIPS if strips else TILES], tags[STRIP_BYTES if strips else TILE_BYTES], strict=True)]
     if tags.get(PLANAR, 1) != 1 or wide * high > PIECE_PIXELS * 16:
         raise PictureError("it is too large to be unpacked whole, and its strips or tiles are, or hold one colour each")
+    across = -(-width // wide)
+    if len(places) != across * -(-height // high):
+        raise PictureError("it is damaged: it has another number of strips or tiles than its size needs")
 
     def pieces() -> Iterator[tuple[int, int, bytes]]:
-        across, size = -(-width // wide), file.fp.seek(0, os.SEEK_END)  # type: ignore[union-attr]
+        size = file.fp.seek(0, os.SEEK_END)  # type: ignore[union-attr]
         for i, (start, length) in enumerate(places):
             left, top = i % across * wide, i // across * high
             file.fp.seek(start)
