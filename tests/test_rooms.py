@@ -15,7 +15,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "ms_diffusion"
 ROOMS = """
 runtime versions progress fields files locks randomness
-images plots2d convert mindir
+images plots2d mindir weight_files names
+convert
 kernels
 schedules process losses
 denoiser samplers editing likelihood

@@ -121,12 +121,12 @@ class ImageTask(Images, DiffusionTask):
         """Number of classes, or of rows in the table of captions, that the network is conditioned on; None without."""
         return self.labelling.count
 
-    def make_labelling(self, image_set: ImageSet | None = None) -> Nothing:
-        """What the network is conditioned on, from what the run has kept, and from its images."""
+    def make_labelling(self, image_set: ImageSet | None = None, tokenizer: Any = None) -> Nothing:
+        """What the network is conditioned on, from what the run has kept, and from its images; perhaps by this tokenizer."""
         data, kept = self.config.data, read_kept(self.run_dir) if self.run_dir else {}
         if not kept and image_set and data.name == "image-folder" and self.run_dir and checkpoints(self.run_dir):
             kept = {"class_names": old_class_names(image_set)}
-        return make_labelling(self.config.model, image_set, kept, CLASS_NAMES.get(data.name))
+        return make_labelling(self.config.model, image_set, kept, CLASS_NAMES.get(data.name), tokenizer)
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -258,7 +258,7 @@ class ImageTask(Images, DiffusionTask):
         sampling, calls = plan.sampling, len(plan.timesteps) * plan.calls_per_step
         frames, every = [], max(calls // GIF_FRAMES, 1)
         row = DenoiseRow(8, calls)
-        size = (sampling.batch_size or 64) * (1 if in_steps else world_size)
+        size = (sampling.batch_size or run.generator.batch_size) * (1 if in_steps else world_size)
         bar = ProgressBar(total=-(-plan.num // size) * calls, unit="step", desc=sampling.sampler, disable=rank > 0)
 
         def watch(i: int, x: Any, x_start: Any) -> None:
@@ -273,7 +273,8 @@ class ImageTask(Images, DiffusionTask):
 
         with alone() if in_steps else nullcontext():
             cond, how = self.in_order(plan.cond), (plan.start, plan.timesteps, plan.denoise, plan.sampler, plan.null)
-            x = plan.paste(self.decode(run.generator.draw(sampling, plan.num, cond, watch, *how)))
+            drawn = run.generator.draw(sampling, plan.num, cond, watch, *how)
+            x = plan.paste(self.decode(drawn))
         bar.close()
         if rank:
             return []
@@ -283,7 +284,7 @@ class ImageTask(Images, DiffusionTask):
         if request.denoise_row:
             row.save(request.denoise_row, lambda x: plan.paste(self.decode(x)))
         if request.npz:
-            arrays: dict[str, Any] = {"images": images.to_uint8(x)}
+            arrays: dict[str, Any] = {"images": images.to_uint8(x), **self.codes(drawn)}
             if plan.labels is not None and plan.labels.max() < self.num_classes:
                 arrays["labels"] = plan.labels
             write(request.npz, lambda f: np.savez_compressed(f, **arrays))
