@@ -160,6 +160,7 @@ def load_pretrained(
         and not name.startswith((f"{start}loss.", f"{start}first_stage_model.loss."))
         and not name.startswith(f"{start}cond_stage_model.transformer.to_logits.")  # x-transformers' unused head
         and not (a.dtype.kind in "biu" and a.ndim == 0)  # counters, such as num_batches_tracked
+        and not name.endswith("quantize.used")  # a remap, which a configuration has
     }
 
     reshaped = [name for name, p in parameters.items() if name in weights and ones_differ(weights[name].shape, p.shape)]
