@@ -67,7 +67,7 @@ def assert_same(a, b):
         np.testing.assert_array_equal(a[name], b[name], name)
 
 
-@pytest.mark.parametrize("file_format", ["safetensors", "compvis"])
+@pytest.mark.parametrize("file_format", [pytest.param("safetensors", marks=pytest.mark.slow), "compvis"])
 @pytest.mark.parametrize("name", ["class", pytest.param("adm", marks=pytest.mark.slow)])
 def test_we_load_what_we_write(name, file_format, runs, tmp_path):
     run, out = runs(name), tmp_path / "net.safetensors"
