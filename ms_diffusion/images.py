@@ -20,6 +20,7 @@ logging.getLogger("PIL").addHandler(logging.NullHandler())  # what it logs of od
 GAP = 2  # pixels between the images of a grid
 # Whose readers do nothing else, such as start a program
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "GIF", "TIFF", "AVIF", "HEIF", "JPEG2000", "PPM")
+ORIENTATION = 0x0112  # a tag of EXIF and TIFF
 CAPTION = 5  # pixels below each image for its caption
 CURVE_POINTS = 2000  # more could not be told apart
 
@@ -95,10 +96,19 @@ def _why_unknown(file: BinaryIO) -> str:
     return f"it is no picture of the kinds {' '.join(picture_formats())}: it begins with {begin!r}"
 
 
+def orientation(picture: Image.Image) -> int:
+    """The EXIF orientation; 1 where it is unknown, EXIF is damaged, or PIL has turned the picture already."""
+    try:
+        return int(Image.Image.getexif(picture).get(ORIENTATION, 1))  # PNG's own would unpack the picture
+    except Exception:  # of many kinds
+        return 1
+
+
 def picture_size(path: str | Path) -> tuple[int, int]:
-    """(height, width) of an image file, which is opened by `open_picture`."""
+    """(height, width) of an image file, which is opened by `open_picture`, as it is seen: turned by its orientation."""
     with open_picture(path) as picture:
-        return picture.height, picture.width
+        turned = picture.format != "TIFF" and orientation(picture) in (5, 6, 7, 8)  # PIL gives the size of TIFF turned
+        return (picture.width, picture.height) if turned else (picture.height, picture.width)
 
 
 def grid(images: np.ndarray, columns: int | None = None) -> np.ndarray:
