@@ -113,7 +113,7 @@ def find_problem(value: Any, hint: Any) -> str | None:
     """What is wrong with a value of this type, or None."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
-        checks = [m for m in args[1:] if isinstance(m, Bounds | OneOf | NotEmpty | Matches)]
+        checks = [m for m in args[1:] if isinstance(m, Bounds | OneOf | NotEmpty | Matches | Colour)]
         return find_problem(value, args[0]) or next(filter(None, (c.problem(value) for c in checks)), None)
     if origin in (typing.Union, types.UnionType):
         problems = [find_problem(value, arg) for arg in args]

@@ -418,7 +418,6 @@ def test_training_refuses(autoencoder, latent, tmp_path, monkeypatch):
 def test_sampling_refuses(latent, text, tmp_path):
     for run, flags, word in (
         (latent, "--prompt boot", "--prompt"),
-        (latent, "--init test:0", "--init"),
         (latent, "--image test:0", "--image"),
         (latent, "--strength 0.5", "--strength"),
         (text, "--class 30", "--class 30"),
