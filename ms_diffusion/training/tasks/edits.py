@@ -59,7 +59,7 @@ def plan(task: Any, run: Run, request: Request) -> Plan:
         return made
 
     # Without a class or a prompt there is no direction to guide in, and a guided inversion does not lead back
-    sampling, num, is_free = request.sampling, request.num or task.num_edits, not is_described(request)
+    sampling, num, is_free = request.sampling, request.num or 8, not is_described(request)
     if sampling.guidance is None and (chosen == "interpolate" or is_free):
         sampling = replace(sampling, guidance=1.0)
     sampling = sampling.resolve(task)

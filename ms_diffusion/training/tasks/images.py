@@ -113,7 +113,6 @@ class ImageTask(Images, DiffusionTask):
 
     The network sees x (N, *shape), which `encode` makes of images in [-1, 1], and `decode` images of it."""
 
-    num_samples, num_edits = 64, 8  # of a request that does not say how many
     labelling: Nothing  # what the network is conditioned on beside images: classes or captions
 
     @property
@@ -295,7 +294,7 @@ class ImageTask(Images, DiffusionTask):
         return edits.plan(self, run, request)
 
     def plan_grid(self, run: Run, request: Request) -> Plan:
-        sampling, num = request.sampling.resolve(self), request.num or self.num_samples
+        sampling, num = request.sampling.resolve(self), request.num or 64
         plan = Plan(num, sampling, self.class_conditions(num, request.class_, request.prompt))
         plan.timesteps, plan.null = sampling.timesteps(run.diffusion), self.negative(request.negative_prompt, sampling)
         if request.prompt is None and self.labelling.field:
