@@ -106,7 +106,7 @@ def resume(config, run, folder):
 def test_the_run_of_an_autoencoder(autoencoder):
     run = autoencoder.home
     assert [row["step"] for row in metrics(run)] == [1, 2, 3, 4]
-    always = {"step", "loss", "grad_norm", "lr", "img_per_s", "epoch", "logvar", "nll_loss", "rec_loss", "p_loss", "kl_loss"}
+    always = {"step", "loss", "grad_norm", "lr", "epoch", "logvar", "nll_loss", "rec_loss", "p_loss", "kl_loss"}
     later = {"g_loss", "disc_factor", "d_weight", "disc_loss", "logits_real", "logits_fake"}
     assert [set(row) for row in metrics(run)] == [always, always, always | later, always | later]
     for row in metrics(run):
