@@ -103,9 +103,11 @@ class DenoiseRow:
 
 
 def save_rows(path: str | Path, columns: list[np.ndarray], decode: Callable[[np.ndarray], np.ndarray], size: int) -> None:
-    """Write a grid of x (N, ...) at several steps, a column each, decoded in batches of `size`."""
+    """Write a grid of x (N, ...) at several steps, a column each, decoded in batches of `size`. One rank calls this."""
     rows = np.stack(columns, 1).reshape(-1, *columns[0].shape[1:])
-    images.save_grid(path, images.to_uint8(in_batches(lambda batch: [decode(batch)], rows, size)[0]), len(columns))
+    with alone():
+        shown = images.to_uint8(in_batches(lambda batch: [decode(batch)], rows, size)[0])
+    images.save_grid(path, shown, len(columns))
 
 
 class ImageTask(Images, DiffusionTask):

@@ -172,8 +172,7 @@ class LatentTask(ImageTask):
         noise, times = Tensor(noise[: len(x_start)]), np.linspace(0, T - 1, ROW_STEPS, dtype=np.int32)
         at = [Tensor(np.full(len(x_start), t)) for t in times]
         noisy = [self.diffusion.q_sample(x_start, t, noise).asnumpy() for t in at]
-        with alone():
-            save_rows(folder / "diffusion-row.png", noisy, self.decode, num)
+        save_rows(folder / "diffusion-row.png", noisy, self.decode, num)
         if "cond_image" in self.cond_fields:
             originals = to_float(self.originals[:num])
             shown = self.cond_image(originals, np.random.default_rng(self.preview_seed))
@@ -185,8 +184,7 @@ class LatentTask(ImageTask):
         row = DenoiseRow(min(ROWS, num), self.preview_sampling.steps)
         drawn = super().preview(step, row)
         if self.rank == 0:
-            with alone():
-                row.save(path, self.decode, num)
+            row.save(path, self.decode, num)
         return drawn
 
     def keep_data(self) -> None:
