@@ -129,8 +129,9 @@ def write_pipeline(path: Path, unet=(), scheduler=(), text=(), index=(), vae=(),
         weights = weights_of(config)
         names = {name: f"text_model.{name}" for name in weights} if part == "text_encoder" else diffusers_names(weights)
         weights = {names[name]: value for name, value in weights.items()}
-        if unet.get("use_linear_projection"):
-            weights = {name: a[..., 0, 0] if ".proj_" in name and a.ndim == 4 else a for name, a in weights.items()}
+        linear = (".to_", *([".proj_"] if unet.get("use_linear_projection") else []))
+        weights = {name: a[..., 0, 0] if a.ndim == 4 and any(each in name for each in linear) else a
+                   for name, a in weights.items()}  # fmt: skip
         file = ("model" if part == "text_encoder" else "diffusion_pytorch_model") + ".fp16" * (dtype == np.float16)
         (path / part).mkdir()
         (path / part / "config.json").write_text(json.dumps(settings))

@@ -11,7 +11,7 @@ import ms_diffusion as md
 from ms_diffusion.runtime import UserError
 from ms_diffusion.samplers import noise_levels
 from ms_diffusion.sampling import Sampling
-from ms_diffusion.training.pipeline import PipelineTask, Settings, read_scheduler, read_unet
+from ms_diffusion.training.pipeline import PipelineTask, Settings, load_text_encoder, read_scheduler, read_unet
 
 PROMPT, NEGATIVE = "a photo of a cat", "red heart"
 # Stable Diffusion 2: heads of one width in all levels, linear projections, GELU, v
@@ -41,8 +41,8 @@ def scheduler(tmp_path, **settings):
 
 
 def test_a_scheduler(tmp_path):
-    process = scheduler(tmp_path, _class_name="PNDMScheduler", beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
-                        steps_offset=1, skip_prk_steps=True)  # fmt: skip
+    settings = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+    process = scheduler(tmp_path, _class_name="PNDMScheduler", skip_prk_steps=True, **settings)
     betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
     np.testing.assert_allclose(process.betas, betas, rtol=1e-12)
     assert process.objective == "eps" and not process.clip_denoised
@@ -127,7 +127,7 @@ def test_settings_that_are_refused(file, change, folder):
 
 
 def test_a_part_that_is_missing(folder, tmp_path):
-    assert_refused(call("sample", folder, "--size", "12"), "--size is 12", "16")
+    assert_refused(call("sample", folder, "--size", "10"), "--size is 10", "8")
     assert_refused(call("sample", folder, "--size", "16", "16", "16"), "--size")
     config = folder / "vae" / "config.json"
     config.rename(tmp_path / "config.json")
@@ -138,14 +138,18 @@ def test_a_part_that_is_missing(folder, tmp_path):
     assert_refused(call("sample", "fashion-mnist-large", "--size", 64), "--size")
 
 
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [({"hidden_size": 15}, "hidden_size is 15"), ({"hidden_act": "relu"}, "hidden_act"), ({"layer_norm_eps": 1e-6}, "layer_norm_eps")]
-    + [({"vocab_size": 3}, "more tokens"), ({"num_attention_heads": 5}, "heads"), ({"num_hidden_layers": 3}, "weights")],
-)  # fmt: skip
-def test_text_encoders_that_are_refused(text, words, folder):
-    from ms_diffusion.training.pipeline import load_text_encoder
+TEXTS_REFUSED = [
+    ({"hidden_size": 15}, "hidden_size is 15"),
+    ({"hidden_act": "relu"}, "hidden_act"),
+    ({"layer_norm_eps": 1e-6}, "layer_norm_eps"),
+    ({"vocab_size": 3}, "more tokens"),
+    ({"num_attention_heads": 5}, "heads"),
+    ({"num_hidden_layers": 3}, "weights"),
+]
 
+
+@pytest.mark.parametrize(("text", "words"), TEXTS_REFUSED)
+def test_text_encoders_that_are_refused(text, words, folder):
     undo = spoil(folder, "text_encoder/config.json", text)
     try:
         with pytest.raises(UserError, match=words):
@@ -157,26 +161,18 @@ def test_text_encoders_that_are_refused(text, words, folder):
 # Pictures
 
 
-def test_the_command(folder, tmp_path):
-    out = tmp_path / "out.png"
-    options = ("--steps", 2, "--seed", 3, "--device", "cpu", "--out", out)
-
-    def drawn(*more):
-        succeed("sample", folder, *options, *more)
-        return picture(out)[0]
-
-    first = drawn("--prompt", PROMPT)
-    assert first.shape[:2] == (16 + 4, 16 + 4) or first.shape[:2] == (16, 16)
-    np.testing.assert_array_equal(first, drawn("--prompt", PROMPT))
-    others = [
-        ("--prompt", "wide"),
-        ("--prompt", PROMPT, "--negative-prompt", NEGATIVE),
-        ("--prompt", PROMPT, "--seed", 4),
-        (),
-    ]
-    for other in [*others, ("--prompt", PROMPT, "--guidance", 1)]:
-        assert (first != drawn(*other)).any()
-    assert_refused(call("sample", folder, "--class", 1), "--class")
+def test_the_command(folder, run, tmp_path):
+    out, options = tmp_path / "out.png", ("--prompt", PROMPT, "--negative-prompt", NEGATIVE, "--steps", 2, "--seed", 3)
+    assert "images in" in succeed("sample", folder, *options, "--device", "cpu", "--out", out)
+    drawn = run.sample(prompt=PROMPT, negative_prompt=NEGATIVE, steps=2, seed=3)
+    np.testing.assert_array_equal(picture(out)[0], drawn[0])  # one picture has no border, and is not enlarged
+    assert drawn.shape == (1, 16, 16, 3)
+    for other in ({"negative_prompt": None}, {"seed": 4}, {"guidance": 3.0}, {"prompt": "wide"}, {"prompt": None}):
+        assert (drawn != run.sample(**{"prompt": PROMPT, "negative_prompt": NEGATIVE, "steps": 2, "seed": 3} | other)).any()
+    with pytest.raises(UserError, match="--class"):
+        run.sample(labels=1)
+    with pytest.raises(UserError, match="--guidance"):
+        run.sample(prompt=PROMPT, negative_prompt=NEGATIVE, guidance=1.0)
     assert_refused(call("sample", folder, "--ema-length", 0.1), "--ema-length")
 
 
@@ -187,13 +183,13 @@ def test_the_text_encoder_runs_once_for_each_text(run, capsys):
     texts.graph = lambda tokens: calls.append(tokens) or graph(tokens)
     try:
         for _ in range(2):
-            run.sample(3, prompt=PROMPT, negative_prompt=NEGATIVE, steps=2)
+            run.sample(prompt=PROMPT, negative_prompt=NEGATIVE, steps=2)
         assert len(calls) == 2
-        run.sample(prompt="word " * 50, steps=1)
+        run.task.conditions(3, None, "word " * 50)
     finally:
         texts.graph = graph
         texts.known.update(known)
-    assert "52 tokens" in capsys.readouterr().err
+    assert "102 tokens" in capsys.readouterr().err
 
 
 @pytest.mark.slow
