@@ -4,7 +4,7 @@ import hashlib
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -16,27 +16,13 @@ from ..runtime import UserError
 from .captions import CAPTIONS
 from .fashion_mnist import CLASSES, load_fashion_mnist, load_fashion_mnist_mini
 from .image_folder import load_image_folder
+from .image_set import ImageSet as ImageSet
+from .image_set import table_of
 
 if TYPE_CHECKING:
     from mindspore.dataset import GeneratorDataset
 
 Labelled = tuple[np.ndarray, np.ndarray]  # images (N, H, W, C) uint8 and labels (N,) int32
-
-
-@dataclass(frozen=True)
-class ImageSet:
-    """Images, and what is known of each of them."""
-
-    images: np.ndarray
-    """(N, H, W, C) uint8 in 0..255."""
-    labels: np.ndarray
-    """(N,) int32: the class of each image."""
-    class_names: tuple[str, ...] | None = None
-    """The names of the classes, in the order of the labels."""
-    captions: tuple[tuple[str, ...], ...] | None = None
-    """A table of captions: one of those in a row describes an image."""
-    caption_ids: np.ndarray | None = None
-    """(N,) int32: the row of `captions` for each image."""
 
 
 Loader = Callable[..., ImageSet | Labelled]
@@ -190,8 +176,7 @@ def with_captions(images: np.ndarray, labels: np.ndarray, captions: Sequence[Any
     for i, row in enumerate(rows):
         if not row or not all(isinstance(text, str) and text.strip() for text in row):
             raise UserError(f"the captions of image {i} are {row!r:.100}: give at least one text, and none that is empty")
-    number = {row: i for i, row in enumerate(dict.fromkeys(rows))}
-    return ImageSet(images, labels, class_names, tuple(number), np.array([number[row] for row in rows], np.int32))
+    return ImageSet(images, labels, class_names, **table_of(rows))
 
 
 def _with_border(name: str, load: Callable[[str, str | None], Labelled]) -> Loader:
@@ -213,10 +198,12 @@ def _with_border(name: str, load: Callable[[str, str | None], Labelled]) -> Load
     return loader
 
 
-def _image_folder(directory: str | None, split: str, size: int, channels: int) -> Labelled:
+def _image_folder(
+    directory: str | None, split: str, size: int, channels: int, *, matte: str = "white", validation: float = 0.0
+) -> ImageSet:
     if not directory:
         raise UserError("--data.name image-folder needs --data.dir, the folder that holds the images")
-    return load_image_folder(directory, size, channels)
+    return load_image_folder(directory, size, channels, split=split, matte=matte, validation=validation)
 
 
 def _arrays(directory: str | None, split: str, size: int, channels: int) -> Labelled:

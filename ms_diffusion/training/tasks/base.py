@@ -76,6 +76,7 @@ class Task:
     flip = False
     steps_per_call = 1
     packs: Sequence[Pack] = ()  # what is trained in buffers
+    run_dir: Any = None  # the folder of the run, once there is one
     checkpoint: Checkpoint
     optimizer: nn.Optimizer
 

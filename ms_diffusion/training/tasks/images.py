@@ -50,7 +50,7 @@ class ImageData:
         pictures, labels = data if isinstance(data, tuple) else (data, np.zeros(len(data), np.int32))
         check_images(pictures := np.asarray(pictures))
         if len(labels) and isinstance(labels[0], str | list | tuple):
-            image_set = with_captions(pictures, np.zeros(len(pictures), np.int32), labels)
+            image_set = with_captions(pictures, np.zeros(len(pictures), np.int32), list(labels))
         else:
             check_labels(labels := np.asarray(labels), len(pictures))
             image_set = ImageSet(pictures, labels.astype(np.int32))
@@ -94,7 +94,8 @@ class Images:
         """The images of the run's data set, or those that training was given."""
         data = self.config.data
         if self.given_data is not None and split == "train":
-            return self.given_data
+            given = self.given_data
+            return given if isinstance(given, ImageSet) else ImageSet(*given)
         return load_image_set(data.name, data.dir, split, *self.image_format(), **data.options())
 
     def image_format(self) -> tuple[int, int]:
@@ -108,7 +109,6 @@ class ImageTask(Images, DiffusionTask):
     """Images of a data set, perhaps with classes."""
 
     labelling: Nothing  # what the network is conditioned on beside images: classes or captions
-    home: Path  # the run's folder
 
     @property
     def num_classes(self) -> int | None:
@@ -117,19 +117,19 @@ class ImageTask(Images, DiffusionTask):
 
     def make_labelling(self, image_set: ImageSet | None = None) -> Nothing:
         """What the network is conditioned on, from what the run has kept, and from its images."""
-        data, kept = self.config.data, read_kept(self.home)
-        if not kept and image_set and data.name == "image-folder" and checkpoints(self.home):
+        data, kept = self.config.data, read_kept(self.run_dir) if self.run_dir else {}
+        if not kept and image_set and data.name == "image-folder" and self.run_dir and checkpoints(self.run_dir):
             kept = {"class_names": old_class_names(image_set)}
         return make_labelling(self.config.model, image_set, kept, CLASS_NAMES.get(data.name))
 
     def open(self, home: Path, state: dict[str, Any]) -> None:
-        self.home = home
+        self.run_dir = home
         self.labelling = self.make_labelling()
 
     # Training
 
     def load_data(self) -> tuple[np.ndarray, np.ndarray]:
-        self.home, image_set = self.run_dir, self.load_set("train")
+        image_set = self.load_set("train")
         self.labelling = self.make_labelling(image_set)
         return image_set.images, self.labelling.ids(image_set)
 

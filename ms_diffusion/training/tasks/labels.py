@@ -60,7 +60,7 @@ class Nothing:
         """The classes (num,) int32 of samples, for their columns and titles; None where there are none."""
         return None
 
-    def titles(self, ids: np.ndarray) -> list[str] | None:
+    def titles(self, ids: Any) -> list[str] | None:
         """What is written below samples of these classes."""
         return None
 
