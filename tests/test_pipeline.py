@@ -7,6 +7,8 @@ import pytest
 from pipelines import write_pipeline
 from runs import assert_refused, call, picture, succeed
 
+from mindspore import Tensor
+
 import ms_diffusion as md
 from ms_diffusion.runtime import UserError
 from ms_diffusion.samplers import noise_levels
@@ -135,6 +137,7 @@ def test_a_part_that_is_missing(folder, tmp_path):
         assert_refused(call("sample", folder), "vae/config.json")
     finally:
         (tmp_path / "config.json").rename(config)
+    assert_refused(call("sample", folder, "--ema-length", 0.1), "--ema-length")
     assert_refused(call("sample", "fashion-mnist-large", "--size", 64), "--size")
 
 
@@ -161,7 +164,8 @@ def test_text_encoders_that_are_refused(text, words, folder):
 # Pictures
 
 
-def test_the_command(folder, run, tmp_path):
+def test_the_command(folder, run, tmp_path, monkeypatch):
+    monkeypatch.setattr("ms_diffusion.commands.sample.load", lambda path, *_: run)  # which has its graphs
     out, options = tmp_path / "out.png", ("--prompt", PROMPT, "--negative-prompt", NEGATIVE, "--steps", 2, "--seed", 3)
     assert "images in" in succeed("sample", folder, *options, "--device", "cpu", "--out", out)
     drawn = run.sample(prompt=PROMPT, negative_prompt=NEGATIVE, steps=2, seed=3)
@@ -173,7 +177,6 @@ def test_the_command(folder, run, tmp_path):
         run.sample(labels=1)
     with pytest.raises(UserError, match="--guidance"):
         run.sample(prompt=PROMPT, negative_prompt=NEGATIVE, guidance=1.0)
-    assert_refused(call("sample", folder, "--ema-length", 0.1), "--ema-length")
 
 
 def test_the_text_encoder_runs_once_for_each_text(run, capsys):
@@ -249,11 +252,69 @@ def test_pictures_of_stable_diffusion_1(options, run, folder):
     same_pictures(run, folder, **options)
 
 
+@pytest.fixture(scope="module")
+def second(tmp_path_factory):
+    """Stable Diffusion 2, and its folder."""
+    folder = write_pipeline(tmp_path_factory.mktemp("pipeline") / "sd", **SECOND)
+    return md.load(folder, device="cpu"), folder
+
+
 @of_diffusers
 @pytest.mark.slow
-def test_pictures_of_stable_diffusion_2(tmp_path):
-    folder = write_pipeline(tmp_path / "sd", **SECOND)
-    same_pictures(md.load(folder, device="cpu"), folder)
+def test_pictures_of_stable_diffusion_2(second):
+    same_pictures(*second)
+
+
+def pair():
+    """A picture (1, 16, 16, 3) uint8, and the mask (1, 1, 16, 16) of what is painted of it."""
+    picture, mask = np.random.default_rng(0).integers(0, 256, (1, 16, 16, 3), np.uint8), np.zeros((1, 1, 16, 16), np.float32)
+    mask[..., 4:, :10] = 1
+    return picture, mask
+
+
+def edited(run, strength, mask=None):
+    """A picture's latents with noise and without it again, but for what the mask keeps; the noise is PyTorch's of seed 0."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    _, noise = [torch.randn((1, 4, 8, 8), generator=generator).numpy() for _ in range(2)]  # the first is of the encoder
+    mean = np.split(run.task.first_stage.moments(pair()[0]), 2, 1)[0] * run.task.first_stage.scale
+    sampling = Sampling(steps=4).resolve(run.task)
+    timesteps = [t for t in sampling.timesteps(run.diffusion) if t < strength * 1000]
+    start = run.diffusion.q_sample(Tensor(mean), Tensor(np.int32(timesteps[:1])), Tensor(noise)).asnumpy()
+    cond, denoise = run.task.in_order(run.task.conditions(1, None, PROMPT)), run.generator.denoiser(sampling)
+    if mask is not None:
+        denoise = md.inpaint(denoise, Tensor(mean), Tensor(1 - mask[..., ::2, ::2]))
+    return run.generator.draw(sampling, 1, cond, start=start, timesteps=timesteps, denoise=denoise)
+
+
+@of_diffusers
+@pytest.mark.slow
+@pytest.mark.parametrize("version", [1, 2])
+def test_image_to_image(version, run, folder, second):
+    import torch
+
+    run, folder = second if version == 2 else (run, folder)
+    peer, generator = peer_of(folder, "StableDiffusionImg2ImgPipeline"), torch.Generator().manual_seed(0)
+    picture = torch.from_numpy(pair()[0].transpose(0, 3, 1, 2) / np.float32(255))
+    options = {"image": picture, "strength": 0.75, "num_inference_steps": 4, "generator": generator}
+    theirs = peer(PROMPT, output_type="latent", **options).images.numpy()
+    np.testing.assert_allclose(edited(run, 0.75), theirs, atol=1e-4 * abs(theirs).max())
+
+
+@of_diffusers
+@pytest.mark.slow
+def test_inpainting(second):
+    import torch
+
+    run, folder = second
+    peer, generator = peer_of(folder, "StableDiffusionInpaintPipeline"), torch.Generator().manual_seed(0)
+    picture, mask = pair()
+    picture = torch.from_numpy(picture.transpose(0, 3, 1, 2) / np.float32(255))
+    options = {"image": picture, "mask_image": torch.from_numpy(mask), "strength": 0.75, "height": 16, "width": 16}
+    options |= {"num_inference_steps": 4, "generator": generator}
+    theirs = peer(PROMPT, output_type="latent", **options).images.numpy()
+    np.testing.assert_allclose(edited(run, 0.75, mask), theirs, atol=1e-4 * abs(theirs).max())
 
 
 @of_diffusers
