@@ -118,7 +118,7 @@ class LatentUnetConfig(UNetModelConfig):
         first = {"none": (), "text": ("tokens",), "context": ("context",)}.get(self.condition, ("labels",))
         return first + ("cond_image",) * (self.cond_channels > 0)
 
-    def build(self, seed: int = 0) -> "LatentUnet":
+    def build(self, seed: int | None = 0) -> "LatentUnet":
         return LatentUnet(self, seed)
 
 
@@ -135,7 +135,7 @@ class LatentUnet(nn.Cell):
         ValueError: num_classes or context_dim do not fit the condition, and see UNetModel.
     """
 
-    def __init__(self, config: LatentUnetConfig, seed: int = 0):
+    def __init__(self, config: LatentUnetConfig, seed: int | None = 0):
         super().__init__()
         check_fields(config, "")
         condition, context_dim = config.condition, config.context_dim
@@ -155,7 +155,7 @@ class LatentUnet(nn.Cell):
         if condition == "text":
             self.cond_stage = TextEncoder(config.vocab_size, config.max_length, dim)
         if self.cond_stage is not None:
-            name_and_initialise(self.cond_stage, seed + 1)
+            name_and_initialise(self.cond_stage, None if seed is None else seed + 1)
         for name, parameter in self.parameters_and_names():
             parameter.name = name
 
