@@ -49,7 +49,7 @@ def make(folder: Path) -> None:
     (folder / "tokenizer" / "merges.txt").write_text("")
 
     unet, vae = [Settings(folder / part / "config.json") for part in ("unet", "vae")]
-    configs = {"text_encoder": ClipTextConfig(), "vae": read_vae(vae), "unet": read_unet(unet, 4, (64, 64))}
+    configs = {"text_encoder": ClipTextConfig(), "vae": read_vae(vae), "unet": read_unet(unet, 4, 64)}
     rng = np.random.default_rng(0)
     for part, config in configs.items():
         shapes = {p.name.removeprefix("unet."): p.shape for p in config.build().get_parameters()}

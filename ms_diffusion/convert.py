@@ -44,7 +44,7 @@ def load_into(
         raise UserError(f"{begin}the weights are not this network's ({listed(found)}): {advice}")
 
     def value(name: str) -> np.ndarray:  # one after the other: all of them could be a second copy of the network
-        return np.require(arrays[name], ms.dtype_to_nptype(parameters[name].dtype), "CA")
+        return np.require(arrays[name], ms.dtype_to_nptype(parameters[name].dtype), ["C", "A"])
 
     with np.errstate(over="ignore", invalid="ignore"):
         is_finite = {name: np.isfinite(arrays[name]).all() and np.isfinite(value(name)).all() for name in parameters}
@@ -157,6 +157,7 @@ def load_pretrained(
         for name, a in arrays.items()
         if name.startswith((*begin, "model_ema."))
         and not name.startswith((f"{start}loss.", f"{start}first_stage_model.loss."))
+        and not name.startswith(f"{start}cond_stage_model.transformer.to_logits.")  # x-transformers' unused head
         and not (a.dtype.kind in "biu" and a.ndim == 0)  # counters, such as num_batches_tracked
     }
 

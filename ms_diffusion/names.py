@@ -119,8 +119,8 @@ def joined_qkv(arrays: Mapping[str, np.ndarray], qkv: Mapping[str, tuple[int, bo
     """`arrays` with one array for the `to_q`, `to_k` and `to_v` of each AttentionBlock.
 
     Args:
-        qkv: name of the joined array, such as "mid_block.attentions.0.qkv.weight" -> the block's number of heads, and whether
-            its channels are in the new order.
+        qkv: name of the joined array, such as "mid_block.attentions.0.qkv.weight" -> the block's number of heads, and
+            whether its channels are in the new order.
     """
     joined = dict(arrays)
     for name, (heads, new_order) in qkv.items():
@@ -132,3 +132,14 @@ def joined_qkv(arrays: Mapping[str, np.ndarray], qkv: Mapping[str, tuple[int, bo
                     whole = np.concatenate(each_head, 1)
                     joined[name] = whole.reshape(-1, *whole.shape[2:])
     return joined
+
+
+def split_qkv(arrays: Mapping[str, np.ndarray], qkv: Mapping[str, tuple[int, bool]]) -> dict[str, np.ndarray]:
+    """The inverse of `joined_qkv`."""
+    split = dict(arrays)
+    for name, (heads, new_order) in qkv.items():
+        a = split.pop(name)
+        each_head = a.reshape(1 if new_order else heads, 3, -1, *a.shape[1:])
+        for i, part in enumerate(("to_q", "to_k", "to_v")):
+            split[name.replace(".qkv.", f".{part}.")] = np.ascontiguousarray(each_head[:, i]).reshape(-1, *a.shape[1:])
+    return split

@@ -33,8 +33,8 @@ def load_torch_state_dict(path: str | Path) -> dict[str, np.ndarray]:
     """The arrays of a .safetensors file, or of a PyTorch state dict (.pt, .pth, .ckpt, .bin), which needs PyTorch; of the
     index of several such files (.safetensors.index.json, .bin.index.json), or of a folder of diffusers or transformers.
 
-    The state dict may be an entry "state_dict", "model_state_dict" or "model" of the file. float16 and bfloat16 are converted
-    to float32. Sizes and types are checked before memory is taken, and no code in the file is run.
+    The state dict may be an entry "state_dict", "model_state_dict" or "model" of the file. float16 and bfloat16 become
+    float32. Sizes and types are checked before memory is taken, and no code in the file is run.
 
     Raises:
         UserError: the file is missing, damaged, too large or of an unknown kind, or PyTorch is missing.

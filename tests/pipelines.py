@@ -112,7 +112,7 @@ def write_pipeline(path: Path, unet=(), scheduler=(), text=(), index=(), vae=(),
     unet, vae, text = UNET | dict(unet), VAE | dict(vae), TEXT | {"vocab_size": len(vocabulary)} | dict(text)
     heads = unet["attention_head_dim"]
     network = UNetModelConfig(
-        in_channels=4,
+        in_channels=unet["in_channels"],
         out_channels=4,
         model_channels=8,
         num_res_blocks=1,

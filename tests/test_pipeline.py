@@ -76,12 +76,12 @@ def test_the_defaults_of_schedulers(tmp_path):
 
 def test_the_network_of_stable_diffusion(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"cross_attention_dim": 768, "sample_size": 64}))
-    config = read_unet(Settings(tmp_path / "config.json"), 4, (64, 64))
+    config = read_unet(Settings(tmp_path / "config.json"), 4, 64)
     assert (config.model_channels, config.channel_mult, config.num_res_blocks) == (320, (1, 2, 4, 4), 2)
     assert (config.attention_resolutions, config.num_heads, config.context_dim) == ((1, 2, 4), 8, 768)
     second = {"cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20]}
     (tmp_path / "config.json").write_text(json.dumps(second))
-    config = read_unet(Settings(tmp_path / "config.json"), 4, (96, 96))
+    config = read_unet(Settings(tmp_path / "config.json"), 4, 96)
     assert (config.num_heads, config.num_head_channels, config.latent_size) == (None, 64, 96)
 
 

@@ -95,7 +95,7 @@ if a:
     assert module_of("ms_diffusion.models.unet.Unet") == "models.unet"
     assert module_of("ms_diffusion.data") == "data" and module_of("ms_diffusion.__version__") == "__init__"
     assert module_of("numpy.linalg") is None
-    assert USES["denoiser"] == {"runtime", "process"} and "training.tasks.edits" in USES["training.tasks.pixels"]
+    assert USES["denoiser"] == {"runtime", "process"} and "training.tasks.edits" in USES["training.tasks.images"]
 
 
 def test_every_module_is_in_a_room():
