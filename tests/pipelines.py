@@ -78,7 +78,7 @@ SCHEDULER = {
     "prediction_type": "epsilon", "timestep_spacing": "leading",
 }
 INDEX = {
-    "_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"],
+    "_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.35.2", "unet": ["diffusers", "UNet2DConditionModel"],
     "vae": ["diffusers", "AutoencoderKL"], "text_encoder": ["transformers", "CLIPTextModel"],
     "tokenizer": ["transformers", "CLIPTokenizer"], "scheduler": ["diffusers", "DDIMScheduler"],
     "safety_checker": [None, None], "feature_extractor": [None, None],

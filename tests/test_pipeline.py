@@ -4,16 +4,19 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
 from pipelines import write_pipeline
 from runs import assert_refused, call, picture, succeed
 
 from mindspore import Tensor
 
 import ms_diffusion as md
+from ms_diffusion.data.conditions import masked
 from ms_diffusion.runtime import UserError
 from ms_diffusion.samplers import noise_levels
 from ms_diffusion.sampling import Sampling
 from ms_diffusion.training.pipeline import PipelineTask, Settings, load_text_encoder, read_scheduler, read_unet
+from ms_diffusion.training.tasks.base import Request
 
 PROMPT, NEGATIVE = "a photo of a cat", "red heart"
 # Stable Diffusion 2: heads of one width in all levels, linear projections, GELU, v
@@ -205,6 +208,30 @@ def test_sizes_and_samples_of_a_seed(folder, run):
 
 
 @pytest.mark.slow
+def test_edits(run, tmp_path):
+    """What is written is the result alone, and what a mask keeps is as it was."""
+    paths = [tmp_path / f"{name}.png" for name in "ab"]
+    for i, path in enumerate(paths):
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (16, 16, 3), np.uint8)).save(path)
+    first, second, out = *map(str, paths), tmp_path / "out.png"
+
+    def drawn(**edit):
+        request = Request(sampling=Sampling(steps=3), out=str(out), **edit)
+        assert run.task.render(run, request, tmp_path) == [out]
+        return picture(out)[0].astype(int)
+
+    original = picture(paths[0])[0].astype(int)
+    inpainted = drawn(inpaint=("left", first), prompt=PROMPT)
+    assert inpainted.shape == (16, 16, 3)
+    np.testing.assert_array_equal(inpainted[:, 8:], original[:, 8:])
+    assert abs(inpainted - original)[:, :8].mean() > 10
+    assert drawn(init=first, prompt=PROMPT).shape == (16, 16, 3)
+    assert drawn(interpolate=(first, second), num=2).shape == (20, 4 * 18 + 2, 3)
+    with pytest.raises(UserError, match="without images"):
+        drawn(init="test:0")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "shards"), [(np.float16, 1), (np.float32, 3), (np.float16, 2)])
 def test_variants_and_shards(dtype, shards, run, tmp_path):
     other = md.load(write_pipeline(tmp_path / "sd", dtype=dtype, shards=shards), device="cpu")
@@ -282,9 +309,12 @@ def edited(run, strength, mask=None):
     sampling = Sampling(steps=4).resolve(run.task)
     timesteps = [t for t in sampling.timesteps(run.diffusion) if t < strength * 1000]
     start = run.diffusion.q_sample(Tensor(mean), Tensor(np.int32(timesteps[:1])), Tensor(noise)).asnumpy()
-    cond, denoise = run.task.in_order(run.task.conditions(1, None, PROMPT)), run.generator.denoiser(sampling)
-    if mask is not None:
+    cond, denoise = run.task.class_conditions(1, None, PROMPT), run.generator.denoiser(sampling)
+    if "cond_image" in run.task.cond_fields:
+        cond["cond_image"] = run.task.encode_condition(masked(md.to_float(pair()[0]), 2 * mask - 1))
+    elif mask is not None:
         denoise = md.inpaint(denoise, Tensor(mean), Tensor(1 - mask[..., ::2, ::2]))
+    cond = run.task.in_order(cond)
     return run.generator.draw(sampling, 1, cond, start=start, timesteps=timesteps, denoise=denoise)
 
 
@@ -304,10 +334,15 @@ def test_image_to_image(version, run, folder, second):
 
 @of_diffusers
 @pytest.mark.slow
-def test_inpainting(second):
+@pytest.mark.parametrize("channels", [4, 9])
+def test_inpainting(channels, second, tmp_path):
+    """With any network, and with one that takes the mask and the masked picture."""
     import torch
 
     run, folder = second
+    if channels == 9:
+        folder = write_pipeline(tmp_path / "sd", unet={"in_channels": 9})
+        run = md.load(folder, device="cpu")
     peer, generator = peer_of(folder, "StableDiffusionInpaintPipeline"), torch.Generator().manual_seed(0)
     picture, mask = pair()
     picture = torch.from_numpy(picture.transpose(0, 3, 1, 2) / np.float32(255))
