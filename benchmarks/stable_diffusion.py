@@ -27,6 +27,8 @@ CLASSES |= {"tokenizer": "CLIPTokenizer", "scheduler": "PNDMScheduler"}
 
 
 def make(folder: Path) -> None:
+    from mindspore.nn.utils import no_init_parameters
+
     from ms_diffusion.data.tokenizers import BYTES
     from ms_diffusion.models.clip import ClipTextConfig
     from ms_diffusion.names import diffusers_names
@@ -52,7 +54,9 @@ def make(folder: Path) -> None:
     configs = {"text_encoder": ClipTextConfig(), "vae": read_vae(vae), "unet": read_unet(unet, 4, 64)}
     rng = np.random.default_rng(0)
     for part, config in configs.items():
-        shapes = {p.name.removeprefix("unet."): p.shape for p in config.build().get_parameters()}
+        with no_init_parameters():
+            net = config.build(None) if part == "unet" else config.build()
+        shapes = {p.name.removeprefix("unet."): p.shape for p in net.get_parameters()}
         names = {name: name for name in shapes} if part == "text_encoder" else diffusers_names(shapes)
         weights = {}
         for name, shape in shapes.items():
