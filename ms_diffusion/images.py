@@ -131,7 +131,10 @@ def _picture(sheet: np.ndarray, scale: int) -> Image.Image:
 def show_grid(
     images: np.ndarray, columns: int | None = None, scale: int = 2, captions: Sequence[str] | None = None
 ) -> Image.Image:
-    """One picture of images (N, H, W, C) uint8: each pixel is `scale` wide, each caption is below its image."""
+    """One picture of images (N, H, W, C) uint8: each pixel is `scale` wide, each caption is below its image. One image of
+    scale 1 is that image, without a border."""
+    if captions is None and scale == len(images) == 1:
+        return _picture(images[0], scale)
     if captions is None:
         return _picture(grid(images, columns), scale)
     import matplotlib  # for its font
