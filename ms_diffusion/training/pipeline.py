@@ -29,12 +29,13 @@ from ..sampling import Generator
 from ..schedules import cosine_beta_schedule, rescale_zero_terminal_snr
 from ..weight_files import flat, read_weights
 from .config import DataConfig, ImageTrainConfig
-from .runs import PIPELINE, Run
+from .runs import FOLDERS, Run
 from .tasks.base import Request
 from .tasks.edits import Plan
 from .tasks.labels import Nothing
 from .tasks.latents import LatentConfig, LatentTask
 
+INDEX = "model_index.json"
 GUIDANCE = 7.5  # the default of the pipelines of diffusers
 OBJECTIVES = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
 WHOLE = Annotated[int, Bounds(1, 2**20)]
@@ -247,7 +248,7 @@ class PipelineTask(LatentTask):
 
     def __init__(self, folder: Path, size: Sequence[int] = ()):
         self.folder = folder
-        index = Settings(folder / PIPELINE)
+        index = Settings(folder / INDEX)
         if (name := index.get("_class_name", str, "")) not in PIPELINES:
             raise UserError(f"{folder} holds a {name[:200]}, not Stable Diffusion 1 or 2 ({PIPELINES[0]})")
         for part, names in CLASSES.items():
@@ -365,3 +366,6 @@ class PipelineRun(Run):
     def sample(self, num: int = 1, **options: Any) -> np.ndarray:
         """As `Run.sample`, by default one picture: images (num, H, W, 3) uint8 for a `prompt`."""
         return super().sample(num, **options)
+
+
+FOLDERS[INDEX] = PipelineRun
