@@ -13,7 +13,7 @@ from ..convert import load_into
 from ..fields import AT_LEAST_1, find_problem
 from ..metrics.features import Features
 from ..metrics.scores import Reference, halve
-from ..runtime import UserError, command, initialise_ranks, set_device
+from ..runtime import UserError, command
 from ..sampling import Generator, sampling_from
 from .checkpoint import Intact, read_config, read_newest, read_state, read_weights, readable
 from .step import average_after_training
@@ -167,20 +167,3 @@ class Run:
     def show(self, x: np.ndarray) -> Image.Image:
         """A picture of samples as `sample` returns them; a notebook displays it."""
         return self.task.show(x)
-
-
-def load(run: str | Path, weights: str = "ema", ema_length: float | None = None, device: str = "auto",
-        size: Sequence[int] = ()) -> Run:  # fmt: skip
-    """The trained run in a folder, at one of its checkpoints, or a bundled model, by the arguments of `Run`; or the Stable
-    Diffusion in a folder of diffusers, which draws pictures of this `size`: height and width, or one number for both. Raises
-    UserError if it cannot be loaded, or there is no such device."""
-    set_device(device)
-    initialise_ranks()
-    opens = [FOLDERS[file] for file in FOLDERS if isinstance(run, str | Path) and (Path(run) / file).is_file()]
-    if opens and ema_length is not None:
-        raise UserError(f"{run} keeps no averages for --ema-length: leave it out")
-    if opens:
-        return opens[0](Path(run), size)
-    if size:
-        raise UserError(f"--size is for folders of Stable Diffusion, and {run} draws pictures of one size: leave it out")
-    return Run(run, weights, ema_length)
