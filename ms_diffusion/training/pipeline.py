@@ -29,14 +29,13 @@ from ..sampling import Generator
 from ..schedules import cosine_beta_schedule, rescale_zero_terminal_snr
 from ..weight_files import flat, read_weights
 from .config import DataConfig, ImageTrainConfig
-from .runs import FOLDERS, Run
+from .runs import Run
 from .tasks.base import Request
 from .tasks.edits import Plan
 from .tasks.labels import Nothing
 from .tasks.latents import LatentConfig, LatentTask
 
-INDEX = "model_index.json"
-PIPELINE = "model_index.json"  # what a folder of diffusers holds
+INDEX = "model_index.json"  # what a folder of diffusers holds
 GUIDANCE = 7.5  # the default of the pipelines of diffusers
 OBJECTIVES = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
 WHOLE = Annotated[int, Bounds(1, 2**20)]
@@ -369,9 +368,6 @@ class PipelineRun(Run):
         return super().sample(num, **options)
 
 
-FOLDERS[INDEX] = PipelineRun
-
-
 def load(run: str | Path, weights: str = "ema", ema_length: float | None = None, device: str = "auto",
         size: Sequence[int] = ()) -> Run:  # fmt: skip
     """The trained run in a folder, at one of its checkpoints, or a bundled model, by the arguments of `Run`; or the Stable
@@ -379,11 +375,10 @@ def load(run: str | Path, weights: str = "ema", ema_length: float | None = None,
     UserError if it cannot be loaded, or there is no such device."""
     set_device(device)
     initialise_ranks()
-    opens = [FOLDERS[file] for file in FOLDERS if isinstance(run, str | Path) and (Path(run) / file).is_file()]
-    if opens and ema_length is not None:
-        raise UserError(f"{run} keeps no averages for --ema-length: leave it out")
-    if opens:
-        return opens[0](Path(run), size)
+    if isinstance(run, str | Path) and (Path(run) / INDEX).is_file():
+        if ema_length is not None:
+            raise UserError(f"{run} keeps no averages for --ema-length: leave it out")
+        return PipelineRun(run, size)
     if size:
         raise UserError(f"--size is for folders of Stable Diffusion, and {run} draws pictures of one size: leave it out")
     return Run(run, weights, ema_length)

@@ -1,7 +1,7 @@
 """Trained runs: where they are, how one is loaded, and what can be done with it in Python."""
 
 import sys
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Sequence, Set
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,8 +19,6 @@ from .checkpoint import Intact, read_config, read_newest, read_state, read_weigh
 from .step import average_after_training
 
 WEIGHTS = Path(__file__).parents[1] / "weights"
-# What opens folders that are no runs, (folder, size) -> a Run, by the file that they hold (`pipeline`)
-FOLDERS: dict[str, Callable[[Path, Sequence[int]], "Run"]] = {}
 
 
 def bundled_models() -> list[str]:
