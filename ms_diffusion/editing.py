@@ -55,7 +55,8 @@ def invert_ddim(
     Raises ValueError if iterations is below 1, or one step leads from pure noise to data, which cannot be inverted."""
     if iterations < 1:
         raise ValueError(f"iterations is {iterations}: it must be at least 1")
-    for _, t, alpha_bar, alpha_bar_next in reversed(noise_levels(diffusion, timesteps)):
+    last = getattr(diffusion, "last_alpha_cumprod", 1.0)  # where the last step of `sample_ddim` leads
+    for _, t, alpha_bar, alpha_bar_next in reversed(noise_levels(diffusion, timesteps, last)):
         cos = math.sqrt(alpha_bar * alpha_bar_next) + math.sqrt((1 - alpha_bar) * (1 - alpha_bar_next))
         sin = math.sqrt((1 - alpha_bar) * alpha_bar_next) - math.sqrt(alpha_bar * (1 - alpha_bar_next))
         if cos == 0:

@@ -88,9 +88,9 @@ class FirstStage:
         return in_batches(lambda batch: [self._decode(batch)], means, size)[0]
 
     def encode(self, x: np.ndarray) -> np.ndarray:
-        """Images (N, C, H, W) in [-1, 1] -> scaled latents (N, embed_dim, h, w), the means."""
-        channels, size = self.net.post_quant_conv.weight.shape[1], PIXELS // x[0, 0].size
-        return self.scale * in_batches(lambda batch: [self._encode(batch)], x, size)[0][:, :channels]
+        """Images (N, C, H, W) in [-1, 1] -> scaled latents (N, embed_dim, h, w), their means."""
+        encoded = in_batches(lambda batch: [self._encode(batch)], x, PIXELS // x[0, 0].size)[0]
+        return self.scale * encoded[:, : self.channels]
 
     def decode(self, z: np.ndarray) -> np.ndarray:
         """Scaled latents (N, embed_dim, h, w) -> images (N, C, H, W), mostly in [-1, 1]."""

@@ -3,12 +3,14 @@
 import numpy as np
 import pytest
 from PIL import Image
-from runs import draw, picture, request, tree
+from runs import PIXELS, draw, picture, request, tree, untrained
 
 from ms_diffusion import images
 from ms_diffusion.data.fashion_mnist import load_fashion_mnist_mini
 from ms_diffusion.runtime import UserError
 from ms_diffusion.samplers import SAMPLERS
+from ms_diffusion.training.config import override
+from ms_diffusion.training.runs import Run
 from ms_diffusion.training.tasks.edits import read_mask
 
 T = 20
@@ -97,6 +99,23 @@ def test_resampling_calls_the_network_more_often(class_run, folder):
     assert (resampled != plain).any()
     full, _ = draw(class_run, folder, *flags, "--resample", 4, "--v-posterior", 1)
     assert (full != resampled).any()
+
+
+def test_a_network_that_is_conditioned_on_masks_sees_the_users_mask(tmp_path):
+    run = Run(untrained(tmp_path / "run", override(PIXELS, **{"data.condition": "mask", "cond_channels": 2})))
+    plan = run.task.plan(run, request("--inpaint", "left", "test:2", "--steps", 3))
+    original = images.to_float(TEST_IMAGES[2:3])
+    seen = np.where(np.arange(28) < 14, 0, original)
+    np.testing.assert_array_equal(plan.cond["cond_image"], np.concatenate([seen, hidden(14)], 1).repeat(8, 0))
+    assert plan.denoise is None and plan.start is None
+    pasted = plan.paste(np.zeros((8, 1, 28, 28), np.float32))
+    np.testing.assert_array_equal(pasted, seen.repeat(8, 0))
+    with pytest.raises(UserError, match="--image, not --init"):
+        run.task.plan(run, request("--init", "test:2", "--steps", 3))
+
+
+def hidden(columns):
+    return np.broadcast_to(np.where(np.arange(28) < columns, np.float32(1), np.float32(-1)), (1, 1, 28, 28))
 
 
 # Image to image

@@ -1,7 +1,7 @@
 """Trained runs: where they are, how one is loaded, and what can be done with it in Python."""
 
 import sys
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,7 +19,8 @@ from .checkpoint import Intact, read_config, read_newest, read_state, read_weigh
 from .step import average_after_training
 
 WEIGHTS = Path(__file__).parents[1] / "weights"
-PIPELINE = "model_index.json"  # what a folder of diffusers holds
+# What opens folders that are no runs, (folder, size) -> a Run, by the file that they hold (`pipeline`)
+FOLDERS: dict[str, Callable[[Path, Sequence[int]], "Run"]] = {}
 
 
 def bundled_models() -> list[str]:
@@ -175,12 +176,11 @@ def load(run: str | Path, weights: str = "ema", ema_length: float | None = None,
     UserError if it cannot be loaded, or there is no such device."""
     set_device(device)
     initialise_ranks()
-    if isinstance(run, str | Path) and (Path(run) / PIPELINE).is_file():
-        from .pipeline import PipelineRun
-
-        if ema_length is not None:
-            raise UserError(f"{run} keeps no averages for --ema-length: leave it out")
-        return PipelineRun(run, size)
+    opens = [FOLDERS[file] for file in FOLDERS if isinstance(run, str | Path) and (Path(run) / file).is_file()]
+    if opens and ema_length is not None:
+        raise UserError(f"{run} keeps no averages for --ema-length: leave it out")
+    if opens:
+        return opens[0](Path(run), size)
     if size:
         raise UserError(f"--size is for folders of Stable Diffusion, and {run} draws pictures of one size: leave it out")
     return Run(run, weights, ema_length)

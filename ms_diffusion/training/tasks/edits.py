@@ -59,7 +59,7 @@ def plan(task: Any, run: Run, request: Request) -> Plan:
         return made
 
     # Without a class or a prompt there is no direction to guide in, and a guided inversion does not lead back
-    sampling, num, is_free = request.sampling, request.num or task.num_edits, not is_described(request)
+    sampling, num, is_free = request.sampling, request.num or 8, not is_described(request)
     if sampling.guidance is None and (chosen == "interpolate" or is_free):
         sampling = replace(sampling, guidance=1.0)
     sampling = sampling.resolve(task)
@@ -84,7 +84,8 @@ def check(task: Any, request: Request) -> None:
     condition, sampling = task.config.data.condition, request.sampling
     if len(chosen) > 1:
         raise UserError(f"choose one of --{' and --'.join(chosen)}")
-    if chosen and task.num_classes is not None and not task.config.train.label_dropout and not is_described(request):
+    has_null = task.null_label is not None and task.config.train.label_dropout
+    if chosen and task.labelling.field and not has_null and not is_described(request):
         raise UserError("this run was trained with --train.label-dropout 0, so an edit needs a --class or a --prompt")
     if condition != "none" and chosen and (condition, *chosen) != ("mask", "inpaint"):
         raise UserError(f"this run is conditioned on images ({condition}): use --image, not --{chosen[0]}")

@@ -103,9 +103,11 @@ class DenoiseRow:
 
 
 def save_rows(path: str | Path, columns: list[np.ndarray], decode: Callable[[np.ndarray], np.ndarray], size: int) -> None:
-    """Write a grid of x (N, ...) at several steps, a column each, decoded in batches of `size`."""
+    """Write a grid of x (N, ...) at several steps, a column each, decoded in batches of `size`. One rank calls this."""
     rows = np.stack(columns, 1).reshape(-1, *columns[0].shape[1:])
-    images.save_grid(path, images.to_uint8(in_batches(lambda batch: [decode(batch)], rows, size)[0]), len(columns))
+    with alone():
+        shown = images.to_uint8(in_batches(lambda batch: [decode(batch)], rows, size)[0])
+    images.save_grid(path, shown, len(columns))
 
 
 class ImageTask(Images, DiffusionTask):
@@ -113,7 +115,6 @@ class ImageTask(Images, DiffusionTask):
 
     The network sees x (N, *shape), which `encode` makes of images in [-1, 1], and `decode` images of it."""
 
-    num_samples, num_edits = 64, 8  # of a request that does not say how many
     labelling: Nothing  # what the network is conditioned on beside images: classes or captions
 
     @property
@@ -295,7 +296,7 @@ class ImageTask(Images, DiffusionTask):
         return edits.plan(self, run, request)
 
     def plan_grid(self, run: Run, request: Request) -> Plan:
-        sampling, num = request.sampling.resolve(self), request.num or self.num_samples
+        sampling, num = request.sampling.resolve(self), request.num or 64
         plan = Plan(num, sampling, self.class_conditions(num, request.class_, request.prompt))
         plan.timesteps, plan.null = sampling.timesteps(run.diffusion), self.negative(request.negative_prompt, sampling)
         if request.prompt is None and self.labelling.field:

@@ -162,18 +162,17 @@ class LatentTask(ImageTask):
     def save_start(self, folder: Path) -> None:
         """Write what the process begins and ends with: pictures of noise, and of a few images with more and more noise.
         Beside these, the images that condition the previews, each with its original."""
-        num, T, channels = self.config.train.sample_num, self.diffusion.num_timesteps, self.shape[0]
+        num, T = min(self.config.train.sample_num, len(self.originals)), self.diffusion.num_timesteps
         noise = np.random.default_rng(self.preview_seed).standard_normal((num, *self.shape), np.float32)
         prior = self.decode(noise)
         if self.rank:
             return
         images.save_grid(folder / "prior.png", images.to_uint8(prior))
-        x_start = Tensor(self.first_stage.scale * self.data[: min(ROWS, num), :channels])  # the means
+        x_start = Tensor(self.first_stage.scale * self.data[: min(ROWS, num), : self.shape[0]])  # the means
         noise, times = Tensor(noise[: len(x_start)]), np.linspace(0, T - 1, ROW_STEPS, dtype=np.int32)
         at = [Tensor(np.full(len(x_start), t)) for t in times]
         noisy = [self.diffusion.q_sample(x_start, t, noise).asnumpy() for t in at]
-        with alone():
-            save_rows(folder / "diffusion-row.png", noisy, self.decode, num)
+        save_rows(folder / "diffusion-row.png", noisy, self.decode, num)
         if "cond_image" in self.cond_fields:
             originals = to_float(self.originals[:num])
             shown = self.cond_image(originals, np.random.default_rng(self.preview_seed))
@@ -185,8 +184,7 @@ class LatentTask(ImageTask):
         row = DenoiseRow(min(ROWS, num), self.preview_sampling.steps)
         drawn = super().preview(step, row)
         if self.rank == 0:
-            with alone():
-                row.save(path, self.decode, num)
+            row.save(path, self.decode, num)
         return drawn
 
     def keep_data(self) -> None:
