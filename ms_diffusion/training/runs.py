@@ -54,6 +54,12 @@ def open_run(path: str | Path, names: Sequence[str] = ("ema",)) -> tuple[Path, I
     return run, found
 
 
+def is_run(path: str | Path) -> bool:
+    """Whether `path` is that of a run or of a checkpoint, or the name of a bundled model."""
+    path = Path(path)
+    return any((path / name).exists() for name in ("checkpoints", "state.json")) or str(path) in bundled_models()
+
+
 class Run:
     """A trained run: `md.load("runs/mine")`, or what `md.train` returns. Raises UserError if there is no such run, or it
     cannot be read, or it keeps no averages.

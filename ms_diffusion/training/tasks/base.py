@@ -3,7 +3,7 @@
 
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,10 +23,10 @@ from ...process import GaussianDiffusion
 from ...randomness import Random, Stream, of_step
 from ...runtime import UserError, command, on_ascend, ranks
 from ...sampling import Sampling
-from ..checkpoint import Checkpoint, checkpoints
+from ..checkpoint import Checkpoint, checkpoints, read_config
 from ..config import Config
 from ..pack import Pack
-from ..runs import Run
+from ..runs import Run, is_run, open_run
 
 Arrays = dict[str, np.ndarray]
 Scored = tuple[Samples, np.ndarray | None]  # images to score, and the originals of which they are reconstructions, or None
@@ -280,7 +280,22 @@ def load_initial_weights(config: Config, run_dir: Path, net: nn.Cell) -> LoadRep
     """Give the network of a new run the weights of --init-from and print a report; None without them, or for an old run."""
     if not config.init_from or checkpoints(run_dir):
         return None
-    report = load_pretrained(net, config.init_from, None, config.init_ignore, config.init_partial, config.init_ema)
+    path, scale = config.init_from, None
+    if is_run(path):
+        home, found = open_run(path)
+        path, scale = found.folder / "ema.safetensors", found.state.get("latent_scale")
+        note_other_process(config, read_config(home))
+    report = load_pretrained(net, path, None, config.init_ignore, config.init_partial, config.init_ema)
+    report = replace(report, scale_factor=scale or report.scale_factor)
     if ranks()[0] == 0:
         print(f"{config.init_from}: {report}")
     return report
+
+
+def note_other_process(config: Any, other: Any) -> None:
+    """Say so where the weights of a run were trained for another process than this configuration's."""
+    ours, theirs = (asdict(each.diffusion) if hasattr(each, "diffusion") else {} for each in (config, other))
+    changed = [f"{name} {theirs[name]}" for name in ours if theirs.get(name, ours[name]) != ours[name]]
+    if changed and ranks()[0] == 0:
+        values = ", ".join(changed)
+        print(f"note: {config.init_from} was trained with --diffusion settings of its own: {values}", file=sys.stderr)

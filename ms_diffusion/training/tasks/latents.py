@@ -22,7 +22,7 @@ from ...randomness import Random, Stream, drop_labels
 from ...runtime import UserError, broadcast, command
 from ..checkpoint import read_config, read_state, readable
 from ..config import DataConfig, DiffusionRunConfig, ImageTrainConfig
-from ..runs import open_run
+from ..runs import is_run, open_run
 from .autoencoder import load_first_stage, save_reconstructions
 from .base import Arrays
 from .images import ImageData, ImageTask, check_image_size, check_scored
@@ -170,6 +170,8 @@ def resolve_first_stage(config: LatentConfig, run: Path, kept: str | None = None
     is_saved = is_copy(saved, kept)
     if is_saved and requested and not Path(requested).exists():
         requested = None  # it was needed only for the copy
+    if not (is_saved or requested) and config.init_from and is_run(config.init_from):
+        requested = str(open_run(config.init_from, [])[0] / "first_stage")
     if not requested and not is_saved:
         trained = f"the run of {command('train')} --preset autoencoder"
         missing = f"{saved} is missing or damaged" if kept else "no autoencoder is given"
