@@ -6,7 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import safetensors.numpy
-from runs import PIXELS, UNET, assert_refused, assert_same_run, call, checkpoint, untrained, weights
+from PIL import Image
+from runs import PIXELS, UNET, assert_refused, assert_same_run, call, checkpoint, succeed, untrained, weights
+from test_latent_runs import AUTOENCODER, TEXT
 from test_points_runs import SMALL
 
 import mindspore as ms
@@ -23,6 +25,7 @@ from ms_diffusion.training.pack import Pack
 from ms_diffusion.training.presets import PRESETS
 from ms_diffusion.training.runs import WEIGHTS, Run
 from ms_diffusion.training.step import EMA, make_optimizer, make_train_step
+from ms_diffusion.training.tasks.latents import resolve_first_stage
 
 LR, STEPS, CLIP, DECAY, RANK = 0.05, 4, 0.3, 0.2, 2
 
@@ -249,7 +252,7 @@ def test_a_run_starts_from_the_averages_of_a_run_a_checkpoint_or_a_bundled_model
         assert all((files[name][key] == averages[key]).all() for name in ("model", "ema") for key in averages)
     assert not capsys.readouterr().err
     started(override(BASE, init_from=str(base), objective="eps", num_timesteps=10), tmp_path / "run")
-    assert "num_timesteps 12, objective v" in capsys.readouterr().err
+    assert "--diffusion.num-timesteps 12, --diffusion.objective v" in capsys.readouterr().err
     bundled = safetensors.numpy.load_file(WEIGHTS / "fashion-mnist-large" / "ema.safetensors")
     config = override(PRESETS["fashion-mnist-large"], init_from="fashion-mnist-large", **{"data.name": "fashion-mnist-mini"})
     _, files = started(config, tmp_path / "run")
@@ -293,3 +296,47 @@ def test_bad_input_is_one_line(base, tmp_path):
     assert_refused(call(*points, *model, "--init-from", tmp_path), "holds no checkpoint")
     assert_refused(call(*points, "--init-from", base), "init-partial")  # another width
     assert_refused(call(*points, "--init-from", base, "--train.lora-targets", "some"), "attention")
+
+
+# Fine-tuning on 20 pictures
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A folder of 20 pictures of another size."""
+    folder, rng = tmp_path / "pictures", np.random.default_rng(0)
+    folder.mkdir()
+    for i in range(20):
+        Image.fromarray(rng.integers(0, 256, (40, 36, 3), np.uint8)).save(folder / f"{i}.png")
+    return folder
+
+
+@pytest.mark.slow
+def test_the_command_on_20_pictures(pictures, tmp_path):
+    base, run = untrained(tmp_path / "base", PIXELS, 3, noise=0.1), tmp_path / "run"
+    flags = "--preset quick --model.dim 8 --model.init-dim 8 --model.dim-mults 1 --model.resnet-block-groups 4"
+    flags += " --train.total-steps 2 --train.batch-size 13 --train.sample-num 4 --train.sample-steps 2 --train.lora-rank 8"
+    data = ["--data.name", "image-folder", "--data.dir", pictures]
+    out = succeed("train", *flags.split(), "--run-dir", run, "--init-from", base, *data)
+    assert "low-rank updates of 4 weights" in out
+    changed = {name for name, old in weights(base, 3, "ema").items() if (weights(run, 2)[name] != old).any()}
+    assert len(changed) == 4 and all("to_" in name for name in changed)
+    succeed("sample", run, "--num", 4, "--steps", 2, "--out", tmp_path / "x.png")
+    assert "finished" in succeed("train", *flags.split(), "--run-dir", run, "--init-from", base, *data)
+
+
+@pytest.mark.slow
+def test_a_run_of_latents_takes_first_stage_and_scale_with_the_weights(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    first, old, run = untrained(tmp_path / "first", AUTOENCODER), tmp_path / "old", tmp_path / "run"
+    resolve_first_stage(replace(TEXT, first_stage=str(first)), old)
+    untrained(old, TEXT, 4, noise=0.1, latent_scale=0.7)
+    shutil.rmtree(first)
+    config = override(TEXT, init_from=str(old), lora_rank=2, total_steps=1)
+    assert train(config, run).task.first_stage.scale == 0.7
+    before, after = weights(old, 4, "ema"), weights(run, 1)
+    changed = {name for name in before if (before[name] != after[name]).any()}
+    assert changed == {name for name in before if ".attn" in name and name.endswith("weight")}
+    shutil.rmtree(old)
+    task, files = started(config, run)
+    assert task.first_stage.scale == 0.7 and all((files["model"][name] == after[name]).all() for name in after)

@@ -284,7 +284,7 @@ def load_initial_weights(config: Config, run_dir: Path, net: nn.Cell) -> LoadRep
     if is_run(path):
         home, found = open_run(path)
         path, scale = found.folder / "ema.safetensors", found.state.get("latent_scale")
-        note_other_process(config, read_config(home))
+        note_differences(config, read_config(home))
     report = load_pretrained(net, path, None, config.init_ignore, config.init_partial, config.init_ema)
     report = replace(report, scale_factor=scale or report.scale_factor)
     if ranks()[0] == 0:
@@ -292,10 +292,12 @@ def load_initial_weights(config: Config, run_dir: Path, net: nn.Cell) -> LoadRep
     return report
 
 
-def note_other_process(config: Any, other: Any) -> None:
-    """Say so where the weights of a run were trained for another process than this configuration's."""
-    ours, theirs = (asdict(each.diffusion) if hasattr(each, "diffusion") else {} for each in (config, other))
-    changed = [f"{name} {theirs[name]}" for name in ours if theirs.get(name, ours[name]) != ours[name]]
+def note_differences(config: Any, other: Any) -> None:
+    """Say so where the run that a new one starts from had another process, or other options of the network."""
+    changed = []
+    for part in ("diffusion", "model"):
+        ours, theirs = (asdict(getattr(each, part)) if hasattr(each, part) else {} for each in (config, other))
+        names = [name for name in theirs if name in ours and ours[name] != theirs[name]]
+        changed += [f"--{part}.{name.replace('_', '-')} {theirs[name]}" for name in names]
     if changed and ranks()[0] == 0:
-        values = ", ".join(changed)
-        print(f"note: {config.init_from} was trained with --diffusion settings of its own: {values}", file=sys.stderr)
+        print(f"note: {config.init_from} was trained with {', '.join(changed)}, unlike this run", file=sys.stderr)
