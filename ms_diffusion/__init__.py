@@ -19,8 +19,9 @@ if TYPE_CHECKING:  # the public names; below, the same lines say where each is f
     # fmt: off
     from .convert import (load_into as load_into, load_pretrained as load_pretrained,
         load_torch_state_dict as load_torch_state_dict)
-    from .data.batches import DATASETS as DATASETS, load_images as load_images, make_dataset as make_dataset
-    from .data.captions import draw_captions as draw_captions, tokens as tokens
+    from .data.batches import (DATASETS as DATASETS, ImageSet as ImageSet, load_images as load_images,
+        make_dataset as make_dataset)
+    from .data.captions import tokens as tokens
     from .data.conditions import condition_image as condition_image
     from .data.points import Normalizer as Normalizer, TOYS as TOYS, load_points as load_points
     from .denoiser import (guide as guide, inpaint as inpaint, make_denoiser as make_denoiser,

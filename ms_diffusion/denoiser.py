@@ -74,10 +74,13 @@ def filled(value: int, shape: tuple[int, ...]) -> Tensor:
     return on_device(np.full(shape, value, np.int32))
 
 
-def with_label(denoise: Denoiser, label: int) -> Denoiser:
-    """The denoiser with `label` in place of all class labels; the label `num_classes` stands for no class."""
-    same = lru_cache(4)(filled)
-    return lambda x_t, t, labels, *cond: denoise(x_t, t, same(label, labels.shape), *cond)
+def with_label(denoise: Denoiser, label: Any) -> Denoiser:
+    """The denoiser with `label` in place of each sample's first condition: a class, of which `num_classes` stands for none,
+    or a row of another condition, such as tokens (L,) or a context (L, dim)."""
+    row = np.asarray(label)
+    row = row.astype(np.float32 if row.dtype.kind == "f" else np.int32)
+    same = lru_cache(4)(lambda shape: on_device(np.ascontiguousarray(np.broadcast_to(row, shape))))
+    return lambda x_t, t, labels, *cond: denoise(x_t, t, same(tuple(labels.shape)), *cond)
 
 
 def guide(denoise: Denoiser, denoise_uncond: Denoiser, scale: float, rescale: float = 0.0,

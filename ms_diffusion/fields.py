@@ -58,6 +58,22 @@ class NotEmpty:
 NOT_EMPTY = NotEmpty()
 
 
+class Colour:
+    """A colour by its name or its numbers, as PIL and CSS have them."""
+
+    def problem(self, value: Any) -> str | None:
+        from PIL import ImageColor  # takes a moment to import
+
+        try:
+            opaque = len(ImageColor.getrgb(value)) == 3
+        except ValueError:
+            opaque = False
+        return None if opaque else "write the name of a colour, such as white, or its red, green and blue as #rrggbb"
+
+
+COLOUR = Colour()
+
+
 @dataclass(frozen=True)
 class Matches:
     """Text that a regular expression describes."""

@@ -38,7 +38,15 @@ TEMPORARY = re.compile(r"\..*\.msd-(\w+)-(\d+)-(\d+)-\w+\.tmp", re.DOTALL)
 NAME_BYTES = 255  # of a file's name, on all common file systems
 # What file systems answer that cannot sync a folder, or do not let it be opened
 UNSYNCED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF, errno.EACCES, errno.EPERM)
-RUN_FILES = ("config.json", "metrics.jsonl", "points.npz", "checkpoints", "first_stage")  # what a run's folder cannot spare
+# What a run's folder cannot spare
+RUN_FILES = (
+    "config.json",
+    "labels.json",
+    "metrics.jsonl",
+    "points.npz",
+    "checkpoints",
+    "first_stage",
+)
 JSON_BYTES = 1 << 26
 Source = str | os.PathLike | BinaryIO  # a file's path, or an open file that can seek
 NPY_HEADER = 10_000  # bytes, at most, of the header of an .npy file: NumPy's bound

@@ -1,21 +1,25 @@
 """Grids of images, animations and curves, as pictures and as files (see `files.write`)."""
 
 import contextlib
+import functools
 import gc
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
+from PIL.ImageFile import ImageFile
 
-from .files import check_memory, open_file, write
+from .files import Source, opened, write
+from .runtime import UserError
 
 logging.getLogger("PIL").addHandler(logging.NullHandler())  # what it logs of odd files says no more than its errors
 GAP = 2  # pixels between the images of a grid
-FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "GIF", "TIFF")  # whose readers do nothing else, such as start a program
-MOST_PIXELS = 150_000_000  # of a picture that is read
+# Whose readers do nothing else, such as start a program
+FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "GIF", "TIFF", "AVIF", "HEIF", "JPEG2000", "PPM")
 CAPTION = 5  # pixels below each image for its caption
 CURVE_POINTS = 2000  # more could not be told apart
 
@@ -31,23 +35,64 @@ def to_float(images: np.ndarray) -> np.ndarray:
     return np.asarray(images).transpose(0, 3, 1, 2).astype(np.float32, order="C") / np.float32(127.5) - np.float32(1)
 
 
+@functools.cache
+def picture_formats() -> tuple[str, ...]:
+    """Those of `FORMATS` that can be read here; HEIF where pillow-heif is installed."""
+    with contextlib.suppress(ImportError):
+        from pillow_heif import register_heif_opener  # pyright: ignore[reportMissingImports]
+
+        register_heif_opener()
+    Image.init()
+    return tuple(kind for kind in FORMATS if kind in Image.OPEN)
+
+
+class PictureError(ValueError):
+    """Why a file cannot be read as a picture."""
+
+
 @contextlib.contextmanager
-def open_picture(path: str | Path) -> Iterator[Image.Image]:
-    """An image file, open for its size, and for its pixels, which are not unpacked yet. Raises OSError if it cannot be read
-    or is no file, ValueError if it is of another kind or has more than `MOST_PIXELS`, UserError if it needs more memory than
-    there is."""
-    with open_file(path) as file, warnings.catch_warnings():
+def open_picture(source: Source) -> Iterator[ImageFile]:
+    """An image file, open for its size, and for its pixels, which are not unpacked yet.
+
+    Raises OSError if it cannot be read or is no file, PictureError if it is of another kind or damaged: what PIL's decoders
+    raise inside the block, which is of many kinds, becomes that, too."""
+    most = Image.MAX_IMAGE_PIXELS
+    with opened(source) as file, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PIL's, of files that it reads all the same
         try:
-            picture = Image.open(file, formats=FORMATS)
+            Image.MAX_IMAGE_PIXELS = None  # the readers have bounds of their own
+            with Image.open(file, formats=picture_formats()) as picture:
+                yield picture
         except UnidentifiedImageError as e:
-            raise ValueError(f"it is no picture of the kinds {' '.join(FORMATS)}") from e
-        with picture:
-            if (pixels := picture.width * picture.height) > MOST_PIXELS:
-                raise ValueError(f"it has {pixels / 1e6:.0f} million pixels, and {MOST_PIXELS / 1e6:.0f} are read at most")
-            if pixels > 1_000_000:  # below that, the question costs more than the picture
-                check_memory(16 * pixels, "its picture")  # four of 4 bytes a pixel
-            yield picture
+            raise PictureError(_why_unknown(file)) from e
+        except (PictureError, UserError, MemoryError):
+            raise
+        except Exception as e:
+            if isinstance(e, OSError) and e.errno:  # of the disk
+                raise
+            said = "" if not str(e) or str(e).lstrip("-").isdecimal() else f" ({e})"
+            raise PictureError(f"it is damaged or cut off{said}") from e
+        finally:
+            Image.MAX_IMAGE_PIXELS = most
+
+
+def _why_unknown(file: BinaryIO) -> str:
+    """Why PIL reads no picture from an open file."""
+    file.seek(0)
+    begin = file.read(16)
+    if not begin:
+        return "it is empty"
+    for kind in picture_formats():
+        factory, accept = Image.OPEN[kind]
+        if accept and accept(begin) is True:
+            try:
+                file.seek(0)
+                factory(file, "")
+            except Exception as e:  # of many kinds
+                return f"it is a {kind} file that is damaged or cut off, or of a sort that Pillow cannot read ({e})"
+    if begin[4:8] == b"ftyp":
+        return "it is a HEIC or AVIF picture, or a film; pictures of these kinds are read once pillow-heif is installed"
+    return f"it is no picture of the kinds {' '.join(picture_formats())}: it begins with {begin!r}"
 
 
 def picture_size(path: str | Path) -> tuple[int, int]:

@@ -102,10 +102,10 @@ class Generator:
 
     Args:
         shape: Shape of one sample, (C, H, W) or (2,).
-        null_label: The label for "no class", which guidance needs.
+        null_label: The label for "no class", or a row of another first condition, which guidance needs.
         self_condition: Whether the network takes its last x_0."""
 
-    def __init__(self, net: nn.Cell, diffusion: GaussianDiffusion, shape: Sequence[int], null_label: int | None = None,
+    def __init__(self, net: nn.Cell, diffusion: GaussianDiffusion, shape: Sequence[int], null_label: Any = None,
             self_condition: bool = False):  # fmt: skip
         self.net, self.diffusion, self.shape = net, diffusion, tuple(shape)
         self.null_label, self.self_condition = null_label, self_condition
@@ -117,27 +117,29 @@ class Generator:
             self._denoisers[clip] = make_denoiser(self.diffusion, self.net, clip=clip)
         return self._denoisers[clip]
 
-    def denoiser(self, sampling: Sampling) -> Callable:
-        """denoise(x_t, t, *cond) -> x_0 with the guidance of these options."""
+    def denoiser(self, sampling: Sampling, null: Any = None) -> Callable:
+        """denoise(x_t, t, *cond) -> x_0 with the guidance of these options, away from `null` in place of the null label."""
         clip, scale = self.diffusion.clip_denoised, 1.0 if sampling.guidance is None else sampling.guidance
         if scale == 1:
             return self.raw_denoiser(clip)
-        if self.null_label is None:
+        null = self.null_label if null is None else null
+        if null is None:
             raise UserError(f"guidance is {scale:g}, but there is no null_label: leave it out, or give that label")
         raw, options = self.raw_denoiser(False), (sampling.guidance_rescale, sampling.guidance_interval)
-        return guide(raw, with_label(raw, self.null_label), scale, *options, clip)
+        return guide(raw, with_label(raw, null), scale, *options, clip)
 
     def draw(self, sampling: Sampling, num: int, cond: Sequence[np.ndarray] = (), callback: Callable | None = None,
             start: np.ndarray | None = None, timesteps: list[int] | None = None, denoise: Callable | None = None,
-            sampler: Callable | None = None) -> np.ndarray:  # fmt: skip
+            sampler: Callable | None = None, null: Any = None) -> np.ndarray:  # fmt: skip
         """`num` samples (num, *shape) float32.
 
         Args:
             cond: The network's conditions in its order, arrays (num, ...).
             callback: callback(i, x, x_start) after each step.
             start: The first x (num, *shape), at the noise level of the first timestep; by default noise.
-            timesteps, denoise, sampler: Replace those of `sampling`."""
-        sampler, denoise = sampler or sampling.make_sampler(), denoise or self.denoiser(sampling)
+            timesteps, denoise, sampler: Replace those of `sampling`.
+            null: A row of the first condition, such as a negative prompt's, in place of `null_label`."""
+        sampler, denoise = sampler or sampling.make_sampler(), denoise or self.denoiser(sampling, null)
         sampler = self_conditioned(sampler) if self.self_condition else sampler
         timesteps = timesteps or sampling.timesteps(self.diffusion)
         size = num, sampling.seed, sampling.batch_size or (64 if len(self.shape) > 1 else num)

@@ -352,8 +352,8 @@ def read_picture(folder: Path) -> None:
 
     with contextlib.redirect_stderr(io.StringIO()) as err:
         try:
-            images, labels = load_image_folder(folder, 8, 3)
-            assert images.shape == (1, 8, 8, 3) and labels.tolist() == [0] and not err.getvalue()
+            found = load_image_folder(folder, 8, 3)
+            assert found.images.shape == (1, 8, 8, 3) and found.labels.tolist() == [0] and not err.getvalue()
         finally:
             lines = err.getvalue().splitlines()
             assert len(lines) < 2 and all(line.startswith("skipped ") and len(line) < 500 for line in lines)

@@ -139,7 +139,7 @@ def test_the_bundled_model():
     run = md.load("fashion-mnist-large")
     assert run.config.model == md.PRESETS["fashion-mnist-large"].model and run.step == run.config.train.total_steps
     assert sum(p.size for p in run.net.trainable_params()) == 2_482_372
-    assert run.task.label_array("trouser", 2).tolist() == [1, 1] and run.task.image_format() == (28, 1)
+    assert run.task.labelling.label_array("trouser", 2).tolist() == [1, 1] and run.task.image_format() == (28, 1)
 
 
 # Training on the user's own data

@@ -5,9 +5,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ms_diffusion.data.captions import CAPTIONS, LENGTH, TOKENS, WORDS, draw_captions, plain_captions, tokens
+from ms_diffusion.data.captions import CAPTIONS, FASHION_WORDS, LENGTH, WORDS, tokens
 from ms_diffusion.data.fashion_mnist import CLASSES
 from ms_diffusion.runtime import UserError
+from ms_diffusion.training.tasks.labels import Captions
+
+TABLE = Captions(CAPTIONS, FASHION_WORDS)
 
 
 def words(numbers) -> str:
@@ -16,11 +19,11 @@ def words(numbers) -> str:
 
 
 def test_captions_come_back_from_their_tokens():
-    assert len(CAPTIONS) == len(CLASSES) == len(TOKENS)
-    for captions, rows in zip(CAPTIONS, TOKENS, strict=True):
+    assert len(CAPTIONS) == len(CLASSES)
+    for captions in CAPTIONS:
+        rows = tokens(captions)
         assert rows.shape == (len(captions), LENGTH) and rows.dtype == np.int32
         assert [words(row) for row in rows] == list(captions)
-        np.testing.assert_array_equal(tokens(captions), rows)
         for row in rows:  # nothing between the words and the end
             used = np.count_nonzero(row)
             assert (row[:used] > 0).all() and (row[used:] == 0).all()
@@ -57,17 +60,17 @@ def test_words_that_were_never_seen(caption, words):
 @settings(deadline=None, max_examples=30)
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=20), st.integers(0, 99))
 def test_drawn_captions_are_of_their_class(labels, seed):
-    drawn = draw_captions(np.random.default_rng(seed), np.array(labels))
+    drawn = TABLE.draw(np.random.default_rng(seed), np.array(labels), 0.0)
     assert drawn.shape == (len(labels), LENGTH) and drawn.dtype == np.int32
     assert all(words(row) in CAPTIONS[label] for row, label in zip(drawn, labels, strict=True))
-    np.testing.assert_array_equal(drawn, draw_captions(np.random.default_rng(seed), np.array(labels)))
+    np.testing.assert_array_equal(drawn, TABLE.draw(np.random.default_rng(seed), np.array(labels), 0.0))
 
 
 def test_all_captions_are_drawn_alike():
-    drawn = [words(row) for row in draw_captions(np.random.default_rng(0), np.full(9000, 3))]
+    drawn = [words(row) for row in TABLE.draw(np.random.default_rng(0), np.full(9000, 3), 0.0)]
     counts = np.array([drawn.count(caption) for caption in CAPTIONS[3]])
     assert counts.sum() == 9000 and (abs(counts - 1000) < 150).all()
 
 
-def test_plain_captions():
-    assert [words(row) for row in plain_captions(np.arange(12))] == [CAPTIONS[i % 10][0] for i in range(12)]
+def test_captions_in_turn():
+    assert [words(row) for row in TABLE.rows(12)] == [CAPTIONS[i % 10][0] for i in range(12)]

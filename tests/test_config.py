@@ -127,8 +127,6 @@ def test_what_the_presets_are():
         (LATENT, {"cond_channels": 2}, "--model.cond-channels", "2"),
         (LATENT, {"flip": True}, "--data.no-flip", "flipped"),
         (LATENT, {"score_every": 2, "data.name": "image-folder"}, "--train.score-every", "28"),
-        (PRESETS["latent-text"], {"data.name": "image-folder"}, "image-folder", "captions"),
-        (PRESETS["latent-text"], {"vocab_size": 7}, "--model.vocab-size", "39"),
     ],
 )
 def test_values_that_do_not_fit(config, values, flag, shown):

@@ -8,8 +8,6 @@ import struct
 import tempfile
 import threading
 import tracemalloc
-import zlib
-from contextlib import closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
@@ -19,11 +17,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from benchmarks import make_mini
-from ms_diffusion import files
 from ms_diffusion.data import fashion_mnist
 from ms_diffusion.data.batches import DATASETS, check_enough, check_images, load_images, make_dataset
 from ms_diffusion.data.fashion_mnist import FILES, load_fashion_mnist, load_fashion_mnist_mini, read_idx
-from ms_diffusion.data.image_folder import load_image_folder
 from ms_diffusion.runtime import UserError
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -345,161 +341,6 @@ def test_idx_where_no_file_is(places, zipped):
         images.rmdir() if images.is_dir() else images.unlink()
     with pytest.raises(OSError, match="not a file"):
         read_idx("/dev/zero")
-
-
-# A folder of images
-
-
-def test_image_folder_labels_order_and_extensions(tmp_path):
-    for i, name in enumerate(["b/2.PNG", "b/deep/1.bmp", "a/x.gif", "a/y.webp", "c/z.TIFF", "a/.hidden.png", "root.tif"]):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("L", (6, 6), 30 * i).save(tmp_path / name, **({"lossless": True} if name.endswith("webp") else {}))
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "a" / "notes.txt").write_text("no image")
-    images, labels = load_image_folder(tmp_path, 6, 1)
-    assert images.shape == (6, 6, 6, 1) and images.dtype == np.uint8 and labels.dtype == np.int32
-    assert images[:, 0, 0, 0].tolist() == [60, 90, 0, 30, 120, 180]
-    assert labels.tolist() == [0, 0, 1, 1, 2, 0]
-
-
-def one(tmp_path, size=4, channels=3):
-    images, labels = load_image_folder(tmp_path, size, channels)
-    assert images.shape == (1, size, size, channels) and labels.tolist() == [0]
-    return images[0]
-
-
-def test_image_folder_exif_orientation(tmp_path):
-    pixels = np.zeros((8, 8, 3), np.uint8)
-    pixels[:4] = 255  # bright above
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees clockwise: above becomes right
-    Image.fromarray(pixels).save(tmp_path / "a.jpg", exif=exif, quality=100, subsampling=0)
-    out = one(tmp_path, 8)
-    assert out[:, 4:].min() > 250 and out[:, :4].max() < 5
-
-
-@pytest.mark.parametrize("mode, colour", [("RGBA", (255, 0, 0, 0)), ("LA", (0, 0)), ("P", 0)])
-def test_image_folder_transparent_is_white(tmp_path, mode, colour):
-    Image.new(mode, (4, 4), colour).save(tmp_path / "a.png", **({"transparency": 0} if mode == "P" else {}))
-    assert (one(tmp_path) == 255).all()
-
-
-def test_image_folder_half_transparent_red(tmp_path):
-    Image.new("RGBA", (4, 4), (255, 0, 0, 128)).save(tmp_path / "a.png")
-    assert one(tmp_path)[0, 0].tolist() == [255, 127, 127]
-
-
-def test_image_folder_gray_and_colour(tmp_path):
-    Image.new("RGB", (4, 4), (255, 0, 0)).save(tmp_path / "a.png")
-    assert (one(tmp_path, channels=1) == 76).all()  # 0.299 * 255
-    Image.new("L", (4, 4), 7).save(tmp_path / "a.png")
-    assert (one(tmp_path, channels=3) == 7).all()
-
-
-def test_image_folder_16_bits(tmp_path):
-    Image.fromarray(np.full((4, 4), 0x1234, np.uint16)).save(tmp_path / "a.png")
-    assert (one(tmp_path, channels=1) == 0x12).all()
-
-
-def test_image_folder_keeps_the_middle(tmp_path):
-    pixels = np.zeros((8, 24), np.uint8)
-    pixels[:, 8:16] = 200
-    for turned in (pixels, pixels.T.copy()):
-        Image.fromarray(turned).save(tmp_path / "a.png")
-        assert (one(tmp_path, 8, 1) == 200).all()
-        assert one(tmp_path, 4, 1)[1:3, 1:3].min() >= 199  # resized by the shorter side
-
-
-def test_image_folder_first_frame(tmp_path):
-    frames = [Image.new("L", (4, 4), value) for value in (50, 150)]
-    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
-    assert (one(tmp_path) == 50).all()
-
-
-def test_image_folder_names_and_skips_the_unreadable(tmp_path, capsys):
-    Image.effect_noise((16, 16), 50).save(tmp_path / "b.png")
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "text.jpg").write_text("not a picture")
-    (tmp_path / "cut.png").write_bytes((tmp_path / "b.png").read_bytes()[:120])
-    Image.fromarray(np.zeros((4, 4), np.float32)).save(tmp_path / "floats.tif")
-    one(tmp_path)
-    err = capsys.readouterr().err
-    assert all(name in err for name in ("text.jpg", "cut.png", "floats.tif")) and "b.png" not in err
-    (tmp_path / "b.png").unlink()
-    with pytest.raises(UserError, match="no readable image"):
-        load_image_folder(tmp_path, 4, 3)
-
-
-def test_image_folder_reads_regular_files_alone(tmp_path, capsys):
-    """Nothing else is opened for its content, and a loop of links ends."""
-    for i, name in enumerate(["a/x.png", "b.png/y.png"]):
-        (tmp_path / name).parent.mkdir(parents=True)
-        Image.new("L", (4, 4), i).save(tmp_path / name)
-    os.mkfifo(tmp_path / "pipe.png")
-    (tmp_path / "zero.png").symlink_to("/dev/zero")
-    (tmp_path / "gone.png").symlink_to("nowhere.png")
-    (tmp_path / "self.png").symlink_to("self.png")
-    (tmp_path / "a" / "up").symlink_to("..")
-    (tmp_path / "link.png").symlink_to("a/x.png")
-    with closing(socket.socket(socket.AF_UNIX)) as server:
-        server.bind(os.path.relpath(tmp_path / "socket.png"))
-        images, labels = load_image_folder(tmp_path, 4, 1)
-    assert images[:, 0, 0, 0].tolist() == [0, 1, 0] and labels.tolist() == [0, 1, 0]
-    lines = sorted(capsys.readouterr().err.splitlines())
-    assert len(lines) == 6 and all(line.startswith(f"skipped {tmp_path}") for line in lines)
-    for name in ("pipe.png", "zero.png", "gone.png", "self.png", "up", "socket.png"):
-        assert any(f"/{name}: " in line for line in lines)
-
-
-def test_image_folder_of_odd_names(tmp_path, capsys):
-    """A name may hold what a pattern, a line or UTF-8 does not."""
-    for name in (b"[a]*?.png", b"\xff.png", "\u00e4 b.png".encode(), b"-c.png", b"two\nlines.png"):
-        Image.new("L", (4, 4), 9).save(os.path.join(os.fsencode(tmp_path), name), "PNG")
-    (tmp_path / "[b]").mkdir()
-    Image.new("L", (4, 4)).save(tmp_path / "[b]" / "*.png")
-    assert len(load_image_folder(tmp_path, 4, 1)[0]) == 6
-    (tmp_path / "two\nlines.png").write_text("no picture")
-    assert len(load_image_folder(tmp_path, 4, 1)[0]) == 5
-    assert len(capsys.readouterr().err.splitlines()) == 1
-
-
-def png(width, height, content):
-    def chunk(kind, data):
-        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
-
-    size = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([8, 0, 0, 0, 0])
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size) + chunk(b"IDAT", content) + chunk(b"IEND", b"")
-
-
-def test_image_folder_skips_bombs(tmp_path, capsys, monkeypatch):
-    (tmp_path / "bomb.png").write_bytes(png(20_000, 20_000, zlib.compress(bytes(10**6))))
-    (tmp_path / "script.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")  # PIL would start a program
-    Image.new("L", (3000, 3000)).save(tmp_path / "large.png")  # fine
-    assert len(load_image_folder(tmp_path, 4, 1)[0]) == 1
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 2 and any("pixels" in line for line in lines)
-    monkeypatch.setattr(files, "available_memory", lambda: 10**8)
-    with pytest.raises(UserError, match="no readable image"):
-        load_image_folder(tmp_path, 4, 1)
-    assert "memory" in capsys.readouterr().err
-    with pytest.raises(UserError, match="memory"):
-        load_image_folder(tmp_path, 10_000, 3)
-
-
-def test_odd_pictures_are_read_without_warnings(tmp_path):
-    image, exif = Image.new("L", (4, 4), 7), Image.Exif()
-    exif[0x010E] = "text"
-    image.save(tmp_path / "a.jpg", exif=exif.tobytes()[:-9])  # PIL warns of it
-    assert (one(tmp_path, channels=1) == 7).all()
-
-
-def test_image_folder_bad_input(tmp_path):
-    with pytest.raises(UserError, match="nowhere.*no such folder"):
-        load_image_folder(tmp_path / "nowhere", 4, 3)
-    with pytest.raises(UserError, match="no readable image"):
-        load_image_folder(tmp_path, 4, 3)
-    with pytest.raises(UserError, match="not 2"):
-        load_image_folder(tmp_path, 4, 2)
 
 
 # Sets by name

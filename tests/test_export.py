@@ -103,7 +103,7 @@ def test_latents_and_their_autoencoder(tmp_path, monkeypatch, file_format, confi
     run = Run(untrained(folder, config, noise=0.1, latent_scale=0.7))
     record = assert_same_samples(run, tmp_path, monkeypatch, file_format)
     assert record["latent_scale"] == 0.7 and record["decoder"]["file"] == f"net-decoder.{file_format}"
-    assert ("vocabulary" in record) == (config is TEXT)
+    assert ("tokenizer" in record) == (config is TEXT)
     patches = untrained(folder, replace(config, first_stage_patch=16), noise=0.1, latent_scale=0.7)
     assert_refused(call("export", patches, "--format", file_format, "--out", tmp_path / f"p.{file_format}"), "patch")
 

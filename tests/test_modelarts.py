@@ -510,6 +510,11 @@ def test_image_folders_and_points_are_found(tmp_path, obs, capsys):
         pack(obs / "bucket/data/all/pictures" / name, obs / "bucket/two" / name, "zip")
     images, labels = use_data(PICTURES, "obs://bucket/two")[0].task().load_data()
     assert len(images) == 3 and list(labels) == [0, 0, 1]
+    told = obs / "bucket/told/all"
+    (told / "images").mkdir(parents=True)
+    Image.new("L", (28, 28)).save(told / "images/1.png")
+    (told / "metadata.jsonl").write_text('{"file_name": "images/1.png", "label": "cat"}\n')
+    assert use_data(PICTURES, "obs://bucket/told")[0].data.dir.endswith("/all")
     (obs / "bucket/p/deep").mkdir(parents=True)
     np.save(obs / "bucket/p/deep/x.npy", np.random.default_rng(0).random((50, 2)))
     for url in ("obs://bucket/p", "obs://bucket/p/deep/x.npy"):

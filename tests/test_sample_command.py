@@ -290,7 +290,7 @@ def test_images_are_repeated_to_the_number_that_is_drawn(photos, tmp_path):
         plan = run.task.plan(run, request("--num", 4, *flags))
         assert plan.cond["cond_image"].shape == (4, 1, 8, 8)
         found = images.to_uint8(plan.arrange(np.zeros((4, 3, 8, 8), np.float32))).reshape(4, 3, 8, 8, 3)
-        np.testing.assert_array_equal(found[:, 2], load_image_folder(photos, 8, 3)[0][[0, 1, 2, 0]])
+        np.testing.assert_array_equal(found[:, 2], load_image_folder(photos, 8, 3).images[[0, 1, 2, 0]])
         assert (found[:, 1] == 128).all()
         assert abs(found[:, 0] - found[:, 2].mean(-1, keepdims=True)).max() <= 1
         shapes.append(found.shape)

@@ -9,12 +9,13 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from .. import kernels, mindir
-from ..data.captions import WORDS
 from ..files import check_output, write
 from ..mindir import Input
 from ..runtime import UserError, command, one_line, set_device
 from ..training.runs import Run, default_run
 from .parse import parse
+
+MOST_EXAMPLES = 1000  # classes or captions in the JSON
 
 
 @dataclass
@@ -72,7 +73,7 @@ def describe(run: Run) -> tuple[dict[str, Any], dict[str, tuple[Any, list[Input]
         encoder = mindir.Method(run.net, "encode"), [("image", shape, "float32")], "moments"
         return description, {"encoder": encoder, "decoder": decoder(run.net, task.latent_shape)}
 
-    examples = task.class_conditions(task.num_classes) if task.null_label is not None else {}
+    examples = task.class_conditions(min(task.num_classes, MOST_EXAMPLES)) if task.null_label is not None else {}
     inputs = [("x_t", task.shape, "float32"), ("t", (), "int32")]
     for name in task.cond_fields:
         image = (getattr(config.model, "cond_channels", 0), *task.shape[1:]), "float32"
@@ -92,9 +93,9 @@ def describe(run: Run) -> tuple[dict[str, Any], dict[str, tuple[Any, list[Input]
         train: Any = config.train
         description["null"] = task.null_label
         description |= {"guidance": train.sample_guidance, "guidance_interval": train.sample_guidance_interval}
-        description |= {"class_names": task.captions or task.class_names}
-    if "tokens" in examples:
-        description["vocabulary"] = WORDS
+        ids = task.labelling.label_array(None, min(task.num_classes, MOST_EXAMPLES))
+        description["class_names"] = task.labelling.titles(ids)
+        description |= {key: value for key, value in task.labelling.record().items() if key == "tokenizer"}
     if "cond_image" in task.cond_fields:
         description["condition"] = config.data.condition
     if first_stage := getattr(task, "first_stage", None):

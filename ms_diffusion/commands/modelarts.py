@@ -18,6 +18,7 @@ from typing import Any
 
 from ..data import points
 from ..data.fashion_mnist import FILES
+from ..data.folder_labels import METADATA
 from ..data.image_folder import EXTENSIONS
 from ..files import load_npz, sweep, write_json
 from ..locks import sole_writer
@@ -63,7 +64,7 @@ def publish(path: Path, url: str | None) -> None:
 EMBEDDED = ("fashion-mnist-mini", *points.TOYS)  # data sets that read no files
 MARKS: dict[str, Callable[[Path], bool]] = {  # the files that show where a data set is
     "fashion-mnist": lambda path: path.name.removesuffix(".gz") == FILES["train"][0],
-    "image-folder": lambda path: path.suffix.lower() in EXTENSIONS,
+    "image-folder": lambda path: path.suffix.lower() in EXTENSIONS or path.name in METADATA,
     points.POINTS_FILE: lambda path: path.suffix.lower() in points.SUFFIXES,
 }
 

@@ -1,24 +1,31 @@
 """Data sets by name, and exactly repeatable training batches of arrays in memory."""
 
 import hashlib
+import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..images import to_float
 from ..randomness import Stream, of_step
 from ..runtime import UserError
+from .captions import CAPTIONS
 from .fashion_mnist import CLASSES, load_fashion_mnist, load_fashion_mnist_mini
 from .image_folder import load_image_folder
+from .image_set import ImageSet as ImageSet
+from .image_set import table_of
 
 if TYPE_CHECKING:
     from mindspore.dataset import GeneratorDataset
 
 Labelled = tuple[np.ndarray, np.ndarray]  # images (N, H, W, C) uint8 and labels (N,) int32
-Loader = Callable[[str | None, str, int, int], Labelled]
+
+
+Loader = Callable[..., ImageSet | Labelled]
 
 
 def make_dataset(
@@ -138,22 +145,45 @@ def check_labels(labels: np.ndarray, num: int, prefix: str = "") -> None:
         raise UserError(f"{prefix}labels must be 0 or more, and fit in int32, not {labels.min()} to {labels.max()}")
 
 
-def load_images(name: str, directory: str | None, split: str, size: int, channels: int) -> Labelled:
-    """Images (N, size, size, channels) uint8 in 0..255 and labels (N,) int32 of the data set `name` in `DATASETS`.
+def load_image_set(name: str, directory: str | None, split: str, size: int, channels: int, **options: Any) -> ImageSet:
+    """The images of the data set `name` in `DATASETS`, size x size pixels each. `options` are passed to the loader where it
+    has keyword-only parameters of these names.
 
-    The Fashion-MNIST sets are gray and 28 x 28; for a larger size they get a black border. An image folder has the same
-    images in both splits. Raises UserError if the data set does not exist, does not have that size or number of channels, or
-    its loader fails.
+    The Fashion-MNIST sets are gray and 28 x 28; for a larger size they get a black border. Raises UserError if the data set
+    does not exist, does not have that size or number of channels, or its loader fails.
     """
     if name not in DATASETS:
         raise UserError(f"unknown data set {name!r}: choose one of {', '.join(DATASETS)}")
-    return DATASETS[name](directory, split, size, channels)
+    loader = DATASETS[name]
+    taken = [p.name for p in inspect.signature(loader).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    found = loader(directory, split, size, channels, **{key: options[key] for key in taken if key in options})
+    found = found if isinstance(found, ImageSet) else ImageSet(*found)
+    return found if found.class_names else replace(found, class_names=CLASS_NAMES.get(name))
+
+
+def load_images(name: str, directory: str | None, split: str, size: int, channels: int, **options: Any) -> Labelled:
+    """Images (N, size, size, channels) uint8 in 0..255 and labels (N,) int32: those of `load_image_set`."""
+    found = load_image_set(name, directory, split, size, channels, **options)
+    return found.images, found.labels
+
+
+def with_captions(images: np.ndarray, labels: np.ndarray, captions: Sequence[Any], class_names: Any = None) -> ImageSet:
+    """Images with the captions of each: a text, or several. Raises UserError if their number differs, or an image has no
+    caption."""
+    rows = [(each,) if isinstance(each, str) else tuple(each) for each in captions]
+    if len(rows) != len(images):
+        raise UserError(f"{len(images)} images have {len(rows)} captions: give one, or a list of some, for each image")
+    for i, row in enumerate(rows):
+        if not row or not all(isinstance(text, str) and text.strip() for text in row):
+            raise UserError(f"the captions of image {i} are {row!r:.100}: give at least one text, and none that is empty")
+    return ImageSet(images, labels, class_names, **table_of(rows))
 
 
 def _with_border(name: str, load: Callable[[str, str | None], Labelled]) -> Loader:
-    """The loader of images that load(split, directory) returns in one size; a black border enlarges them."""
+    """The loader of images that load(split, directory) returns in one size; a black border enlarges them. Each class has
+    the captions of Fashion-MNIST's."""
 
-    def loader(directory, split, size, channels):
+    def loader(directory: str | None, split: str, size: int, channels: int) -> ImageSet:
         images, labels = load(split, directory)
         height, width, depth = images.shape[1:]
         if size < max(height, width) or channels != depth:
@@ -162,22 +192,25 @@ def _with_border(name: str, load: Callable[[str, str | None], Labelled]) -> Load
                 f"set the size to {max(height, width)} or more (the rest is black) and the channels to {depth}"
             )
         top, left = (size - height) // 2, (size - width) // 2
-        return np.pad(images, ((0, 0), (top, size - height - top), (left, size - width - left), (0, 0))), labels
+        images = np.pad(images, ((0, 0), (top, size - height - top), (left, size - width - left), (0, 0)))
+        return ImageSet(images, labels, None, CAPTIONS, labels)
 
     return loader
 
 
-def _image_folder(directory: str | None, split: str, size: int, channels: int) -> Labelled:
+def _image_folder(
+    directory: str | None, split: str, size: int, channels: int, *, matte: str = "white", validation: float = 0.0
+) -> ImageSet:
     if not directory:
         raise UserError("--data.name image-folder needs --data.dir, the folder that holds the images")
-    return load_image_folder(directory, size, channels)
+    return load_image_folder(directory, size, channels, split=split, matte=matte, validation=validation)
 
 
 def _arrays(directory: str | None, split: str, size: int, channels: int) -> Labelled:
     raise UserError("this run was trained on arrays, which it does not keep: name a data set, or call md.train again")
 
 
-# DATASETS["mine"] = loader adds a data set: loader(directory, split, size, channels) -> (images, labels), see load_images
+# DATASETS["mine"] = loader adds a data set: loader(directory, split, size, channels) -> (images, labels) or an ImageSet
 DATASETS: dict[str, Loader] = {
     "fashion-mnist": _with_border("fashion-mnist", load_fashion_mnist),
     "fashion-mnist-mini": _with_border("fashion-mnist-mini", lambda split, _: load_fashion_mnist_mini(split)),

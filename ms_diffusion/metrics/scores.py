@@ -7,6 +7,7 @@ print(format_report(record))
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -48,9 +49,9 @@ def read_npz(path: str | Path, num: int | None = None) -> Samples:
     return Samples(images[:num], None if labels is None else labels[:num], str(path))
 
 
-def real_images(name: str, folder: str | None, size: int, channels: int) -> dict[str, Labelled]:
+def real_images(name: str, folder: str | None, size: int, channels: int, **options: Any) -> dict[str, Labelled]:
     """{"train", "test": (images, labels)} of a data set; where both are the same, as those of an image folder, halves."""
-    splits = {split: load_images(name, folder, split, size, channels) for split in OTHER_SPLIT}
+    splits = {split: load_images(name, folder, split, size, channels, **options) for split in OTHER_SPLIT}
     return halve(*splits["train"]) if np.array_equal(splits["train"][0], splits["test"][0]) else splits
 
 
@@ -80,6 +81,7 @@ class Reference:
         against_num: the number of images of that split; None is `num`. Of a split with fewer images all are used.
         splits: the real images, if they are not in a data set (see `halve`).
         num_name: what an error calls `num`.
+        options: what the data set's loader takes beside these.
     """
 
     def __init__(
@@ -94,11 +96,12 @@ class Reference:
         against_num: int | None = None,
         splits: dict[str, Labelled] | None = None,
         num_name: str = "--num",
+        options: dict[str, Any] | None = None,
     ):
         self.features, self.name, self.folder, self.against = features, name, folder, against
         self.is_fashion_mnist = name.startswith("fashion-mnist")  # with a border to crop, and the classifier's classes
         features.check(self.crop(np.zeros((1, size, size, channels))).shape[1:])
-        self.splits = splits or real_images(name, folder, size, channels)
+        self.splits = splits or real_images(name, folder, size, channels, **(options or {}))
         against_num = against_num or num
         numbers = {num_name: num, "--against-num": against_num}
         numbers |= {f"{name}, {split}": len(images) for split, (images, _) in self.splits.items()}

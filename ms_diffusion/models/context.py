@@ -5,10 +5,11 @@ from typing import Annotated, Literal
 
 import numpy as np
 
+import mindspore as ms
 from mindspore import Tensor, nn, ops
 
 from ..fields import AT_LEAST_1, DEPTH, NON_NEGATIVE, NOT_EMPTY, check_fields
-from .layers import Embedding, name_and_initialise
+from .layers import Embedding, Linear, name_and_initialise
 from .unet_ldm import CrossAttention, FeedForward, LayerNorm, UNetModel, UNetModelConfig
 
 
@@ -53,6 +54,20 @@ class TextEncoder(nn.Cell):
         for block in self.blocks:
             x = block(x)
         return self.norm(x)
+
+
+class TextEmbedding(nn.Cell):
+    """The mean of a `TextEncoder` over the tokens of a caption, for a time embedding: tokens (B, max_length) -> (B,
+    dim_out). Tokens of 0, which pad a caption, do not count."""
+
+    def __init__(self, vocab_size: int, max_length: int, dim: int, dim_out: int):
+        super().__init__()
+        self.encoder, self.proj = TextEncoder(vocab_size, max_length, dim), Linear(dim, dim_out)
+
+    def construct(self, tokens: Tensor) -> Tensor:
+        used = ops.cast(tokens != 0, ms.float32).expand_dims(-1)
+        total = (self.encoder(tokens) * used).sum(1)
+        return self.proj(total / ops.maximum(used.sum(1), Tensor(1.0, ms.float32)))
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from mindspore import Tensor, nn, ops
 from ..fields import AT_LEAST_1, NON_NEGATIVE, NOT_EMPTY, Bounds, check_fields
 from . import layers
 from .attention import Attention, LinearAttention
+from .context import TextEmbedding
 from .layers import GELU, Embedding, GroupNorm, Identity, Linear, SiLU, chunk, conv2d, name_and_initialise, norm_conv
 
 
@@ -105,7 +106,13 @@ class UnetConfig:
     patch_size: Annotated[int, AT_LEAST_1] = 1
     """Turn patches of this side in pixels into channels (Luhman & Luhman 2022); 2 quarters the cost."""
     num_classes: Annotated[int, AT_LEAST_1] | None = None
-    """Number of classes, embedded and added to the time embedding; None: an unconditional network."""
+    """Number of classes, embedded and added to the time embedding; None: no class condition."""
+    vocab_size: Annotated[int, NON_NEGATIVE] = 0
+    """Number of different tokens in the captions that condition the network, in place of classes; 0: no captions."""
+    max_length: Annotated[int, NON_NEGATIVE] = 0
+    """Maximum number of tokens in a caption."""
+    text_dim: Annotated[int, AT_LEAST_1] = 128
+    """Width of the encoder of captions."""
     cond_channels: Annotated[int, NON_NEGATIVE] = 0
     """Channels of a conditioning image that is concatenated to x."""
     self_condition: bool = False
@@ -113,13 +120,14 @@ class UnetConfig:
 
     @property
     def null_label(self) -> int | None:
-        """The label that means "no class"; None for an unconditional network."""
-        return self.num_classes
+        """The label that means "no class", or the token that means "no caption"; None for an unconditional network."""
+        return 0 if self.vocab_size else self.num_classes
 
     @property
     def cond_fields(self) -> tuple[str, ...]:
         """Names of the conditions that the network takes after t, in order."""
-        return ("labels",) * (self.num_classes is not None) + ("cond_image",) * (self.cond_channels > 0)
+        first = ("tokens",) if self.vocab_size else ("labels",) * (self.num_classes is not None)
+        return first + ("cond_image",) * (self.cond_channels > 0)
 
     @property
     def size_multiple(self) -> int:
@@ -134,20 +142,23 @@ class Unet(nn.Cell):
     """Predict from a noisy image x (B, channels, H, W) at timestep t (B,) int32: -> (B, out_dim, H, W), float32.
 
     The conditions of `config.cond_fields` follow t: labels (B,) int32 in [0, num_classes], where num_classes means "no
-    class"; an image (B, cond_channels, H, W). With `self_condition` the previous estimate of x_0 (B, channels, H, W) comes
-    last, or zeros. `seed` determines the initial weights.
+    class", or tokens (B, max_length) int32, where all 0 means "no caption"; an image (B, cond_channels, H, W). With
+    `self_condition` the previous estimate of x_0 (B, channels, H, W) comes last, or zeros. `seed` determines the initial
+    weights.
 
     Raises:
         UserError: a field of the configuration is out of range.
-        ValueError: num_classes without with_time_emb, scale_shift with ConvNextBlocks, or a width that is not divisible by
-            the groups.
+        ValueError: a condition without with_time_emb, classes and captions together, captions without max_length,
+            scale_shift with ConvNextBlocks, or a width that is not divisible by the groups.
     """
 
     def __init__(self, config: UnetConfig = UnetConfig(), seed: int = 0):
         super().__init__()
         check_fields(config, "")
-        if config.num_classes is not None and not config.with_time_emb:
-            raise ValueError(f"num_classes is {config.num_classes} without a time embedding: set with_time_emb to True")
+        if config.null_label is not None and not config.with_time_emb:
+            raise ValueError("classes and captions are added to the time embedding: set with_time_emb to True")
+        if config.vocab_size and (config.num_classes is not None or not config.max_length):
+            raise ValueError(f"vocab_size is {config.vocab_size}: set max_length too, and num_classes to None")
         if config.use_convnext and config.scale_shift:
             raise ValueError("scale_shift is for ResnetBlocks: set use_convnext to False")
         dim, self.patch_size, self.final_skip = config.dim, config.patch_size, config.final_skip
@@ -168,6 +179,9 @@ class Unet(nn.Cell):
             embedding, linear = layers.SinusoidalPositionEmbeddings(dim), Linear(dim, time_dim)
             self.time_mlp = nn.SequentialCell(embedding, linear, GELU(), Linear(time_dim, time_dim))
         self.label_emb = Embedding(config.num_classes + 1, time_dim) if config.num_classes is not None else None
+        self.text_emb = None
+        if config.vocab_size:
+            self.text_emb = TextEmbedding(config.vocab_size, config.max_length, config.text_dim, time_dim)
 
         # Down: two blocks and linear attention per level, then half the size
         channels_in = config.channels * (2 if config.self_condition else 1) + config.cond_channels
@@ -199,6 +213,9 @@ class Unet(nn.Cell):
         emb = self.time_mlp(ops.cast(t, ms.float32)) if self.time_mlp is not None else None
         if self.label_emb is not None:
             emb = emb + self.label_emb(cond[0])
+            cond = cond[1:]
+        if self.text_emb is not None:
+            emb = emb + self.text_emb(cond[0])
             cond = cond[1:]
 
         # Down

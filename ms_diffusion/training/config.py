@@ -10,6 +10,7 @@ from ..data.batches import DATASETS
 from ..data.conditions import KINDS as CONDITIONS
 from ..fields import (
     AT_LEAST_1,
+    COLOUR,
     FRACTION,
     NON_NEGATIVE,
     POSITIVE,
@@ -54,6 +55,15 @@ class DataConfig:
     """Image that conditions the network: lowres (super-resolution), gray (colorization), mask (inpainting) or none."""
     lowres_size: Annotated[int, AT_LEAST_1] = 7
     """Height and width of the lowres condition in pixels."""
+    matte: Annotated[str, COLOUR] = "white"
+    """Colour that is seen through the transparent pixels of an image folder: a name, or #rrggbb."""
+    validation: Annotated[float, Bounds(0, 1, high_open=True)] = 0.0
+    """Share of an image folder that is held back as test images, chosen by the content of the files. With 0 the test images
+    are those that are trained on."""
+
+    def options(self) -> dict[str, Any]:
+        """What the data set's loader may take beside name, folder and size."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("name", "dir", "size")}
 
 
 @dataclass(frozen=True)

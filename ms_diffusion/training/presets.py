@@ -94,6 +94,24 @@ PRESETS: dict[str, Config] = {  # PRESETS["mine"] = config adds a preset
     ),
     **{name: replace(SCURVE, data=PointsDataConfig(name)) for name in TOYS},
     "scurve-seed": SCURVE_SEED,
+    # Colour pictures with captions: python -m benchmarks.make_emoji data/emoji
+    "emoji": PixelConfig(
+        data=DataConfig("image-folder", dir="data/emoji", size=32, flip=False, validation=0.1),
+        diffusion=replace(CLASS.diffusion),
+        model=UnetConfig(
+            dim=48,
+            init_dim=48,
+            dim_mults=(1, 2, 3),
+            channels=3,
+            use_convnext=False,
+            scale_shift=True,
+            final_skip=True,
+            patch_size=2,
+            vocab_size=1024,
+            max_length=16,
+        ),
+        train=replace(LONG, total_steps=12_000, lr=1.5e-3, sample_guidance=2.0, sample_guidance_interval=(150, 750)),
+    ),
     "autoencoder": AUTOENCODER,
     "autoencoder-kl-f8": AutoencoderRunConfig(
         data=DataConfig("image-folder", size=256),

@@ -121,8 +121,9 @@ class Run:
             raise UserError(f"{self.name} is no diffusion model and draws no samples: evaluate it, or train on its latents")
         return self.task.generator(self.net, self.diffusion)
 
-    def sample(self, num: int = 64, *, labels: Any = None, prompt: str | None = None, pictures: np.ndarray | None = None,
-            raw: bool = False, callback: Any = None, **options: Any) -> np.ndarray:  # fmt: skip
+    def sample(self, num: int = 64, *, labels: Any = None, prompt: str | None = None, negative_prompt: str | None = None,
+            pictures: np.ndarray | None = None, raw: bool = False, callback: Any = None,
+            **options: Any) -> np.ndarray:  # fmt: skip
         """Draw `num` samples: images (num, H, W, C) uint8, or points (num, 2) in the data's units. Several ranks share the
         work: all of them call this, or one of them `runtime.alone`, and each gets all samples. Raises UserError if an
         option is unknown, out of range, or does not fit the run.
@@ -130,6 +131,7 @@ class Run:
         Args:
             labels: A class's number or name, or (num,) of numbers; by default each class in turn.
             prompt: A caption, for a run of captions.
+            negative_prompt: A caption to keep away from, with guidance above 1.
             pictures: Images (N, H, W, C) uint8 that an image condition is made of; by default test images.
             raw: Return floats, (num, C, H, W) in [-1, 1].
             callback: callback(i, x, x_start) after each step.
@@ -139,7 +141,8 @@ class Run:
         generator = self.generator
         sampling = sampling_from(options).resolve(self.task)
         cond = self.task.conditions(num, labels, prompt, pictures, sampling.seed)
-        x = self.task.decode(generator.draw(sampling, num, self.task.in_order(cond), callback))
+        null = {} if negative_prompt is None else {"null": self.task.negative(negative_prompt, sampling)}
+        x = self.task.decode(generator.draw(sampling, num, self.task.in_order(cond), callback, **null))
         return x if raw else self.task.to_output(x)
 
     def evaluate(self, num: int = 10_000, *, against: str = "test", against_num: int | None = None,
@@ -161,9 +164,9 @@ class Run:
         """The real images that this run's samples are scored against: its own data set, or the one of this name."""
         size, channels = self.task.image_format()
         data, arrays = self.config.data, self.task.given_data
-        splits = halve(*arrays) if arrays is not None and name is None else None
+        splits = halve(arrays.images, arrays.labels) if arrays is not None and name is None else None
         where = name or data.name, folder or data.dir
-        return Reference(features, *where, size, channels, num, against, against_num, splits)
+        return Reference(features, *where, size, channels, num, against, against_num, splits, options=data.options())
 
     def show(self, x: np.ndarray) -> Image.Image:
         """A picture of samples as `sample` returns them; a notebook displays it."""

@@ -43,6 +43,8 @@ class Request:
     """Class to draw, by number or name; by default each class in turn, in columns."""
     prompt: str | None = None
     """Caption to draw, for a run trained on captions, such as "an ankle boot"; by default one of each class in turn."""
+    negative_prompt: str | None = None
+    """Caption to keep away from, with --prompt and --guidance above 1."""
     image: tuple[str, ...] = ()
     """IMAGEs to upscale, colorize or fill in, for a run with an image condition; by default its own test images."""
     inpaint: tuple[str, str] | None = None
@@ -74,6 +76,7 @@ class Task:
     flip = False
     steps_per_call = 1
     packs: Sequence[Pack] = ()  # what is trained in buffers
+    run_dir: Any = None  # the folder of the run, once there is one
     checkpoint: Checkpoint
     optimizer: nn.Optimizer
 

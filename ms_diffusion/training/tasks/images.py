@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from ... import images
-from ...data.batches import CLASS_NAMES, DATASETS, check_images, check_labels, load_images
+from ...data.batches import CLASS_NAMES, DATASETS, ImageSet, check_images, check_labels, load_image_set, with_captions
 from ...data.fashion_mnist import center_crop
 from ...files import check_output, write
 from ...metrics.distances import frechet_distance, mean_and_covariance
@@ -19,11 +19,14 @@ from ...metrics.features import Features
 from ...metrics.scores import Reference, Samples
 from ...models.classifier import Classifier
 from ...progress import ProgressBar
-from ...runtime import UserError, alone, command, ranks
+from ...randomness import Random
+from ...runtime import UserError, alone, ranks
 from ...sampling import Sampling
+from ..checkpoint import checkpoints
 from ..runs import Run
 from .base import Arrays, Request, Scored
 from .diffusion import DiffusionTask
+from .labels import Nothing, keep, make_labelling, old_class_names, read_kept
 
 GIF_FRAMES = 40
 ROW_STEPS = 10
@@ -35,21 +38,25 @@ class ImageData:
     data: Any
     model: Any
 
-    def with_data(self, data: Any) -> tuple[Any, tuple[np.ndarray, np.ndarray] | None]:
-        """The configuration for these training data, and the arrays, if they are some. `data` are the name of a data set, a
-        folder of images, an array (N, H, W, C) uint8, or (images, labels). Raises UserError if they are none of these."""
+    def with_data(self, data: Any) -> tuple[Any, ImageSet | None]:
+        """The configuration for these training data, and the images, if they are given. `data` are the name of a data set, a
+        folder of images, an array (N, H, W, C) uint8, (images, labels), or (images, captions), with a text or several for
+        each image. Raises UserError if they are none of these."""
         config: Any = self
         if isinstance(data, str | Path):
             name = str(data)
             chosen = {"name": name} if name in DATASETS else {"name": "image-folder", "dir": name}
             return replace(config, data=replace(config.data, **chosen)), None
         pictures, labels = data if isinstance(data, tuple) else (data, np.zeros(len(data), np.int32))
-        pictures, labels = np.asarray(pictures), np.asarray(labels)
-        check_images(pictures)
-        check_labels(labels, len(pictures))
+        check_images(pictures := np.asarray(pictures))
+        if len(labels) and isinstance(labels[0], str | list | tuple):
+            image_set = with_captions(pictures, np.zeros(len(pictures), np.int32), list(labels))
+        else:
+            check_labels(labels := np.asarray(labels), len(pictures))
+            image_set = ImageSet(pictures, labels.astype(np.int32))
         size, channels = pictures.shape[2:]
         data, model = replace(config.data, name="arrays", size=size), replace(config.model, channels=channels)
-        return replace(config, data=data, model=model), (pictures, labels.astype(np.int32))
+        return replace(config, data=data, model=model), image_set
 
 
 @dataclass
@@ -68,6 +75,7 @@ class Plan:
     start: np.ndarray | None = None
     denoise: Callable | None = None
     sampler: Callable | None = None
+    null: np.ndarray | None = None  # the row of a negative prompt
     calls_per_step: int = 1
     arrange: Callable[[np.ndarray], np.ndarray] = lambda x: x  # from the samples (num, C, H, W) to the images of the grid
 
@@ -79,12 +87,16 @@ class Images:
     given_data: Any
 
     def load_data(self) -> tuple[np.ndarray, np.ndarray]:
-        return self.load_split("train") if self.given_data is None else self.given_data
+        image_set = self.load_set("train")
+        return image_set.images, image_set.labels
 
-    def load_split(self, split: str) -> tuple[np.ndarray, np.ndarray]:
-        """Images (N, H, W, C) uint8 and labels (N,) int32 of the run's data set."""
+    def load_set(self, split: str) -> ImageSet:
+        """The images of the run's data set, or those that training was given."""
         data = self.config.data
-        return load_images(data.name, data.dir, split, *self.image_format())
+        if self.given_data is not None and split == "train":
+            given = self.given_data
+            return given if isinstance(given, ImageSet) else ImageSet(*given)
+        return load_image_set(data.name, data.dir, split, *self.image_format(), **data.options())
 
     def image_format(self) -> tuple[int, int]:
         return self.config.data.size, self.config.model.channels
@@ -96,28 +108,36 @@ class Images:
 class ImageTask(Images, DiffusionTask):
     """Images of a data set, perhaps with classes."""
 
-    captions: tuple[str, ...] | None = None  # for each class, what is written below its images; by default its name
+    labelling: Nothing  # what the network is conditioned on beside images: classes or captions
 
     @property
-    def num_classes(self) -> Any:
-        """Number of classes that the network is conditioned on, by label or caption; None without."""
-        return self.config.model.num_classes
+    def num_classes(self) -> int | None:
+        """Number of classes, or of rows in the table of captions, that the network is conditioned on; None without."""
+        return self.labelling.count
 
-    @property
-    def class_names(self) -> tuple[str, ...] | None:
-        names = CLASS_NAMES.get(self.config.data.name)
-        return names if names and len(names) == self.num_classes else None
+    def make_labelling(self, image_set: ImageSet | None = None) -> Nothing:
+        """What the network is conditioned on, from what the run has kept, and from its images."""
+        data, kept = self.config.data, read_kept(self.run_dir) if self.run_dir else {}
+        if not kept and image_set and data.name == "image-folder" and self.run_dir and checkpoints(self.run_dir):
+            kept = {"class_names": old_class_names(image_set)}
+        return make_labelling(self.config.model, image_set, kept, CLASS_NAMES.get(data.name))
+
+    def open(self, home: Path, state: dict[str, Any]) -> None:
+        self.run_dir = home
+        self.labelling = self.make_labelling()
 
     # Training
 
+    def load_data(self) -> tuple[np.ndarray, np.ndarray]:
+        image_set = self.load_set("train")
+        self.labelling = self.make_labelling(image_set)
+        return image_set.images, self.labelling.ids(image_set)
+
     def check_data(self) -> None:
-        if self.num_classes is None:
-            return
-        lowest, highest = self.labels.min(), self.labels.max()
-        if lowest < 0:
-            raise UserError(f"the data has labels down to {lowest}: number the classes from 0")
-        if highest >= self.num_classes:
-            raise UserError(f"the data has labels up to {highest}: set --model.num-classes {highest + 1}")
+        self.labelling.check_ids(self.labels)
+
+    def keep_data(self) -> None:
+        keep(self.run_dir, self.labelling)
 
     def prepare(self) -> None:
         train = self.config.train
@@ -129,7 +149,18 @@ class ImageTask(Images, DiffusionTask):
             chosen = np.random.default_rng(train.seed).permutation(len(self.data))[: train.score_num]
             self.reference = self.mean_and_covariance(self.data[chosen])
         self.prepare_data()
+        if self.rank == 0:
+            keep(self.run_dir, self.labelling)
         super().prepare()
+
+    def draw_labels(self, rng: Random, ids: np.ndarray) -> Arrays:
+        """The class or caption of images, or none, by its name in a batch."""
+        field, dropout = self.labelling.field, self.config.train.label_dropout
+        return {field: self.labelling.draw(rng, ids, dropout)} if field else {}
+
+    def test_images(self) -> np.ndarray:
+        """The run's test images (N, H, W, C) uint8."""
+        return self.load_set("test").images
 
     def prepare_data(self) -> None:
         """What the kind does to the data before training."""
@@ -141,7 +172,7 @@ class ImageTask(Images, DiffusionTask):
         path = self.run_dir / "samples" / f"step-{step:07d}.png"
         x = self.draw(self.config.train.sample_num)
         if self.rank == 0:
-            images.save_grid(path, images.to_uint8(x), columns=self.num_classes)
+            images.save_grid(path, images.to_uint8(x), columns=self.labelling.columns)
         return path
 
     def is_scored(self, step: int) -> bool:
@@ -166,31 +197,8 @@ class ImageTask(Images, DiffusionTask):
 
     def class_conditions(self, num: int, labels: Any = None, prompt: str | None = None) -> Arrays:
         """The class or caption of each sample."""
-        train = command("train")
-        if prompt is not None:
-            raise UserError(f"this run was not trained on captions, which --prompt needs: {train} --preset latent-text")
-        if self.num_classes is None and labels is not None:
-            raise UserError(f"this run has no classes, which --class needs: train one with {train} --preset quick-class")
-        return {} if self.num_classes is None else {"labels": self.label_array(labels, num)}
-
-    def label_array(self, labels: Any, num: int) -> np.ndarray:
-        """Labels (num,) int32 from a class's number or name, or an array of numbers; each class in turn from None."""
-        if labels is None:
-            return np.arange(num, dtype=np.int32) % self.num_classes
-        if isinstance(labels, str):
-            name, names = labels.lower(), [each.lower() for each in self.class_names or ()]
-            is_number = name.isdecimal() and int(name) < self.num_classes
-            if not is_number and name not in names:
-                choices = f", or one of {', '.join(self.class_names or ())}" if names else ""
-                raise UserError(f"--class {labels}: choose from 0 to {self.num_classes - 1}{choices}")
-            labels = int(name) if is_number else names.index(name)
-        labels = np.asarray(labels)
-        if labels.dtype.kind not in "iu" or labels.shape not in ((), (num,)):
-            raise UserError(f"labels must be one or {num} whole numbers or a class name, these are {labels.shape}")
-        highest = self.num_classes if self.null_label == self.num_classes else self.num_classes - 1
-        if (wrong := labels[(labels < 0) | (labels > highest)]).size:
-            raise UserError(f"class {wrong.flat[0]}: choose from 0 to {self.num_classes - 1}")
-        return np.broadcast_to(labels, num).astype(np.int32)
+        field, rows = self.labelling.field, self.labelling.rows(num, labels, prompt)
+        return {field: rows} if field else {}
 
     def to_output(self, x: np.ndarray) -> np.ndarray:
         return images.to_uint8(x)
@@ -219,7 +227,7 @@ class ImageTask(Images, DiffusionTask):
                 rows.append(images.to_uint8(self.decode(x_start.asnumpy()[:8])))
 
         with alone() if in_steps else nullcontext():
-            cond, how = self.in_order(plan.cond), (plan.start, plan.timesteps, plan.denoise, plan.sampler)
+            cond, how = self.in_order(plan.cond), (plan.start, plan.timesteps, plan.denoise, plan.sampler, plan.null)
             x = self.decode(run.generator.draw(sampling, plan.num, cond, watch, *how))
         bar.close()
         if rank:
@@ -252,15 +260,22 @@ class ImageTask(Images, DiffusionTask):
             raise UserError("choose one of --prompt and --class")
         sampling, num = request.sampling.resolve(self), request.num or 64
         plan = Plan(num, sampling, self.class_conditions(num, request.class_, request.prompt))
-        plan.timesteps = sampling.timesteps(run.diffusion)
-        if self.num_classes is not None and request.prompt is None:
-            plan.labels = self.label_array(request.class_, num)
-            if request.class_ is None and num % self.num_classes == 0:
-                plan.columns = plan.gif_columns = self.num_classes
-            captions = self.class_names and (self.captions or self.class_names)
-            if request.class_ is None and captions:
-                plan.captions, plan.scale = [captions[label] for label in plan.labels], 3
+        plan.timesteps, plan.null = sampling.timesteps(run.diffusion), self.negative(request.negative_prompt, sampling)
+        if request.prompt is None and self.labelling.field:
+            plan.labels, columns = self.labelling.label_array(request.class_, num), self.labelling.columns
+            if request.class_ is None and columns and num % columns == 0:
+                plan.columns = plan.gif_columns = columns
+            if request.class_ is None and (titles := self.labelling.titles(plan.labels)):
+                plan.captions, plan.scale = titles, 3
         return plan
+
+    def negative(self, prompt: str | None, sampling: Sampling) -> np.ndarray | None:
+        """The row of the condition that guidance leads away from, in place of the null label."""
+        if prompt is None:
+            return None
+        if sampling.guidance == 1:
+            raise UserError("--negative-prompt needs --guidance above 1: add --guidance 3, for example")
+        return self.labelling.rows(1, None, prompt)[0]
 
     # Scores
 
@@ -279,7 +294,7 @@ class ImageTask(Images, DiffusionTask):
         if sampling.guidance_interval:
             made += " from t = {} to {}".format(*sampling.guidance_interval)
         made = f"{run.name} at step {run.step}, {sampling.weights} weights; {made}, seed {sampling.seed}"
-        labels = None if self.num_classes is None else self.label_array(None, num)
+        labels = self.labelling.label_array(None, num)
         return Samples(images.to_uint8(x), labels, made), None
 
 

@@ -12,13 +12,12 @@ import numpy as np
 from mindspore import Tensor
 
 from ...data.batches import check_values
-from ...data.captions import CAPTIONS, LENGTH, NAMES, WORDS, draw_captions, plain_captions, tokens
 from ...fields import AT_LEAST_1, POSITIVE
 from ...files import read_bytes, share_files, sweep, write, write_json
 from ...latent import FirstStage
 from ...models.autoencoder import gaussian_sample
 from ...models.context import LatentUnetConfig
-from ...randomness import Random, Stream, drop_labels
+from ...randomness import Random, Stream
 from ...runtime import UserError, broadcast, command
 from ..checkpoint import read_config, read_state, readable
 from ..config import DataConfig, DiffusionRunConfig, ImageTrainConfig
@@ -45,7 +44,7 @@ class LatentConfig(ImageData, DiffusionRunConfig):
     kind = "latents"
 
     def task(self, data: Any = None) -> "LatentTask":
-        return (LatentTask if self.model.condition != "text" else CaptionTask)(self, data)
+        return LatentTask(self, data)
 
     def check(self) -> None:
         super().check()
@@ -63,15 +62,10 @@ class LatentConfig(ImageData, DiffusionRunConfig):
             raise UserError(f"--model.cond-channels is {model.cond_channels}: it must be 0, there is no image condition")
         if data.flip:
             raise UserError("latents are computed once, of images that are not flipped: add --data.no-flip")
-        if model.condition == "text":
-            if not data.name.startswith("fashion-mnist"):
-                raise UserError(f"captions exist for Fashion-MNIST only, not for {data.name}: use --preset latent")
-            if (model.vocab_size, model.max_length) != (len(WORDS), LENGTH):
-                raise UserError(f"the captions need --model.vocab-size {len(WORDS)} --model.max-length {LENGTH}")
 
 
 class LatentTask(ImageTask):
-    """A UNetModel on latents, conditioned on the class or nothing."""
+    """A UNetModel on latents, conditioned on the class, a caption or nothing."""
 
     config: LatentConfig
     clip_denoised = False
@@ -106,6 +100,7 @@ class LatentTask(ImageTask):
             save_reconstructions(path, self.first_stage, self.originals[: config.train.sample_num])
 
     def keep_data(self) -> None:
+        super().keep_data()
         resolve_first_stage(self.config, self.run_dir, self.weights_hash)
 
     def checkpoint_record(self) -> dict[str, Any]:
@@ -118,16 +113,10 @@ class LatentTask(ImageTask):
 
     def draw_conditions(self, rng: Random, batch: Arrays, labels: np.ndarray) -> Arrays:
         drawn = {"latent_noise": rng.standard_normal(batch["noise"].shape, np.float32)}
-        if self.null_label is not None:
-            dropout = self.config.train.label_dropout
-            drawn[self.cond_fields[0]] = drop_labels(rng, self.draw_labels(rng, labels), dropout, self.null_label)
-        return drawn
-
-    def draw_labels(self, rng: Random, labels: np.ndarray) -> np.ndarray:
-        """What the network is conditioned on for images of these classes."""
-        return labels
+        return drawn | self.draw_labels(rng, labels)
 
     def open(self, home: Path, state: dict[str, Any]) -> None:
+        super().open(home, state)
         scale = state.get("latent_scale")
         if scale is None or not (home / "first_stage").exists():
             missing = "latent_scale in its state.json" if scale is None else "first_stage beside its config.json"
@@ -137,26 +126,6 @@ class LatentTask(ImageTask):
 
     def decode(self, x: np.ndarray) -> np.ndarray:
         return self.first_stage.decode(x)
-
-
-class CaptionTask(LatentTask):
-    """A UNetModel on latents, conditioned on captions of Fashion-MNIST's classes."""
-
-    captions = tuple(names[0] for names in NAMES)
-
-    @property
-    def num_classes(self) -> Any:
-        return len(CAPTIONS)
-
-    def draw_labels(self, rng: Random, labels: np.ndarray) -> np.ndarray:
-        return draw_captions(rng, labels)
-
-    def class_conditions(self, num: int, labels: Any = None, prompt: str | None = None) -> Arrays:
-        if prompt is not None:
-            return {"tokens": tokens([prompt] * num)}
-        if isinstance(labels, np.ndarray) and labels.ndim == 2:
-            return {"tokens": labels}
-        return {"tokens": plain_captions(self.label_array(labels, num))}
 
 
 def resolve_first_stage(config: LatentConfig, run: Path, kept: str | None = None) -> FirstStage:

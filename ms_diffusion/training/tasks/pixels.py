@@ -8,7 +8,7 @@ import numpy as np
 from ...data.conditions import condition_channels, condition_image
 from ...images import to_float
 from ...models.unet import UnetConfig
-from ...randomness import Random, Stream, drop_labels
+from ...randomness import Random, Stream
 from ...runtime import UserError
 from ..config import DataConfig, DiffusionRunConfig, ImageTrainConfig
 from ..runs import Run
@@ -55,9 +55,7 @@ class PixelTask(ImageTask):
         self.cond_fields, self.flip = model.cond_fields, config.data.flip
 
     def draw_conditions(self, rng: Random, batch: Arrays, labels: np.ndarray) -> Arrays:
-        drawn = super().draw_conditions(rng, batch, labels)
-        if self.null_label is not None:
-            drawn["labels"] = drop_labels(rng, labels, self.config.train.label_dropout, self.null_label)
+        drawn = super().draw_conditions(rng, batch, labels) | self.draw_labels(rng, labels)
         if "cond_image" in self.cond_fields:
             drawn["cond_image"] = self.cond_image(batch["x_start"], rng)
         return drawn
@@ -78,10 +76,6 @@ class PixelTask(ImageTask):
         cond = {"cond_image": self.cond_image(originals, np.random.default_rng(seed))}
         return self.class_conditions(num, labels, prompt) | cond
 
-    def test_images(self) -> np.ndarray:
-        """The run's test images (N, H, W, C) uint8."""
-        return self.load_split("test")[0]
-
     def plan(self, run: Run, request: Request) -> Plan:
         return edits.plan(self, run, request)
 
@@ -96,5 +90,7 @@ class PixelTask(ImageTask):
     def likelihood_data(self, split: str) -> tuple[np.ndarray, Arrays]:
         if "cond_image" in self.cond_fields or self.self_condition:
             raise UserError("the likelihood is not defined for a network with an image condition or self-conditioning")
-        pictures, labels = self.load_split(split)
-        return pictures, {} if self.null_label is None else {"labels": labels}
+        image_set = self.load_set(split)
+        labelling = self.make_labelling(image_set)
+        ids = labelling.ids(image_set)
+        return image_set.images, {labelling.field: labelling.rows(len(ids), ids)} if labelling.field else {}

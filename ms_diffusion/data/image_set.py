@@ -1,0 +1,29 @@
+"""What is known of the images of a data set."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images, and what is known of each of them."""
+
+    images: np.ndarray
+    """(N, H, W, C) uint8 in 0..255."""
+    labels: np.ndarray
+    """(N,) int32: the class of each image."""
+    class_names: tuple[str, ...] | None = None
+    """The names of the classes, in the order of the labels."""
+    captions: tuple[tuple[str, ...], ...] | None = None
+    """A table of captions: one of those in a row describes an image."""
+    caption_ids: np.ndarray | None = None
+    """(N,) int32: the row of `captions` for each image."""
+
+
+def table_of(captions: Sequence[tuple[str, ...]]) -> dict[str, Any]:
+    """The two fields of an `ImageSet` for the captions of each image: a table without repetition, and its rows."""
+    number = {row: i for i, row in enumerate(dict.fromkeys(captions))}
+    return {"captions": tuple(number), "caption_ids": np.array([number[row] for row in captions], np.int32)}
