@@ -15,6 +15,8 @@ import mindspore as ms
 from mindspore import Tensor, nn, ops
 
 from ms_diffusion import kernels
+from ms_diffusion.data.image_set import ImageSet
+from ms_diffusion.data.tokenizers import BytePairs
 from ms_diffusion.models import layers
 from ms_diffusion.models.unet_ldm import AttentionBlock, CrossAttention
 from ms_diffusion.runtime import UserError, compiled
@@ -25,6 +27,7 @@ from ms_diffusion.training.pack import Pack
 from ms_diffusion.training.presets import PRESETS
 from ms_diffusion.training.runs import WEIGHTS, Run
 from ms_diffusion.training.step import EMA, make_optimizer, make_train_step
+from ms_diffusion.training.tasks.labels import Captions, keep
 from ms_diffusion.training.tasks.latents import resolve_first_stage
 
 LR, STEPS, CLIP, DECAY, RANK = 0.05, 4, 0.3, 0.2, 2
@@ -282,6 +285,19 @@ def test_other_classes(tmp_path, rank):
     task.checkpoint.save(1, **task.checkpoint_record())
     again, _ = started(replace(config, init_partial=True), tmp_path / "run")
     assert [p.name for p in again.optimizer.parameters] == trained
+
+
+def test_new_captions_are_told_in_the_tokens_that_the_network_knows(tmp_path):
+    config = replace(PIXELS, model=replace(UNET, vocab_size=300, max_length=4))
+    old = Captions([["a red heart"], ["a blue flag"]], BytePairs.train(["a red heart", "a blue flag"], 300, 4))
+    base = untrained(tmp_path / "base", config)
+    keep(base, old)
+    new = ImageSet(np.zeros((20, 28, 28, 1), np.uint8), np.zeros(20, np.int32), None, (("grün",),), np.zeros(20, np.int32))
+    for path in (base, checkpoint(base, 0) / "model.safetensors"):
+        task = override(config, init_from=str(path), batch_size=4).task(new)
+        task.start(tmp_path / "run")
+        np.testing.assert_array_equal(task.labelling.encoded, old.tokenizer.encode(["grün"]))
+        assert task.labelling.tokenizer.to_record() == old.tokenizer.to_record()
 
 
 def test_bad_input_is_one_line(base, tmp_path):

@@ -283,10 +283,11 @@ def load_initial_weights(config: Config, run_dir: Path, net: nn.Cell) -> LoadRep
     """Give the network of a new run the weights of --init-from and print a report; None without them, or for an old run."""
     if not config.init_from or checkpoints(run_dir):
         return None
-    path, scale = config.init_from, None
+    path, scale = Path(config.init_from), None
     if is_run(path):
-        home, found = open_run(path)
-        path, scale = found.folder / "ema.safetensors", found.state.get("latent_scale")
+        name = path.stem if path.is_file() else "ema"
+        home, found = open_run(path, [name])
+        path, scale = found.folder / f"{name}.safetensors", found.state.get("latent_scale")
         note_differences(config, read_config(home))
     report = load_pretrained(net, path, None, config.init_ignore, config.init_partial, config.init_ema)
     report = replace(report, scale_factor=scale or report.scale_factor)

@@ -23,7 +23,7 @@ from ...randomness import Random
 from ...runtime import UserError, alone, ranks
 from ...sampling import Sampling
 from ..checkpoint import checkpoints
-from ..runs import Run
+from ..runs import Run, is_run, open_run
 from .base import Arrays, Request, Scored
 from .diffusion import DiffusionTask
 from .labels import Nothing, keep, make_labelling, old_class_names, read_kept
@@ -120,6 +120,8 @@ class ImageTask(Images, DiffusionTask):
         data, kept = self.config.data, read_kept(self.run_dir) if self.run_dir else {}
         if not kept and image_set and data.name == "image-folder" and self.run_dir and checkpoints(self.run_dir):
             kept = {"class_names": old_class_names(image_set)}
+        if not kept and image_set and is_run(initial := self.config.init_from):  # whose network knows its own tokens
+            kept = {"tokenizer": read_kept(open_run(initial, [])[0]).get("tokenizer")}
         return make_labelling(self.config.model, image_set, kept, CLASS_NAMES.get(data.name))
 
     def open(self, home: Path, state: dict[str, Any]) -> None:

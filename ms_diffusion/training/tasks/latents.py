@@ -139,7 +139,7 @@ def resolve_first_stage(config: LatentConfig, run: Path, kept: str | None = None
     is_saved = is_copy(saved, kept)
     if is_saved and requested and not Path(requested).exists():
         requested = None  # it was needed only for the copy
-    if not (is_saved or requested) and config.init_from and is_run(config.init_from):
+    if config.init_from and not (is_saved or requested) and is_run(config.init_from):
         requested = str(open_run(config.init_from, [])[0] / "first_stage")
     if not requested and not is_saved:
         trained = f"the run of {command('train')} --preset autoencoder"
