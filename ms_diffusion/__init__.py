@@ -33,7 +33,7 @@ if TYPE_CHECKING:  # the public names; below, the same lines say where each is f
     from .likelihood import (bits_per_dim as bits_per_dim, dequantised_bits_per_dim as dequantised_bits_per_dim,
         make_divergence as make_divergence, ode_log_likelihood as ode_log_likelihood)
     from .losses import (adaptive_weight as adaptive_weight, autoencoder_loss as autoencoder_loss,
-        discriminator_loss as discriminator_loss, generator_loss as generator_loss)
+        discriminator_loss as discriminator_loss, generator_loss as generator_loss, vq_loss as vq_loss)
     from .metrics.distances import (compare as compare, energy_distance as energy_distance,
         frechet_distance as frechet_distance, kernel_distance as kernel_distance,
         maximum_mean_discrepancy as maximum_mean_discrepancy, mean_and_covariance as mean_and_covariance,
@@ -41,10 +41,12 @@ if TYPE_CHECKING:  # the public names; below, the same lines say where each is f
     from .metrics.features import Features as Features
     from .models.attention import Attention as Attention, LinearAttention as LinearAttention
     from .models.autoencoder import (AutoencoderConfig as AutoencoderConfig, AutoencoderKL as AutoencoderKL,
+        VectorQuantizer as VectorQuantizer, VQConfig as VQConfig, VQModel as VQModel, codebook_use as codebook_use,
         gaussian_kl as gaussian_kl, gaussian_mode as gaussian_mode, gaussian_nll as gaussian_nll,
         gaussian_sample as gaussian_sample, normal_kl as normal_kl)
     from .models.classifier import Classifier as Classifier, load_classifier as load_classifier
-    from .models.context import LatentUnet as LatentUnet, LatentUnetConfig as LatentUnetConfig, TextEncoder as TextEncoder
+    from .models.context import (BERTEmbedder as BERTEmbedder, ClassEmbedder as ClassEmbedder, LatentUnet as LatentUnet,
+        LatentUnetConfig as LatentUnetConfig, SpatialRescaler as SpatialRescaler, TextEncoder as TextEncoder)
     from .models.discriminator import NLayerDiscriminator as NLayerDiscriminator
     from .models.inception import InceptionV3 as InceptionV3, load_inception as load_inception
     from .models.layers import (Downsample as Downsample, PreNorm as PreNorm, Residual as Residual,
@@ -70,8 +72,11 @@ if TYPE_CHECKING:  # the public names; below, the same lines say where each is f
         rescale_zero_terminal_snr as rescale_zero_terminal_snr, sigmoid_beta_schedule as sigmoid_beta_schedule,
         sqrt_linear_beta_schedule as sqrt_linear_beta_schedule)
     from .training.checkpoint import Checkpoint as Checkpoint
+    from .training.compvis import from_compvis as from_compvis
     from .training.config import (Config as Config, DataConfig as DataConfig, DiffusionTrainConfig as DiffusionTrainConfig,
         ImageTrainConfig as ImageTrainConfig, TrainConfig as TrainConfig)
+    from .training.latent_diffusion import (DDPM as DDPM, DiagonalGaussianDistribution as DiagonalGaussianDistribution,
+        LatentDiffusion as LatentDiffusion, LPIPSWithDiscriminator as LPIPSWithDiscriminator)
     from .training.loop import train as train
     from .training.presets import PRESETS as PRESETS
     from .training.runs import Run as Run, bundled_models as bundled_models, load as load

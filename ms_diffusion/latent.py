@@ -12,7 +12,7 @@ from mindspore import Tensor
 
 from .files import cache_folder, in_batches, load_or_compute
 from .images import to_float
-from .models.autoencoder import AutoencoderKL
+from .models.autoencoder import Autoencoder
 from .runtime import compiled
 
 PIXELS = 100 * 32 * 32  # per batch of images; bounds the memory of encoding and decoding
@@ -21,7 +21,9 @@ PIXELS = 100 * 32 * 32  # per batch of images; bounds the memory of encoding and
 class FirstStage:
     """A trained autoencoder, in evaluation mode for good, and the latent scale.
 
-    The diffusion sees latents times `scale`, which gives them standard deviation 1 (Rombach et al. 2022, appendix G).
+    The diffusion sees latents times `scale`, which gives them standard deviation 1 (Rombach et al. 2022, appendix G). For
+    training it keeps what the encoder gives: moments (2 embed_dim, h, w), of which each step draws a latent, or of a VQModel
+    the latent (embed_dim, h, w) itself, before quantization.
 
     Args:
         scale: factor of the latents.
@@ -30,12 +32,16 @@ class FirstStage:
             need too much memory as a whole; None: whole images.
     """
 
-    def __init__(self, autoencoder: AutoencoderKL, scale: float = 1.0, f: int = 1, patch: int | None = None):
+    def __init__(self, autoencoder: Autoencoder, scale: float = 1.0, f: int = 1, patch: int | None = None):
         self.net, self.scale, self.f, self.patch = autoencoder.set_train(False), scale, f, patch
+        self.channels = autoencoder.post_quant_conv.weight.shape[1]  # of a latent
         side = (patch or 0) // f  # of a patch of latents
         stride = max(side // 2, 1)
         self._encode = self._graph(autoencoder.encode, patch or 0, stride * f, 1 / f)
         self._decode = self._graph(autoencoder.decode, side, stride, f)
+        self.has_codebook = autoencoder.quantize is not None
+        if self.has_codebook:
+            self._nearest, self._entries = compiled(autoencoder.quantize.nearest), compiled(autoencoder.quantize.entries)
 
     def _graph(self, fn: Callable, size: int, stride: int, factor: float) -> Callable[[np.ndarray], np.ndarray]:
         """fn of Tensors, compiled, for arrays: of the whole array, or of patches if `patch` is set."""
@@ -47,7 +53,8 @@ class FirstStage:
         return partial(in_patches, whole, size=size, stride=stride, factor=factor) if self.patch else whole
 
     def moments(self, images: np.ndarray) -> np.ndarray:
-        """Images (N, H, W, C) uint8 -> the moments (N, 2 embed_dim, h, w) of their latents, not scaled."""
+        """Images (N, H, W, C) uint8 -> the moments (N, 2 embed_dim, h, w) of their latents, or the latents (N, embed_dim, h,
+        w), not scaled."""
         size = PIXELS // images[0, ..., 0].size
         return in_batches(lambda batch: [self._encode(to_float(batch))], images, size, "first stage")[0]
 
@@ -61,10 +68,29 @@ class FirstStage:
         path = cache_folder(folder) / f"latents-{key.hexdigest()[:16]}.bin"
         return load_or_compute(path, key.hexdigest(), shapes, lambda: {"moments": self.moments(images)})["moments"]
 
+    def quantize(self, z: Tensor) -> Tensor:
+        """Scaled latents (B, embed_dim, h, w) -> the nearest entries of a VQModel's codebook, scaled."""
+        return self.scale * self._entries(self._nearest(z / self.scale))
+
+    def codebook_ids(self, z: np.ndarray) -> np.ndarray:
+        """Scaled latents (N, embed_dim, h, w) -> ids (N, h, w) int32 of the nearest entries of a VQModel's codebook."""
+        scale, size = np.float32(self.scale), PIXELS // (z[0, 0].size * self.f**2)
+        return in_batches(lambda batch: [self._nearest(Tensor(batch)).asnumpy()], z / scale, size)[0]
+
+    def decode_ids(self, ids: np.ndarray) -> np.ndarray:
+        """Ids (N, h, w) into a VQModel's codebook -> images (N, C, H, W)."""
+        entries = self._entries(Tensor(ids.astype(np.int32))).asnumpy()
+        return self.decode(entries * np.float32(self.scale))
+
     def reconstruct(self, images: np.ndarray) -> np.ndarray:
-        """Images (N, H, W, C) uint8 -> images (N, C, H, W), decoded from the means of their latents."""
-        means, size = np.split(self.moments(images), 2, 1)[0], PIXELS // images[0, ..., 0].size
+        """Images (N, H, W, C) uint8 -> images (N, C, H, W), decoded from their latents, or the means of these."""
+        means, size = self.moments(images)[:, : self.channels], PIXELS // images[0, ..., 0].size
         return in_batches(lambda batch: [self._decode(batch)], means, size)[0]
+
+    def encode(self, x: np.ndarray) -> np.ndarray:
+        """Images (N, C, H, W) in [-1, 1] -> scaled latents (N, embed_dim, h, w), the means."""
+        channels, size = self.net.post_quant_conv.weight.shape[1], PIXELS // x[0, 0].size
+        return self.scale * in_batches(lambda batch: [self._encode(batch)], x, size)[0][:, :channels]
 
     def decode(self, z: np.ndarray) -> np.ndarray:
         """Scaled latents (N, embed_dim, h, w) -> images (N, C, H, W), mostly in [-1, 1]."""

@@ -3,9 +3,9 @@
 Errors are computed per element: (pred, target) of any shape -> the same shape.
 
 An autoencoder and its discriminator have one optimizer each, whose steps alternate (Rombach et al. 2022, appendix G). The
-autoencoder and logvar minimise `autoencoder_loss` + weight * `generator_loss`. The weight, `adaptive_weight` of gradients at
-the decoder's last layer, is computed before the step and is constant in it. Then the discriminator minimises
-`discriminator_loss`, where the reconstructions of the first step are constants.
+autoencoder and logvar minimise `autoencoder_loss`, or a VQModel `vq_loss`, + weight * `generator_loss`. The weight,
+`adaptive_weight` of gradients at the decoder's last layer, is computed before the step and is constant in it. Then the
+discriminator minimises `discriminator_loss`, where the reconstructions of the first step are constants.
 """
 
 from collections.abc import Callable
@@ -32,23 +32,54 @@ def huber(pred: Tensor, target: Tensor) -> Tensor:
 LOSSES = {"l1": l1, "l2": l2, "huber": huber}
 
 
-def autoencoder_loss(
-    x: Tensor, reconstruction: Tensor, kl: Tensor | float, logvar: Tensor, kl_weight: float, perceptual: Tensor | float = 0.0
-) -> Tensor:
+def reconstruction_error(x: Tensor, reconstruction: Tensor, perceptual: Tensor | float = 0.0,
+        pixel_loss: Callable[..., Tensor] = l1, pixel_weight: float = 1.0,
+        weights: Tensor | None = None) -> Tensor:  # fmt: skip
+    """The mean error of each image's elements, pixel_weight times their `pixel_loss` plus perceptual: (B,).
+
+    Args:
+        x, reconstruction: (B, C, H, W).
+        perceptual: (B,), the weighted `LPIPS` of x and reconstruction, or 0.
+        weights: Weights of the elements' errors, of any shape that (B, C, H, W) broadcasts with."""
+    error = pixel_loss(reconstruction, x)
+    if weights is None:
+        return pixel_weight * error.mean((1, 2, 3)) + perceptual
+    perceptual = perceptual if isinstance(perceptual, (int, float)) else perceptual.reshape(-1, 1, 1, 1)
+    return (weights * (pixel_weight * error + perceptual)).mean((1, 2, 3))
+
+
+def laplace_nll(error: Tensor, logvar: Tensor, size: int, weight: Tensor | float = 1.0) -> Tensor:
+    """The negative log-likelihood of `size` elements with this mean error under a Laplace distribution, but for a constant:
+    size (error / exp(logvar) + logvar), the shape of error. `weight` is the mean of the weights that are in error."""
+    return (error / ops.exp(logvar) + weight * logvar) * size
+
+
+def autoencoder_loss(x: Tensor, reconstruction: Tensor, kl: Tensor | float, logvar: Tensor, kl_weight: float,
+        perceptual: Tensor | float = 0.0, pixel_weight: float = 1.0, weights: Tensor | None = None) -> Tensor:  # fmt: skip
     """All but the adversarial part: the negative log-likelihood of x, summed over an image, plus kl_weight KL: ().
 
-    The error of an element is |x - reconstruction| + perceptual. Its negative log-likelihood is that of a Laplace
-    distribution with a learned log-scale: error / exp(logvar) + logvar. The KL does not depend on the decoder, so the
-    gradient at the decoder's last layer is that of the likelihood.
+    The error of an element is |x - reconstruction| + perceptual. The KL does not depend on the decoder, so the gradient at
+    the decoder's last layer is that of the likelihood.
 
     Args:
         x, reconstruction: (B, C, H, W).
         kl: (B,), the KL divergence of each image's latent from N(0, 1), or 0.
         logvar: (), a trained parameter, initially 0.
-        perceptual: (B,), the weighted `LPIPS` of x and reconstruction, or 0."""
-    error = l1(reconstruction, x).mean((1, 2, 3)) + perceptual
-    nll = error / ops.exp(logvar) + logvar  # (B,), mean over an image
-    return (nll * (x.size // x.shape[0]) + kl_weight * kl).mean()
+        perceptual: (B,), the weighted `LPIPS` of x and reconstruction, or 0.
+        pixel_weight: Weight of |x - reconstruction|.
+        weights: Weights of the elements' likelihoods, of any shape that (B, C, H, W) broadcasts with. The original weights
+            this loss with them, and not the likelihood that `adaptive_weight` takes."""
+    error = reconstruction_error(x, reconstruction, perceptual, l1, pixel_weight, weights)
+    weight = 1.0 if weights is None else weights.mean()
+    return (laplace_nll(error, logvar, x.size // x.shape[0], weight) + kl_weight * kl).mean()
+
+
+def vq_loss(x: Tensor, reconstruction: Tensor, codebook_loss: Tensor | float, codebook_weight: float = 1.0,
+        perceptual: Tensor | float = 0.0, pixel_loss: Callable[..., Tensor] = l1,
+        pixel_weight: float = 1.0) -> Tensor:  # fmt: skip
+    """The same for a VQModel: the mean of `reconstruction_error` plus codebook_weight codebook_loss: ()."""
+    error = reconstruction_error(x, reconstruction, perceptual, pixel_loss, pixel_weight)
+    return error.mean() + codebook_weight * codebook_loss
 
 
 def generator_loss(logits_fake: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 x (B, ...): float32 data in [-1, 1], or noised data, of any shape; t (B,): int32 timesteps in [0, T).
 """
 
+import inspect
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import numpy as np
 import mindspore as ms
 from mindspore import Tensor, ops
 
-from .fields import AT_LEAST_1, FRACTION, NON_NEGATIVE, POSITIVE, OneOf, check_fields
+from .fields import AT_LEAST_1, FRACTION, NON_NEGATIVE, POSITIVE, Bounds, OneOf, check_fields
 from .files import check_memory
 from .losses import LOSSES
 from .runtime import allow_numpy_2
@@ -24,6 +25,7 @@ allow_numpy_2()
 TABLES = 30  # float64 numbers of each timestep that a process keeps or computes
 OBJECTIVES = ("eps", "x0", "v")
 WEIGHTINGS = ("none", "min-snr", "p2")
+BETA = Bounds(0, 1, low_open=True, high_open=True)
 Net = Callable[..., Tensor]
 Cond = Tensor | tuple[Tensor, ...] | None  # what a network is conditioned on, (B, ...) each
 
@@ -68,8 +70,14 @@ class GaussianDiffusion:
             times the error weighted by `lvlb_weights`, as in the code of latent diffusion (L_hybrid, Nichol & Dhariwal 2021,
             eq. 16).
 
+    Three attributes are set where a network comes with its own rules for few timesteps (training/pipeline.py): `spacing`, by
+    default that of ddpm and ddim; `steps_offset`, which is added to the timesteps of "leading"; and `last_alpha_cumprod`, the
+    alpha_bar that ddim's last step leads to.
+
     Raises ValueError if an argument is outside its range or unknown. Warns (UserWarning) if alpha_bar_T > 0.01: x_T still
     contains data, so samples will be poor."""
+
+    spacing, steps_offset, last_alpha_cumprod = "linspace", 0, 1.0
 
     def __init__(self, betas: np.ndarray, objective: str = "eps", loss: str = "huber", v_posterior: float = 0.0,
             clip_denoised: bool = True, weighting: str = "none", gamma: float | None = None, l_simple_weight: float = 1.0,
@@ -234,6 +242,10 @@ class DiffusionConfig:
     """T, the number of diffusion steps."""
     schedule: Annotated[str, OneOf(SCHEDULES)] = "linear"
     """Noise schedule: linear, unscaled_linear, cosine, quadratic, sigmoid or sqrt_linear."""
+    beta_start: Annotated[float, BETA] | None = None
+    """First beta of a schedule that has a range of betas; by default the schedule's own."""
+    beta_end: Annotated[float, BETA] | None = None
+    """Last beta of a schedule that has a range of betas; by default the schedule's own."""
     objective: Annotated[str, OneOf(OBJECTIVES)] = "eps"
     """What the network predicts: eps, x0 or v."""
     loss: Annotated[str, OneOf(LOSSES)] = "huber"
@@ -258,7 +270,10 @@ class DiffusionConfig:
         if self.zero_terminal_snr and self.num_timesteps < 2:
             raise ValueError("zero_terminal_snr needs num_timesteps of at least 2")
         check_memory(TABLES * 8 * self.num_timesteps, f"a process of {self.num_timesteps} timesteps")
-        betas = SCHEDULES[self.schedule](self.num_timesteps)
+        ends = {name: value for name in ("beta_start", "beta_end") if (value := getattr(self, name)) is not None}
+        if ends and "beta_start" not in inspect.signature(SCHEDULES[self.schedule]).parameters:
+            raise ValueError(f"the schedule {self.schedule} has no range of betas: leave out {' and '.join(ends)}")
+        betas = SCHEDULES[self.schedule](self.num_timesteps, **ends)
         betas = rescale_zero_terminal_snr(betas) if self.zero_terminal_snr else betas
         weights = self.weighting, self.gamma, self.l_simple_weight, self.original_elbo_weight
         return GaussianDiffusion(betas, self.objective, self.loss, self.v_posterior, clip_denoised, *weights)

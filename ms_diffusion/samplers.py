@@ -28,12 +28,15 @@ Sampler = Callable[..., Array]
 Timesteps = Sequence[int] | None
 RandnLike = Any  # x -> N(0, 1) noise of the same shape; None is enough for samplers that add no noise
 Callback = Callable[[int, Array, Array], Any] | None
+Quantize = Callable[[Array], Array] | None  # of an x_0
 
 SPACINGS = ("linspace", "leading", "trailing", "karras", "logsnr")
 SIGMA_MAX = 80  # sigma / alpha above which x_t has no information about data in [-1, 1] (Karras et al. 2022, table 1)
 
 
-def sampling_timesteps(T: int, steps: int, spacing: str = "linspace", alphas_cumprod: np.ndarray | None = None) -> list[int]:
+def sampling_timesteps(
+    T: int, steps: int, spacing: str = "linspace", alphas_cumprod: np.ndarray | None = None, offset: int = 0
+) -> list[int]:
     """`steps` descending timesteps in [0, T).
 
     Args:
@@ -42,6 +45,7 @@ def sampling_timesteps(T: int, steps: int, spacing: str = "linspace", alphas_cum
             three). karras: even in (sigma / alpha)^(1/7) (Karras et al. 2022, eq. 5). logsnr: even in log(sigma / alpha) (Lu
             et al. 2022, section 3.4). The last two limit sigma / alpha to 80 and take the nearest unused timesteps.
         alphas_cumprod: (T,), needed by karras and logsnr.
+        offset: added to the timesteps of leading, up to T - 1.
 
     Raises ValueError if steps is not in [1, T], the spacing is unknown, or alphas_cumprod is missing."""
     if not 1 <= steps <= T:
@@ -49,7 +53,10 @@ def sampling_timesteps(T: int, steps: int, spacing: str = "linspace", alphas_cum
     if spacing not in SPACINGS:
         raise ValueError(f"unknown spacing {spacing!r}: choose one of {', '.join(SPACINGS)}")
     i = np.arange(steps)
-    even = {"leading": i[::-1] * (T // steps), "linspace": np.round(np.linspace(T - 1, 0, steps))}
+    even = {
+        "leading": np.minimum(i[::-1] * (T // steps) + offset, T - 1),
+        "linspace": np.round(np.linspace(T - 1, 0, steps)),
+    }
     even["trailing"] = np.round(T - i * (T / steps)) - 1
     if spacing in even:
         return even[spacing].astype(int).tolist()
@@ -68,11 +75,14 @@ def sampling_timesteps(T: int, steps: int, spacing: str = "linspace", alphas_cum
     return timesteps
 
 
-def noise_levels(diffusion: GaussianDiffusion, timesteps: Timesteps) -> list[tuple[int, int, float, float]]:
-    """(i, t, alpha_bar of t, alpha_bar of the next timestep) for each step; the last step leads to data, alpha_bar 1."""
+def noise_levels(
+    diffusion: GaussianDiffusion, timesteps: Timesteps, last: float = 1.0
+) -> list[tuple[int, int, float, float]]:
+    """(i, t, alpha_bar of t, alpha_bar of the next timestep) for each step; the last step leads to data, alpha_bar 1, or to
+    an alpha_bar `last`."""
     timesteps = list(range(diffusion.num_timesteps - 1, -1, -1) if timesteps is None else timesteps)
     alpha_bars = [float(diffusion.alphas_cumprod[t]) for t in timesteps]
-    return list(zip(range(len(timesteps)), timesteps, alpha_bars, [*alpha_bars[1:], 1.0], strict=True))
+    return list(zip(range(len(timesteps)), timesteps, alpha_bars, [*alpha_bars[1:], last], strict=True))
 
 
 def _lambda(alpha_bar: float) -> float:
@@ -87,6 +97,17 @@ def ddim_step(x: Array, x_start: Array, alpha_bar: float, alpha_bar_next: float,
     With sigma = 0 the step is exact if x_0 is constant along it."""
     keep = math.sqrt(max(1 - alpha_bar_next - sigma**2, 0) / (1 - alpha_bar))
     return (math.sqrt(alpha_bar_next) - keep * math.sqrt(alpha_bar)) * x_start + keep * x
+
+
+def quantized_step(x: Array, x_start: Array, alpha_bar: float, alpha_bar_next: float, sigma: float,
+        quantize: Quantize) -> tuple[Array, Array]:  # fmt: skip
+    """The step of `ddim_step`, and its x_0; with `quantize`, to quantize(x_0), but with the noise that x_0 leaves in x, as
+    in the code of latent diffusion."""
+    new = ddim_step(x, x_start, alpha_bar, alpha_bar_next, sigma)
+    if quantize is None:
+        return new, x_start
+    nearest = quantize(x_start)
+    return new + math.sqrt(alpha_bar_next) * (nearest - x_start), nearest
 
 
 def _noise_in(x: Array, x_start: Array, alpha_bar: float) -> Array:
@@ -106,12 +127,14 @@ def ddpm_step(x: Array, x_start: Array, alpha_bar: float, alpha_bar_next: float,
 
 
 def sample_ddpm(denoise: Denoiser, x: Array, diffusion: GaussianDiffusion, timesteps: Timesteps = None,
-        randn_like: RandnLike = None, callback: Callback = None, v_posterior: float | None = None) -> Array:  # fmt: skip
+        randn_like: RandnLike = None, callback: Callback = None, v_posterior: float | None = None,
+        quantize: Quantize = None) -> Array:  # fmt: skip
     """Ancestral sampling (Ho et al. 2020, algorithm 2; with fewer timesteps Nichol & Dhariwal 2021, section 4).
-    `v_posterior` is the v of `ddpm_step`; None is `diffusion.v_posterior`. Raises ValueError if it is not in [0, 1]."""
+    `v_posterior` is the v of `ddpm_step`; None is `diffusion.v_posterior`. Raises ValueError if it is not in [0, 1].
+    `quantize` replaces each x_0, by the nearest entries of a codebook for example."""
     v_posterior = diffusion.v_posterior if v_posterior is None else v_posterior
     for i, t, alpha_bar, alpha_bar_next in noise_levels(diffusion, timesteps):
-        x_start = denoise(x, t)
+        x_start = denoise(x, t) if quantize is None else quantize(denoise(x, t))
         x = ddpm_step(x, x_start, alpha_bar, alpha_bar_next, v_posterior, randn_like)
         if callback:
             callback(i, x, x_start)
@@ -119,15 +142,16 @@ def sample_ddpm(denoise: Denoiser, x: Array, diffusion: GaussianDiffusion, times
 
 
 def sample_ddim(denoise: Denoiser, x: Array, diffusion: GaussianDiffusion, timesteps: Timesteps = None,
-        randn_like: RandnLike = None, callback: Callback = None, eta: float = 0.0) -> Array:  # fmt: skip
+        randn_like: RandnLike = None, callback: Callback = None, eta: float = 0.0,
+        quantize: Quantize = None) -> Array:  # fmt: skip
     """DDIM (Song et al. 2020, eq. 12): deterministic with eta = 0; eta = 1 adds the noise of DDPM.
-    Raises ValueError if eta is not in [0, 1]."""
+    Raises ValueError if eta is not in [0, 1]. `quantize` is that of `quantized_step`."""
     if not 0 <= eta <= 1:
         raise ValueError(f"eta is {eta}: it must be in [0, 1], from DDIM to DDPM")
-    for i, t, alpha_bar, alpha_bar_next in noise_levels(diffusion, timesteps):
+    for i, t, alpha_bar, alpha_bar_next in noise_levels(diffusion, timesteps, getattr(diffusion, "last_alpha_cumprod", 1.0)):
         x_start = denoise(x, t)
         sigma = eta * math.sqrt((1 - alpha_bar_next) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_next))
-        x = ddim_step(x, x_start, alpha_bar, alpha_bar_next, sigma)
+        x, x_start = quantized_step(x, x_start, alpha_bar, alpha_bar_next, sigma, quantize)
         if sigma > 0:
             x = x + sigma * randn_like(x)
         if callback:
@@ -157,12 +181,12 @@ def sample_heun(denoise: Denoiser, x: Array, diffusion: GaussianDiffusion, times
 
 
 def sample_plms(denoise: Denoiser, x: Array, diffusion: GaussianDiffusion, timesteps: Timesteps = None,
-        randn_like: RandnLike = None, callback: Callback = None) -> Array:  # fmt: skip
+        randn_like: RandnLike = None, callback: Callback = None, quantize: Quantize = None) -> Array:  # fmt: skip
     """Pseudo linear multistep: Adams-Bashforth on eps up to order 4, then DDIM's step (Liu et al. 2022, eqs. 9 and 12). The
     weights assume steps even in sigma / alpha; with other steps the order is 2.
 
     As in the code of latent diffusion, the first step is an improved Euler step, which calls the network twice. Steps above
-    sigma / alpha = 80 are DDIM's, as in `sample_heun`."""
+    sigma / alpha = 80 are DDIM's, as in `sample_heun`. `quantize` is that of `quantized_step`."""
     weights = {2: (3 / 2, -1 / 2), 3: (23 / 12, -16 / 12, 5 / 12), 4: (55 / 24, -59 / 24, 37 / 24, -9 / 24)}
     steps, past = noise_levels(diffusion, timesteps), []  # past eps, newest first
     for i, t, alpha_bar, alpha_bar_next in steps:
@@ -173,12 +197,12 @@ def sample_plms(denoise: Denoiser, x: Array, diffusion: GaussianDiffusion, times
             if len(past) > 1:
                 mean = sum(w * e for w, e in zip(weights[len(past)], past, strict=True))
             elif alpha_bar_next < 1:
-                euler = ddim_step(x, x_start, alpha_bar, alpha_bar_next)
+                euler, _ = quantized_step(x, x_start, alpha_bar, alpha_bar_next, 0.0, quantize)
                 mean = 0.5 * (eps + _noise_in(euler, denoise(euler, steps[i + 1][1]), alpha_bar_next))
             else:
                 mean = eps
             x_start = (x - math.sqrt(1 - alpha_bar) * mean) / math.sqrt(alpha_bar)
-        x = ddim_step(x, x_start, alpha_bar, alpha_bar_next)
+        x, x_start = quantized_step(x, x_start, alpha_bar, alpha_bar_next, 0.0, quantize)
         if callback:
             callback(i, x, x_start)
     return x

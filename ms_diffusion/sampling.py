@@ -39,6 +39,9 @@ class Sampling:
     """How far the guided x_0 is scaled back to the contrast that it has without guidance."""
     guidance_interval: tuple[int, int] | None = None
     """First and last timestep at which guidance is applied; by default all, or the run's interval with its guidance."""
+    quantize_denoised: bool = False
+    """In each step of ddpm, ddim or plms, take the nearest entries of the codebook in place of x_0. For latents of a VQ
+    autoencoder."""
     batch_size: Annotated[int, AT_LEAST_1] | None = None
     """Samples per batch; by default 64 images, or all points."""
     weights: Literal["ema", "model"] = "ema"
@@ -68,6 +71,8 @@ class Sampling:
             raise UserError(
                 "this run was trained with --train.label-dropout 0, so it has no unconditional network: leave out --guidance"
             )
+        if self.quantize_denoised and not task.has_codebook:
+            raise UserError("--quantize-denoised is for runs on latents of a VQ autoencoder: leave it out")
         return options
 
     def check(self, num_timesteps: int) -> None:
@@ -75,9 +80,9 @@ class Sampling:
         if self.steps > num_timesteps:
             raise UserError(f"--steps is {self.steps}: choose from 1 to {num_timesteps}, the run's number of timesteps")
         known = sampler_options(SAMPLERS[self.sampler])
-        for name in ("eta", "v_posterior"):
-            if name not in known and getattr(self, name) != getattr(Sampling, name):
-                takers = [key for key, sampler in SAMPLERS.items() if name in sampler_options(sampler)]
+        for name, option in {"eta": "eta", "v_posterior": "v_posterior", "quantize_denoised": "quantize"}.items():
+            if option not in known and getattr(self, name) != getattr(Sampling, name):
+                takers = [key for key, sampler in SAMPLERS.items() if option in sampler_options(sampler)]
                 flag = name.replace("_", "-")
                 raise UserError(f"--{flag} is an option of {', '.join(takers)}, not of {self.sampler}: leave it out")
         if self.guidance in (None, 1) and (self.guidance_rescale or self.guidance_interval):
@@ -93,8 +98,10 @@ class Sampling:
 
     def timesteps(self, diffusion: GaussianDiffusion) -> list[int]:
         """The timesteps of the sampler's steps, descending."""
-        spacing = self.spacing or default_spacing(SAMPLERS[self.sampler])
-        return sampling_timesteps(diffusion.num_timesteps, self.steps, spacing, diffusion.alphas_cumprod)
+        spacing = default_spacing(SAMPLERS[self.sampler])
+        spacing = self.spacing or (diffusion.spacing if spacing == GaussianDiffusion.spacing else spacing)
+        T, tables = diffusion.num_timesteps, (diffusion.alphas_cumprod, diffusion.steps_offset)
+        return sampling_timesteps(T, self.steps, spacing, *tables)
 
 
 class Generator:
@@ -103,12 +110,18 @@ class Generator:
     Args:
         shape: Shape of one sample, (C, H, W) or (2,).
         null_label: The label for "no class", or a row of another first condition, which guidance needs.
-        self_condition: Whether the network takes its last x_0."""
+        self_condition: Whether the network takes its last x_0.
+
+    Attributes:
+        quantize: x_0 -> the x_0 that `Sampling.quantize_denoised` takes instead; None where there is no codebook."""
+
+    quantize: Callable | None = None
 
     def __init__(self, net: nn.Cell, diffusion: GaussianDiffusion, shape: Sequence[int], null_label: Any = None,
             self_condition: bool = False):  # fmt: skip
         self.net, self.diffusion, self.shape = net, diffusion, tuple(shape)
         self.null_label, self.self_condition = null_label, self_condition
+        self.batch_size = 64 if len(self.shape) > 1 else None  # by default; None: all samples
         self._denoisers: dict[bool, Callable] = {}
 
     def raw_denoiser(self, clip: bool) -> Callable:
@@ -140,9 +153,13 @@ class Generator:
             timesteps, denoise, sampler: Replace those of `sampling`.
             null: A row of the first condition, such as a negative prompt's, in place of `null_label`."""
         sampler, denoise = sampler or sampling.make_sampler(), denoise or self.denoiser(sampling, null)
+        if sampling.quantize_denoised:
+            if self.quantize is None or "quantize" not in sampler_options(sampler):
+                raise UserError("there is no codebook for --quantize-denoised, or this sampler takes none: leave it out")
+            sampler = partial(sampler, quantize=self.quantize)
         sampler = self_conditioned(sampler) if self.self_condition else sampler
         timesteps = timesteps or sampling.timesteps(self.diffusion)
-        size = num, sampling.seed, sampling.batch_size or (64 if len(self.shape) > 1 else num)
+        size = num, sampling.seed, sampling.batch_size or self.batch_size or num
         return generate(sampler, denoise, self.diffusion, timesteps, self.shape, *size, callback, cond, start)
 
 

@@ -53,7 +53,7 @@ def rescale_zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
     return 1 - np.append(root[0], root[1:] / root[:-1]) ** 2
 
 
-SCHEDULES: dict[str, Callable[[int], np.ndarray]] = {
+SCHEDULES: dict[str, Callable[..., np.ndarray]] = {
     "linear": linear_beta_schedule,
     "unscaled_linear": unscaled_linear_beta_schedule,
     "cosine": cosine_beta_schedule,

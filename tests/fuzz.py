@@ -419,6 +419,8 @@ def pickled_samples() -> list[Files]:
     state = {name: torch.from_numpy(array) for name, array in weights().items()}
     state["turned"] = torch.arange(12.0).reshape(3, 4).T
     contents = (state, {"state_dict": state, "epoch": 3}, {"model": {**state, "half": state["weight"].bfloat16()}})
+    beside = {"opt": {"state": {0: {"step": torch.ones(())}}, "param_groups": [{"lr": 0.1}]}, "step": 3, "scaler": None}
+    contents += ({"model": state, "ema": {f"ema_model.module.{name}": a for name, a in state.items()}, **beside},)
     files = [saved(lambda file, content=content: torch.save(content, file)) for content in contents]
     return [{"x.pt": f} for f in [*files, saved(lambda f: torch.save(state, f, _use_new_zipfile_serialization=False))]]
 
@@ -426,6 +428,24 @@ def pickled_samples() -> list[Files]:
 @reader(pickled_samples, share=2)
 def read_pickled(folder: Path) -> None:
     try_to_load(folder / "x.pt")
+
+
+def index_samples() -> list[Files]:
+    import safetensors.numpy
+
+    files = {f"model-0000{i}-of-00002.safetensors": {name: a} for i, (name, a) in enumerate(weights().items(), 1)}
+    names = {name: file for file, arrays in files.items() for name in arrays}
+    packed = {file: safetensors.numpy.save(arrays) for file, arrays in files.items()}
+    index = json.dumps({"metadata": {"total_size": 64}, "weight_map": names}).encode()
+    several = {f"{folder}/{file}": content for folder in ("unet", "vae") for file, content in packed.items()}
+    several |= {f"{folder}/model.safetensors.index.json": index for folder in ("unet", "vae")}
+    one = {"config.json": b"{}", "diffusion_pytorch_model.fp16.safetensors": safetensors.numpy.save(weights())}
+    return [packed | {"model.safetensors.index.json": index}, several, one]
+
+
+@reader(index_samples)
+def read_index(folder: Path) -> None:
+    try_to_load(folder)
 
 
 def config_samples() -> list[Files]:

@@ -1,5 +1,6 @@
-"""The KL autoencoder against PyTorch networks written here; its Gaussian against float64 formulas and Monte Carlo."""
+"""The autoencoders against PyTorch networks written here; codebook and Gaussian against float64 formulas and Monte Carlo."""
 
+import dataclasses
 import functools
 import math
 
@@ -22,6 +23,9 @@ from ms_diffusion.models.autoencoder import (
     Downsample,
     Encoder,
     ResnetBlock,
+    VQConfig,
+    VQModel,
+    codebook_use,
     gaussian_kl,
     gaussian_mode,
     gaussian_nll,
@@ -40,6 +44,8 @@ SMALL = dict(ch=8, ch_mult=(1, 2), num_res_blocks=1, resolution=8, z_channels=3,
 CONFIGS = {
     "vanilla": AutoencoderConfig(**SMALL, attn_resolutions=(4,)),
     "linear": AutoencoderConfig(**SMALL, attn_resolutions=(8, 4), attention="linear", channels=1, tanh_out=True),
+    "vq": VQConfig(**SMALL, attn_resolutions=(4,), n_embed=11, out_channels=5),
+    "vq-corrected": VQConfig(**SMALL, attention="none", n_embed=11, legacy=False, beta=0.3),
     "none": AutoencoderConfig(**SMALL | dict(ch_mult=(2, 1, 3), num_res_blocks=2), attention="none", resamp_with_conv=False),
 }
 
@@ -183,7 +189,8 @@ def peers():
                 stages.append(stage(config, i, c, d, config.num_res_blocks + 1, **resample))
                 c = d
             self.up = ModuleList(reversed(stages))
-            self.norm_out, self.conv_out = GroupNorm(config.groups, c, eps=1e-6), Conv2d(c, config.channels, 3, padding=1)
+            self.norm_out = GroupNorm(config.groups, c, eps=1e-6)
+            self.conv_out = Conv2d(c, config.out_channels or config.channels, 3, padding=1)
             self.end = Identity() if give_pre_end else lambda x: self.conv_out(silu(self.norm_out(x)))
             self.squash = torch.tanh if config.tanh_out else Identity()
 
@@ -195,18 +202,40 @@ def peers():
                 x = run(stage, x)
             return self.squash(self.end(x))
 
+    class Quantizer(Module):
+        """With the nearest entries by their differences, and the two terms of the loss apart."""
+
+        def __init__(self, config):
+            super().__init__()
+            self.embedding, self.config = torch.nn.Embedding(config.n_embed, config.embed_dim), config
+
+        def forward(self, z):
+            vectors, table = z.movedim(1, 3), self.embedding.weight
+            ids = ((vectors[..., None, :] - table) ** 2).sum(-1).argmin(-1)
+            entries = table[ids].movedim(3, 1)
+            to_encoder, to_codebook = ((entries.detach() - z) ** 2).mean(), ((entries - z.detach()) ** 2).mean()
+            beta, legacy = self.config.beta, self.config.legacy
+            loss = to_encoder + beta * to_codebook if legacy else beta * to_encoder + to_codebook
+            return z + (entries - z).detach(), loss, ids
+
     class Autoencoder(Module):
         def __init__(self, config):
             super().__init__()
-            self.encoder, self.decoder = Down(config), Up(config)
-            self.quant_conv = Conv2d(2 * config.z_channels, 2 * config.embed_dim, 1)
+            parts = 1 if isinstance(config, VQConfig) else 2
+            self.encoder, self.decoder = Down(config, parts == 2), Up(config)
+            self.quant_conv = Conv2d(parts * config.z_channels, parts * config.embed_dim, 1)
             self.post_quant_conv = Conv2d(config.embed_dim, config.z_channels, 1)
+            if parts == 1:
+                self.quantize = Quantizer(config)
 
         def forward(self, x, noise=None):
-            moments = self.quant_conv(self.encoder(x))
-            mean, logvar = moments.chunk(2, 1)
+            encoded = self.quant_conv(self.encoder(x))
+            if hasattr(self, "quantize"):
+                quantized, loss, ids = self.quantize(encoded)
+                return self.decoder(self.post_quant_conv(quantized)), loss, ids
+            mean, logvar = encoded.chunk(2, 1)
             z = mean if noise is None else mean + torch.exp(logvar.clamp(-30, 20) / 2) * noise
-            return self.decoder(self.post_quant_conv(z)), moments
+            return self.decoder(self.post_quant_conv(z)), encoded
 
     return tuple(lambda *args, kind=kind: kind(*args).double() for kind in (Down, Up, Autoencoder))
 
@@ -296,6 +325,9 @@ PARITY = [
     ("linear", "pynative", 1),
     ("none", "graph", 1),
     ("none", "pynative", 13),
+    ("vq", "graph", 13),
+    ("vq", "pynative", 1),
+    ("vq-corrected", "graph", 1),
 ]
 
 
@@ -303,7 +335,8 @@ PARITY = [
 def test_outputs_and_gradients_like_pytorch(name, mode, batch):
     pytest.importorskip("torch")
     config = CONFIGS[name]
-    gradients = case(name).compare(mode, images(config, batch), noise_of(config, batch))
+    inputs = [images(config, batch), noise_of(config, batch)][: 1 if isinstance(config, VQConfig) else 2]
+    gradients = case(name, len(inputs)).compare(mode, *inputs)
     assert all(gradients[key].any() for key in gradients)  # nothing is compared with 0 alone
 
 
@@ -434,6 +467,105 @@ def test_float16_stays_close():
         assert 0 < np.linalg.norm((ours - exact).asnumpy()) < 1e-2 * np.linalg.norm(exact.asnumpy())
 
 
+# The codebook
+
+CODEBOOK = VQConfig(**TINY | dict(embed_dim=3), n_embed=11)
+
+
+def quantizer(**options):
+    """With entries from N(0, 1)."""
+    net = dataclasses.replace(CODEBOOK, **options).build().quantize
+    table = f32(np.random.default_rng(3).standard_normal(net.embedding.weight.shape))
+    net.embedding.weight.set_data(Tensor(table))
+    return net, table.astype(np.float64)
+
+
+@every_mode
+@pytest.mark.parametrize(("batch", "legacy", "beta"), [(1, False, 0.3), (13, True, 0.25)])
+def test_the_nearest_entries(mode, batch, legacy, beta):
+    net, table = quantizer(legacy=legacy, beta=beta)
+    z = f32(np.random.default_rng(batch).standard_normal((batch, 3, 4, 5)))
+    vectors = z.transpose(0, 2, 3, 1).astype(np.float64)
+    expected = ((vectors[..., None, :] - table) ** 2).sum(-1).argmin(-1)
+    entries = table[expected].transpose(0, 3, 1, 2)
+    quantized, loss, ids = (compiled(net) if mode == "graph" else net)(Tensor(z))
+    np.testing.assert_array_equal(ids.asnumpy(), expected)
+    assert ids.dtype == ms.int32
+    np.testing.assert_allclose(quantized.asnumpy(), entries, atol=1e-6)
+    assert float(loss) == pytest.approx((1 + beta) * ((entries - z) ** 2).mean(), rel=1e-5)
+    by_z, (by_table,) = ms.grad(lambda z: net(z)[1], 0, net.trainable_params())(Tensor(z))
+    to_encoder, to_codebook = (1, beta) if legacy else (beta, 1)
+    np.testing.assert_allclose(by_z.asnumpy(), to_encoder * 2 * (z - entries) / z.size, rtol=1e-3, atol=1e-6)
+    moved = np.zeros_like(table)
+    np.add.at(moved, expected, to_codebook * 2 * (table[expected] - vectors) / z.size)
+    np.testing.assert_allclose(by_table.asnumpy(), moved, rtol=1e-3, atol=1e-6)
+
+
+def test_of_two_equal_entries_the_first_is_used():
+    net, table = quantizer()
+    table[5] = table[9] = 7
+    net.embedding.weight.set_data(Tensor(f32(table)))
+    assert net(Tensor(f32(np.full((1, 3, 1, 1), 6.5))))[2].asnumpy().item() == 5
+
+
+def test_ids_in_a_remap(tmp_path):
+    used, unknown = np.array([7, 2, 5]), np.array([[[4, 0, 0, 1, 2]]])
+    np.save(tmp_path / "used.npy", used)
+    ids = np.array([[[2, 7, 1, 5, 10]]])
+    for rule, expected in (("random", [1, 0, 0, 2, 2]), ("extra", [1, 0, 3, 2, 3]), (1, [1, 0, 1, 2, 1])):
+        net, table = quantizer(remap=str(tmp_path / "used.npy"), unknown_index=rule)
+        random = [Tensor(unknown, ms.int32)] if rule == "random" else []
+        found = net.remap_to_used(Tensor(ids, ms.int32), *random)
+        np.testing.assert_array_equal(found.asnumpy().ravel(), expected)
+        back = [used[i] if i < 3 else used[0] for i in expected]
+        np.testing.assert_array_equal(net.unmap_to_all(found).asnumpy().ravel(), back)
+        z = Tensor(f32(table[ids].transpose(0, 3, 1, 2)))
+        np.testing.assert_array_equal(net(z, *random)[2].asnumpy().ravel(), expected)
+        entries = net.get_codebook_entry(found, (1, 1, 5, 3)).asnumpy()
+        np.testing.assert_allclose(entries, f32(table[back]).T.reshape(1, 3, 1, 5))
+        np.testing.assert_allclose(net.get_codebook_entry(found.reshape(-1)).asnumpy(), f32(table[back]))
+        flat = quantizer(remap=str(tmp_path / "used.npy"), unknown_index=rule, sane_index_shape=False)[0]
+        assert flat(z, *random)[2].shape == (5, 1)
+    with pytest.raises(ValueError, match="unknown_index is random"):
+        quantizer(remap=str(tmp_path / "used.npy"))[0].remap_to_used(Tensor(ids, ms.int32))
+    assert quantizer(sane_index_shape=False)[0](z)[2].shape == (5,)
+
+
+@pytest.mark.parametrize("used", [np.array([11]), np.array([-1]), np.array([0.5]), np.zeros((2, 2), int), np.zeros(0, int)])
+def test_a_remap_that_is_no_list_of_ids(tmp_path, used):
+    np.save(tmp_path / "used.npy", used)
+    with pytest.raises(UserError, match="used.npy is not a list of ids of a codebook: .* from 0 to 10"):
+        quantizer(remap=str(tmp_path / "used.npy"))
+    with pytest.raises(UserError, match="gone.npy cannot be read"):
+        quantizer(remap=str(tmp_path / "gone.npy"))
+
+
+@every_mode
+def test_use_of_a_codebook(mode):
+    def use(ids):
+        return codebook_use(ids, 11)
+
+    for ids, occur in ((np.arange(11), 11), (np.full((2, 3), 4), 1), (np.array([[0, 0, 3], [3, 3, 9]]), 3)):
+        shares = np.bincount(ids.ravel(), minlength=11) / ids.size
+        perplexity, number = (compiled(use) if mode == "graph" else use)(Tensor(ids, ms.int32))
+        expected = np.exp(-(shares * np.log(np.maximum(shares, 1e-30))).sum())
+        assert float(perplexity) == pytest.approx(expected, rel=1e-5) and float(number) == occur
+
+
+def test_as_a_first_stage_it_quantizes_in_the_decoder():
+    net = VQModel(dataclasses.replace(CODEBOOK, channels=2), seed=2)
+    table, x = net.quantize.embedding.weight, Tensor(f32(uniform(3, (2, 2, 8, 8))))
+    assert abs(table.asnumpy()).max() <= 1 / 11 < abs(table.asnumpy()).max() + 0.02
+    z, (reconstruction, _, ids) = net.encode(x), net(x)
+    assert z.shape == (2, 3, 8, 8) and ids.shape == (2, 8, 8)
+    np.testing.assert_array_equal(net.ids(x).asnumpy(), ids.asnumpy())
+    for image in (net.decode(z), net.decode_ids(ids)):
+        np.testing.assert_allclose(image.asnumpy(), reconstruction.asnumpy(), atol=1e-6)
+    plain = net.decode(z, force_not_quantize=True).asnumpy()
+    np.testing.assert_allclose(plain, net.decode_latent(z).asnumpy())
+    assert abs(plain - reconstruction.asnumpy()).max() > 1e-3
+
+
 # Dropout
 
 
@@ -478,12 +610,17 @@ def test_dropout_stands_before_the_second_convolution():
         (dict(attention="quadratic"), "attention is 'quadratic': choose one of vanilla, linear, none"),
         (dict(dropout=-0.1), r"dropout is -0.1: it must be in \[0, 1\)"),
         (dict(embed_dim=0), "embed_dim is 0: it must be at least 1"),
+        (dict(n_embed=0), "n_embed is 0: it must be at least 1"),
+        (dict(beta=-1.0), "beta is -1.0: it must be at least 0"),
+        (dict(unknown_index=-1), "unknown_index is -1"),
+        (dict(unknown_index="none"), "unknown_index is 'none': choose one of random, extra"),
+        (dict(out_channels=0), "out_channels is 0: it must be at least 1"),
     ],
     ids=str,
 )
 def test_bad_configurations_are_refused(options, said):
     with pytest.raises((ValueError, UserError), match=said):
-        AutoencoderConfig(**SMALL | options).build()
+        VQConfig(**SMALL | options).build()
 
 
 # The Gaussian

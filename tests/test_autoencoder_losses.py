@@ -9,7 +9,7 @@ from test_autoencoder import peers
 from test_discriminator import peer as discriminator_peer
 
 import mindspore as ms
-from mindspore import Parameter, Tensor, ops
+from mindspore import Tensor, ops
 
 from ms_diffusion.convert import load_into
 from ms_diffusion.losses import (
@@ -19,12 +19,15 @@ from ms_diffusion.losses import (
     discriminator_loss,
     generator_loss,
     hinge_d_loss,
+    l1,
+    l2,
     vanilla_d_loss,
+    vq_loss,
 )
-from ms_diffusion.models.autoencoder import AutoencoderConfig
+from ms_diffusion.models.autoencoder import AutoencoderConfig, VQConfig
 from ms_diffusion.models.discriminator import NLayerDiscriminator
 from ms_diffusion.runtime import compiled
-from ms_diffusion.training.tasks.autoencoder import AutoencoderTrainConfig, autoencoder_losses
+from ms_diffusion.training.tasks.autoencoder import OBJECTIVES, AutoencoderTrainConfig, autoencoder_losses
 
 TOLERANCE = 1e-4
 seeds, batches, scales = st.integers(0, 2**32 - 1), st.sampled_from([1, 13]), st.sampled_from([0.1, 1, 30])
@@ -80,6 +83,32 @@ def test_autoencoder_loss(seed, batch, scale, logvar, kl_weight, with_perceptual
     assert number(found) == pytest.approx(expected, rel=1e-4, abs=1e-4)
 
 
+@quick
+@given(seeds, batches, st.floats(-2, 2), st.floats(0, 3), st.sampled_from([(1, 1, 1), (2, 1, 1), (1, 3, 4), (2, 3, 4)]))
+def test_weights_of_pixels_and_of_the_likelihood(seed, batch, logvar, pixel_weight, shape):
+    rng = np.random.default_rng(seed)
+    x, reconstruction = rng.standard_normal((2, batch, 2, 3, 4))
+    kl, perceptual, weights = 10 * rng.random(batch), rng.random(batch), rng.random((batch, *shape))
+    elements = (pixel_weight * abs(x - reconstruction) + perceptual.reshape(-1, 1, 1, 1)) / np.exp(logvar) + logvar
+    expected = (weights * elements).sum() / batch + 0.1 * kl.sum() / batch
+    options = *tensors(perceptual), pixel_weight, *tensors(weights)
+    found = autoencoder_loss(*tensors(x, reconstruction, kl, logvar), 0.1, *options)
+    assert number(found) == pytest.approx(expected, rel=1e-4, abs=1e-4)
+
+
+@quick
+@given(seeds, batches, scales, st.sampled_from([0, 0.3]), st.sampled_from(["l1", "l2"]))
+def test_vq_loss(seed, batch, scale, codebook_weight, pixel_loss):
+    rng = np.random.default_rng(seed)
+    x, reconstruction = scale * rng.standard_normal((2, batch, 2, 3, 4))
+    perceptual, codebook_loss = rng.random(batch), rng.random()
+    error = abs(x - reconstruction) if pixel_loss == "l1" else (x - reconstruction) ** 2
+    expected = 0.4 * error.mean() + perceptual.mean() + codebook_weight * codebook_loss
+    arrays, loss = tensors(x, reconstruction, codebook_loss), {"l1": l1, "l2": l2}[pixel_loss]
+    found = vq_loss(*arrays, codebook_weight, *tensors(perceptual), loss, 0.4)
+    assert number(found) == pytest.approx(expected, rel=1e-4)
+
+
 def test_the_best_logvar_is_the_log_of_the_mean_error():
     x, reconstruction, kl, logvar = tensors(np.zeros((2, 1, 2, 2)), np.full((2, 1, 2, 2), 0.3), np.zeros(2), np.log(0.3))
     gradient = ms.grad(autoencoder_loss, 3)(x, reconstruction, kl, logvar, 0.0)
@@ -103,9 +132,9 @@ def test_adaptive_weight_of_no_gradient():
 
 # As a training has them, with both networks
 
-CONFIG = AutoencoderConfig(
-    ch=4, ch_mult=(1,), num_res_blocks=1, channels=1, resolution=8, z_channels=3, embed_dim=2, attention="none", groups=2
-)
+SIZES = dict(ch=4, ch_mult=(1,), num_res_blocks=1, channels=1, resolution=8, z_channels=3, embed_dim=2, groups=2)
+GAUSSIAN = AutoencoderConfig(**SIZES, attention="none")
+CODEBOOK = VQConfig(**SIZES, attention="none", n_embed=7)
 LR = 1e-3  # of plain descent, in either framework
 
 
@@ -117,13 +146,14 @@ def perceptual(x, y):
 class Peer:
     """The same training in PyTorch, as published: one loss, and the weight by autograd within, which is 0 at first."""
 
-    def __init__(self, parameters, channels, train, distance):
+    def __init__(self, config, parameters, channels, train, distance):
         import torch
 
         self.torch, self.train, self.distance = torch, train, distance
-        self.net, self.discriminator = peers()[2](CONFIG), discriminator_peer(channels, 4, 1, "batch").double()
+        self.net, self.discriminator = peers()[2](config), discriminator_peer(channels, 4, 1, "batch").double()
         self.logvar = torch.nn.Parameter(torch.tensor(0.0).double())
-        self.w = {**dict(self.net.named_parameters()), "logvar": self.logvar}
+        self.w = dict(self.net.named_parameters())
+        self.w |= {} if isinstance(config, VQConfig) else {"logvar": self.logvar}
         self.d_w = dict(self.discriminator.named_parameters())
         with torch.no_grad():
             for p in parameters:
@@ -140,19 +170,28 @@ class Peer:
         return {name: gradient.numpy() for name, gradient in gradients.items()}
 
     def autoencoder_step(self, x, noise, cond, started):
-        reconstruction, moments = self.net(x, noise)
-        mean, log = moments.chunk(2, 1)
-        kl = 0.5 * (mean**2 + log.exp() - 1 - log).sum() / len(x)
-        error = (x - reconstruction).abs()
-        if self.distance:
-            error = error + self.train.perceptual_weight * self.distance(x, reconstruction).view(-1, 1, 1, 1)
-        nll = (error / self.logvar.exp() + self.logvar).sum() / len(x)
+        torch, train = self.torch, self.train
+        reconstruction, *latent = self.net(x, *noise)
+        apart = self.distance(x, reconstruction) if self.distance else torch.zeros(len(x)).double()
+        error = (x - reconstruction).abs() if train.pixel_loss == "l1" else (x - reconstruction) ** 2
+        error = error + train.perceptual_weight * apart.view(-1, 1, 1, 1)
+        if noise:
+            mean, log = latent[0].chunk(2, 1)
+            penalty, weight, more = 0.5 * (mean**2 + log.exp() - 1 - log).sum() / len(x), train.kl_weight, []
+            nll = (error / self.logvar.exp() + self.logvar).sum() / len(x)
+        else:
+            penalty, ids = latent
+            shares = torch.nn.functional.one_hot(ids, 7).double().view(-1, 7).mean(0)
+            more = [(-(shares * (shares + 1e-10).log()).sum()).exp(), (shares > 0).sum()]
+            weight, nll = train.codebook_weight, error.mean()
         g_loss = -self.judge(reconstruction, cond).mean()
         last = self.net.decoder.conv_out.weight
         a, b = (self.torch.autograd.grad(part, last, retain_graph=True)[0].norm() for part in (nll, g_loss))
-        weight = started * self.train.disc_factor * self.train.disc_weight * (a / (b + 1e-4)).clamp(0, 1e4)
-        loss = nll + self.train.kl_weight * kl + weight * g_loss
-        return weight.item(), loss.item(), reconstruction.detach(), self.descend(loss, self.w)
+        d_weight = train.disc_weight * (a / (b + 1e-4)).clamp(0, 1e4)
+        loss = nll + weight * penalty + started * train.disc_factor * d_weight * g_loss
+        numbers = [nll, error.mean(), apart.mean(), penalty, *more, *[g_loss, torch.tensor(train.disc_factor)] * started]
+        numbers = [number.item() for number in numbers]
+        return d_weight.item(), loss.item(), numbers, reconstruction.detach(), self.descend(loss, self.w)
 
     def discriminator_step(self, x, reconstruction, cond):
         real, fake = self.judge(x, cond), self.judge(reconstruction, cond)
@@ -161,7 +200,7 @@ class Peer:
         else:
             loss = -(self.torch.sigmoid(real).log().mean() + (1 - self.torch.sigmoid(fake)).log().mean())
         loss = self.train.disc_factor * loss / 2
-        return loss.item(), self.descend(loss, self.d_w)
+        return loss.item(), [real.mean().item(), fake.mean().item()], self.descend(loss, self.d_w)
 
 
 def assert_close(ours, reference, name=""):
@@ -179,51 +218,57 @@ def assert_same_and_descend(parameters, gradients, expected):
 
 
 @pytest.mark.parametrize(
-    ("mode", "batch", "kind", "conditional", "distance"),
+    ("mode", "batch", "kind", "conditional", "distance", "config", "pixel_loss"),
     [
-        ("graph", 13, "hinge", False, perceptual),
-        ("graph", 1, "vanilla", True, None),
-        ("pynative", 13, "hinge", True, perceptual),
+        ("graph", 13, "hinge", False, perceptual, GAUSSIAN, "l1"),
+        ("graph", 1, "vanilla", True, None, GAUSSIAN, "l1"),
+        ("pynative", 13, "hinge", True, perceptual, GAUSSIAN, "l1"),
+        ("graph", 13, "hinge", False, perceptual, CODEBOOK, "l1"),
+        ("pynative", 1, "vanilla", True, perceptual, CODEBOOK, "l2"),
     ],
 )
-def test_losses_of_a_training_like_pytorch(mode, batch, kind, conditional, distance):
+def test_losses_of_a_training_like_pytorch(mode, batch, kind, conditional, distance, config, pixel_loss):
     """Before the discriminator's start, and in two turns after it. The running statistics of its norms are left out: `weigh`
     adds to them once more than PyTorch, and nothing reads them."""
     torch = pytest.importorskip("torch")
-    weights = dict(kl_weight=0.1, perceptual_weight=0.7, disc_weight=0.6, disc_factor=0.8)
-    train = AutoencoderTrainConfig(disc_loss=kind, **weights)
-    net, discriminator = CONFIG.build(), NLayerDiscriminator(1 + conditional, 4, 1)
-    logvar = Parameter(Tensor(np.float32(0.2)), name="logvar")
-    parameters, d_parameters = [*net.trainable_params(), logvar], discriminator.trainable_params()
+    weights = dict(kl_weight=0.1, codebook_weight=0.9, perceptual_weight=0.7, disc_weight=0.6, disc_factor=0.8)
+    train = AutoencoderTrainConfig(disc_loss=kind, logvar_init=0.2, pixel_loss=pixel_loss, **weights)
+    net, discriminator = config.build(), NLayerDiscriminator(1 + conditional, 4, 1)
+    objective = OBJECTIVES[type(net)](net, train)
+    parameters, d_parameters = [*net.trainable_params(), *objective.parameters], discriminator.trainable_params()
     load_into(net, draw_weights({p.name: p.shape for p in net.get_parameters()}))
     arrays = draw_weights({p.name: p.shape for p in d_parameters})
     for p in d_parameters:  # large, so that logits lie on both sides of the hinges
         p.set_data(Tensor(3 * arrays[p.name] if p.ndim == 4 else arrays[p.name]))
-    peer = Peer([*parameters, *d_parameters], 1 + conditional, train, distance)
+    peer = Peer(config, [*parameters, *d_parameters], 1 + conditional, train, distance)
 
     make = compiled if mode == "graph" else lambda fn: fn
-    likelihood, adversarial, weigh, d_loss = autoencoder_losses(net, discriminator, logvar, distance, train)
+    likelihood, adversarial, weigh, d_loss = autoencoder_losses(net, discriminator, objective, distance, train)
     likelihood_step = make(ms.value_and_grad(likelihood, None, parameters, has_aux=True))
     adversarial_step = make(ms.value_and_grad(adversarial, None, parameters, has_aux=True))
-    d_step, weigh = make(ms.value_and_grad(d_loss, None, d_parameters)), make(weigh)
+    d_step, weigh = make(ms.value_and_grad(d_loss, None, d_parameters, has_aux=True)), make(weigh)
 
     rng = np.random.default_rng(batch)
     for started in (False, True, True):
         drawn = [rng.standard_normal((batch, c, 8, 8), np.float32) for c in (1, 2, 1)[: 2 + conditional]]
         (x, noise, *cond), (t_x, t_noise, *t_cond) = map(Tensor, drawn), (torch.from_numpy(a).double() for a in drawn)
-        t_weight, t_loss, t_reconstruction, t_gradients = peer.autoencoder_step(t_x, t_noise, t_cond, started)
+        noise, t_noise = ([noise], [t_noise]) if net.needs_noise else ([None], [])
+        t_weight, t_loss, t_numbers, t_reconstruction, t_gradients = peer.autoencoder_step(t_x, t_noise, t_cond, started)
         if started:
-            weight = weigh(x, noise, *cond)
+            weight = weigh(x, *noise, *cond)
             assert_close(number(weight), t_weight)
-            assert number(weight) < 0.99e4 * train.disc_weight * train.disc_factor  # it is not cut
-            (loss, reconstruction), gradients = adversarial_step(x, noise, weight, *cond)
+            assert number(weight) < 0.99e4 * train.disc_weight  # it is not cut
+            (loss, (reconstruction, numbers)), gradients = adversarial_step(x, *noise, weight, *cond)
         else:
-            (loss, reconstruction), gradients = likelihood_step(x, noise)
+            (loss, (reconstruction, numbers)), gradients = likelihood_step(x, *noise)
         assert_close(number(loss), t_loss)
+        assert len(objective.logged) + 2 * started == len(t_numbers)
+        np.testing.assert_allclose(numbers.asnumpy(), t_numbers, rtol=TOLERANCE, atol=1e-7)
         assert_close(reconstruction.asnumpy(), t_reconstruction)
         assert_same_and_descend(parameters, gradients, t_gradients)
         if started:
-            loss, gradients = d_step(x, reconstruction, *cond)
-            t_loss, t_gradients = peer.discriminator_step(t_x, t_reconstruction, t_cond)
+            (loss, logits), gradients = d_step(x, reconstruction, *cond)
+            t_loss, t_logits, t_gradients = peer.discriminator_step(t_x, t_reconstruction, t_cond)
             assert_close(number(loss), t_loss)
+            np.testing.assert_allclose(logits.asnumpy(), t_logits, rtol=TOLERANCE)
             assert_same_and_descend(d_parameters, gradients, t_gradients)

@@ -117,6 +117,9 @@ def test_what_the_presets_are():
         (AUTOENCODER, {"disc_layers": 5}, "--train.disc-layers", "5"),
         (AUTOENCODER, {"vgg": "vgg.pth"}, "--train.vgg", "--train.lpips"),
         (AUTOENCODER, {"lpips": "lpips.pth"}, "--train.vgg", "--train.lpips"),
+        (AUTOENCODER, {"out_channels": 2}, "--model.out-channels", "2"),
+        (PRESETS["autoencoder-vq"], {"n_embed": 0}, "--model.n-embed", "0"),
+        (PRESETS["autoencoder-vq"], {"unknown_index": "all"}, "--model.unknown-index", "random, extra"),
         # latents
         (LATENT, {"latent_size": 7}, "--model.latent-size", "7"),
         (LATENT, {"out_channels": 3}, "--model.out-channels", "--model.in-channels"),
@@ -152,6 +155,7 @@ def test_values_that_fit_together():
         (LATENT, {"num_classes": None}, "condition"),
         (LATENT, {"context_dim": None}, "context_dim"),
         (AUTOENCODER, {"resolution": 30}, "30"),
+        (PRESETS["autoencoder-vq"], {"remap": "gone.npy"}, "gone.npy cannot be read"),
         (PRESETS["latent-text"], {"context_dim": 2}, "context_dim is 2"),
     ],
 )
@@ -375,6 +379,7 @@ def test_values_are_checked_when_a_file_is_read(tmp_path, name, value):
         (POINTS, {"depth": 10**9}),
         (AUTOENCODER, {"ch": 10**8}),
         (AUTOENCODER, {"num_res_blocks": 10**9}),
+        (PRESETS["autoencoder-vq"], {"n_embed": 10**10}),
         (LATENT, {"model_channels": 10**9, "num_head_channels": None, "num_heads": 1}),
         (LATENT, {"context_dim": 10**10}),
     ],
@@ -396,7 +401,7 @@ VALUES = st.one_of(SCALARS, st.tuples(SCALARS), st.tuples(SCALARS, SCALARS), st.
 NAMES = {
     name: [f"{s}.{f.name}" for s in vars(config) for f in section(config, s)] + list(vars(config))
     for name, config in PRESETS.items()
-    if name in ("quick-class", "scurve", "scurve-seed", "autoencoder", "latent-text")
+    if name in ("quick-class", "scurve", "scurve-seed", "autoencoder", "autoencoder-vq", "latent-text")
 }
 CHANGES = st.sampled_from(list(NAMES)).flatmap(
     lambda name: st.tuples(st.just(name), st.dictionaries(st.sampled_from(NAMES[name]), VALUES, min_size=1, max_size=3))

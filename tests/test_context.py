@@ -8,7 +8,8 @@ import pytest
 import mindspore as ms
 from mindspore import Tensor
 
-from ms_diffusion.models.context import LatentUnetConfig, TextEncoder
+from ms_diffusion.convert import load_into
+from ms_diffusion.models.context import BERTEmbedder, LatentUnetConfig, SpatialRescaler, TextEncoder
 from ms_diffusion.models.layers import name_and_initialise
 from ms_diffusion.models.unet_ldm import UNetModel
 from ms_diffusion.runtime import UserError, compiled
@@ -19,12 +20,16 @@ CONFIGS = {
     "class": LatentUnetConfig(**SMALL, num_classes=3, context_dim=6),
     "adm": LatentUnetConfig(**SMALL, condition="adm", num_classes=3, context_dim=None),
     "text": LatentUnetConfig(**SMALL, condition="text", num_classes=None, context_dim=8, vocab_size=5, max_length=3),
+    "bert": LatentUnetConfig(**SMALL, condition="bert", num_classes=None, context_dim=8, vocab_size=5, max_length=3),
+    "context": LatentUnetConfig(**SMALL, condition="context", num_classes=None, context_dim=2),
 }
 VALUES = {  # two conditions, and the null condition
     "none": [None],
     "class": (0, 2, 3),
     "adm": (0, 2, 3),
     "text": ([1, 2, 0], [2, 1, 0], [0, 0, 0]),
+    "bert": ([1, 2, 0], [2, 1, 0], [0, 0, 0]),
+    "context": ([[0.5, 1]], [[1, 0.5]], [[0, 0]]),
 }
 
 
@@ -52,7 +57,7 @@ def test_each_condition_changes_the_output(kind):
     graph = compiled(net)
     outputs = []
     for value in VALUES[kind]:
-        cond = () if value is None else (Tensor(np.array([value] * 13, np.int32)),)
+        cond = () if value is None else (Tensor(np.array([value] * 13, np.float32 if kind == "context" else np.int32)),)
         out = graph(x, t, *cond).asnumpy()
         assert out.shape == x.shape and np.isfinite(out).all()
         np.testing.assert_allclose(net(x[:1], t[:1], *[c[:1] for c in cond]).asnumpy(), out[:1], atol=1e-5)
@@ -75,10 +80,16 @@ def test_an_image_is_concatenated_to_x():
 
 
 def test_the_conditions_and_the_null_label():
-    assert [CONFIGS[kind].null_label for kind in ("none", "class", "adm", "text")] == [None, 3, 3, 0]
+    assert {kind: config.null_label for kind, config in CONFIGS.items() if config.null_label is not None} == {
+        "class": 3,
+        "adm": 3,
+        "text": 0,
+    }
+    assert replace(CONFIGS["adm"], null_class=False).null_label is None
     fields = {kind: replace(config, cond_channels=1).cond_fields for kind, config in CONFIGS.items()}
     image = ("cond_image",)
-    assert fields == {"none": image, "class": ("labels", *image), "adm": ("labels", *image), "text": ("tokens", *image)}
+    firsts = {"class": "labels", "adm": "labels", "text": "tokens", "bert": "tokens", "context": "context"}
+    assert fields == {"none": image} | {kind: (first, *image) for kind, first in firsts.items()}
     assert CONFIGS["text"].cond_fields == ("tokens",) and CONFIGS["none"].cond_fields == ()
 
 
@@ -89,6 +100,136 @@ def test_the_order_of_words_counts():
     assert a.shape == (3, 8) and abs(a - b[::-1]).max() > 1e-3
     alone = net(Tensor(np.array([[1, 2, 3]], np.int32))).asnumpy()[0]
     np.testing.assert_allclose(alone, a, atol=1e-5)
+
+
+def test_a_table_without_null_class():
+    """As CompVis's ClassEmbedder has it by default."""
+    shapes = [p.shape for p in replace(CONFIGS["class"], null_class=False).build().cond_stage.get_parameters()]
+    assert shapes == [(3, 6)]
+
+
+def bert_peer(vocab_size, length, dim, depth):
+    """The text encoder in PyTorch: x-transformers' names, PyTorch's own attention."""
+    torch = pytest.importorskip("torch")
+    from torch.nn import GELU, Embedding, Identity, LayerNorm, Linear, Module, ModuleList, Sequential
+
+    class Attention(Module):
+        def __init__(self):
+            super().__init__()
+            self.to_q, self.to_k, self.to_v = (Linear(dim, 512, bias=False) for _ in range(3))
+            self.to_out = Linear(512, dim)
+
+        def forward(self, x):
+            q, k, v = (f(x).unflatten(2, (8, 64)).transpose(1, 2) for f in (self.to_q, self.to_k, self.to_v))
+            out = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+            return self.to_out(out.transpose(1, 2).flatten(2))
+
+    class FeedForward(Module):
+        def __init__(self):
+            super().__init__()
+            self.net = Sequential(Sequential(Linear(dim, 4 * dim), GELU()), Identity(), Linear(4 * dim, dim))
+
+        def forward(self, x):
+            return self.net(x)
+
+    class Peer(Module):
+        def __init__(self):
+            super().__init__()
+            inner = self.transformer = Module()
+            inner.token_emb, inner.pos_emb, inner.attn_layers = Embedding(vocab_size, dim), Module(), Module()
+            inner.pos_emb.emb = Embedding(length, dim)
+            kinds = [Attention, FeedForward] * depth
+            inner.attn_layers.layers = ModuleList([ModuleList([LayerNorm(dim), kind()]) for kind in kinds])
+            inner.norm = LayerNorm(dim)
+
+        def forward(self, tokens):
+            inner = self.transformer
+            x = inner.token_emb(tokens) + inner.pos_emb.emb.weight
+            for norm, layer in inner.attn_layers.layers:
+                x = layer(norm(x)) + x
+            return inner.norm(x)
+
+    return Peer()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", [1, 13])
+def test_text_encoder_of_latent_diffusion(batch):
+    """Outputs and gradients of each parameter, in graph mode."""
+    size = 7, 5, 16, 2
+    peer, net, rng = bert_peer(*size), BERTEmbedder(*size), np.random.default_rng(batch)
+    import torch
+
+    name_and_initialise(net, 0)
+    weights = {p.name: rng.normal(0.1, 0.3, p.shape).astype(np.float32) for p in net.get_parameters()}
+    load_into(net, weights)
+    peer.load_state_dict({name: torch.from_numpy(w) for name, w in weights.items()})
+    peer.double()
+    tokens, cotangent = rng.integers(0, 7, (batch, 5)), rng.standard_normal((batch, 5, 16))
+    out = peer(torch.from_numpy(tokens))
+    (out * torch.from_numpy(cotangent)).sum().backward()
+    parameters, factor = net.trainable_params(), Tensor(cotangent.astype(np.float32))
+
+    def forward(tokens):
+        out = net(tokens)
+        return (out * factor).sum(), out
+
+    gradient = compiled(ms.value_and_grad(forward, None, parameters, has_aux=True))
+    (_, ours), gradients = gradient(Tensor(tokens.astype(np.int32)))
+    np.testing.assert_allclose(ours.asnumpy(), out.detach().numpy(), atol=1e-5)
+    expected = {name: p.grad.numpy() for name, p in peer.named_parameters()}
+    assert expected.keys() == weights.keys()
+    for p, found in zip(parameters, gradients, strict=True):
+        np.testing.assert_allclose(found.asnumpy(), expected[p.name], atol=1e-4 * abs(expected[p.name]).max(), rtol=1e-4)
+
+
+RESCALERS = {
+    "half": {},
+    "twice half": {"n_stages": 2, "method": "bicubic"},
+    "larger": {"multiplier": 1.7, "method": "bicubic"},
+    "larger, bilinear": {"multiplier": 2.3},
+    "means": {"multiplier": 0.3, "method": "area"},
+    "nearest": {"multiplier": 0.4, "method": "nearest"},
+    "channels": {"multiplier": 0.7, "out_channels": 2, "bias": True},
+}
+
+
+@pytest.mark.parametrize("name", RESCALERS)
+def test_rescaler_resizes_as_pytorch_does(name):
+    torch = pytest.importorskip("torch")
+    options = RESCALERS[name]
+    net, rng = SpatialRescaler(**options), np.random.default_rng(0)
+    name_and_initialise(net, 0)
+    x = rng.standard_normal((2, 3, 13, 22), np.float32)
+    expected = torch.from_numpy(x).double()
+    for _ in range(options.get("n_stages", 1)):
+        method, factor = options.get("method", "bilinear"), options.get("multiplier", 0.5)
+        expected = torch.nn.functional.interpolate(expected, scale_factor=factor, mode=method)
+    if "out_channels" in options:
+        weight, bias = (torch.from_numpy(p.asnumpy()).double() for p in net.get_parameters())
+        expected = torch.nn.functional.conv2d(expected, weight, bias)
+    assert [p.name for p in net.get_parameters()] == ["channel_mapper.weight", "channel_mapper.bias"][
+        : 2 * ("out_channels" in options)
+    ]
+    np.testing.assert_allclose(net(Tensor(x)).asnumpy(), expected.numpy(), atol=1e-5)
+
+
+def test_rescaler_in_a_graph():
+    """Halving by a bilinear resize is the mean of 2 x 2."""
+    x = np.random.default_rng(0).standard_normal((2, 3, 4, 6), np.float32)
+    expected = x.reshape(2, 3, 2, 2, 3, 2).mean((3, 5))
+    np.testing.assert_allclose(compiled(SpatialRescaler())(Tensor(x)).asnumpy(), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{"n_stages": -1}, {"method": "trilinear"}])
+def test_bad_rescalers_are_refused(options):
+    with pytest.raises(ValueError, match="n_stages must be at least 0, method nearest"):
+        SpatialRescaler(**options)
+
+
+def test_images_that_a_rescaler_makes_too_small_are_refused():
+    with pytest.raises(ValueError, match="choose larger images"):
+        SpatialRescaler()(Tensor(np.zeros((1, 1, 1, 4), np.float32)))
 
 
 @pytest.mark.parametrize("kind", CONFIGS)

@@ -1,5 +1,6 @@
 """Weights to and from PyTorch, and what a bad file says."""
 
+import json
 import sys
 import zipfile
 
@@ -59,7 +60,7 @@ def test_pytorch_loads_what_we_write(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".pth", ".ckpt", ".bin"])
-@pytest.mark.parametrize("key", [None, "state_dict", "model"])
+@pytest.mark.parametrize("key", [None, "state_dict", "model", "model_state_dict"])
 def test_we_load_what_pytorch_writes(tmp_path, suffix, key):
     torch = pytest.importorskip("torch")
     from benchmarks.torch_peer import Unet as Twin
@@ -70,6 +71,79 @@ def test_we_load_what_pytorch_writes(tmp_path, suffix, key):
     net = small_unet()
     load_into(net, load_torch_state_dict(path))
     assert_same(values(net), {name: value.numpy() for name, value in state.items()})
+
+
+def shards(folder, stem="diffusion_pytorch_model", index=None):
+    """Three arrays in two files and their index, as diffusers and transformers write them."""
+    arrays = {name: np.full((2, 3), i, np.float32) for i, name in enumerate("abc")}
+    names = {"a": f"{stem}-00001-of-00002.safetensors", "b": f"{stem}-00002-of-00002.safetensors"}
+    names["c"] = names["a"]
+    for file in set(names.values()):
+        part = {name: arrays[name] for name in arrays if names[name] == file}
+        safetensors.numpy.save_file(part, folder / file, {"format": "pt"})
+    (folder / (index or f"{stem}.safetensors.index.json")).write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    return arrays
+
+
+def test_several_files_with_an_index(tmp_path, without_torch):
+    arrays = shards(tmp_path)
+    assert_same(load_torch_state_dict(tmp_path / "diffusion_pytorch_model.safetensors.index.json"), arrays)
+    assert_same(load_torch_state_dict(tmp_path), arrays)
+    (tmp_path / "diffusion_pytorch_model-00002-of-00002.safetensors").unlink()
+    assert "00002-of-00002.safetensors: no such file" in complaint(load_torch_state_dict, tmp_path)
+    safetensors.numpy.save_file({"other": arrays["a"]}, tmp_path / "diffusion_pytorch_model-00002-of-00002.safetensors")
+    assert "lacks b" in complaint(load_torch_state_dict, tmp_path)
+    safetensors.numpy.save_file({"whole": arrays["b"]}, tmp_path / "diffusion_pytorch_model.safetensors")
+    assert list(load_torch_state_dict(tmp_path)) == ["whole"]  # before several
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", "{}", "3", '{"weight_map": {}}', '{"weight_map": ["a"]}', '{"weight_map": {"a": 3}}', "[" * 10**5]
+    + [f'{{"weight_map": {{"a": "{name}"}}}}' for name in ("../x.bin", "/x.bin", "x.pt", "", "..", ".bin", "x\\n.bin")],
+)
+def test_a_damaged_index(tmp_path, content):
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    assert "not the index" in complaint(load_torch_state_dict, tmp_path)
+
+
+def test_variants_in_a_folder(tmp_path, without_torch):
+    """No variant first; fp16 if there is nothing else, in one file or several."""
+    (tmp_path / "model.bin").write_bytes(b"PK")
+    assert "needs PyTorch" in complaint(load_torch_state_dict, tmp_path)
+    arrays = shards(tmp_path, "model.fp16", "model.safetensors.index.fp16.json")
+    assert_same(load_torch_state_dict(tmp_path), arrays)
+    for name in ("model.fp16", "model"):
+        half = {name: np.full(3, 0.5, np.float16)}
+        safetensors.numpy.save_file(half, tmp_path / f"{name}.safetensors")
+        found = load_torch_state_dict(tmp_path)
+        assert list(found) == [name] and found[name].dtype == np.float32 and (found[name] == 0.5).all()
+    both = tmp_path / "both"
+    for name in ("unet", "vae", "scheduler"):
+        (both / name).mkdir(parents=True)
+    shards(both / "unet", "model")
+    safetensors.numpy.save_file({"x": np.ones(2)}, both / "vae" / "diffusion_pytorch_model.fp16.safetensors")
+    assert set(load_torch_state_dict(both)) == {"unet.a", "unet.b", "unet.c", "vae.x"}
+
+
+def test_what_lies_beside_the_weights_is_left_out(tmp_path):
+    torch = pytest.importorskip("torch")
+    layer = torch.nn.Linear(2, 3)
+    optimizer = torch.optim.Adam(layer.parameters())
+    layer(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    for key in ("state_dict", "model", "weights"):
+        content = {key: layer.state_dict(), "optimizer": optimizer.state_dict(), "step": 7, "losses": [1.0]}
+        content |= {"optimizer_states": [optimizer.state_dict()], "epoch": torch.tensor(3)} if key == "state_dict" else {}
+        torch.save(content, tmp_path / "net.pt")
+        begin = "weights." if key == "weights" else ""
+        assert set(load_torch_state_dict(tmp_path / "net.pt")) == {f"{begin}weight", f"{begin}bias"}
+    itself = {"a": torch.ones(2)}
+    itself["again"] = itself
+    torch.save(itself, tmp_path / "net.pt")
+    assert "again.again.a" in load_torch_state_dict(tmp_path / "net.pt")
+    torch.save({"shadow_params": [torch.ones(2)], "decay": 0.9}, tmp_path / "net.pt")
+    assert "shadow_params" in complaint(load_torch_state_dict, tmp_path / "net.pt")
 
 
 def test_half_precision_is_read_as_float32(tmp_path):
@@ -174,7 +248,7 @@ def test_few_names_are_listed():
 
 def test_missing_file_and_unknown_kind(tmp_path):
     assert "no such file" in complaint(load_torch_state_dict, tmp_path / "none.pt")
-    assert "no such file" in complaint(load_torch_state_dict, tmp_path)
+    assert "contains no weights" in complaint(load_torch_state_dict, tmp_path)
     (tmp_path / "net.h5").write_bytes(b"")
     assert ".safetensors" in complaint(load_torch_state_dict, tmp_path / "net.h5")
     assert ".safetensors" in complaint(save_torch_state_dict, small_unet(), tmp_path / "net.pt")
@@ -237,7 +311,7 @@ def test_weights_that_do_not_fit_in_memory(tmp_path, monkeypatch):
     net = small_unet()
     path = tmp_path / "net.safetensors"
     save_torch_state_dict(net, path)
-    monkeypatch.setattr(files, "available_memory", lambda: path.stat().st_size)
+    monkeypatch.setattr(files, "available_memory", lambda: path.stat().st_size // 2)
     assert "memory" in complaint(load_torch_state_dict, path)
 
 
@@ -320,7 +394,7 @@ def test_damaged_pytorch_file(tmp_path):
 
 def test_pytorch_file_without_state_dict(tmp_path):
     torch = pytest.importorskip("torch")
-    for content in (3, [torch.zeros(2)], {"epoch": 3, "a": torch.zeros(2)}):
+    for content in (3, [torch.zeros(2)], {"epoch": 3, "a": [torch.zeros(2)], 4: torch.zeros(2)}):
         torch.save(content, tmp_path / "net.pt")
         assert "contains no state dict" in complaint(load_torch_state_dict, tmp_path / "net.pt")
 

@@ -14,6 +14,7 @@ from mindspore import Tensor
 from ms_diffusion.convert import load_pretrained, save_torch_state_dict
 from ms_diffusion.models.autoencoder import AutoencoderConfig
 from ms_diffusion.models.context import LatentUnetConfig
+from ms_diffusion.models.unet import UnetConfig
 from ms_diffusion.models.unet_ldm import UNetModelConfig
 from ms_diffusion.runtime import UserError, compiled
 
@@ -225,6 +226,91 @@ def test_no_moving_averages_of_this_network(tmp_path):
     assert all((value == 0.5).all() for value in values(net_of("unet")).values())
 
 
+# What wraps a network: prefixes of its names, and files of trainers
+
+COUNTERS = {"step": np.array(7), "initted": np.array(True), "n_averaged": np.array(3)}
+WRAPPED = {
+    "compiled": lambda: prefixed("_orig_mod.", drawn("unet")),
+    "parallel": lambda: prefixed("module.", drawn("unet")) | {"n_averaged": np.array(3)},
+    "both": lambda: prefixed("module._orig_mod.", drawn("unet")),
+    "inside": lambda: prefixed("model.module.", drawn("unet")) | {"criterion.weight": np.ones(3, np.float32)},
+    "lightning": lambda: prefixed("net._orig_mod.", drawn("unet")) | prefixed("vgg.", drawn("autoencoder")),
+    "deep": lambda: prefixed("a.b.c.d.", drawn("unet")),
+    "averages": lambda: prefixed("online_model.", drawn("unet", -1)) | prefixed("ema_model.", drawn("unet")) | COUNTERS,
+    "with averages": lambda: drawn("unet", -1) | prefixed("ema.module.", drawn("unet")),
+    "latent diffusion": lambda: prefixed("module._orig_mod.", latent_diffusion()),
+}
+
+
+@pytest.mark.parametrize("name", WRAPPED)
+def test_prefixes(name, tmp_path):
+    report = load_pretrained(fresh("unet"), write(tmp_path / "a.safetensors", WRAPPED[name]()))
+    assert_same(values(net_of("unet")), drawn("unet"))
+    assert not report.unexpected and ("(moving averages)" in str(report)) == ("averages" in name)
+
+
+def test_names_in_messages_are_the_files(tmp_path):
+    arrays = prefixed("module.", drawn("unet") | {"extra": np.ones(2, np.float32)})
+    path = write(tmp_path / "a.safetensors", arrays)
+    assert "unexpected: module.extra)" in complaint(fresh("unet"), path)
+    assert not load_pretrained(fresh("unet"), path, ignore_keys="module.extra").unexpected
+    both = drawn("unet") | {f"module.{name}": value for name, value in drawn("unet", -1).items()}  # one of two models
+    load_pretrained(fresh("unet"), write(tmp_path / "b.safetensors", both), ignore_keys="module.")
+    assert_same(values(net_of("unet")), drawn("unet"))
+    assert "unexpected: module." in complaint(fresh("unet"), tmp_path / "b.safetensors")
+
+
+def test_files_of_trainers(tmp_path):
+    """As of denoising_diffusion_pytorch and Lightning, each with the states of what trains the network."""
+    torch = pytest.importorskip("torch")
+
+    def tensors(arrays):
+        return {name: torch.from_numpy(np.array(a)) for name, a in arrays.items()}
+
+    layer = torch.nn.Linear(2, 3)
+    adam = torch.optim.Adam(layer.parameters())
+    layer(torch.ones(1, 2)).sum().backward()
+    adam.step()
+    diffusion = {"betas": np.zeros(5), "sqrt_alphas_cumprod": np.zeros(5)}
+    raw, averaged = (prefixed("model.", drawn("unet", sign)) | diffusion for sign in (-1, 1))
+    ema = prefixed("online_model.", raw) | prefixed("ema_model.", averaged) | COUNTERS
+    beside = {"step": 7, "opt": adam.state_dict(), "scaler": {"scale": 2.0, "_growth_tracker": 0}, "version": "2.2.5"}
+    contents = [
+        {"model": tensors(raw), "ema": tensors(ema), **beside},
+        {"model": tensors(raw), "ema": tensors(averaged), **beside},  # older ones
+        {"net": tensors(drawn("unet", -1)), "ema_state_dict": tensors(drawn("unet")), **beside},
+    ]
+    for content in contents:
+        torch.save(content, tmp_path / "model-1.pt")
+        report = load_pretrained(fresh("unet"), tmp_path / "model-1.pt")
+        assert_same(values(net_of("unet")), drawn("unet"))
+        assert report.prefix.startswith("ema") and "(moving averages)" in str(report)
+        load_pretrained(fresh("unet"), tmp_path / "model-1.pt", ema=True)
+        load_pretrained(net_of("unet"), tmp_path / "model-1.pt", ignore_keys="ema")
+        assert_same(values(net_of("unet")), drawn("unet", -1))
+    callbacks = {"ModelCheckpoint": {"best_model_score": torch.tensor(0.5), "best_model_path": "a.ckpt"}}
+    lightning = {"epoch": 3, "global_step": 70, "optimizer_states": [adam.state_dict()], "callbacks": callbacks}
+    torch.save({**lightning, "state_dict": tensors(raw)}, tmp_path / "a.ckpt")
+    assert load_pretrained(fresh("unet"), tmp_path / "a.ckpt").prefix == "model."
+    assert_same(values(net_of("unet")), drawn("unet", -1))
+
+
+def test_wrappers_of_pytorch(tmp_path):
+    torch = pytest.importorskip("torch")
+    from torch.optim import swa_utils
+
+    from benchmarks.torch_peer import Unet as Twin
+
+    twin, net = Twin(8, dim_mults=(1,)), UnetConfig(dim=8, dim_mults=(1,)).build()
+    expected = {name: value.numpy() for name, value in twin.state_dict().items()}
+    for wrapped in (torch.compile(twin, backend="eager"), torch.nn.DataParallel(twin), swa_utils.AveragedModel(twin)):
+        torch.save(wrapped.state_dict(), tmp_path / "net.pt")
+        for p in net.get_parameters():
+            p.set_data(Tensor(np.full(p.shape, 0.5, np.float32)))
+        load_pretrained(net, tmp_path / "net.pt")
+        assert_same(values(net), expected)
+
+
 # What does not fit
 
 
@@ -402,6 +488,50 @@ def test_unet_of_diffusers(linear, tmp_path):
     torch = pytest.importorskip("torch")
     x, t, context, y = map(torch.from_numpy, inputs)
     assert_close(function(*map(Tensor, inputs)), peer(x, t, context, class_labels=y.long()).sample)
+
+
+ATTENTION = UNET | dict(num_res_blocks=2, context_dim=None, num_classes=3)
+UPDOWN = dict(resblock_updown=True, use_scale_shift_norm=True, num_head_channels=None, num_heads=1)
+
+
+@of_diffusers
+@pytest.mark.parametrize("updown", [False, True])
+@pytest.mark.parametrize("new_order", [False, True])
+def test_unet_with_attention_blocks_of_diffusers(updown, new_order, tmp_path):
+    """UNet2DModel, the network of diffusers' unconditional and class-conditional pipelines; also in its older spelling."""
+    kind = "resnet" if updown else "conv"
+    options = {"attn_norm_num_groups": 4, "resnet_time_scale_shift": "scale_shift"} if updown else {}
+    peer = peer_of(
+        "UNet2DModel",
+        in_channels=2,
+        out_channels=2,
+        block_out_channels=(8, 16),
+        down_block_types=("ResnetDownsampleBlock2D" if updown else "DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "ResnetUpsampleBlock2D" if updown else "UpBlock2D"),
+        layers_per_block=2,
+        attention_head_dim=None if updown else 4,
+        norm_num_groups=4,
+        num_class_embeds=3,
+        downsample_type=kind,
+        upsample_type=kind,
+        **options,
+    )
+    config = UNetModelConfig(**ATTENTION | (UPDOWN if updown else {}), use_new_attention_order=new_order)
+    net, arrays = config.build(), arrays_of(peer)
+    load_pretrained(net, write(tmp_path / "old.safetensors", {in_old_spelling(n): a for n, a in arrays.items()}))
+    in_old = values(net)
+    peer.save_pretrained(tmp_path / "unet")
+    report = load_pretrained(net, tmp_path / "unet")
+    assert_same(in_old, values(net))
+    assert sorted(report.loaded) == sorted(in_old) and not report.unexpected
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(0)
+    x, t, y = rng.standard_normal((13, 2, 8, 8), np.float32), rng.integers(0, 1000, 13), rng.integers(0, 3, 13)
+    expected = peer(torch.from_numpy(x), torch.from_numpy(t), class_labels=torch.from_numpy(y)).sample
+    assert_close(net(Tensor(x), Tensor(t.astype(np.int32)), None, Tensor(y.astype(np.int32))), expected)
+    part = {name: value for name, value in arrays.items() if not name.endswith("mid_block.attentions.0.to_k.bias")}
+    message = complaint(net, write(tmp_path / "part.safetensors", part))
+    assert "missing: middle_block.1.qkv.bias; unexpected: mid_block.attentions.0.to_q.bias, mid_block" in message
 
 
 def file_of_diffusers(path, kind, weights, config):

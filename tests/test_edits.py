@@ -182,7 +182,7 @@ def test_the_animation_of_an_edit(class_run, folder, flags, frames):
         ("--init test:0 --class 10", "--class 10"),
         ("--init test:0 --prompt boot", "--prompt"),
         *((f"--init test:0 --strength {value}", "--strength is") for value in (0, 1.5, -1, "nan")),
-        ("--inpaint left test:0 --strength 0.5", "--strength is 0.5"),
+        ("--inpaint left test:0 --strength 2", "--strength is 2.0"),
         ("--init test:0 --strength 0.5 --steps 1", "none of the 1 steps"),
         ("--init test:0 --strength 0.05 --steps 5 --spacing trailing", "none of the 5 steps"),
         ("--interpolate test:0 test:1 --sampler ddpm", "--interpolate"),

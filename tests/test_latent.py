@@ -10,11 +10,15 @@ from mindspore import Tensor
 from ms_diffusion import latent
 from ms_diffusion.images import to_float
 from ms_diffusion.latent import FirstStage, in_patches
-from ms_diffusion.models.autoencoder import AutoencoderConfig
+from ms_diffusion.models.autoencoder import AutoencoderConfig, VQConfig
 
 CONFIG = AutoencoderConfig(
     ch=4, ch_mult=(1, 2), num_res_blocks=1, channels=1, resolution=8, z_channels=3, embed_dim=2, groups=2, attention="none"
 )
+CODEBOOK = VQConfig(
+    ch=4, ch_mult=(1, 2), num_res_blocks=1, channels=1, resolution=8, z_channels=3, embed_dim=2, groups=2, attention="none",
+    n_embed=7,
+)  # fmt: skip
 IMAGES = np.random.default_rng(0).integers(0, 256, (13, 8, 8, 1)).astype(np.uint8)
 
 
@@ -71,6 +75,27 @@ def test_cached_moments(stage, tmp_path, monkeypatch):
     ):
         other.cached_moments(images, tmp_path)
     assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_a_codebook(tmp_path, monkeypatch):
+    """Latents are the vectors before quantization, which the decoder quantizes, and so do a sampler's steps."""
+    monkeypatch.setattr(latent, "PIXELS", 8 * 8 * 5)
+    net = CODEBOOK.build(1)
+    table = np.random.default_rng(2).standard_normal((7, 2)).astype(np.float32)
+    net.quantize.embedding.weight.set_data(Tensor(table))
+    stage = FirstStage(net, scale=2.5, f=2)
+    z = stage.cached_moments(IMAGES, tmp_path)
+    np.testing.assert_allclose(z, net.encode(Tensor(to_float(IMAGES))).asnumpy(), atol=1e-5)
+    assert z.shape == (13, 2, 4, 4) and stage.has_codebook
+    z = 2 * np.random.default_rng(3).standard_normal(z.shape).astype(np.float32)
+    ids = ((z.transpose(0, 2, 3, 1)[..., None, :] - table) ** 2).sum(-1).argmin(-1)
+    entries = table[ids].transpose(0, 3, 1, 2)
+    np.testing.assert_array_equal(stage.codebook_ids(2.5 * z), ids)
+    np.testing.assert_allclose(stage.quantize(Tensor(2.5 * z)).asnumpy(), 2.5 * entries, rtol=1e-5)
+    expected = net.decode_latent(Tensor(entries)).asnumpy()
+    np.testing.assert_allclose(stage.decode(2.5 * z), expected, atol=1e-5)
+    np.testing.assert_allclose(stage.decode_ids(ids), expected, atol=1e-5)
+    np.testing.assert_allclose(stage.reconstruct(IMAGES), net(Tensor(to_float(IMAGES)))[0].asnumpy(), atol=1e-5)
 
 
 # Patches

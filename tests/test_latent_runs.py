@@ -42,6 +42,12 @@ AUTOENCODER = override(
     **{"model.ch": 8, "model.ch_mult": (1, 2, 2), "model.groups": 4, "disc_start": 2, "disc_channels": 8, "disc_layers": 1},
     perceptual_weight=0.0,  # test_autoencoder_losses.py has it
 )
+CODEBOOK = override(
+    PRESETS["autoencoder-vq"],
+    **SHORT,
+    **{"model.ch": 8, "model.ch_mult": (1, 2, 2), "model.groups": 4, "disc_start": 2, "disc_channels": 8, "disc_layers": 1},
+    **{"perceptual_weight": 0.0, "model.n_embed": 16},
+)
 NET = {"model_channels": 8, "groups": 4, "num_head_channels": 8, "num_res_blocks": 1, "attention_resolutions": (2,)}
 LATENT, TEXT = (
     override(
@@ -100,7 +106,13 @@ def resume(config, run, folder):
 def test_the_run_of_an_autoencoder(autoencoder):
     run = autoencoder.home
     assert [row["step"] for row in metrics(run)] == [1, 2, 3, 4]
-    assert ["disc_loss" in row for row in metrics(run)] == [False, False, True, True]
+    always = {"step", "loss", "grad_norm", "lr", "img_per_s", "epoch", "logvar", "nll_loss", "rec_loss", "p_loss", "kl_loss"}
+    later = {"g_loss", "disc_factor", "d_weight", "disc_loss", "logits_real", "logits_fake"}
+    assert [set(row) for row in metrics(run)] == [always, always, always | later, always | later]
+    for row in metrics(run):
+        adversarial = row["disc_factor"] * row["d_weight"] * row["g_loss"] if "g_loss" in row else 0
+        parts = row["nll_loss"] + AUTOENCODER.train.kl_weight * row["kl_loss"] + adversarial
+        assert row["loss"] == pytest.approx(parts, rel=1e-4)
     pixels, _ = picture(run / "samples/step-0000004.png")
     pairs = pixels[::2, ::2][2:-2, 2:-2]  # 4 images, each beside its reconstruction
     for i in range(4):
@@ -117,6 +129,32 @@ def test_the_run_of_an_autoencoder(autoencoder):
 @pytest.mark.slow
 def test_a_resumed_autoencoder_equals_an_uninterrupted_one(autoencoder, tmp_path):
     resume(AUTOENCODER, autoencoder, tmp_path)
+
+
+@pytest.mark.slow
+def test_latents_of_a_codebook(tmp_path):
+    """Training of a VQModel, its resuming, and a run of latents on it, whose samples have ids."""
+    stage = train(CODEBOOK, tmp_path / "stage")
+    rows = metrics(stage.home)
+    assert all(1 <= row["perplexity"] <= row["cluster_usage"] + 1e-3 <= 16.1 for row in rows)
+    for row in rows:
+        adversarial = row["d_weight"] * row["g_loss"] if "g_loss" in row else 0
+        assert row["loss"] == pytest.approx(row["nll_loss"] + row["quant_loss"] + adversarial, rel=1e-4)
+    before, after = (weights(stage.home, step, "model")["quantize.embedding.weight"] for step in (2, 4))
+    assert (before != after).any()
+    (tmp_path / "resumed").mkdir()
+    resume(CODEBOOK, stage, tmp_path / "resumed")
+    channels = {"model.in_channels": 4, "model.out_channels": 4}
+    run = train(override(LATENT, first_stage=str(stage.home), **channels), tmp_path / "run")
+    assert run.task.first_stage.moments(IMAGES[:2]).shape == (2, 4, 8, 8)
+    drawn = [call("sample", run.home, "--num", 4, "--steps", 3, "--npz", tmp_path / f"{flag}.npz", f"--{flag}")
+             for flag in ("quantize-denoised", "no-quantize-denoised")]  # fmt: skip
+    assert [code for code, *_ in drawn] == [0, 0]
+    quantized, plain = (np.load(tmp_path / f"{flag}.npz") for flag in ("quantize-denoised", "no-quantize-denoised"))
+    assert quantized["codebook_ids"].shape == (4, 8, 8) and quantized["codebook_ids"].max() < 16
+    assert (quantized["images"] != plain["images"]).any()
+    decoded = images.to_uint8(run.task.first_stage.decode_ids(plain["codebook_ids"]))
+    assert abs(decoded.astype(int) - plain["images"]).max() <= 1
 
 
 @pytest.mark.slow

@@ -15,7 +15,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "ms_diffusion"
 ROOMS = """
 runtime versions progress fields files locks randomness
-images plots2d convert mindir
+images plots2d mindir weight_files names
+convert
 kernels
 schedules process losses
 denoiser samplers editing likelihood
@@ -94,7 +95,7 @@ if a:
     assert module_of("ms_diffusion.models.unet.Unet") == "models.unet"
     assert module_of("ms_diffusion.data") == "data" and module_of("ms_diffusion.__version__") == "__init__"
     assert module_of("numpy.linalg") is None
-    assert USES["denoiser"] == {"runtime", "process"} and "training.tasks.edits" in USES["training.tasks.pixels"]
+    assert USES["denoiser"] == {"runtime", "process"} and "training.tasks.edits" in USES["training.tasks.images"]
 
 
 def test_every_module_is_in_a_room():

@@ -364,12 +364,64 @@ def test_a_denoiser_that_knows_is_followed_exactly(sampler, spacing, zero_termin
         np.testing.assert_allclose(states[:-1], line[1:], atol=1e-12)
 
 
+# Quantized x_0
+
+
+def to_fifths(x):
+    return np.round(5 * x) / 5
+
+
+def test_ddpm_takes_the_quantized_x_0():
+    diffusion, z = diffusion_of("cosine", 20), np.random.default_rng(0).standard_normal((20, 13))
+    denoise = exact_denoiser(diffusion)
+    found = sample_ddpm(denoise, z[0], diffusion, None, lambda x: z[1], quantize=to_fifths)
+    expected = sample_ddpm(lambda x, t: to_fifths(denoise(x, t)), z[0], diffusion, None, lambda x: z[1])
+    np.testing.assert_array_equal(found, expected)
+    assert abs(found - sample_ddpm(denoise, z[0], diffusion, None, lambda x: z[1])).max() > 0.01
+
+
+@pytest.mark.parametrize(
+    ("sampler", "options"), [(sample_ddim, {}), (sample_ddim, {"eta": 0.6}), (sample_plms, {})], ids=str
+)
+def test_quantized_x_0_with_the_noise_of_the_network(sampler, options):
+    """As published: the x_0 of a step is quantized, and its direction is the eps before it, written out here."""
+    diffusion, x, z = diffusion_of("linear", 100), np.random.default_rng(0).standard_normal(13), 0.7
+    denoise, timesteps, seen, past = exact_denoiser(diffusion), [70, 60, 45, 30, 20, 10, 3], [], []
+    sampler(denoise, x, diffusion, timesteps, lambda x: z, lambda i, *x: seen.append(x), quantize=to_fifths, **options)
+
+    def alpha_bar_of(i):
+        return diffusion.alphas_cumprod[timesteps[i]] if i < len(timesteps) else 1.0
+
+    def eps_of(x, i):
+        return (x - math.sqrt(alpha_bar_of(i)) * denoise(x, timesteps[i])) / math.sqrt(1 - alpha_bar_of(i))
+
+    def step(x, eps, i):
+        a, b = alpha_bar_of(i), alpha_bar_of(i + 1)
+        sigma = options.get("eta", 0) * math.sqrt((1 - b) / (1 - a) * (1 - a / b))
+        x_start = to_fifths((x - math.sqrt(1 - a) * eps) / math.sqrt(a))
+        return math.sqrt(b) * x_start + math.sqrt(1 - b - sigma**2) * eps + sigma * z, x_start
+
+    for i in range(len(timesteps)):
+        eps = eps_of(x, i)
+        if sampler is sample_plms:
+            past = [eps, *past[:3]]
+            weights = {2: (3, -1), 3: (23, -16, 5), 4: (55, -59, 37, -9)}.get(len(past))
+            if weights is None:
+                eps = (eps + eps_of(step(x, eps, i)[0], i + 1)) / 2
+            else:
+                eps = np.dot(weights, past) / sum(weights)
+        x, x_start = step(x, eps, i)
+        np.testing.assert_allclose(seen[i][0], x, atol=1e-9)
+        np.testing.assert_allclose(seen[i][1], x_start, atol=1e-12)
+
+
 # All
 
 
 def test_samplers_describe_themselves():
     options = {name: sampler_options(sampler) for name, sampler in SAMPLERS.items() if sampler_options(sampler)}
-    assert options == {"ddpm": {"v_posterior"}, "ddim": {"eta"}, "unipc": {"order"}}
+    known = {"ddpm": {"v_posterior", "quantize"}, "ddim": {"eta", "quantize"}, "plms": {"quantize"}, "unipc": {"order"}}
+    assert options == known
     assert {name for name, sampler in SAMPLERS.items() if is_stochastic(sampler)} == {"ddpm"}
     assert {name for name, sampler in SAMPLERS.items() if default_spacing(sampler) == "linspace"} == {"ddpm", "ddim"}
     for sampler in SAMPLERS.values():  # also with self-conditioning

@@ -25,7 +25,9 @@ LEVELS = np.array([-0.3, 0.05, 0.4, 0.1], np.float32)  # of each label; the last
 def task_of(null_label=NULL, train=None, **options):
     train = train or ImageTrainConfig(**options)
     return SimpleNamespace(
-        config=SimpleNamespace(train=train, diffusion=SimpleNamespace(num_timesteps=T)), null_label=null_label
+        config=SimpleNamespace(train=train, diffusion=SimpleNamespace(num_timesteps=T)),
+        null_label=null_label,
+        has_codebook=False,
     )
 
 
@@ -102,6 +104,8 @@ POINTS = task_of(None, DiffusionTrainConfig())
         (task_of(sample_guidance_interval=(0, 9)), {}, "--guidance-interval"),
         (task_of(sample_guidance=3.0, sample_guidance_interval=(0, T)), {}, "--guidance-interval"),
         (CLASSES, {"device": "tpu"}, "--device is 'tpu'"),
+        (CLASSES, {"quantize_denoised": True}, "--quantize-denoised is for runs on latents of a VQ autoencoder"),
+        (CLASSES, {"quantize_denoised": True, "sampler": "unipc"}, "is an option of ddpm, ddim, plms, not of unipc"),
     ],
     ids=str,
 )

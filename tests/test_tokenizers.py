@@ -9,19 +9,11 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from pipelines import CHINESE, PROMPTS, TEXTS, clip_folder
 
 from ms_diffusion.data.tokenizers import BYTES, BytePairs, Tokenizer, WordPieces
 from ms_diffusion.runtime import UserError
 
-TEXTS = [
-    "low lower lowest",
-    "new newer newest",
-    "wide wider widest",
-    "low new low new",
-    "a red heart",
-    "red heart, red flag",
-]
-CHINESE = ["红心", "红色的旗", "微笑的猫", "笑脸", "猫", "红心和猫 heart"]
 OLD = unicodedata.ucd_3_2_0  # transformers' own table for BERT is old too, and newer characters are in no vocabulary
 KNOWN = st.characters(exclude_categories=["Cs", "Cn", "Co"], max_codepoint=0xFFFF).filter(
     lambda char: OLD.category(char) == unicodedata.category(char)
@@ -118,38 +110,6 @@ def test_sizes_that_no_tokenizer_has(size, length):
 
 
 # CLIP's and BERT's
-
-PROMPTS = [
-    "",
-    "a photo of a cat",
-    "It's  the DOG's 2nd day, isn't it?! they'll we've I'm he'd",
-    "naïve Ünïcode \u00b2\u2167 x2y 3.14 don't; (brackets) _under_score_",
-    "红心 heart ハート 心脏 한국어 हिन्दी ไทย",
-    "<|endoftext|> <|startoftext|>after A<|endoftext|>b",
-    "ΟΔΟΣ İstanbul \u0130 ß \x1c\x00\u200b\ufffd \u3000 e\u0301 \U0001f600\U0001f468\u200d\U0001f469",
-    "a" * 200,
-    "word " * 100,
-]
-
-
-def learned(texts) -> tuple[dict[str, int], list[str]]:
-    """A vocabulary and merges in the form of CLIP's, from a trained tokenizer's."""
-    pairs = [*BytePairs.train(texts, 600).ranks]
-    letters = [*BYTES.values()]
-    symbols = [*letters, *(letter + "</w>" for letter in letters)]
-    merges = [(left, right + end) for left, right in pairs if "Ġ" not in left for end in ("", "</w>")]
-    symbols += dict.fromkeys(left + right for left, right in merges)
-    return {symbol: i for i, symbol in enumerate([*symbols, "<|startoftext|>", "<|endoftext|>"])}, merges
-
-
-def clip_folder(path, pad="<|endoftext|>", length=20):
-    path.mkdir(parents=True)
-    vocabulary, merges = learned([*TEXTS, *CHINESE, *PROMPTS])
-    (path / "vocab.json").write_text(json.dumps(vocabulary))
-    lines = ["#version: 0.2", *(f"{left} {right}" for left, right in merges), ""]
-    (path / "merges.txt").write_text("\n".join(lines), encoding="utf-8")
-    (path / "tokenizer_config.json").write_text(json.dumps({"model_max_length": length, "pad_token": pad}))
-    return path
 
 
 def bert_file(path):

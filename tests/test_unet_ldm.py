@@ -47,6 +47,12 @@ NETWORKS = {
     "LDM recomputed, with classes": {**LDM, "num_classes": 3, "recompute": True},
     "unconditional recomputed": {"recompute": True, "num_heads": 4},
     "codebook": {"conv_resample": False, "n_embed": 5, "num_res_blocks": 2, "attention_resolutions": ()},
+    "heads on the way up": {"num_heads_upsample": 4},
+    "heads narrower than the width": {**LDM, "num_heads": 3, "transformer_depth": 1},
+    "heads of a given width": {**LDM, "num_heads": None, "num_head_channels": 3, "legacy": False, "transformer_depth": 1},
+    "series": {"dims": 1, "num_classes": 3, "resblock_updown": True},
+    "series without convolution": {"dims": 1, "conv_resample": False},
+    "odd": {"model_channels": 9, "groups": 3, "num_heads": 3},
 }
 
 
@@ -68,7 +74,7 @@ def drawn(config: UNetModelConfig) -> UNetModel:
 def draw_inputs(config: UNetModelConfig, batch: int) -> list:
     """x, t, context and y; None for those that the network does not take."""
     rng = np.random.default_rng(batch)
-    x = rng.standard_normal((batch, config.in_channels, 8, 12), np.float32)
+    x = rng.standard_normal((batch, config.in_channels, *(8, 12)[2 - config.dims :]), np.float32)
     context = rng.standard_normal((batch, 5, config.context_dim), np.float32) if config.context_dim else None
     y = rng.integers(0, config.num_classes, batch).astype(np.int32) if config.num_classes else None
     return [x, rng.integers(0, 1000, batch).astype(np.int32), context, y]
@@ -94,14 +100,20 @@ def torch_network():
     from torch.nn import functional as F
 
     def enlarge(x):
-        return x.repeat_interleave(2, 2).repeat_interleave(2, 3)
+        x = x.repeat_interleave(2, -1)
+        return x if x.ndim == 3 else x.repeat_interleave(2, -2)
 
     def reduce(x):
-        return (x[:, :, ::2, ::2] + x[:, :, 1::2, ::2] + x[:, :, ::2, 1::2] + x[:, :, 1::2, 1::2]) / 4
+        x = (x[..., ::2] + x[..., 1::2]) / 2
+        return x if x.ndim == 3 else (x[..., ::2, :] + x[..., 1::2, :]) / 2
+
+    def convolution(config):
+        return Conv1d if config.dims == 1 else Conv2d
 
     class ResBlock(Module):
         def __init__(self, config, c_in, c_out, resample=None):
             super().__init__()
+            Conv2d = convolution(config)
             self.scale_shift, self.resample = config.use_scale_shift_norm, resample
             self.in_layers = Sequential(GroupNorm(config.groups, c_in), SiLU(), Conv2d(c_in, c_out, 3, padding=1))
             self.emb_layers = Sequential(SiLU(), Linear(4 * config.model_channels, c_out * (2 if self.scale_shift else 1)))
@@ -114,7 +126,7 @@ def torch_network():
             h = self.in_layers[:2](x)
             if self.resample:
                 h, x = self.resample(h), self.resample(x)
-            h, emb = self.in_layers[2](h), self.emb_layers(emb)[:, :, None, None]
+            h, emb = self.in_layers[2](h), self.emb_layers(emb)[(..., *[None] * (x.ndim - 2))]
             if self.scale_shift:
                 scale, shift = emb.tensor_split(2, 1)
                 h = self.out_layers[1:](self.out_layers[0](h) * (scale + 1) + shift)
@@ -123,12 +135,12 @@ def torch_network():
             return h + self.skip_connection(x)
 
     class Resample(Module):
-        def __init__(self, channels, name, conv):
+        def __init__(self, config, channels, name):
             super().__init__()
             self.up = name == "conv"
-            self.with_conv = conv
-            if conv:
-                self.add_module(name, Conv2d(channels, channels, 3, stride=1 if self.up else 2, padding=1))
+            self.with_conv = config.conv_resample
+            if self.with_conv:
+                self.add_module(name, convolution(config)(channels, channels, 3, stride=1 if self.up else 2, padding=1))
 
         def forward(self, x, emb, context):
             if self.up:
@@ -143,19 +155,19 @@ def torch_network():
             self.qkv, self.proj_out = Conv1d(channels, 3 * channels, 1), Conv1d(channels, channels, 1)
 
         def forward(self, x, emb, context):
-            b, c, height, width = x.shape
+            b, c = x.shape[:2]
             qkv = self.qkv(self.norm(x).flatten(2))
             axes = (3, self.heads) if self.new_order else (self.heads, 3)
-            qkv = qkv.reshape(b, *axes, c // self.heads, height * width).mT
+            qkv = qkv.reshape(b, *axes, c // self.heads, -1).mT
             out = F.scaled_dot_product_attention(*qkv.unbind(1 if self.new_order else 2))  # (b, h, n, d)
             return x + self.proj_out(out.mT.reshape(b, c, -1)).reshape(x.shape)
 
     class CrossAttention(Module):
-        def __init__(self, dim, context_dim, heads):
+        def __init__(self, dim, context_dim, heads, inner):
             super().__init__()
             self.heads = heads
-            self.to_q, self.to_out = Linear(dim, dim, bias=False), Sequential(Linear(dim, dim))
-            self.to_k, self.to_v = Linear(context_dim, dim, bias=False), Linear(context_dim, dim, bias=False)
+            self.to_q, self.to_out = Linear(dim, inner, bias=False), Sequential(Linear(inner, dim))
+            self.to_k, self.to_v = Linear(context_dim, inner, bias=False), Linear(context_dim, inner, bias=False)
 
         def forward(self, x, context):
             q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
@@ -183,7 +195,7 @@ def torch_network():
     class TransformerBlock(Module):
         def __init__(self, dim, context_dim, heads):
             super().__init__()
-            self.attn1, self.attn2 = CrossAttention(dim, dim, heads), CrossAttention(dim, context_dim, heads)
+            self.attn1, self.attn2 = CrossAttention(dim, dim, heads, dim), CrossAttention(dim, context_dim, heads, dim)
             self.ff = FeedForward(dim)
             self.norm1, self.norm2, self.norm3 = (torch.nn.LayerNorm(dim) for _ in range(3))
 
@@ -197,33 +209,36 @@ def torch_network():
         def __init__(self, config, channels, heads):
             super().__init__()
             self.norm = GroupNorm(config.groups, channels, eps=1e-6)
-            self.proj_in, self.proj_out = Conv2d(channels, channels, 1), Conv2d(channels, channels, 1)
-            blocks = [TransformerBlock(channels, config.context_dim, heads) for _ in range(config.transformer_depth)]
+            inner = heads * (channels // heads if config.legacy else config.num_head_channels)
+            self.proj_in, self.proj_out = Conv2d(channels, inner, 1), Conv2d(inner, channels, 1)
+            blocks = [TransformerBlock(inner, config.context_dim, heads) for _ in range(config.transformer_depth)]
             self.transformer_blocks = ModuleList(blocks)
 
         def forward(self, x, emb, context):
             h = self.proj_in(self.norm(x)).flatten(2).mT
             for block in self.transformer_blocks:
                 h = block(h, context)
-            return x + self.proj_out(h.mT.reshape(x.shape))
+            return x + self.proj_out(h.mT.unflatten(2, x.shape[2:]))
 
     class Network(Module):
         def __init__(self, config):
             super().__init__()
             c, width, factor = config, config.model_channels, 1
             widths = [mult * width for mult in c.channel_mult]
+            Conv2d = convolution(c)
 
-            def attention(channels):
+            def attention(channels, up=False):
                 heads = channels // c.num_head_channels if c.num_head_channels else c.num_heads
+                heads = c.num_heads_upsample if up and c.num_heads_upsample else heads
                 return (SpatialTransformer if c.use_spatial_transformer else AttentionBlock)(c, channels, heads)
 
-            def blocks(c_in, c_out):
-                return [ResBlock(c, c_in, c_out), *([attention(c_out)] if factor in c.attention_resolutions else [])]
+            def blocks(c_in, c_out, up=False):
+                return [ResBlock(c, c_in, c_out), *([attention(c_out, up)] if factor in c.attention_resolutions else [])]
 
             def resample(channels, name):
                 if c.resblock_updown:
                     return ResBlock(c, channels, channels, enlarge if name == "conv" else reduce)
-                return Resample(channels, name, c.conv_resample)
+                return Resample(c, channels, name)
 
             self.width = width
             self.time_embed = Sequential(Linear(width, 4 * width), SiLU(), Linear(4 * width, 4 * width))
@@ -243,7 +258,7 @@ def torch_network():
             up = []
             for i in range(len(widths) - 1, -1, -1):
                 for j in range(c.num_res_blocks + 1):
-                    up.append(blocks(last + at.pop(), widths[i]))
+                    up.append(blocks(last + at.pop(), widths[i], up=True))
                     last = widths[i]
                     if i > 0 and j == c.num_res_blocks:
                         up[-1].append(resample(last, "conv"))
@@ -257,7 +272,8 @@ def torch_network():
         def forward(self, x, t, context=None, y=None):
             half = self.width // 2
             angles = t.double()[:, None] * 1e4 ** (-torch.arange(half).double() / half)
-            emb = self.time_embed(torch.cat([angles.cos(), angles.sin()], 1).to(x.dtype))
+            emb = F.pad(torch.cat([angles.cos(), angles.sin()], 1), (0, self.width % 2))
+            emb = self.time_embed(emb.to(x.dtype))
             if y is not None:
                 emb = emb + self.label_emb.weight[y.long()]
             skips = []
@@ -317,6 +333,17 @@ PARITY = [
     ("unconditional recomputed", 13, "pynative"),
     ("codebook", 1, "graph"),
     ("codebook", 13, "pynative"),
+    *[
+        pytest.param(name, batch, "graph", marks=pytest.mark.slow)
+        for name, batch in {
+            "heads on the way up": 13,
+            "heads narrower than the width": 1,
+            "heads of a given width": 13,
+            "series": 13,
+            "series without convolution": 1,
+            "odd": 1,
+        }.items()
+    ],
 ]
 
 
@@ -325,7 +352,7 @@ def test_output_and_gradients_like_pytorch(name, batch, mode):
     torch_network()
     config = config_of(name)
     net, arrays = drawn(config), draw_inputs(config, batch)
-    cotangent = np.random.default_rng(0).standard_normal((batch, config.n_embed or 2, 8, 12), np.float32)
+    cotangent = np.random.default_rng(0).standard_normal((batch, config.n_embed or 2, *arrays[0].shape[2:]), np.float32)
     reference, of_inputs, of_parameters = torch_answer(
         config, {p.name: p.asnumpy() for p in net.get_parameters()}, arrays, cotangent
     )
@@ -441,12 +468,13 @@ def test_seed_decides_the_weights():
 
 
 @settings(max_examples=30, deadline=None)
-@given(half=st.integers(1, 40), t=st.lists(st.integers(0, 1000), min_size=1, max_size=13))
-def test_timestep_embedding(half, t):
+@given(half=st.integers(1, 40), odd=st.integers(0, 1), t=st.lists(st.integers(0, 1000), min_size=1, max_size=13))
+def test_timestep_embedding(half, odd, t):
     frequencies = np.array([1e4 ** (-i / half) for i in range(half)])
     angles = np.array(t)[:, None] * frequencies
-    out = unet_ldm.TimestepEmbedding(2 * half)(Tensor(np.array(t, np.float32))).asnumpy()
-    np.testing.assert_allclose(out, np.concatenate([np.cos(angles), np.sin(angles)], 1), atol=TOLERANCE)
+    out = unet_ldm.TimestepEmbedding(2 * half + odd)(Tensor(np.array(t, np.float32))).asnumpy()
+    expected = np.concatenate([np.cos(angles), np.sin(angles), np.zeros((len(t), odd))], 1)
+    np.testing.assert_allclose(out, expected, atol=TOLERANCE)
 
 
 NORMS = {
@@ -477,19 +505,44 @@ def softmax(x):
     return e / e.sum(-1, keepdims=True)
 
 
-@pytest.mark.parametrize("with_context", [True, False])
-def test_cross_attention(with_context):
+@pytest.mark.parametrize(("with_context", "with_mask"), [(True, False), (False, False), (True, True)])
+def test_cross_attention(with_context, with_mask):
     net = unet_ldm.CrossAttention(6, 4 if with_context else 6, heads=2, dim_head=3)
     layers.name_and_initialise(net, seed=0)
     rng = np.random.default_rng(0)
     x, context = rng.standard_normal((13, 7, 6), np.float32), rng.standard_normal((13, 5, 4), np.float32)
-    out = net(Tensor(x), Tensor(context) if with_context else None).asnumpy()
+    mask = rng.random((13, 5)) < 0.6 if with_mask else np.ones((13, 5), bool)
+    mask[0] = not with_mask  # nothing to attend to: the mean of all
+    given = (Tensor(mask),) if with_mask else ()
+    out = net(Tensor(x), Tensor(context) if with_context else None, *given).asnumpy()
     weights = {p.name: p.asnumpy().astype(np.float64) for p in net.get_parameters()}
     seen = context if with_context else x
     q, k, v = (a @ weights[f"to_{name}.weight"].T for name, a in {"q": x, "k": seen, "v": seen}.items())
-    heads = [softmax(q[..., h] @ k[..., h].swapaxes(1, 2) / math.sqrt(3)) @ v[..., h] for h in (slice(3), slice(3, 6))]
+    hidden = np.where(mask, 0, -1e9)[:, None] if with_mask else 0
+    heads = []
+    for h in (slice(3), slice(3, 6)):
+        scores = q[..., h] @ k[..., h].swapaxes(1, 2) / math.sqrt(3)
+        heads.append(softmax(scores * (hidden == 0) + hidden) @ v[..., h])
     expected = np.concatenate(heads, -1) @ weights["to_out.0.weight"].T + weights["to_out.0.bias"]
     np.testing.assert_allclose(out, expected, atol=1e-5)
+
+
+def test_shortcut_and_feed_forward_of_other_kinds():
+    """The shortcut of a ResBlock with a 3 x 3 convolution, and a feed-forward without gate."""
+    wide = unet_ldm.ResBlock(4, 6, 8, groups=2, use_conv=True)
+    assert wide.skip_connection.weight.shape == (6, 4, 3, 3)
+    plain = unet_ldm.FeedForward(3, gated=False)
+    layers.name_and_initialise(plain, seed=0)
+    weights = {p.name: p.asnumpy().astype(np.float64) for p in plain.get_parameters()}
+    assert {name: w.shape for name, w in weights.items() if w.ndim == 2} == {
+        "net.0.0.weight": (12, 3),
+        "net.2.weight": (3, 12),
+    }
+    x = np.random.default_rng(0).standard_normal((2, 5, 3), np.float32)
+    h = x @ weights["net.0.0.weight"].T + weights["net.0.0.bias"]
+    h = h * (1 + np.vectorize(math.erf)(h / math.sqrt(2))) / 2
+    expected = h @ weights["net.2.weight"].T + weights["net.2.bias"]
+    np.testing.assert_allclose(plain(Tensor(x)).asnumpy(), expected, atol=1e-5)
 
 
 def test_layer_norm_of_float16_is_float32():
@@ -651,7 +704,9 @@ def test_float16_stays_close(name):
         ({"num_heads": 3}, "8 channels are not divisible into heads by num_heads 3"),
         ({"num_head_channels": 5}, "8 channels are not divisible into heads by num_head_channels 5"),
         ({"groups": 3}, "8 channels are not divisible into 3 groups"),
-        ({"model_channels": 9, "groups": 3, "num_heads": 3}, "model_channels is 9: it must be even"),
+        ({"num_heads_upsample": 3}, "channels are not divisible into heads by num_heads_upsample 3"),
+        ({"dims": 3}, r"dims is 3: it must be in \[1, 2\]"),
+        ({**LDM, "dims": 1}, "a SpatialTransformer is for images"),
         ({"dropout": 1.0}, r"dropout is 1.0: it must be in \[0, 1\)"),
         ({"channel_mult": (1, 0)}, "channel_mult is .*: it must be at least 1"),
     ],

@@ -1,38 +1,49 @@
-"""Write the network of a run for other programs: `export runs/quick --format onnx`."""
+"""Write the networks of a run for other programs: `export runs/quick --format onnx`."""
 
+import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
+import safetensors.numpy
 import tyro
 
 from .. import kernels, mindir
 from ..files import check_output, write
 from ..mindir import Input
 from ..runtime import UserError, command, one_line, set_device
+from ..training import exchange
 from ..training.runs import Run, default_run
 from .parse import parse
 
+Output = tuple[Path, Callable[[], bytes], str]  # a file, what makes its content, and what to say of it beside its size
 MOST_EXAMPLES = 1000  # classes or captions in the JSON
 
 
 @dataclass
 class Args:
-    """Write the network of a run as ONNX or MindIR for other programs, and all that a sampler needs beside it as JSON.
+    """Write the networks of a run for other programs: as ONNX or MindIR, with all that a sampler needs beside it as JSON, or
+    their weights, under the names of this library, of CompVis latent-diffusion or of diffusers.
 
     A run of latents gives its decoder too, an autoencoder its encoder and its decoder."""
 
     run: Annotated[str | None, tyro.conf.Positional] = None
     """A run's folder, one of its checkpoints, or the name of a bundled model."""
-    format: Literal["onnx", "mindir"] = "onnx"
-    """onnx needs the onnx package: pip install "ms_diffusion[export]"."""
+    format: Literal["onnx", "mindir", "safetensors", "compvis", "diffusers"] = "onnx"
+    """onnx needs the onnx package: pip install "ms_diffusion[export]". compvis and diffusers are for runs of latents and of
+    autoencoders: one state dict, or a folder of models, each with its config.json."""
     out: str | None = None
-    """Path of the network; by default denoiser.onnx or denoiser.mindir in the folder `export` of the run. The other files
-    lie beside it, for example denoiser.json and denoiser-decoder.onnx."""
+    """Path of the network; by default denoiser.onnx, or with the format's ending, in the folder `export` of the run. Other
+    files lie beside it, for example denoiser.json and denoiser-decoder.onnx. For compvis it may end in .ckpt, which needs
+    PyTorch; for diffusers it is a folder, by default export/diffusers."""
     weights: Literal["ema", "model"] = "ema"
     """Weights of the network: their moving average, or as trained."""
+    half: bool = False
+    """Write weights (safetensors, compvis, diffusers) as float16."""
     debug: bool = False
     """Show the traceback of an error."""
 
@@ -40,28 +51,107 @@ class Args:
 def main(argv: Sequence[str]) -> int:
     args = parse(Args, argv, prog=command("export"))
     path = Path(args.run or default_run())
+    make, endings = FORMATS[args.format]
+    if args.half and make is graphs:
+        raise UserError(f"--half is for weights, and --format {args.format} is a network in float32: leave it out")
     set_device("cpu")
     with kernels.disabled():
         run = Run(path, args.weights)
-    suffix, name = f".{args.format}", "denoiser" if run.diffusion else "autoencoder"
-    out = Path(args.out or (path if path.is_dir() else Path()) / "export" / f"{name}{suffix}")
-    if out.suffix != suffix:
-        raise UserError(f"--out is {out}: its name must end in {suffix}, or choose another --format")
-    description, networks = describe(run)
-    files = {part: out if part == "denoiser" else out.with_name(f"{out.stem}-{part}{suffix}") for part in networks}
-    record = out.with_suffix(".json")
-    check_output(*files.values(), record)
-    for part, (net, inputs, output) in networks.items():
-        file = files[part]
-        data = mindir.to_onnx(net, inputs, output) if args.format == "onnx" else mindir.export(net, inputs)
+    name = f"{'denoiser' if run.diffusion else 'autoencoder'}{endings[0]}" if endings else args.format
+    out = Path(args.out or (path if path.is_dir() else Path()) / "export" / name)
+    if endings and out.suffix not in endings:
+        raise UserError(f"--out is {out}: its name must end in {' or '.join(endings)}, or choose another --format")
+    files = make(run, out, args)
+    check_output(*(file for file, _, _ in files))
+    for file, content, note in files:
+        data = content()
         write(file, lambda f, data=data: f.write(data))
+        print(one_line(f"{file}: {note or f'{len(data) / 1e6:.1f} MB'}"))
+    return 0
+
+
+def graphs(run: Run, out: Path, args: Args) -> list[Output]:
+    description, networks = describe(run)
+
+    def content(net: Any, inputs: list[Input], output: str) -> bytes:
+        return mindir.to_onnx(net, inputs, output) if args.format == "onnx" else mindir.export(net, inputs)
+
+    files = []
+    for part, (net, inputs, output) in networks.items():
+        file = out if part == "denoiser" else out.with_name(f"{out.stem}-{part}{out.suffix}")
         columns = [{"name": name, "shape": shape, "dtype": dtype} for name, shape, dtype in inputs]
         description[part] = {"file": file.name, "inputs": columns, "output": output}
-        print(one_line(f"{file}: {len(data) / 1e6:.1f} MB"))
+        files.append((file, partial(content, net, inputs, output), ""))
     lines = [f" {json.dumps(name)}: {json.dumps(value)}" for name, value in {"format": args.format, **description}.items()]
-    write(record, lambda f: f.write("{{\n{}\n}}\n".format(",\n".join(lines)).encode()))
-    print(one_line(f"{record}: schedule, scales and inputs"))
-    return 0
+    record = "{{\n{}\n}}\n".format(",\n".join(lines)).encode()
+    return [*files, (out.with_suffix(".json"), lambda: record, "schedule, scales and inputs")]
+
+
+def named_as_ours(run: Run, out: Path, args: Args) -> list[Output]:
+    def file_of(part: str) -> Path:
+        return out.with_name(f"{out.stem}-{part}{out.suffix}") if part == "autoencoder" and run.diffusion else out
+
+    nets = exchange.networks(run).items()
+    return [(file_of(part), lambda net=net: packed(exchange.arrays_of(net), args.half), "") for part, net in nets]
+
+
+def named_as_compvis(run: Run, out: Path, args: Args) -> list[Output]:
+    arrays = exchange.compvis_state_dict(run)
+    if out.suffix == ".safetensors":
+        return [(out, lambda: packed(arrays, args.half), "")]
+    try:
+        import torch
+    except ImportError as e:
+        raise UserError(f"{out}: writing .ckpt needs PyTorch: pip install torch, or choose --out NAME.safetensors") from e
+
+    def content() -> bytes:
+        file = io.BytesIO()
+        state = {name: torch.from_numpy(np.array(a)) for name, a in in_type(arrays, args.half).items()}
+        torch.save({"state_dict": state, "global_step": run.step}, file)
+        return file.getvalue()
+
+    return [(out, content, "")]
+
+
+def named_as_diffusers(run: Run, out: Path, args: Args) -> list[Output]:
+    files: list[Output] = []
+    for folder, (record, arrays) in exchange.diffusers_models(run).items():
+        kind = record.get("_class_name", "")
+        name = {"DDIMScheduler": "scheduler_config.json", "LDMPipeline": "model_index.json"}.get(kind, "config.json")
+        if record:
+            text = json.dumps(record, indent=2).encode()
+            files.append((out / folder / name, lambda text=text: text, kind))
+        if arrays:
+            file = out / folder / ("diffusion_pytorch_model.safetensors" if record else "model.safetensors")
+            files.append((file, lambda arrays=arrays: packed(arrays, args.half), ""))
+    return files
+
+
+def in_type(arrays: Mapping[str, np.ndarray], half: bool) -> dict[str, np.ndarray]:
+    """The arrays; where `half` is set, weights as float16, but not the tables of a schedule, whose names have no dot. Raises
+    UserError if a weight is too large for that."""
+    if not half:
+        return dict(arrays)
+    with np.errstate(over="ignore"):
+        halves = {name: a.astype(np.float16) for name, a in arrays.items() if "." in name and a.ndim > 0}
+    if wrong := [name for name, a in halves.items() if not np.isfinite(a).all()]:
+        raise UserError(f"{wrong[0]} holds numbers that are too large for float16: leave out --half")
+    return {**arrays, **halves}
+
+
+def packed(arrays: Mapping[str, np.ndarray], half: bool) -> bytes:
+    """A .safetensors file; transformers and diffusers read only those that are marked as PyTorch's."""
+    return safetensors.numpy.save(in_type(arrays, half), {"format": "pt"})
+
+
+# What makes the files of a format, and the endings of --out, of which the first is the default; none: a folder
+FORMATS = {
+    "onnx": (graphs, (".onnx",)),
+    "mindir": (graphs, (".mindir",)),
+    "safetensors": (named_as_ours, (".safetensors",)),
+    "compvis": (named_as_compvis, (".safetensors", ".ckpt")),
+    "diffusers": (named_as_diffusers, ()),
+}
 
 
 def describe(run: Run) -> tuple[dict[str, Any], dict[str, tuple[Any, list[Input], str]]]:

@@ -23,7 +23,11 @@ class Args(Request):
     IMAGE is a file, or test:N, image N of the run's own test set. A run of points gets all its pictures and scores."""
 
     run: Annotated[str | None, tyro.conf.Positional] = None
-    """A run's folder, one of its checkpoints, or the name of a bundled model (see --list)."""
+    """A run's folder, one of its checkpoints, the name of a bundled model (see --list), or a folder of diffusers with Stable
+    Diffusion 1 or 2."""
+    size: tuple[int, ...] = ()
+    """Height and width of the pictures of Stable Diffusion in pixels, or one number for both; by default those of its
+    training."""
     list_: Annotated[bool, tyro.conf.arg(name="list")] = False
     """List the bundled models and their scores."""
     data_url: str | None = None
@@ -42,14 +46,15 @@ def main(argv: Sequence[str]) -> int:
     if args.num is not None and args.num < 1:
         raise UserError(f"--num is {args.num}: it must be at least 1")
     path = modelarts.fetch(args.data_url) if args.data_url and not args.run else Path(args.run or default_run())
-    run = load(path, args.sampling.weights, args.sampling.ema_length, args.sampling.device)
+    run = load(path, args.sampling.weights, args.sampling.ema_length, args.sampling.device, args.size)
     folder = modelarts.output_folder(args.train_url) or (path if path.is_dir() else path.parent)
     clock = time.perf_counter()
     written = run.task.render(run, args, folder)
     seconds = time.perf_counter() - clock
     if initialise_ranks()[0]:
         return 0  # rank 0 has written
-    print(one_line(f"{run.task.noun} of step {run.step} in {seconds:.1f} s: {', '.join(map(str, written))}"))
+    what = run.task.noun if run.step is None else f"{run.task.noun} of step {run.step}"
+    print(one_line(f"{what} in {seconds:.1f} s: {', '.join(map(str, written))}"))
     for file in written:
         modelarts.publish(file, args.train_url and f"{args.train_url.rstrip('/')}/{file.name}")
     return 0

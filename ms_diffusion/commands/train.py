@@ -13,6 +13,7 @@ from .. import runtime
 from ..fields import OneOf
 from ..runtime import DEVICES, UserError, command
 from ..training.checkpoint import best_checkpoint, read_state
+from ..training.compvis import from_compvis
 from ..training.config import RENAMED, Config
 from ..training.loop import train_task
 from ..training.presets import PRESETS
@@ -30,8 +31,10 @@ class Args(Generic[C]):
     config: Annotated[C, tyro.conf.arg(name="")]
     preset: Annotated[str, OneOf(PRESETS)] = "quick"
     """Named configuration that the other flags change."""
+    yaml: Annotated[str | None, tyro.conf.arg(name="config")] = None
+    """Configuration file of CompVis latent-diffusion (.yaml), in place of --preset."""
     run_dir: str | None = None
-    """Folder of the run; by default runs/PRESET."""
+    """Folder of the run; by default runs/PRESET, or runs/ and the name of the file of --config."""
     device: Literal[DEVICES] = "auto"
     """Device: auto is Ascend, then GPU, then CPU."""
     data_url: str | None = None
@@ -47,15 +50,23 @@ class Args(Generic[C]):
 
 
 def parse_args(argv: Sequence[str]) -> Args:
-    """The command line over the preset that it names."""
+    """The command line over the preset, or the configuration file, that it names."""
     argv = rename_flags(argv, RENAMED)
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", default="quick", nargs="?")
-    name = first.parse_known_args(argv)[0].preset
-    if name not in PRESETS:
-        raise UserError(f"unknown preset {name!r}: choose one of {', '.join(PRESETS)}")
-    preset = PRESETS[name]
-    return parse(Args[type(preset)], argv, Args(preset, name), command("train"))  # type: ignore[misc]
+    first.add_argument("--preset", nargs="?", const="")
+    first.add_argument("--config", nargs="?", const="")
+    first.add_argument("--init-from")
+    known = first.parse_known_args(argv)[0]
+    if known.config is not None:
+        if known.preset is not None:
+            raise UserError(f"--config {known.config} is in place of a preset: leave out --preset {known.preset}")
+        preset, name = from_compvis(known.config, bool(known.init_from)), "quick"
+    else:
+        name = "quick" if known.preset is None else known.preset
+        if name not in PRESETS:
+            raise UserError(f"unknown preset {name!r}: choose one of {', '.join(PRESETS)}")
+        preset = PRESETS[name]
+    return parse(Args[type(preset)], argv, Args(preset, name, known.config), command("train"))  # type: ignore[misc]
 
 
 def main(argv: Sequence[str]) -> int:
@@ -64,7 +75,11 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"--upload-minutes is {args.upload_minutes:g}: it must be above 0")
     if args.run_dir is not None and not args.run_dir.strip():
         raise UserError("--run-dir is empty: give the folder of the run, or leave it out")
-    run_dir = Path(args.run_dir or modelarts.output_folder(args.train_url) or f"runs/{args.preset}")
+    run_dir = Path(
+        args.run_dir
+        or modelarts.output_folder(args.train_url)
+        or f"runs/{Path(args.yaml).stem if args.yaml else args.preset}"
+    )
     config, arrays = modelarts.use_data(args.config, args.data_url) if args.data_url else (args.config, None)
     if args.train_url:
         modelarts.check_writable(args.train_url)

@@ -1,5 +1,7 @@
 """Images that a network is conditioned on: x_0 without detail, without colour, or without a part of it."""
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 
 from ..randomness import Random, draw_rows
@@ -7,9 +9,11 @@ from ..randomness import Random, draw_rows
 KINDS = ("none", "lowres", "gray", "mask")
 
 
-def condition_channels(kind: str, channels: int) -> int:
-    """The number of channels of `condition_image` for an image with `channels` channels."""
-    return {"none": 0, "lowres": channels, "gray": 1, "mask": channels + 1}[kind]
+def condition_channels(kind: str, channels: int, latent_channels: int | None = None) -> int:
+    """The number of channels of `condition_image` for an image with `channels` channels, or of `latent_condition` for
+    latents with `latent_channels` channels."""
+    gray, seen = (1, channels) if latent_channels is None else (latent_channels, latent_channels)
+    return {"none": 0, "lowres": channels, "gray": gray, "mask": seen + 1}[kind]
 
 
 def condition_image(kind: str, x: np.ndarray, lowres_size: int, rng: Random) -> np.ndarray:
@@ -27,7 +31,33 @@ def condition_image(kind: str, x: np.ndarray, lowres_size: int, rng: Random) -> 
     if kind == "gray":
         return x.mean(1, keepdims=True)
     hidden = draw_rows(rng, b, lambda rng, n: random_rectangles(rng, n, height, width))
+    return masked(x, hidden)
+
+
+def masked(x: np.ndarray, hidden: np.ndarray) -> np.ndarray:
+    """x (B, C, H, W) with 0 where hidden (B, 1, H, W) is 1, and hidden, as a last channel."""
     return np.concatenate([np.where(hidden > 0, np.float32(0), x), hidden], 1)
+
+
+def latent_condition(
+    kind: str, cond: np.ndarray, size: Sequence[int], channels: int, encode: Callable[[np.ndarray], np.ndarray]
+) -> np.ndarray:
+    """A `condition_image` (B, k, H, W) of images with `channels` channels, for latents of this size: (B, k', h, w).
+
+    lowres: reduced to the size of the latents, in whose cells it must be constant. gray, mask: the image is encoded by
+    `encode`, (B, channels, H, W) -> (B, latent channels, h, w), and a cell is hidden where any of its pixels is. These are
+    the conditions of latent diffusion (Rombach et al. 2022, sections 4.4 and 4.5)."""
+    if kind == "lowres":
+        return reduced(cond, size, np.max)
+    image, hidden = cond[:, :channels], cond[:, channels:]
+    z = encode(np.broadcast_to(image, (len(image), channels, *image.shape[2:])))  # of gray, in each channel
+    return np.concatenate([z, reduced(hidden, size, np.max)], 1) if hidden.shape[1] else z
+
+
+def reduced(x: np.ndarray, size: Sequence[int], reduction: Callable[..., np.ndarray]) -> np.ndarray:
+    """x (B, C, H, W) -> (B, C, h, w) for size (h, w): reduction(block, axes) of each block of H/h x W/w pixels."""
+    (h, w), (height, width) = size, x.shape[2:]
+    return reduction(x.reshape(*x.shape[:2], h, height // h, w, width // w), (3, 5))
 
 
 def random_rectangles(rng: np.random.Generator, n: int, height: int, width: int) -> np.ndarray:

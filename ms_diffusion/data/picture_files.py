@@ -38,36 +38,40 @@ class Picture(NamedTuple):
     pages: int  # of a TIFF file, of which this is the first
 
 
-def read_image(path: str | Path, size: int, channels: int, matte: str = "white") -> np.ndarray:
-    """The (size, size, channels) uint8 of `read_picture`."""
+def read_image(path: str | Path, size: int | tuple[int, int], channels: int, matte: str = "white") -> np.ndarray:
+    """The (height, width, channels) uint8 of `read_picture`."""
     return read_picture(path, size, channels, matte).pixels
 
 
-def read_picture(path: str | Path, size: int, channels: int, matte: str = "white", depth: int | None = None) -> Picture:
-    """One image file as (size, size, channels) uint8, gray or RGB.
+def read_picture(
+    path: str | Path, size: int | tuple[int, int], channels: int, matte: str = "white", depth: int | None = None
+) -> Picture:
+    """One image file as (height, width, channels) uint8, gray or RGB; `size` is (height, width), or one number for both.
 
     The first frame of an animation and the first page of a TIFF file are read. The orientation in EXIF is applied, and
     transparent pixels show the colour `matte`. Samples of more than 8 bits keep the upper 8 of those that are in use:
     `depth` of them, or else as many as the file says or its largest value needs (8, 10, 12, 14, 16 or more). Floats are 0
-    to 1 or 0 to 255. The shorter side is resized to `size` (Lanczos), the longer one is cropped about its center. A JPEG,
+    to 1 or 0 to 255. It is resized to fill that size (Lanczos), and what is too long is cropped about its center. A JPEG,
     PNG or TIFF picture of more than `MOST_PIXELS` is reduced while it is unpacked.
 
     Raises OSError if the file cannot be read or is none, UserError if there is too little memory, PictureError for all else.
     """
+    height, width = (size, size) if isinstance(size, int) else size
+    most = 2 * max(height, width)
     with open_picture(path) as file:
         pages = _pages(file)
         if file.width * file.height > MOST_PIXELS:
-            file.draft(None, (2 * size, 2 * size))  # pyright: ignore[reportArgumentType]  # lets JPEG be unpacked in part
+            file.draft(None, (most, most))  # pyright: ignore[reportArgumentType]  # lets JPEG be unpacked in part
         if file.width * file.height > MOST_PIXELS:
-            image, depth = read_in_pieces(file, 2 * size, lambda data, depth: _piece(data, channels, matte, depth), depth)
+            image, depth = read_in_pieces(file, most, lambda data, depth: _piece(data, channels, matte, depth), depth)
         else:
             if file.width * file.height > 1_000_000:  # below that, the question costs more than the picture
                 check_memory(16 * file.width * file.height, "its picture")  # four of 4 bytes a pixel
             image, depth = _flat(file, path, channels, matte, depth)
         turn = TURNS.get(_orientation(file))
         image = image if turn is None else image.transpose(turn)
-        image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
-    return Picture(np.asarray(image).reshape(size, size, channels), depth, pages)
+        image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
+    return Picture(np.asarray(image).reshape(height, width, channels), depth, pages)
 
 
 def _pages(file: ImageFile) -> int:

@@ -1,19 +1,37 @@
-"""The KL autoencoder of latent diffusion (Rombach et al. 2022, section 3.1 and appendix G), and the Gaussian of its latents.
+"""The autoencoders of latent diffusion (Rombach et al. 2022, section 3.1 and appendix G): KL, with Gaussian latents, and VQ,
+whose latents are vectors of a codebook.
 
-The Gaussian comes first, then the blocks, then the networks. Parameter paths are those of the PyTorch original.
+The Gaussian comes first, then the codebook, the blocks, and the networks. Parameter paths are those of the PyTorch original.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Annotated, Literal
 
+import numpy as np
+
 import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 
-from ..fields import AT_LEAST_1, DEPTH, NOT_EMPTY, Bounds, check_fields
+from ..fields import AT_LEAST_1, DEPTH, NON_NEGATIVE, NOT_EMPTY, Bounds, check_fields
+from ..files import load_npy
+from ..runtime import UserError
 from .attention import attend, matmul, matmul_t, split_heads
-from .layers import Dropout, GroupNorm, Identity, UpsampleNearest, chunk, conv2d, name_and_initialise, norm_conv
+from .layers import (
+    Dropout,
+    Embedding,
+    GroupNorm,
+    Identity,
+    UpsampleNearest,
+    chunk,
+    conv2d,
+    name_and_initialise,
+    norm_conv,
+    read,
+    rows,
+)
 
 EPS = 1e-6  # of every GroupNorm; PyTorch's default is 1e-5
 
@@ -53,6 +71,103 @@ def gaussian_kl(moments: Tensor, other: Tensor | None = None) -> Tensor:
 def normal_kl(mean1: Tensor | float, logvar1: Tensor | float, mean2: Tensor | float, logvar2: Tensor) -> Tensor:
     """KL(N(mean1, exp(logvar1)) || N(mean2, exp(logvar2))) of each entry, in nats; the shapes broadcast."""
     return 0.5 * (logvar2 - logvar1 + ops.exp(logvar1 - logvar2) + (mean1 - mean2) ** 2 * ops.exp(-logvar2) - 1)
+
+
+class VectorQuantizer(nn.Cell):
+    """Vectors z (B, embed_dim, h, w) -> the nearest entries of a codebook, the codebook loss (), and the entries' ids (van
+    den Oord et al. 2017, section 3).
+
+    The gradient passes from the entries to z unchanged (straight-through). The loss is the sum of |sg(e) - z|^2, which moves
+    the encoder, and |e - sg(z)|^2, which moves the codebook, means over all elements. beta weights the first (eq. 3), or
+    with `legacy` the second, as in the published models.
+
+    The ids are int32 (B, h, w); without `sane_index_shape` (B h w,), and with a remap (B h w, 1), as in the original. With a
+    remap whose `unknown_index` is "random", the call takes `random` (B, h, w), see `remap_to_used`.
+
+    Raises:
+        UserError: the file of the remap cannot be read, or does not hold ids.
+    """
+
+    def __init__(self, config: "VQConfig"):
+        super().__init__()
+        self.weights = (1.0, config.beta) if config.legacy else (config.beta, 1.0)  # of encoder and codebook
+        self.sane_index_shape, self.unknown_index = config.sane_index_shape, config.unknown_index
+        self.embedding = Embedding(config.n_embed, config.embed_dim)
+        self.used = None if config.remap is None else Tensor(read_remap(config.remap, config.n_embed))
+
+    def nearest(self, z: Tensor) -> Tensor:
+        """The id (B, h, w) int32 of the entry nearest to each vector; of two as near, the lower."""
+        flat = ops.cast(ops.stop_gradient(z), ms.float32).transpose(0, 2, 3, 1).reshape(-1, z.shape[1])
+        table = ops.stop_gradient(self.table())
+        distances = ops.square(table).sum(1) - 2 * ops.matmul(flat, table.T)  # |z - e|^2 - |z|^2: (B h w, n_embed)
+        return ops.cast(ops.argmin(distances, 1), ms.int32).reshape(z.shape[0], *z.shape[2:])
+
+    def table(self) -> Tensor:
+        """The entries (n_embed, embed_dim)."""
+        return read(self.embedding.weight, self.embedding.weight_slot)
+
+    def quantize(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As the call, with ids (B, h, w) into the whole codebook."""
+        z, ids = ops.cast(z, ms.float32), self.nearest(z)
+        entries = self.entries(ids)
+        to_encoder, to_codebook = self.weights
+        loss = to_encoder * ops.square(ops.stop_gradient(entries) - z).mean()
+        loss = loss + to_codebook * ops.square(entries - ops.stop_gradient(z)).mean()
+        return z + ops.stop_gradient(entries - z), loss, ids
+
+    def entries(self, ids: Tensor) -> Tensor:
+        """Ids (B, h, w) into the whole codebook -> (B, embed_dim, h, w)."""
+        return rows(self.table(), ids.reshape(-1)).reshape(*ids.shape, -1).transpose(0, 3, 1, 2)
+
+    def remap_to_used(self, ids: Tensor, random: Tensor | None = None) -> Tensor:
+        """Ids (B, ...) into the whole codebook -> positions in the remap, and `unknown_index` for an id that is not in it;
+        if that is "random", `random` (B, ...) int32, positions that the caller draws. Raises ValueError without them."""
+        matches = ops.cast(ids.expand_dims(-1) == self.used, ms.int32)
+        unknown = self.used.shape[0] if self.unknown_index == "extra" else self.unknown_index
+        if unknown == "random":
+            if random is None:
+                raise ValueError("unknown_index is random: give random positions, or choose extra or a number")
+            unknown = random
+        return ops.cast(ops.where(matches.sum(-1) > 0, matches.argmax(-1), unknown), ms.int32)
+
+    def unmap_to_all(self, ids: Tensor) -> Tensor:
+        """Positions in the remap -> ids into the whole codebook; the extra position -> the first of the remap."""
+        return ops.gather(self.used, ops.where(ids < self.used.shape[0], ids, 0), 0)
+
+    def get_codebook_entry(self, ids: Tensor, shape: tuple[int, int, int, int] | None = None) -> Tensor:
+        """The entries of ids as the call returns them: (..., embed_dim), or for a shape (B, h, w, embed_dim) of them
+        (B, embed_dim, h, w)."""
+        ids = ids if self.used is None else self.unmap_to_all(ids)
+        if shape is not None:
+            return self.entries(ids.reshape(shape[:3]))
+        return rows(self.table(), ids.reshape(-1)).reshape(*ids.shape, -1)
+
+    def construct(self, z: Tensor, random: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        quantized, loss, ids = self.quantize(z)
+        if self.used is not None:
+            ids = self.remap_to_used(ids, random)
+        if not self.sane_index_shape:
+            ids = ids.reshape(-1) if self.used is None else ids.reshape(-1, 1)
+        return quantized, loss, ids
+
+
+def read_remap(path: str, n_embed: int) -> np.ndarray:
+    """The ids of a codebook in a .npy file, (K,) int32. Raises UserError if it cannot be read, or does not hold such ids."""
+    try:
+        ids = load_npy(path)
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path} cannot be read: {e}") from e
+    if ids.ndim != 1 or not ids.size or ids.dtype.kind not in "iu" or not 0 <= ids.min() <= ids.max() < n_embed:
+        raise UserError(f"{path} is not a list of ids of a codebook: save whole numbers (K,) from 0 to {n_embed - 1}")
+    return ids.astype(np.int32)
+
+
+def codebook_use(ids: Tensor, n_embed: int) -> tuple[Tensor, Tensor]:
+    """The perplexity () of the entries with these ids, e to the entropy of their shares, and the number () of entries that
+    occur, both float32. The perplexity is n_embed where all occur equally often, and 1 where there is one."""
+    counts = ops.unsorted_segment_sum(ops.ones(ids.size, ms.float32), ids.reshape(-1), n_embed)
+    shares = counts / ids.size
+    return ops.exp(-(shares * ops.log(shares + 1e-10)).sum()), ops.cast(counts > 0, ms.float32).sum()
 
 
 class ResnetBlock(nn.Cell):
@@ -147,6 +262,8 @@ class AutoencoderConfig:
     dropped."""
     channels: Annotated[int, AT_LEAST_1] = 3
     """Image channels: 1 gray, 3 RGB."""
+    out_channels: Annotated[int, AT_LEAST_1] | None = None
+    """Channels of the decoder's images; by default those of the encoder's."""
     resolution: Annotated[int, AT_LEAST_1] = 256
     """H and W of the images. The networks accept other sizes too; attn_resolutions refer to this one."""
     z_channels: Annotated[int, AT_LEAST_1] = 4
@@ -167,8 +284,32 @@ class AutoencoderConfig:
         """f, the ratio of image size to latent size: H and W of images must be divisible by it."""
         return 2 ** (len(self.ch_mult) - 1)
 
-    def build(self, seed: int = 0) -> "AutoencoderKL":
+    def build(self, seed: int = 0) -> "AutoencoderKL | VQModel":
         return AutoencoderKL(self, seed)
+
+
+@dataclass(frozen=True)
+class VQConfig(AutoencoderConfig):
+    """Configuration of a VQModel; the defaults are those of the published vq-f4."""
+
+    ch_mult: Annotated[tuple[Annotated[int, AT_LEAST_1], ...], NOT_EMPTY] = (1, 2, 4)
+    z_channels: Annotated[int, AT_LEAST_1] = 3
+    embed_dim: Annotated[int, AT_LEAST_1] = 3
+    n_embed: Annotated[int, AT_LEAST_1] = 8192
+    """Entries of the codebook, vectors of embed_dim numbers."""
+    beta: Annotated[float, NON_NEGATIVE] = 0.25
+    """Weight of a term of the codebook's loss; see legacy."""
+    legacy: bool = True
+    """beta weights what moves the codebook, as in the published models; otherwise what moves the encoder."""
+    remap: str | None = None
+    """File .npy of the ids that occur, (K,) whole numbers: ids are then positions in this list."""
+    unknown_index: Literal["random", "extra"] | Annotated[int, NON_NEGATIVE] = "random"
+    """What stands for an id that is not in the list of remap: a random position in it, one beyond its end, or this one."""
+    sane_index_shape: bool = True
+    """Ids are (B, h, w); otherwise (B h w,)."""
+
+    def build(self, seed: int = 0) -> "VQModel":
+        return VQModel(self, seed)
 
 
 class Middle(nn.Cell):
@@ -226,7 +367,7 @@ class Encoder(nn.Cell):
 
 
 class Decoder(nn.Cell):
-    """(B, z_channels, h, w) -> images (B, channels, f h, f w).
+    """(B, z_channels, h, w) -> images (B, out_channels, f h, f w).
 
     With `give_pre_end` it returns the features (B, ch ch_mult[0], f h, f w) before the last norm and convolution; both still
     have their parameters.
@@ -242,7 +383,7 @@ class Decoder(nn.Cell):
         for i, (c_out, c_in) in enumerate(pairwise([*widths, widths[-1]])):
             self.up.append(Level(config, i, c_in, c_out, config.num_res_blocks + 1, up=i > 0))
         self.norm_out = GroupNorm(config.groups, widths[0], EPS, "silu-after")
-        self.conv_out = conv2d(widths[0], config.channels, 3, padding=1)
+        self.conv_out = conv2d(widths[0], config.out_channels or config.channels, 3, padding=1)
 
     def features(self, z: Tensor) -> Tensor:
         """The input of the last norm and convolution."""
@@ -260,42 +401,110 @@ class Decoder(nn.Cell):
         return self.features(z) if self.give_pre_end else self.last(self.features(z))
 
 
-class AutoencoderKL(nn.Cell):
+class Autoencoder(nn.Cell):
+    """What both kinds share. `parts` is 2 if the encoder also gives log-variances, and 1 otherwise.
+
+    A kind says how a latent is made of what `encode` gives, sample_latent(encoded, noise), and whether that needs noise."""
+
+    quantize: "VectorQuantizer | None"
+    needs_noise: bool
+    sample_latent: Callable[[Tensor, Tensor], Tensor]
+
+    def __init__(self, config: AutoencoderConfig, parts: int):
+        super().__init__()
+        check_fields(config, "")
+        if config.resolution % config.size_multiple:
+            wrong = f"a resolution of {config.resolution} cannot be halved {len(config.ch_mult) - 1} times"
+            raise ValueError(f"{wrong}: choose a multiple of {config.size_multiple}, or a shorter ch_mult")
+        self.encoder, self.decoder = Encoder(config, parts == 2), Decoder(config)
+        self.quant_conv = conv2d(parts * config.z_channels, parts * config.embed_dim, 1)
+        self.post_quant_conv = conv2d(config.embed_dim, config.z_channels, 1)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Images -> (B, parts embed_dim, h, w), what `sample_latent` makes latents of."""
+        return ops.cast(self.quant_conv(self.encoder(x)), ms.float32)
+
+    def decode_latent(self, z: Tensor) -> Tensor:
+        """z as the decoder takes it -> images."""
+        return ops.cast(self.decoder(self.post_quant_conv(z)), ms.float32)
+
+    @property
+    def last_layer(self) -> Parameter:
+        """The weight whose gradients balance the adversarial and the reconstruction loss (Esser et al. 2021, eq. 7)."""
+        return self.decoder.conv_out.weight
+
+
+class AutoencoderKL(Autoencoder):
     """Images x (B, channels, H, W) in [-1, 1] and their latents z (B, embed_dim, h, w), h = H / f and w = W / f.
 
-    ``net(x, noise)`` -> reconstruction (B, channels, H, W), moments of q(z | x) (B, 2 embed_dim, h, w). The reconstruction
-    decodes the sample for the noise (B, embed_dim, h, w), or the mode without noise. `seed` determines the initial weights.
+    ``net(x, noise)`` -> reconstruction (B, out_channels, H, W), moments of q(z | x) (B, 2 embed_dim, h, w), which `encode`
+    gives too. The reconstruction decodes the sample for the noise (B, embed_dim, h, w), or the mode without noise. `seed`
+    determines the initial weights.
 
     Raises:
         UserError: a field of the configuration is out of range.
         ValueError: a width is not divisible by the groups, or the resolution by `size_multiple`.
     """
 
-    def __init__(self, config: AutoencoderConfig = AutoencoderConfig(), seed: int = 0):
-        super().__init__()
-        check_fields(config, "")
-        if config.resolution % config.size_multiple:
-            wrong = f"a resolution of {config.resolution} cannot be halved {len(config.ch_mult) - 1} times"
-            raise ValueError(f"{wrong}: choose a multiple of {config.size_multiple}, or a shorter ch_mult")
-        self.encoder, self.decoder = Encoder(config), Decoder(config)
-        self.quant_conv = conv2d(2 * config.z_channels, 2 * config.embed_dim, 1)
-        self.post_quant_conv = conv2d(config.embed_dim, config.z_channels, 1)
-        name_and_initialise(self, seed)
+    needs_noise, sample_latent = True, staticmethod(gaussian_sample)
 
-    def encode(self, x: Tensor) -> Tensor:
-        """Moments of q(z | x), for `gaussian_sample`, `gaussian_mode`, `gaussian_kl` and `gaussian_nll`."""
-        return ops.cast(self.quant_conv(self.encoder(x)), ms.float32)
+    def __init__(self, config: AutoencoderConfig = AutoencoderConfig(), seed: int = 0):
+        super().__init__(config, parts=2)
+        self.quantize = None
+        name_and_initialise(self, seed)
 
     def decode(self, z: Tensor) -> Tensor:
         """z -> images."""
-        return ops.cast(self.decoder(self.post_quant_conv(z)), ms.float32)
+        return self.decode_latent(z)
 
     def construct(self, x: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor]:
         moments = self.encode(x)
         z = gaussian_mode(moments) if noise is None else gaussian_sample(moments, noise)
         return self.decode(z), moments
 
-    @property
-    def last_layer(self) -> Parameter:
-        """The weight whose gradients balance the adversarial and the reconstruction loss (Esser et al. 2021, eq. 7)."""
-        return self.decoder.conv_out.weight
+
+def same_latent(z: Tensor, noise: Tensor | None = None) -> Tensor:
+    """z, which is no distribution: `gaussian_sample` of a VQModel."""
+    return z
+
+
+class VQModel(Autoencoder):
+    """Images x (B, channels, H, W) in [-1, 1] and their latents z (B, embed_dim, h, w), h = H / f and w = W / f, for which
+    the decoder gets the nearest entries of a codebook (Esser et al. 2021, section 3.1).
+
+    ``net(x, random)`` -> reconstruction (B, out_channels, H, W), codebook loss (), ids: see `VectorQuantizer`. `seed`
+    determines the initial weights.
+
+    A diffusion works on what `encode` gives, the vectors before quantization, and `decode` quantizes, as VQModelInterface of
+    the original does.
+
+    Raises:
+        UserError: a field of the configuration is out of range, or its remap cannot be read.
+        ValueError: a width is not divisible by the groups, or the resolution by `size_multiple`.
+    """
+
+    needs_noise, sample_latent = False, staticmethod(same_latent)
+
+    def __init__(self, config: VQConfig = VQConfig(), seed: int = 0):
+        super().__init__(config, parts=1)
+        self.quantize = VectorQuantizer(config)
+        name_and_initialise(self, seed)
+        entries, bound = self.quantize.embedding.weight, 1 / config.n_embed
+        values = np.random.default_rng((seed, 1)).uniform(-bound, bound, entries.shape)
+        entries.set_data(Tensor(values.astype(np.float32)))
+
+    def decode(self, z: Tensor, force_not_quantize: bool = False) -> Tensor:
+        """z, quantized unless `force_not_quantize`, -> images."""
+        return self.decode_latent(z if force_not_quantize else self.quantize.quantize(z)[0])
+
+    def ids(self, x: Tensor) -> Tensor:
+        """Images -> ids (B, h, w) int32 into the whole codebook."""
+        return self.quantize.nearest(self.encode(x))
+
+    def decode_ids(self, ids: Tensor) -> Tensor:
+        """Ids (B, h, w) int32 into the whole codebook -> images."""
+        return self.decode_latent(self.quantize.entries(ids))
+
+    def construct(self, x: Tensor, random: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        quantized, loss, ids = self.quantize(self.encode(x), random)
+        return self.decode_latent(quantized), loss, ids

@@ -23,17 +23,17 @@ class ConvNorm(nn.Cell):
 
 
 class Classifier(nn.Cell):
-    """Images (B, 1, 28, 28) in [-1, 1] -> logits (B, classes).
+    """Images (B, channels, H, W) in [-1, 1], of 28 x 28 pixels for the bundled weights -> logits (B, classes).
 
-    Three stages, (B, 32, 28, 28), (B, 64, 14, 14) and (B, 128, 7, 7); the second and the third have a shortcut over two
+    Three stages, (B, 32, H, W), (B, 64, H/2, W/2) and (B, 128, H/4, W/4); the second and the third have a shortcut over two
     convolutions. The features (B, 128) are the mean of the third stage over H and W; a linear layer maps them to the logits.
     """
 
     num_features = 128
 
-    def __init__(self, classes: int = 10, seed: int = 0):
+    def __init__(self, classes: int = 10, seed: int = 0, channels: int = 1):
         super().__init__()
-        self.conv1 = nn.SequentialCell(ConvNorm(1, 32), ConvNorm(32, 32))
+        self.conv1 = nn.SequentialCell(ConvNorm(channels, 32), ConvNorm(32, 32))
         self.down2, self.conv2 = ConvNorm(32, 64, 4, 2), nn.SequentialCell(ConvNorm(64, 64), ConvNorm(64, 64))
         self.down3, self.conv3 = ConvNorm(64, 128, 4, 2), nn.SequentialCell(ConvNorm(128, 128), ConvNorm(128, 128))
         self.head = Linear(128, classes)

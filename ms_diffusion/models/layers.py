@@ -57,7 +57,7 @@ class Conv2d(nn.Conv2d):
         check_weights(c_out, c_in // groups, kernel, kernel)
         super().__init__(c_in, c_out, kernel, stride, pad_mode="pad", padding=padding, group=groups, has_bias=bias)
         self.compute_type = ms.float32
-        self.weight_slot = self.bias_slot = self.kernel = None
+        self.weight_slot = self.bias_slot = self.kernel = self.norm_kernel = None
         if kernels.available():
             self.kernel = kernels.Convolution(stride, padding, groups)
             self.norm_kernel = kernels.NormConvolution(stride, padding, groups)
@@ -149,18 +149,19 @@ def Upsample(dim: int) -> Conv2dTranspose:
 
 
 class UpsampleNearest(nn.Cell):
-    """Repeat each pixel 2 x 2, then apply a 3 x 3 convolution if `with_conv`: (B, C, H, W) -> (B, C, 2H, 2W).
+    """Repeat each pixel `rows` x 2, then apply `conv`, if it is True one of 3 x 3: (B, C, H, W) -> (B, C, rows H, 2W).
 
     Every layer of a UNetModel takes `emb` and `context`; this one ignores them.
     """
 
-    def __init__(self, channels: int, with_conv: bool = True):
+    def __init__(self, channels: int, conv: nn.Cell | bool | None = True, rows: int = 2):
         super().__init__()
-        self.conv = conv2d(channels, channels, 3, padding=1) if with_conv else Identity()
+        self.conv = (conv2d(channels, channels, 3, padding=1) if conv is True else conv) or Identity()
+        self.rows = rows
 
     def construct(self, x: Tensor, emb: Tensor | None = None, context: Tensor | None = None) -> Tensor:
         interpolate = F.interpolate if ascend() else ops.interpolate
-        return self.conv(interpolate(x, size=(2 * x.shape[2], 2 * x.shape[3]), mode="nearest"))
+        return self.conv(interpolate(x, size=(self.rows * x.shape[2], 2 * x.shape[3]), mode="nearest"))
 
 
 class GroupNorm(nn.Cell):
@@ -265,7 +266,7 @@ class Dropout(nn.Cell):
             raise ValueError(
                 "training with dropout needs masks: make ms_diffusion.models.layers.Masks, and draw before a step"
             )
-        return x * ops.cast(self.masks[0](self.index), x.dtype)
+        return x * ops.cast(self.masks[0](self.index), x.dtype).reshape(x.shape)
 
 
 class Masks(nn.Cell):
@@ -303,9 +304,9 @@ def freeze(net: nn.Cell) -> nn.Cell:
     return net
 
 
-def norm_conv(norm: GroupNorm, conv: Conv2d, x: Tensor) -> Tensor:
+def norm_conv(norm: GroupNorm, conv: nn.Cell, x: Tensor) -> Tensor:
     """conv(norm(x)); on the CPU as one operator, which does not store the normalised x."""
-    if norm.kernel is not None and conv.compute_type == ms.float32:
+    if norm.kernel is not None and conv.norm_kernel is not None and conv.compute_type == ms.float32:
         weight, bias = read(norm.weight, norm.weight_slot), read(norm.bias, norm.bias_slot)
         return conv(ops.cast(x, ms.float32), weight, bias, norm.kernel.settings)
     return conv(norm(x))
@@ -378,20 +379,22 @@ class Embedding(nn.Cell):
 class SinusoidalPositionEmbeddings(nn.Cell):
     """Timesteps (B,) float32 -> (B, dim): sines then cosines of dim/2 frequencies from 1 to 1/10000 (Vaswani 2017, 3.5).
 
-    With `cosines_first`, cosines then sines of the frequencies 10000^(-2i/dim), i < dim/2, as in CompVis latent-diffusion.
+    With `cosines_first`, cosines then sines of the frequencies 10000^(-2i/dim), i < dim/2, then 0 if dim is odd, as in
+    CompVis latent-diffusion.
     """
 
     def __init__(self, dim: int, cosines_first: bool = False):
         super().__init__()
         check_weights(dim, dim)  # of the linear layer that takes them
-        half, self.cosines_first = dim // 2, cosines_first
+        half, self.cosines_first, self.odd = dim // 2, cosines_first, cosines_first and dim % 2 == 1
         steps = half if cosines_first else half - 1
         self.frequencies = Tensor(np.exp(-math.log(10000) * np.arange(half) / steps).astype(np.float32))
 
     def construct(self, t: Tensor) -> Tensor:
         angles = t.reshape(-1, 1) * self.frequencies.reshape(1, -1)  # (B, dim/2)
         sines, cosines = ops.sin(angles), ops.cos(angles)
-        return ops.concat((cosines, sines) if self.cosines_first else (sines, cosines), -1)  # (B, dim)
+        parts = (cosines, sines) if self.cosines_first else (sines, cosines)
+        return ops.concat(parts + (ops.zeros_like(sines[:, :1]),) if self.odd else parts, -1)  # (B, dim)
 
 
 def name_and_initialise(net: nn.Cell, seed: int) -> None:

@@ -8,7 +8,7 @@ B, N, L: batch, positions of the image (H W), entries of the context.
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 
@@ -36,15 +36,46 @@ from .layers import (
     read,
 )
 
+LOWEST = float(np.finfo(np.float32).min)
 TimestepEmbedding = partial(layers.SinusoidalPositionEmbeddings, cosines_first=True)
 
 
-class Downsample(nn.Cell):
-    """Halve H and W by a strided convolution, or by the mean of 2 x 2: (B, C, H, W) -> (B, C, H/2, W/2)."""
+class Conv1d(nn.Conv2d):
+    """``torch.nn.Conv1d`` along the last axis, padded by half the kernel: (B, c_in, H, W) -> (B, c_out, H, W / stride); the
+    weight is (c_out, c_in, kernel)."""
 
-    def __init__(self, channels: int, with_conv: bool):
+    def __init__(self, c_in: int, c_out: int, kernel: int = 1, stride: int = 1):
+        check_weights(c_out, c_in, kernel)
+        super().__init__(c_in, c_out, 1, has_bias=True)
+        self.weight = Parameter(Tensor(np.zeros((c_out, c_in, kernel), np.float32)), name="weight")
+        self.weight_slot = self.bias_slot = self.norm_kernel = None
+        self.compute_type = ms.float32
+        self.steps: Any = (1, stride)
+        self.border: Any = (0, kernel // 2)
+
+    def construct(self, x: Tensor) -> Tensor:
+        weight, bias = read(self.weight, self.weight_slot), read(self.bias, self.bias_slot)
+        x, bias = ops.cast(x, self.compute_type), ops.cast(bias, self.compute_type)
+        weight = ops.cast(weight.expand_dims(2), self.compute_type)
+        if ascend():
+            return F.conv2d(x, weight, bias, self.steps, self.border)
+        return ops.conv2d(x, weight, bias, self.steps, "pad", self.border)
+
+
+def conv3(c_in: int, c_out: int, dims: int = 2, stride: int = 1) -> nn.Cell:
+    """A convolution of 3 or 3 x 3, padded by 1: (B, c_in, H, W) -> (B, c_out, H / stride, W / stride), or (B, c_out, 1, W /
+    stride) if H and `dims` are 1."""
+    return Conv1d(c_in, c_out, 3, stride) if dims == 1 else conv2d(c_in, c_out, 3, stride, padding=1)
+
+
+class Downsample(nn.Cell):
+    """Halve H and W by a strided convolution, or by the mean of 2 x 2: (B, C, H, W) -> (B, C, H/2, W/2). H stays 1 if `dims`
+    is 1."""
+
+    def __init__(self, channels: int, with_conv: bool, dims: int = 2):
         super().__init__()
-        self.op = conv2d(channels, channels, 3, stride=2, padding=1) if with_conv else nn.AvgPool2d(2, 2)
+        size = (dims, 2)
+        self.op = conv3(channels, channels, dims, 2) if with_conv else nn.AvgPool2d(size, size)
 
     def construct(self, x: Tensor, emb: Tensor | None = None, context: Tensor | None = None) -> Tensor:
         return self.op(x)
@@ -55,20 +86,24 @@ class ResBlock(nn.Cell):
 
     The embedding is added between the convolutions or, with `scale_shift`, scales and shifts the second norm (Dhariwal &
     Nichol 2021, section 3.1). `resample`, a Downsample or UpsampleNearest without convolution, applies to the shortcut and
-    before the first convolution. `level` is that of the output (`Dropout`).
+    before the first convolution. `level` is that of the output (`Dropout`). With `use_conv` the shortcut that changes the
+    number of channels is a convolution of 3 x 3 instead of 1 x 1. In a series, `dims` and H are 1.
     """
 
     def __init__(self, c_in: int, c_out: int, emb_channels: int, groups=32, dropout=0.0, level=0,
-            scale_shift=False, resample=None):  # fmt: skip
+            scale_shift=False, resample=None, use_conv=False, dims=2):  # fmt: skip
         super().__init__()
         self.scale_shift, self.resample = scale_shift, resample
         norm1, norm2 = [GroupNorm(groups, c, activation="silu-after") for c in (c_in, c_out)]
         # The norms and Linear compute SiLU; an Identity keeps its number in the parameters' names
-        self.in_layers = nn.SequentialCell(norm1, Identity(), conv2d(c_in, c_out, 3, padding=1))
+        self.in_layers = nn.SequentialCell(norm1, Identity(), conv3(c_in, c_out, dims))
         self.emb_layers = nn.SequentialCell(Identity(), Linear(emb_channels, c_out * 2 if scale_shift else c_out, "silu"))
         drop = Dropout(dropout, c_out, level)
-        self.out_layers = nn.SequentialCell(norm2, Identity(), drop, conv2d(c_out, c_out, 3, padding=1))
-        self.skip_connection = conv2d(c_in, c_out, 1) if c_in != c_out else Identity()
+        self.out_layers = nn.SequentialCell(norm2, Identity(), drop, conv3(c_out, c_out, dims))
+        self.skip_connection = Identity()
+        if c_in != c_out:
+            conv1 = conv2d(c_in, c_out, 1) if dims == 2 else Conv1d(c_in, c_out)
+            self.skip_connection = conv3(c_in, c_out, dims) if use_conv else conv1
 
     def construct(self, x: Tensor, emb: Tensor, context: Tensor | None = None) -> Tensor:
         if self.resample is None:
@@ -83,23 +118,6 @@ class ResBlock(nn.Cell):
         else:
             h = self.out_layers[0](h + emb.expand_dims(-1).expand_dims(-1))
         return self.skip_connection(x) + self.out_layers[3](self.out_layers[2](h))
-
-
-class Conv1d(nn.Conv2d):
-    """``torch.nn.Conv1d`` with kernel 1 over all positions: (B, c_in, H, W) -> (B, c_out, H, W); weight (c_out, c_in, 1)."""
-
-    def __init__(self, c_in: int, c_out: int):
-        check_weights(c_out, c_in)
-        super().__init__(c_in, c_out, 1, has_bias=True)
-        self.weight = Parameter(Tensor(np.zeros((c_out, c_in, 1), np.float32)), name="weight")
-        self.weight_slot = self.bias_slot = None
-        self.compute_type = ms.float32
-
-    def construct(self, x: Tensor) -> Tensor:
-        weight, bias = read(self.weight, self.weight_slot), read(self.bias, self.bias_slot)
-        x, bias = ops.cast(x, self.compute_type), ops.cast(bias, self.compute_type)
-        convolution = F.conv2d if ascend() else ops.conv2d
-        return convolution(x, ops.cast(weight.expand_dims(-1), self.compute_type), bias)
 
 
 class AttentionBlock(nn.Cell):
@@ -147,7 +165,8 @@ class LayerNorm(nn.Cell):
 class CrossAttention(nn.Cell):
     """Multi-head attention from x to the context, or to x itself without a context (Rombach et al. 2022, section 3.3).
 
-    x (B, N, query_dim), context (B, L, context_dim) -> (B, N, query_dim).
+    x (B, N, query_dim), context (B, L, context_dim) -> (B, N, query_dim). Entries of the context where `mask` (B, L), bool,
+    is False are not attended to; a row without any True attends to all alike.
     """
 
     def __init__(self, query_dim: int, context_dim: int, heads: int, dim_head: int):
@@ -162,11 +181,13 @@ class CrossAttention(nn.Cell):
         b, n, _ = x.shape
         return ops.cast(x, ms.float32).reshape(b, n, self.heads, -1).transpose(0, 2, 1, 3)
 
-    def construct(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+    def construct(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         context = x if context is None else context
         q = self.heads_first(self.to_q(x))  #                                             (B, h, N, d)
         k, v = self.heads_first(self.to_k(context)), self.heads_first(self.to_v(context))  # (B, h, L, d)
         scores = matmul_t(q * self.scale, k)  #                                           (B, h, N, L)
+        if mask is not None:
+            scores = ops.masked_fill(scores, ops.logical_not(mask).expand_dims(1).expand_dims(1), LOWEST)
         out = matmul(softmax(scores, self.lean), v)  #                                    (B, h, N, d)
         b, n, _ = x.shape
         return self.to_out(out.transpose(0, 2, 1, 3).reshape(b, n, -1))
@@ -185,11 +206,13 @@ class GEGLU(nn.Cell):
 
 
 class FeedForward(nn.Cell):
-    """GEGLU to four times the width, then a linear layer back to dim: (B, N, dim) -> the same."""
+    """GEGLU to four times the width, or if not `gated` a linear layer and GELU, then a linear layer back to dim: (B, N, dim)
+    -> the same."""
 
-    def __init__(self, dim: int):
+    def __init__(self, dim: int, gated: bool = True):
         super().__init__()
-        self.net = nn.SequentialCell(GEGLU(dim, 4 * dim), Identity(), Linear(4 * dim, dim))  # Identity: CompVis's dropout
+        first = GEGLU(dim, 4 * dim) if gated else nn.SequentialCell(Linear(dim, 4 * dim), GELU())
+        self.net = nn.SequentialCell(first, Identity(), Linear(4 * dim, dim))  # Identity: CompVis's dropout
 
     def construct(self, x: Tensor) -> Tensor:
         return self.net(x)
@@ -201,10 +224,10 @@ class BasicTransformerBlock(nn.Cell):
     x (B, N, dim), context (B, L, context_dim), or None for x itself -> (B, N, dim).
     """
 
-    def __init__(self, dim: int, heads: int, dim_head: int, context_dim: int | None = None):
+    def __init__(self, dim: int, heads: int, dim_head: int, context_dim: int | None = None, gated: bool = True):
         super().__init__()
         self.attn1 = CrossAttention(dim, dim, heads, dim_head)
-        self.ff = FeedForward(dim)
+        self.ff = FeedForward(dim, gated)
         self.attn2 = CrossAttention(dim, context_dim or dim, heads, dim_head)
         self.norm1, self.norm2, self.norm3 = LayerNorm(dim), LayerNorm(dim), LayerNorm(dim)
 
@@ -217,23 +240,27 @@ class BasicTransformerBlock(nn.Cell):
 class SpatialTransformer(nn.Cell):
     """Transformer blocks over the positions of an image, and a shortcut (Rombach et al. 2022, appendix E.2.1).
 
-    x (B, C, H, W), context (B, L, context_dim), or None for x itself -> (B, C, H, W).
+    x (B, C, H, W), context (B, L, context_dim), or None for x itself -> (B, C, H, W). The blocks are heads dim_head wide.
     """
 
-    def __init__(self, channels: int, heads: int, depth: int = 1, context_dim: int | None = None, groups: int = 32):
+    def __init__(self, channels: int, heads: int, depth: int = 1, context_dim: int | None = None, groups: int = 32,
+            dim_head: int | None = None):  # fmt: skip
         super().__init__()
+        dim_head = dim_head or channels // heads
+        inner = heads * dim_head
         self.norm = GroupNorm(groups, channels, eps=1e-6)
-        self.proj_in = conv2d(channels, channels, 1)
-        blocks = [BasicTransformerBlock(channels, heads, channels // heads, context_dim) for _ in range(depth)]
+        self.proj_in = conv2d(channels, inner, 1)
+        blocks = [BasicTransformerBlock(inner, heads, dim_head, context_dim) for _ in range(depth)]
         self.transformer_blocks = nn.CellList(blocks)
-        self.proj_out = conv2d(channels, channels, 1)
+        self.proj_out = conv2d(inner, channels, 1)
 
     def construct(self, x: Tensor, emb: Tensor | None = None, context: Tensor | None = None) -> Tensor:
-        b, c, height, width = x.shape
-        h = norm_conv(self.norm, self.proj_in, x).reshape(b, c, height * width).transpose(0, 2, 1)  # (B, N, C)
+        b, _, height, width = x.shape
+        h = norm_conv(self.norm, self.proj_in, x)
+        h = h.reshape(b, -1, height * width).transpose(0, 2, 1)  #                         (B, N, heads dim_head)
         for block in self.transformer_blocks:
             h = block(h, context)
-        return x + self.proj_out(h.transpose(0, 2, 1).reshape(x.shape))  #                            (B, C, H, W)
+        return x + self.proj_out(h.transpose(0, 2, 1).reshape(b, -1, height, width))  #    (B, C, H, W)
 
 
 @dataclass(frozen=True)
@@ -243,7 +270,7 @@ class UNetModelConfig:
     in_channels: Annotated[int, AT_LEAST_1]
     """Channels of x."""
     model_channels: Annotated[int, AT_LEAST_1]
-    """Base width, an even number; the embedding is four times as wide."""
+    """Base width; the embedding is four times as wide."""
     out_channels: Annotated[int, AT_LEAST_1]
     """Channels of the output."""
     num_res_blocks: Annotated[int, DEPTH]
@@ -263,6 +290,8 @@ class UNetModelConfig:
     With our CPU kernels it applies to attention only: MindSpore does not find their gradients in recomputed cells."""
     num_heads: Annotated[int, AT_LEAST_1] | None = None
     """Number of attention heads; used where num_head_channels is None."""
+    num_heads_upsample: Annotated[int, AT_LEAST_1] | None = None
+    """Number of heads of AttentionBlocks on the way up, in place of num_heads."""
     num_head_channels: Annotated[int, AT_LEAST_1] | None = None
     """Channels per attention head; the number of heads follows from the width."""
     use_scale_shift_norm: bool = False
@@ -281,20 +310,30 @@ class UNetModelConfig:
     """Return logits over a codebook of this many entries, instead of out_channels."""
     groups: Annotated[int, AT_LEAST_1] = 32
     """Groups of GroupNorm."""
+    legacy: bool = True
+    """CompVis's older rules for heads. Otherwise each head of a SpatialTransformer has num_head_channels, also where the
+    width is no multiple of it, and num_heads_upsample is not used."""
+    dims: Annotated[int, Bounds(1, 2)] = 2
+    """Dimensions of x: 2 for images (B, C, H, W), 1 for series (B, C, L)."""
 
     @property
     def size_multiple(self) -> int:
         """H and W of the images must be divisible by this."""
         return 2 ** (len(self.channel_mult) - 1)
 
-    def heads(self, channels: int) -> int:
-        """Number of attention heads of a layer with this many channels; ValueError if they are not divisible among them."""
-        size = self.num_head_channels
-        divisor = size or self.num_heads or 1
-        if channels % divisor:
-            what = "num_head_channels" if size else "num_heads"
+    def heads(self, channels: int, up: bool = False) -> tuple[int, int]:
+        """Number of attention heads of a layer with this many channels, perhaps on the way up, and the channels of each.
+        Raises ValueError if these are not all channels, which a SpatialTransformer can do without, or none."""
+        size, count = self.num_head_channels, self.num_heads or 1
+        what = "num_head_channels" if size else "num_heads"
+        if up and self.num_heads_upsample and self.legacy and not size and not self.use_spatial_transformer:
+            what, count = "num_heads_upsample", self.num_heads_upsample
+        heads = channels // size if size else count
+        width = size if size and not self.legacy else channels // max(heads, 1)
+        if not heads or not width or not self.use_spatial_transformer and heads * (size or width) != channels:
+            divisor = size or count
             raise ValueError(f"{channels} channels are not divisible into heads by {what} {divisor}: choose a divisor")
-        return channels // divisor if size else divisor
+        return heads, width
 
     def build(self, seed: int = 0) -> "UNetModel":
         return UNetModel(self, seed)
@@ -302,7 +341,7 @@ class UNetModelConfig:
 
 class UNetModel(nn.Cell):
     """Predict from a noisy x (B, in_channels, H, W) float32 at timestep t (B,) int32: -> (B, out_channels, H, W) float32,
-    or with n_embed -> (B, n_embed, H, W).
+    or with n_embed -> (B, n_embed, H, W). If dims is 1, x and the output are (B, channels, L).
 
     A network with context_dim takes a context (B, L, context_dim) float32, one with num_classes takes y (B,) int32 in
     [0, num_classes). `seed` determines the initial weights. The last convolution of each block and of the network is zero,
@@ -311,7 +350,7 @@ class UNetModel(nn.Cell):
     Raises:
         UserError: a field of the configuration is out of range.
         ValueError: at construction, context_dim without use_spatial_transformer or the reverse, neither num_heads nor
-            num_head_channels, channels not divisible into heads or groups, an odd model_channels; in a call, a
+            num_head_channels, channels not divisible into heads or groups, transformers of a series; in a call, a
             missing or superfluous context or y, or H or W not divisible by size_multiple.
     """
 
@@ -323,30 +362,34 @@ class UNetModel(nn.Cell):
             raise ValueError(f"use_spatial_transformer is {transformer} and context_dim {context_dim}: set both or neither")
         if config.num_heads is None and config.num_head_channels is None:
             raise ValueError("attention needs a number of heads: set num_heads or num_head_channels")
-        if config.model_channels % 2:
-            raise ValueError(f"model_channels is {config.model_channels}: it must be even, for as many cosines as sines")
+        if transformer and config.dims == 1:
+            raise ValueError("a SpatialTransformer is for images: set dims to 2, or use_spatial_transformer to False")
         self.size_multiple = config.size_multiple
         self.size_message = f"H and W must be divisible by {self.size_multiple}: choose another image size"
         self.takes_context, self.takes_label = transformer, config.num_classes is not None
         width, emb_channels, groups = config.model_channels, 4 * config.model_channels, config.groups
         options = {"groups": groups, "dropout": config.dropout, "scale_shift": config.use_scale_shift_norm}
-        block = partial(ResBlock, emb_channels=emb_channels, **options)
+        dims = self.dims = config.dims
+        block = partial(ResBlock, emb_channels=emb_channels, dims=dims, **options)
 
-        def attention(channels):
-            heads = config.heads(channels)
+        def attention(channels, up=False):
+            heads, dim_head = config.heads(channels, up)
             if transformer:
-                return SpatialTransformer(channels, heads, config.transformer_depth, context_dim, groups)
+                return SpatialTransformer(channels, heads, config.transformer_depth, context_dim, groups, dim_head)
             return AttentionBlock(channels, heads, groups, config.use_new_attention_order)
 
-        def stage(c_in, c_out, level):
+        def stage(c_in, c_out, level, up=False):
             return [block(c_in, c_out, level=level)] + (
-                [attention(c_out)] if 2**level in config.attention_resolutions else []
+                [attention(c_out, up)] if 2**level in config.attention_resolutions else []
             )
+
+        def enlarge(channels, with_conv):
+            return UpsampleNearest(channels, conv3(channels, channels, dims) if with_conv else None, rows=dims)
 
         def resample(kind, channels, level):
             if config.resblock_updown:
                 return block(channels, channels, level=level, resample=kind(channels, with_conv=False))
-            return kind(channels, config.conv_resample)
+            return kind(channels, with_conv=config.conv_resample)
 
         # Timestep and class: -> (B, 4 model_channels)
         self.timestep_embedding = TimestepEmbedding(width)
@@ -355,11 +398,11 @@ class UNetModel(nn.Cell):
         self.label_emb = Embedding(config.num_classes, emb_channels) if config.num_classes is not None else None
 
         # Down
-        self.input_blocks = nn.CellList([nn.CellList([conv2d(config.in_channels, width, 3, padding=1)])])
+        self.input_blocks = nn.CellList([nn.CellList([conv3(config.in_channels, width, dims)])])
         skips, channels = [width], width
         for level, mult in enumerate(config.channel_mult):
             if level > 0:
-                self.input_blocks.append(nn.CellList([resample(Downsample, channels, level)]))
+                self.input_blocks.append(nn.CellList([resample(partial(Downsample, dims=dims), channels, level)]))
                 skips.append(channels)
             for _ in range(config.num_res_blocks):
                 self.input_blocks.append(nn.CellList(stage(channels, mult * width, level)))
@@ -374,17 +417,18 @@ class UNetModel(nn.Cell):
         self.output_blocks = nn.CellList()
         for level, mult in reversed([*enumerate(config.channel_mult)]):
             for i in range(config.num_res_blocks + 1):
-                self.output_blocks.append(nn.CellList(stage(channels + skips.pop(), mult * width, level)))
+                self.output_blocks.append(nn.CellList(stage(channels + skips.pop(), mult * width, level, up=True)))
                 channels = mult * width
                 if level > 0 and i == config.num_res_blocks:
-                    self.output_blocks[-1].append(resample(UpsampleNearest, channels, level - 1))
+                    self.output_blocks[-1].append(resample(enlarge, channels, level - 1))
 
         # CompVis keeps an unused `out` beside the codebook's predictor, so its weights contain both
         norm = GroupNorm(groups, channels, activation="silu-after")
-        self.out = nn.SequentialCell(norm, Identity(), conv2d(channels, config.out_channels, 3, padding=1))
+        self.out = nn.SequentialCell(norm, Identity(), conv3(channels, config.out_channels, dims))
         self.id_predictor = None
         if config.n_embed:
-            self.id_predictor = nn.SequentialCell(GroupNorm(groups, channels), conv2d(channels, config.n_embed, 1))
+            conv1 = conv2d(channels, config.n_embed, 1) if dims == 2 else Conv1d(channels, config.n_embed)
+            self.id_predictor = nn.SequentialCell(GroupNorm(groups, channels), conv1)
         name_and_initialise(self, seed)  # then zeros in the last convolution of each block and of the network
         for p in self.get_parameters():
             if p.name.rpartition(".")[0].endswith(("out_layers.3", "proj_out")) or p.name.startswith("out.2."):
@@ -401,7 +445,11 @@ class UNetModel(nn.Cell):
             raise ValueError("context is required by a network with context_dim, and accepted by no other")
         if self.takes_label != (y is not None):
             raise ValueError("y is required by a network with num_classes, and accepted by no other")
-        if x.shape[2] % self.size_multiple != 0 or x.shape[3] % self.size_multiple != 0:
+        if self.dims == 1:
+            x = x.expand_dims(2)  # (B, C, 1, L)
+        elif x.shape[2] % self.size_multiple != 0:
+            raise ValueError(self.size_message)
+        if x.shape[3] % self.size_multiple != 0:
             raise ValueError(self.size_message)
 
         emb = self.time_embed(self.timestep_embedding(ops.cast(t, ms.float32)))
@@ -427,4 +475,5 @@ class UNetModel(nn.Cell):
                 x = layer(x, emb, context)
 
         last = self.out if self.id_predictor is None else self.id_predictor
-        return ops.cast(norm_conv(last[0], last[-1], x), ms.float32)
+        x = ops.cast(norm_conv(last[0], last[-1], x), ms.float32)
+        return x if self.dims == 2 else ops.squeeze(x, 2)

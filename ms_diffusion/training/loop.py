@@ -35,7 +35,7 @@ from .checkpoint import best_checkpoint, read_config, read_state
 from .config import Config, override
 from .presets import PRESETS
 from .runs import Run
-from .tasks.base import Task
+from .tasks.base import Logged, Task
 
 OnSave = Callable[[Path], None] | None
 MOST_SKIPPED = 50  # steps in a row without a finite loss; fp16 needs 16 to bring its loss scale down to 1
@@ -157,7 +157,7 @@ class Training:
                 return step, True
         return step, self.asked_to_stop(step, last=True)
 
-    def log(self, step: int, norm: Tensor, extras: dict[str, Tensor], seconds: float, bar: ProgressBar) -> None:
+    def log(self, step: int, norm: Tensor, extras: Logged, seconds: float, bar: ProgressBar) -> None:
         task, losses = self.task, self.losses
         losses.read()
         rate = losses.steps * self.train.batch_size * task.world_size / seconds
@@ -165,7 +165,9 @@ class Training:
         bar.set_postfix_str(f"loss {losses.mean():.4f}, {rate:.0f} {task.unit}/s{skipped}")
         if self.metrics:
             row = {"loss": losses.mean(), "grad_norm": float(norm.asnumpy()), "lr": self.learning_rate(), "img_per_s": rate}
-            row |= {"epoch": step / self.steps_per_epoch, **{name: float(v.asnumpy()) for name, v in extras.items()}}
+            row |= {"epoch": step / self.steps_per_epoch}
+            for names, numbers in extras.items():
+                row |= zip(names, numbers.asnumpy().reshape(-1).tolist(), strict=True)
             row |= {"skipped": losses.skipped} if losses.skipped else {}
             self.metrics.append(step=step, **{name: value for name, value in row.items() if math.isfinite(value)})
         losses.reset()

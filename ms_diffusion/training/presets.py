@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from ..data.captions import LENGTH, WORDS
 from ..data.points import TOYS
-from ..models.autoencoder import AutoencoderConfig
+from ..models.autoencoder import AutoencoderConfig, VQConfig
 from ..models.context import LatentUnetConfig
 from ..models.mlp import MLPConfig, ResidualMLPConfig
 from ..models.unet import UnetConfig
@@ -68,6 +68,21 @@ AUTOENCODER = AutoencoderRunConfig(
         total_steps=12_000, batch_size=16, lr=4e-3, clip_norm=1e4, ema_decay=0.998, kl_weight=1e-2, disc_start=9500
     ),
 )
+# The same with a codebook of 512 vectors, of which an image has 8 x 8
+AUTOENCODER_VQ = AutoencoderRunConfig(
+    model=VQConfig(
+        ch=16,
+        ch_mult=(1, 2, 4),
+        num_res_blocks=1,
+        channels=1,
+        resolution=32,
+        z_channels=4,
+        embed_dim=4,
+        n_embed=512,
+        groups=8,
+    ),
+    train=AutoencoderTrainConfig(total_steps=12_000, batch_size=16, lr=4e-3, ema_decay=0.998, disc_start=9500),
+)
 LATENT = LatentConfig(
     diffusion=DiffusionConfig(schedule="cosine", objective="v", loss="l2", weighting="min-snr"),
     model=LatentUnetConfig(groups=8),
@@ -113,6 +128,7 @@ PRESETS: dict[str, Config] = {  # PRESETS["mine"] = config adds a preset
         train=replace(LONG, total_steps=12_000, lr=1.5e-3, sample_guidance=2.0, sample_guidance_interval=(150, 750)),
     ),
     "autoencoder": AUTOENCODER,
+    "autoencoder-vq": AUTOENCODER_VQ,
     "autoencoder-kl-f8": AutoencoderRunConfig(
         data=DataConfig("image-folder", size=256),
         model=AutoencoderConfig(),

@@ -20,6 +20,7 @@ from .step import average_after_training
 
 RUN_FILES = ("checkpoints", "state.json")  # in a run's folder, or in that of a checkpoint
 WEIGHTS = Path(__file__).parents[1] / "weights"
+PIPELINE = "model_index.json"  # what a folder of diffusers holds
 
 
 def bundled_models() -> list[str]:
@@ -175,9 +176,19 @@ class Run:
         return self.task.show(x)
 
 
-def load(run: str | Path, weights: str = "ema", ema_length: float | None = None, device: str = "auto") -> Run:
-    """The trained run in a folder, at one of its checkpoints, or a bundled model; the arguments are those of `Run`.
-    Raises UserError if it cannot be loaded, or there is no such device."""
+def load(run: str | Path, weights: str = "ema", ema_length: float | None = None, device: str = "auto",
+        size: Sequence[int] = ()) -> Run:  # fmt: skip
+    """The trained run in a folder, at one of its checkpoints, or a bundled model, by the arguments of `Run`; or the Stable
+    Diffusion in a folder of diffusers, which draws pictures of this `size`: height and width, or one number for both. Raises
+    UserError if it cannot be loaded, or there is no such device."""
     set_device(device)
     initialise_ranks()
+    if isinstance(run, str | Path) and (Path(run) / PIPELINE).is_file():
+        from .pipeline import PipelineRun
+
+        if ema_length is not None:
+            raise UserError(f"{run} keeps no averages for --ema-length: leave it out")
+        return PipelineRun(run, size)
+    if size:
+        raise UserError(f"--size is for folders of Stable Diffusion, and {run} draws pictures of one size: leave it out")
     return Run(run, weights, ema_length)

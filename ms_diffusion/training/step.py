@@ -49,7 +49,9 @@ class EMA:
     def __init__(self, net: nn.Cell, decay: float = 0.999, length: float | None = None):
         self.decay, self.power = decay, None if length is None else power_of_length(length) + 1
         self.name = "ema" if length is None else f"ema-{length:g}"
-        self.net = copy.deepcopy(net)
+        # An average recomputes nothing, and the cells that MindSpore has for that cannot be copied
+        recomputing = [cell._recompute_cell for _, cell in net.cells_and_names() if cell._recompute_cell is not None]
+        self.net = copy.deepcopy(net, {id(cell): None for cell in recomputing})
         self.sources = ms.ParameterTuple(net.get_parameters())
         self.averages = ms.ParameterTuple(self.net.get_parameters())
         for source, average in zip(self.sources, self.averages, strict=True):
@@ -216,8 +218,8 @@ def make_train_step(loss_fn: Callable[..., Any], optimizer: nn.Optimizer, ema: E
         clip_norm: the largest global norm of the gradients, which are scaled down to it (Pascanu et al. 2013).
         loss_scaler: `mindspore.amp.DynamicLossScaler` for float16; a step that is skipped lowers the scale.
         world_size: number of ranks; their losses and gradients are averaged, and all skip a step if one has to.
-        has_aux: loss_fn returns (loss, aux), and the step (loss, gradient norm, aux). aux, a Tensor of floats, is NaN in a
-            step that is skipped, so that nothing else learns from it.
+        has_aux: loss_fn returns (loss, aux), and the step (loss, gradient norm, aux). aux, a Tensor of floats or a tuple
+            of such, is NaN in a step that is skipped, so that nothing else learns from it.
         extra_emas: averages of the network besides `ema`.
         steps_per_call: K > 1 makes K steps per call, with batches that have an additional first axis (K, ...), and returns
             the losses (K,) and the last gradient norm. For small networks on the CPU, whose steps take less than a call.
@@ -261,7 +263,7 @@ def make_train_step(loss_fn: Callable[..., Any], optimizer: nn.Optimizer, ema: E
         loss, norm = update(loss, gradients) if fused is None else fused_update(loss, gradients)
         if loss_scaler is not None:
             loss = ops.depend(loss, loss_scaler.adjust(ops.isfinite(loss)))
-        return (loss, norm, _nan_unless(ops.isfinite(loss), aux)) if has_aux else (loss, norm)
+        return (loss, norm, each(partial(_nan_unless, ops.isfinite(loss)), aux)) if has_aux else (loss, norm)
 
     def over_ranks(loss, gradients):
         """Mean loss and mean gradients, by one reduction. They are finite if those of all ranks are."""

@@ -13,9 +13,26 @@ from mindspore import Parameter, Tensor, nn, ops
 from ... import images
 from ...fields import AT_LEAST_1, DEPTH, NON_NEGATIVE, POSITIVE, Bounds
 from ...latent import FirstStage
-from ...losses import D_LOSSES, adaptive_weight, autoencoder_loss, discriminator_loss, generator_loss
+from ...losses import (
+    D_LOSSES,
+    adaptive_weight,
+    discriminator_loss,
+    generator_loss,
+    l1,
+    l2,
+    laplace_nll,
+    reconstruction_error,
+)
 from ...metrics.scores import Reference, Samples, choose
-from ...models.autoencoder import AutoencoderConfig, gaussian_kl, gaussian_sample
+from ...models.autoencoder import (
+    AutoencoderConfig,
+    AutoencoderKL,
+    VQConfig,
+    VQModel,
+    codebook_use,
+    gaussian_kl,
+    gaussian_sample,
+)
 from ...models.classifier import load_classifier
 from ...models.discriminator import NORMS, NLayerDiscriminator
 from ...models.layers import Masks, RankMean
@@ -27,10 +44,11 @@ from ..config import Config, DataConfig, TrainConfig
 from ..pack import make_pack
 from ..runs import Run
 from ..step import EMA, make_optimizer, make_train_step, make_undo, to_device
-from .base import Arrays, Request, Scored, Task, load_initial_weights, set_precision
+from .base import Arrays, Logged, Request, Scored, Task, load_initial_weights, set_precision
 from .images import ImageData, Images, check_image_size
 
 BETA = Bounds(0, 1, low_open=True, high_open=True)
+PIXEL_LOSSES = {"l1": l1, "l2": l2}
 
 
 @dataclass(frozen=True)
@@ -40,9 +58,17 @@ class AutoencoderTrainConfig(TrainConfig):
     adam_betas: tuple[Annotated[float, BETA], Annotated[float, BETA]] = (0.9, 0.999)
     """Adam's beta_1 and beta_2, also for the discriminator."""
     kl_weight: Annotated[float, NON_NEGATIVE] = 1e-6
-    """Weight of the KL divergence of the latents from N(0, 1)."""
+    """Weight of the KL divergence of the latents from N(0, 1), where these are Gaussian."""
+    codebook_weight: Annotated[float, NON_NEGATIVE] = 1.0
+    """Weight of the codebook's loss, where the latents are quantized."""
+    logvar_init: float = 0.0
+    """Initial log-variance of the likelihood, which is learned where the latents are Gaussian."""
+    pixel_loss: Literal[tuple(PIXEL_LOSSES)] = "l1"
+    """Error of a pixel: absolute (l1) or squared (l2)."""
+    pixel_weight: Annotated[float, NON_NEGATIVE] = 1.0
+    """Weight of the error of the pixels."""
     perceptual_weight: Annotated[float, NON_NEGATIVE] = 1.0
-    """Weight of LPIPS beside the mean absolute error; 0 disables it."""
+    """Weight of LPIPS beside the error of the pixels; 0 disables it."""
     vgg: str | None = None
     """torchvision's VGG16 weights for LPIPS; by default, for gray images of 28 or 32 pixels, the classifier's stages."""
     lpips: str | None = None
@@ -70,7 +96,7 @@ class AutoencoderRunConfig(ImageData, Config):
     """A run of an autoencoder."""
 
     data: DataConfig = field(default_factory=lambda: DataConfig(size=32, flip=False))
-    model: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    model: AutoencoderConfig | VQConfig = field(default_factory=AutoencoderConfig)
     train: AutoencoderTrainConfig = field(default_factory=AutoencoderTrainConfig)
 
     kind = "autoencoder"
@@ -84,6 +110,8 @@ class AutoencoderRunConfig(ImageData, Config):
         check_image_size(data.size, self.model.size_multiple, "data.size")
         if data.condition != "none":
             raise UserError(f"--data.condition {data.condition} is for networks in pixel space: leave it out")
+        if (found := self.model.out_channels) not in (None, self.model.channels):
+            raise UserError(f"--model.out-channels is {found}: reconstructions have the images' channels: leave it out")
         if train.disc_weight and data.size // 2**train.disc_layers < 3:
             raise UserError(f"--train.disc-layers is {train.disc_layers}: too many for images of {data.size} pixels")
         if bool(train.vgg) != bool(train.lpips):
@@ -91,7 +119,7 @@ class AutoencoderRunConfig(ImageData, Config):
 
 
 class AutoencoderTask(Images, Task):
-    """An AutoencoderKL on images, with LPIPS and a discriminator of patches."""
+    """An AutoencoderKL or a VQModel on images, with LPIPS and a discriminator of patches."""
 
     config: AutoencoderRunConfig
 
@@ -107,10 +135,10 @@ class AutoencoderTask(Images, Task):
         self.discriminator, parameters, self.scaler = None, [], set_precision(config.precision, net)
         net.decoder.conv_out.compute_type = ms.float32  # its gradients, which `weigh` compares, are beyond float16
         load_initial_weights(config, self.run_dir, net)
-        self.logvar = Parameter(Tensor(np.float32(0)), name="logvar")
+        self.objective = OBJECTIVES[type(net)](net, train)
         adam = {"decay": train.lr_decay, "adam_betas": train.adam_betas}
         schedule = train.lr, train.warmup_steps, train.total_steps
-        self.optimizer = make_optimizer(net, *schedule, extra_parameters=[self.logvar], **adam)
+        self.optimizer = make_optimizer(net, *schedule, extra_parameters=self.objective.parameters, **adam)
         ema = EMA(net, train.ema_decay)
         net.set_train()
         if train.disc_weight:
@@ -133,7 +161,7 @@ class AutoencoderTask(Images, Task):
         train, net, discriminator = self.config.train, self.net, self.discriminator
         self.masks = Masks(net, train.batch_size, (self.config.data.size,) * 2)
         options = {"clip_norm": train.clip_norm, "world_size": self.world_size}
-        losses = autoencoder_losses(net, discriminator, self.logvar, perceptual_distance(self.config), train)
+        losses = autoencoder_losses(net, discriminator, self.objective, perceptual_distance(self.config), train)
         likelihood, adversarial, weigh, d_loss = losses
         pack = make_pack(net, self.optimizer)
         d_pack = make_pack(discriminator, self.d_optimizer) if discriminator else None
@@ -145,26 +173,30 @@ class AutoencoderTask(Images, Task):
             self.weigh = compiled(weigh)
             self.adversarial_step = make_train_step(adversarial, self.optimizer, self.ema, **generator)
             options |= {"pack": d_pack, "loss_scaler": self.d_scaler}
-            self.discriminator_step = make_train_step(d_loss, self.d_optimizer, **options)
+            self.discriminator_step = make_train_step(d_loss, self.d_optimizer, has_aux=True, **options)
             self.remember, self.undo = make_undo(discriminator.statistics)
 
     def draw_batch(self, x: np.ndarray, labels: np.ndarray, step: int) -> Arrays:
+        if not self.net.needs_noise:
+            return {"x": x}
         return {"x": x, "noise": self.random(step).standard_normal((len(x), *self.latent_shape), np.float32)}
 
-    def advance(self, batch: Arrays, step: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        train, (x, noise) = self.config.train, self.to_device(batch["x"], batch["noise"])
+    def advance(self, batch: Arrays, step: int) -> tuple[Tensor, Tensor, Logged]:
+        train, (x, *noise) = self.config.train, self.to_device(*batch.values())
         self.masks.draw(train.seed, step, self.rank)
+        logged: Logged = {(p.name,): p for p in self.objective.parameters}
         if not self.discriminator or step < train.disc_start:
-            loss, norm, _ = self.likelihood_step(x, noise)
-            return loss, norm, {"logvar": self.logvar}
+            loss, norm, (_, numbers) = self.likelihood_step(x, *noise)
+            return loss, norm, logged | {self.objective.logged: numbers}
         if train.disc_norm == "act":
             self.discriminator.initialise(x)
         self.remember()
-        weight = self.weigh(x, noise)
-        loss, norm, reconstruction = self.adversarial_step(x, noise, weight)
-        d_loss = self.discriminator_step(x, reconstruction)[0]
+        weight = self.weigh(x, *noise)
+        loss, norm, (reconstruction, numbers) = self.adversarial_step(x, *noise, weight=weight)
+        d_loss, _, logits = self.discriminator_step(x, reconstruction)
         self.undo(loss, d_loss)
-        return loss, norm, {"logvar": self.logvar, "disc_weight": weight, "disc_loss": d_loss}
+        logged |= {(*self.objective.logged, "g_loss", "disc_factor"): numbers, ("d_weight",): weight}
+        return loss, norm, logged | {("disc_loss",): d_loss, ("logits_real", "logits_fake"): logits}
 
     def preview(self, step: int) -> Path:
         self.write_back()
@@ -186,43 +218,108 @@ class AutoencoderTask(Images, Task):
         return Samples(images.to_uint8(FirstStage(run.net).reconstruct(originals)), labels, made), originals
 
 
+@dataclass
+class Objective:
+    """What the kinds of autoencoders do not share in training."""
+
+    latent: Callable
+    """latent(x, noise) -> z for the decoder, the penalty of the latents (B,) or (), and a tuple of numbers () to log."""
+    nll: Callable
+    """nll(error (B,), elements of an image) -> negative log-likelihood (B,), or what stands for it."""
+    weight: float
+    """Weight of the penalty."""
+    logged: tuple[str, ...]
+    """Names of what a step logs: the likelihood, the error, the perceptual distance, the penalty, and the other numbers."""
+    parameters: list[Parameter] = field(default_factory=list)
+    """What is trained beside the network."""
+
+
+def likelihood_objective(net: AutoencoderKL, train: AutoencoderTrainConfig) -> Objective:
+    """The bound of a variational autoencoder (LPIPSWithDiscriminator of the original)."""
+    logvar = Parameter(Tensor(np.float32(train.logvar_init)), name="logvar")
+
+    def latent(x, noise):
+        moments = net.encode(x)
+        return gaussian_sample(moments, noise), gaussian_kl(moments), ()
+
+    def nll(error, size):
+        return laplace_nll(error, logvar, size)
+
+    return Objective(latent, nll, train.kl_weight, ("nll_loss", "rec_loss", "p_loss", "kl_loss"), [logvar])
+
+
+def codebook_objective(net: VQModel, train: AutoencoderTrainConfig) -> Objective:
+    """Mean error and the loss of the codebook (VQLPIPSWithDiscriminator of the original)."""
+
+    def latent(x, noise):
+        quantized, loss, ids = net.quantize.quantize(net.encode(x))
+        return quantized, loss, codebook_use(ids, net.quantize.embedding.weight.shape[0])
+
+    def nll(error, size):
+        return error
+
+    logged = ("nll_loss", "rec_loss", "p_loss", "quant_loss", "perplexity", "cluster_usage")
+    return Objective(latent, nll, train.codebook_weight, logged)
+
+
+OBJECTIVES: dict[type, Callable[..., Objective]] = {AutoencoderKL: likelihood_objective, VQModel: codebook_objective}
+
+
 def autoencoder_losses(
-    net: nn.Cell, discriminator: nn.Cell | None, logvar: Parameter, distance: Callable | None, train: AutoencoderTrainConfig
+    net: nn.Cell,
+    discriminator: nn.Cell | None,
+    objective: Objective,
+    distance: Callable | None,
+    train: AutoencoderTrainConfig,
 ) -> tuple[Callable, Callable, Callable, Callable]:
     """The losses of an autoencoder `net` and its discriminator, and the weight between them (losses.py).
 
     For images x and their reconstructions (B, C, H, W), and noise with the shape of the latents:
 
-        likelihood(x, noise) -> (loss (), reconstruction)
-        adversarial(x, noise, weight) -> the same, with the generator's loss of the discriminator
+        likelihood(x, noise) -> (loss (), (reconstruction, numbers (n,)))
+        adversarial(x, noise, weight) -> the same, with disc_factor times weight times the generator's loss
         weigh(x, noise) -> that weight (), a constant to the loss
-        d_loss(x, reconstruction) -> the discriminator's loss ()
+        d_loss(x, reconstruction) -> (the discriminator's loss (), mean logits of x and of the reconstruction (2,))
 
-    All but the first take the condition (B, C', H, W) of a conditional discriminator as last argument.
+    All but the first take the condition (B, C', H, W) of a conditional discriminator as last argument. `objective.logged`
+    names the numbers; to those of the second, the generator's loss and disc_factor are added.
 
     Args:
         discriminator: Takes C + C' channels; None if only the likelihood is used.
-        logvar: Parameter (), the log-variance of the likelihood.
         distance: distance(x, y) -> (B,), such as `LPIPS`, or None."""
     last_layer = ms.ParameterTuple([net.last_layer])
+    latent, nll_of, penalty_weight = objective.latent, objective.nll, objective.weight
+    pixel_loss = PIXEL_LOSSES[train.pixel_loss]
 
-    def nll(x, reconstruction, kl=0.0):
-        perceptual = train.perceptual_weight * distance(x, reconstruction) if distance else 0.0
-        return autoencoder_loss(x, reconstruction, kl, logvar, train.kl_weight, perceptual)
+    def errors(x, reconstruction):
+        """(negative log-likelihood, error, perceptual distance) of each image, (B,)."""
+        apart = distance(x, reconstruction) if distance else ops.zeros(x.shape[0], ms.float32)
+        perceptual = train.perceptual_weight * apart if distance else 0.0
+        error = reconstruction_error(x, reconstruction, perceptual, pixel_loss, train.pixel_weight)
+        return nll_of(error, x.size // x.shape[0]), error, apart
 
     def judge(pictures, cond):
         return discriminator(pictures if cond is None else ops.concat((pictures, cond), 1))
 
-    def likelihood(x, noise):
-        reconstruction, moments = net(x, noise)
-        return nll(x, reconstruction, gaussian_kl(moments)), reconstruction
+    def evidence(x, noise):
+        z, penalty, more = latent(x, noise)
+        reconstruction = net.decode_latent(z)
+        nll, error, apart = errors(x, reconstruction)
+        numbers = (nll.mean(), error.mean(), apart.mean(), penalty.mean(), *more)
+        return (nll + penalty_weight * penalty).mean(), reconstruction, numbers
 
-    def adversarial(x, noise, weight, cond=None):
-        loss, reconstruction = likelihood(x, noise)
-        return loss + weight * generator_loss(judge(reconstruction, cond)), reconstruction
+    def likelihood(x, noise=None):
+        loss, reconstruction, numbers = evidence(x, noise)
+        return loss, (reconstruction, ops.stack(numbers))
+
+    def adversarial(x, noise=None, weight=1.0, cond=None):
+        loss, reconstruction, numbers = evidence(x, noise)
+        g_loss = generator_loss(judge(reconstruction, cond))
+        numbers = (*numbers, g_loss, ops.full_like(g_loss, train.disc_factor))
+        return loss + train.disc_factor * weight * g_loss, (reconstruction, ops.stack(numbers))
 
     def nll_at(h, x):
-        return nll(x, net.decoder.last(h))
+        return errors(x, net.decoder.last(h))[0].mean()
 
     def g_loss_at(h, cond):
         return generator_loss(judge(net.decoder.last(h), cond))
@@ -230,14 +327,15 @@ def autoencoder_losses(
     nll_gradient, g_gradient = ms.grad(nll_at, None, last_layer), ms.grad(g_loss_at, None, last_layer)
     of_all_ranks = RankMean()
 
-    def weigh(x, noise, cond=None):  # by the gradients at the decoder's last layer alone
-        h = net.decoder.features(net.post_quant_conv(gaussian_sample(net.encode(x), noise)))
+    def weigh(x, noise=None, cond=None):  # by the gradients at the decoder's last layer alone
+        h = net.decoder.features(net.post_quant_conv(latent(x, noise)[0]))
         gradients = of_all_ranks(nll_gradient(h, x)[0]), of_all_ranks(g_gradient(h, cond)[0])
-        return train.disc_factor * adaptive_weight(*gradients, train.disc_weight)
+        return adaptive_weight(*gradients, train.disc_weight)
 
     def d_loss(x, reconstruction, cond=None):
         real, fake = judge(x, cond), judge(reconstruction, cond)
-        return discriminator_loss(real, fake, train.disc_factor, D_LOSSES[train.disc_loss])
+        loss = discriminator_loss(real, fake, train.disc_factor, D_LOSSES[train.disc_loss])
+        return loss, ops.stack((real.mean(), fake.mean()))
 
     return likelihood, adversarial, weigh, d_loss
 

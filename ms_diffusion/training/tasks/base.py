@@ -29,6 +29,7 @@ from ..pack import Pack
 from ..runs import Run, is_run, open_run
 
 Arrays = dict[str, np.ndarray]
+Logged = dict[tuple[str, ...], Tensor]  # numbers (n,) to log, or one (), by their names
 Scored = tuple[Samples, np.ndarray | None]  # images to score, and the originals of which they are reconstructions, or None
 
 
@@ -188,8 +189,8 @@ class Task:
         """What the compiled step takes, from data x (B, ...) and labels (B,)."""
         raise NotImplementedError
 
-    def advance(self, batch: Arrays, step: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Train on a batch of `batches`: loss (), gradient norm (), and other values to log, by name."""
+    def advance(self, batch: Arrays, step: int) -> tuple[Tensor, Tensor, Logged]:
+        """Train on a batch of `batches`: loss (), gradient norm (), and other numbers to log."""
         raise NotImplementedError
 
     def write_back(self) -> None:
@@ -242,6 +243,10 @@ class Task:
     def decode(self, x: np.ndarray) -> np.ndarray:
         """Samples of the process -> samples of the data, floats."""
         return x
+
+    def codes(self, x: np.ndarray) -> Arrays:
+        """What else an .npz file keeps of samples of the process, arrays (num, ...)."""
+        return {}
 
     def to_output(self, x: np.ndarray) -> np.ndarray:
         """What `decode` returns, as users keep it."""

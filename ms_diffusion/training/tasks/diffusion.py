@@ -19,7 +19,7 @@ from ..checkpoint import Checkpoint, readable
 from ..lora import LowRank
 from ..pack import make_pack
 from ..step import EMA, make_optimizer, make_train_step
-from .base import Arrays, Task, load_initial_weights, set_precision
+from .base import Arrays, Logged, Task, load_initial_weights, set_precision
 
 
 class DiffusionTask(Task):
@@ -32,6 +32,8 @@ class DiffusionTask(Task):
     clip_denoised = True  # whether the data are known to lie in [-1, 1]
     null_label: int | None = None  # the label or token for "no condition"; None where the network has no such condition
     self_condition = False
+    has_codebook = False
+    quantize: Callable | None = None  # x_0 -> the nearest vectors of the codebook
     cond_fields: tuple[str, ...] = ()  # names of the network's conditions, in its order
 
     def build_parts(self) -> tuple[nn.Cell, GaussianDiffusion]:
@@ -39,7 +41,9 @@ class DiffusionTask(Task):
         return config.model.build(config.train.seed), config.diffusion.build(self.clip_denoised)
 
     def generator(self, net: nn.Cell, diffusion: GaussianDiffusion) -> Generator:
-        return Generator(net, diffusion, self.shape, self.null_label, self.self_condition)
+        generator = Generator(net, diffusion, self.shape, self.null_label, self.self_condition)
+        generator.quantize = self.quantize
+        return generator
 
     # Training
 
@@ -130,7 +134,7 @@ class DiffusionTask(Task):
         """The other fields of a batch, drawn from `rng`."""
         return {"self_cond_mask": rng.integers(0, 2, len(labels)).astype(np.float32)} if self.self_condition else {}
 
-    def advance(self, batch: Arrays, step: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def advance(self, batch: Arrays, step: int) -> tuple[Tensor, Tensor, Logged]:
         self.masks.draw(self.config.train.seed, step, self.rank)
         loss, norm, *aux = self.train_step(**batch)
         if self.importance:
@@ -143,13 +147,19 @@ class DiffusionTask(Task):
     def preview_conditions(self, num: int) -> Arrays:
         return self.conditions(num)
 
-    def draw(self, num: int, sampling: Sampling | None = None, batch_size: int = 64) -> np.ndarray:
-        """`num` samples (num, ...) of the averaged network, as floats."""
+    def draw(
+        self, num: int, sampling: Sampling | None = None, batch_size: int = 64, watch: Callable | None = None
+    ) -> np.ndarray:
+        """`num` samples (num, ...) of the averaged network, as floats; watch(i, x, x_start) is called after each step."""
         self.write_back()
         sampling = replace(sampling or self.preview_sampling, seed=self.config.train.seed, batch_size=batch_size)
-        return self.decode(
-            self.average.draw(sampling, num, self.in_order(self.preview_conditions(num)), lambda *_: check_interrupted())
-        )
+
+        def after_step(*step: Any) -> None:
+            check_interrupted()
+            if watch:
+                watch(*step)
+
+        return self.decode(self.average.draw(sampling, num, self.in_order(self.preview_conditions(num)), after_step))
 
     def in_order(self, conditions: Arrays) -> list[np.ndarray]:
         """Conditions by name -> in the network's order."""

@@ -1,9 +1,8 @@
 """What runs of pixels and of latents share: images, classes, previews and scores, and the grids of the sample command."""
 
-import math
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +11,25 @@ from PIL import Image
 
 from ... import images
 from ...data.batches import CLASS_NAMES, DATASETS, ImageSet, check_images, check_labels, load_image_set, with_captions
+from ...data.conditions import condition_image
 from ...data.fashion_mnist import center_crop
-from ...files import check_output, write
+from ...data.tokenizers import Tokenizer
+from ...files import check_output, in_batches, write
+from ...images import to_float
 from ...metrics.distances import frechet_distance, mean_and_covariance
 from ...metrics.features import Features
 from ...metrics.scores import Reference, Samples
 from ...models.classifier import Classifier
 from ...progress import ProgressBar
-from ...randomness import Random
+from ...randomness import Random, Stream
 from ...runtime import UserError, alone, ranks
 from ...sampling import Sampling
 from ..checkpoint import checkpoints
 from ..runs import Run, is_run, open_run
+from . import edits
 from .base import Arrays, Request, Scored
 from .diffusion import DiffusionTask
+from .edits import Plan
 from .labels import Nothing, keep, make_labelling, old_class_names, read_kept
 
 GIF_FRAMES = 40
@@ -59,27 +63,6 @@ class ImageData:
         return replace(config, data=data, model=model), image_set
 
 
-@dataclass
-class Plan:
-    """How the grid of a request is drawn."""
-
-    num: int
-    sampling: Sampling
-    cond: Arrays
-    labels: np.ndarray | None = None  # classes (num,) of the samples, if they have any
-    columns: int | None = None
-    gif_columns: int | None = None
-    scale: int = 2
-    captions: list[str] | None = None
-    timesteps: list[int] = field(default_factory=list)
-    start: np.ndarray | None = None
-    denoise: Callable | None = None
-    sampler: Callable | None = None
-    null: np.ndarray | None = None  # the row of a negative prompt
-    calls_per_step: int = 1
-    arrange: Callable[[np.ndarray], np.ndarray] = lambda x: x  # from the samples (num, C, H, W) to the images of the grid
-
-
 class Images:
     """What tasks of images share, those of an autoencoder too."""
 
@@ -105,9 +88,32 @@ class Images:
         return images.show_grid(x)
 
 
-class ImageTask(Images, DiffusionTask):
-    """Images of a data set, perhaps with classes."""
+class DenoiseRow:
+    """The x_0 that is predicted for the first `num` samples at ten of the steps, as a callback of a sampler."""
 
+    def __init__(self, num: int, calls: int):
+        self.num, self.picked, self.found = num, set(np.linspace(0, calls - 1, ROW_STEPS, dtype=int)), []
+
+    def __call__(self, i: int, x: Any, x_start: Any) -> None:
+        if i in self.picked and len(self.found) < len(self.picked):  # of the first batch
+            self.found.append(x_start.asnumpy()[: self.num])
+
+    def save(self, path: str | Path, decode: Callable[[np.ndarray], np.ndarray]) -> None:
+        save_rows(path, self.found, decode, len(self.found[0]))
+
+
+def save_rows(path: str | Path, columns: list[np.ndarray], decode: Callable[[np.ndarray], np.ndarray], size: int) -> None:
+    """Write a grid of x (N, ...) at several steps, a column each, decoded in batches of `size`."""
+    rows = np.stack(columns, 1).reshape(-1, *columns[0].shape[1:])
+    images.save_grid(path, images.to_uint8(in_batches(lambda batch: [decode(batch)], rows, size)[0]), len(columns))
+
+
+class ImageTask(Images, DiffusionTask):
+    """Images of a data set, perhaps with classes or captions, and perhaps conditioned on an image.
+
+    The network sees x (N, *shape), which `encode` makes of images in [-1, 1], and `decode` images of it."""
+
+    num_samples, num_edits = 64, 8  # of a request that does not say how many
     labelling: Nothing  # what the network is conditioned on beside images: classes or captions
 
     @property
@@ -120,9 +126,30 @@ class ImageTask(Images, DiffusionTask):
         data, kept = self.config.data, read_kept(self.run_dir) if self.run_dir else {}
         if not kept and image_set and data.name == "image-folder" and self.run_dir and checkpoints(self.run_dir):
             kept = {"class_names": old_class_names(image_set)}
-        if not kept and image_set and is_run(initial := self.config.init_from):  # whose network knows its own tokens
-            kept = {"tokenizer": read_kept(open_run(initial, [])[0]).get("tokenizer")}
-        return make_labelling(self.config.model, image_set, kept, CLASS_NAMES.get(data.name))
+        return make_labelling(self.config.model, image_set, kept, CLASS_NAMES.get(data.name), self.tokenizer)
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """That of the run, or of the one that it starts from, whose network knows no other tokens."""
+        initial, kept = self.config.init_from, read_kept(self.run_dir).get("tokenizer") if self.run_dir else None
+        return kept or (read_kept(open_run(initial, [])[0]).get("tokenizer") if is_run(initial) else None)
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the images in pixels."""
+        return (self.config.data.size,) * 2
+
+    def encode(self, pictures: np.ndarray) -> np.ndarray:
+        """Images (N, C, H, W) in [-1, 1] -> x (N, *shape)."""
+        return pictures
+
+    def cond_image(self, pictures: np.ndarray, rng: Random) -> np.ndarray:
+        """The image condition (B, k, H, W) of images (B, C, H, W) in [-1, 1], as it is shown."""
+        return condition_image(self.config.data.condition, pictures, self.config.data.lowres_size, rng)
+
+    def encode_condition(self, cond: np.ndarray) -> np.ndarray:
+        """What `cond_image` returns, as the network takes it."""
+        return cond
 
     def open(self, home: Path, state: dict[str, Any]) -> None:
         self.run_dir = home
@@ -170,9 +197,9 @@ class ImageTask(Images, DiffusionTask):
     def mean_and_covariance(self, pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return mean_and_covariance(self.features(center_crop(pictures))["features"])
 
-    def preview(self, step: int) -> Path:
+    def preview(self, step: int, watch: Callable | None = None) -> Path:
         path = self.run_dir / "samples" / f"step-{step:07d}.png"
-        x = self.draw(self.config.train.sample_num)
+        x = self.draw(self.config.train.sample_num, watch=watch)
         if self.rank == 0:
             images.save_grid(path, images.to_uint8(x), columns=self.labelling.columns)
         return path
@@ -192,15 +219,36 @@ class ImageTask(Images, DiffusionTask):
 
     # Samples
 
+    def preview_conditions(self, num: int) -> Arrays:
+        pictures = self.originals if "cond_image" in self.cond_fields else None
+        return self.conditions(num, pictures=pictures, seed=self.preview_seed)
+
+    @property
+    def preview_seed(self) -> tuple[int, int]:
+        """The seed of what previews hide of their images."""
+        return self.config.train.seed, Stream.NOISE
+
     def conditions(self, num: int, labels: Any = None, prompt: Any = None, pictures: Any = None, seed: Any = 0) -> Arrays:
-        if pictures is not None:
-            raise UserError("this run has no image condition, which --image needs: leave it out")
-        return self.class_conditions(num, labels, prompt)
+        if "cond_image" not in self.cond_fields:
+            if pictures is not None:
+                raise UserError("this run has no image condition, which --image needs: leave it out")
+            return self.class_conditions(num, labels, prompt)
+        originals = self.test_images()[:num] if pictures is None else pictures
+        originals = to_float(originals[np.arange(num) % len(originals)])
+        cond = self.encode_condition(self.cond_image(originals, np.random.default_rng(seed)))
+        return self.class_conditions(num, labels, prompt) | {"cond_image": cond}
 
     def class_conditions(self, num: int, labels: Any = None, prompt: str | None = None) -> Arrays:
         """The class or caption of each sample."""
+        if prompt is not None and labels is not None:
+            raise UserError("choose one of --prompt and --class")
         field, rows = self.labelling.field, self.labelling.rows(num, labels, prompt)
         return {field: rows} if field else {}
+
+    def no_conditions(self, num: int) -> Arrays:
+        """No class or caption, for each sample."""
+        field = self.labelling.field
+        return {field: self.labelling.null_rows(num)} if field else {}
 
     def to_output(self, x: np.ndarray) -> np.ndarray:
         return images.to_uint8(x)
@@ -215,8 +263,8 @@ class ImageTask(Images, DiffusionTask):
             return []
         sampling, calls = plan.sampling, len(plan.timesteps) * plan.calls_per_step
         frames, every = [], max(calls // GIF_FRAMES, 1)
-        rows, picked = [], set(np.linspace(0, calls - 1, ROW_STEPS, dtype=int))
-        size = (sampling.batch_size or 64) * (1 if in_steps else world_size)
+        row = DenoiseRow(8, calls)
+        size = (sampling.batch_size or run.generator.batch_size) * (1 if in_steps else world_size)
         bar = ProgressBar(total=-(-plan.num // size) * calls, unit="step", desc=sampling.sampler, disable=rank > 0)
 
         def watch(i: int, x: Any, x_start: Any) -> None:
@@ -224,13 +272,15 @@ class ImageTask(Images, DiffusionTask):
             if bar.n > calls:  # the first batch alone
                 return
             if request.gif and (i % every == 0 or i == calls - 1):
-                frames.append(images.to_uint8(self.decode(x.asnumpy())))
-            if request.denoise_row and i in picked:
-                rows.append(images.to_uint8(self.decode(x_start.asnumpy()[:8])))
+                frame = self.decode(x.asnumpy())
+                frames.append(images.to_uint8(plan.paste(frame) if i == calls - 1 else frame))
+            if request.denoise_row:
+                row(i, x, x_start)
 
         with alone() if in_steps else nullcontext():
             cond, how = self.in_order(plan.cond), (plan.start, plan.timesteps, plan.denoise, plan.sampler, plan.null)
-            x = self.decode(run.generator.draw(sampling, plan.num, cond, watch, *how))
+            drawn = run.generator.draw(sampling, plan.num, cond, watch, *how)
+            x = plan.paste(self.decode(drawn))
         bar.close()
         if rank:
             return []
@@ -238,29 +288,20 @@ class ImageTask(Images, DiffusionTask):
         if request.gif:
             images.save_gif(request.gif, frames, plan.gif_columns)
         if request.denoise_row:
-            images.save_grid(request.denoise_row, np.stack(rows, 1).reshape(-1, *rows[0].shape[1:]), len(rows))
+            row.save(request.denoise_row, lambda x: plan.paste(self.decode(x)))
         if request.npz:
-            arrays: dict[str, Any] = {"images": images.to_uint8(x)}
+            arrays: dict[str, Any] = {"images": images.to_uint8(x), **self.codes(drawn)}
             if plan.labels is not None and plan.labels.max() < self.num_classes:
                 arrays["labels"] = plan.labels
             write(request.npz, lambda f: np.savez_compressed(f, **arrays))
         return [out, *(Path(path) for path in (request.gif, request.denoise_row, request.npz) if path)]
 
     def plan(self, run: Run, request: Request) -> Plan:
-        """How to draw a request for new images. Raises UserError if the request does not fit the run."""
-        for name in ("inpaint", "interpolate", "init", "image"):
-            if getattr(request, name):
-                raise UserError(f"--{name} works on pixels, which this run does not draw: leave it out")
-        return self.plan_grid(run, request)
+        """How to draw a request. Raises UserError if the request does not fit the run."""
+        return edits.plan(self, run, request)
 
     def plan_grid(self, run: Run, request: Request) -> Plan:
-        if request.strength is not None:
-            raise UserError(f"--strength is {request.strength}: it needs --init or --interpolate")
-        if request.resample != 1:
-            raise UserError(f"--resample is {request.resample}: it needs --inpaint")
-        if request.prompt is not None and request.class_ is not None:
-            raise UserError("choose one of --prompt and --class")
-        sampling, num = request.sampling.resolve(self), request.num or 64
+        sampling, num = request.sampling.resolve(self), request.num or self.num_samples
         plan = Plan(num, sampling, self.class_conditions(num, request.class_, request.prompt))
         plan.timesteps, plan.null = sampling.timesteps(run.diffusion), self.negative(request.negative_prompt, sampling)
         if request.prompt is None and self.labelling.field:
@@ -282,6 +323,11 @@ class ImageTask(Images, DiffusionTask):
     # Scores
 
     def samples_to_score(self, run: Run, sampling: Sampling, num: int, reference: Reference) -> Scored:
+        if "cond_image" in self.cond_fields:
+            raise UserError(
+                f"{run.name} is conditioned on images ({self.config.data.condition}): evaluate the .npz file that the "
+                "sample command writes"
+            )
         sampling = sampling.resolve(self)
         batch_size = min(sampling.batch_size or 100, num)
         sampling = replace(sampling, batch_size=batch_size)
@@ -313,8 +359,3 @@ def check_image_size(size: int, multiple: int, flag: str) -> None:
     if size < multiple or size % multiple:
         fit = max(round(size / multiple), 1) * multiple
         raise UserError(f"--{flag} is {size}: it must be divisible by {multiple} for this network, such as {fit}")
-
-
-def rms(a: np.ndarray, b: np.ndarray) -> float:
-    """Root mean square of a - b."""
-    return math.sqrt(np.mean((a - b) ** 2))

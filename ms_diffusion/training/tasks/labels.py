@@ -51,6 +51,10 @@ class Nothing:
             raise UserError(f"this run has no classes, which --class needs: train one with {train} --preset quick-class")
         return np.zeros((num, 0))
 
+    def null_rows(self, num: int) -> Rows:
+        """The rows (num, ...) for samples of no class or caption."""
+        return self.rows(num)
+
     def refuse_prompt(self, prompt: str | None) -> None:
         if prompt is not None:
             train = command("train")
@@ -111,6 +115,9 @@ class Classes(Nothing):
         self.refuse_prompt(prompt)
         return self.label_array(labels, num)
 
+    def null_rows(self, num: int) -> Rows:
+        return np.full(num, self.null, np.int32)
+
     def label_array(self, labels: Any, num: int) -> np.ndarray:
         """Labels (num,) int32 from a class's number or name, or an array of numbers; each class in turn from None."""
         if labels is None:
@@ -142,17 +149,18 @@ class Classes(Nothing):
 
 
 class Captions(Nothing):
-    """A caption of an image, as tokens; tokens of 0 alone stand for no caption.
+    """A caption of an image, as tokens.
 
     Args:
         table: Captions; one of those in a row describes an image.
         tokenizer: `encode(texts)` returns tokens (N, max_length) int32.
-        names: What each row of the table is called; by default its first caption."""
+        names: What each row of the table is called; by default its first caption.
+        null: The tokens (max_length,) that stand for no caption; by default tokens of 0 alone."""
 
-    field, null = "tokens", 0
+    field = "tokens"
 
-    def __init__(self, table: Sequence[Sequence[str]], tokenizer: Any, names: Sequence[str] | None = None):
-        self.table, self.tokenizer = tuple(map(tuple, table)), tokenizer
+    def __init__(self, table: Sequence[Sequence[str]], tokenizer: Any, names: Sequence[str] | None = None, null: Any = 0):
+        self.table, self.tokenizer, self.null = tuple(map(tuple, table)), tokenizer, null
         self.count, self.firsts = len(self.table), [row[0] for row in self.table]
         self.names = tuple(names) if names and len(names) == self.count else tuple(self.firsts)
         self.counts = np.array([len(row) for row in self.table])
@@ -180,6 +188,9 @@ class Captions(Nothing):
             return labels
         return self.encoded[self.starts[self.label_array(labels, num)]]
 
+    def null_rows(self, num: int) -> Rows:
+        return np.full((num, self.tokenizer.max_length), self.null, np.int32)
+
     def label_array(self, labels: Any, num: int) -> np.ndarray:
         """Rows of the table, (num,) int32: one that is given by number or name, or each in turn."""
         return Classes(self.count, 0, self.names).label_array(labels, num)
@@ -196,23 +207,25 @@ class Captions(Nothing):
 NO_CAPTIONS = "the images have no captions, which a network of texts needs: docs/training.md says how to write them"
 
 
-def make_labelling(model: Any, image_set: ImageSet | None, kept: dict[str, Any], names: Any = None) -> Nothing:
+def make_labelling(model: Any, image_set: ImageSet | None, kept: dict[str, Any], names: Any = None,
+        tokenizer: Any = None) -> Nothing:  # fmt: skip
     """What the network of a configuration is conditioned on: what the run has `kept`, or else what the images have, or the
-    data set is known to have, class `names` and the captions of Fashion-MNIST. Raises UserError if the network needs
-    captions and there are none."""
+    data set is known to have, class `names` and the captions of Fashion-MNIST. Captions without a tokenizer train one.
+    Raises UserError if the network needs captions and there are none."""
     names = kept.get("class_names") or (image_set and image_set.class_names) or names
     if "tokens" in model.cond_fields:
         table = image_set.captions if image_set else kept.get("captions", CAPTIONS)
         if not table:
             raise UserError(NO_CAPTIONS)
-        tokenizer = kept.get("tokenizer") or (FASHION_WORDS if table == CAPTIONS else None)
+        tokenizer = kept.get("tokenizer") or tokenizer or (FASHION_WORDS if table == CAPTIONS else None)
         if not tokenizer:
             every = [caption for row in table for caption in row]
             tokenizer = BytePairs.train(every, model.vocab_size, model.max_length)
         needed = tokenizer.vocab_size, tokenizer.max_length
         if needed[0] > model.vocab_size or needed[1] != model.max_length:
             raise UserError("the captions need --model.vocab-size {} --model.max-length {}".format(*needed))
-        return Captions(table, tokenizer, names)
+        null = tokenizer.encode([""])[0] if model.null_label is None else model.null_label
+        return Captions(table, tokenizer, names, null)
     return Nothing() if model.num_classes is None else Classes(model.num_classes, model.null_label, names)
 
 

@@ -3,28 +3,39 @@
 import contextlib
 import hashlib
 import json
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import safetensors.numpy
+import tyro
 
 from mindspore import Tensor
 
-from ...data.batches import check_values
+from ... import images
+from ...convert import load_pretrained
+from ...data.batches import ImageSet, check_values
+from ...data.conditions import condition_channels, latent_condition
+from ...data.tokenizers import Tokenizer, WordPieces
 from ...fields import AT_LEAST_1, POSITIVE
 from ...files import read_bytes, share_files, sweep, write, write_json
+from ...images import to_float
 from ...latent import FirstStage
-from ...models.autoencoder import gaussian_sample
+from ...models.autoencoder import AutoencoderConfig, VQConfig, gaussian_sample
 from ...models.context import LatentUnetConfig
 from ...randomness import Random, Stream
-from ...runtime import UserError, broadcast, command
+from ...runtime import UserError, alone, broadcast, command, given_up
 from ..checkpoint import read_config, read_state, readable
 from ..config import DataConfig, DiffusionRunConfig, ImageTrainConfig
 from ..runs import is_run, open_run
-from .autoencoder import load_first_stage, save_reconstructions
+from .autoencoder import AutoencoderRunConfig, load_first_stage, save_reconstructions
 from .base import Arrays
-from .images import ImageData, ImageTask, check_image_size, check_scored
+from .images import ROW_STEPS, DenoiseRow, ImageData, ImageTask, check_image_size, check_scored, save_rows
+
+ROWS = 4  # images in a training run's rows of noising and denoising
 
 
 @dataclass(frozen=True)
@@ -35,7 +46,12 @@ class LatentConfig(ImageData, DiffusionRunConfig):
     model: LatentUnetConfig = field(default_factory=LatentUnetConfig)
     train: ImageTrainConfig = field(default_factory=ImageTrainConfig)
     first_stage: str | None = None
-    """Run of the autoencoder whose latents are learned; the new run keeps a copy of it."""
+    """Run of the autoencoder whose latents are learned; the new run keeps a copy of it. With --config also a file of its
+    weights; by default these are in the file of --init-from."""
+    first_stage_model: Annotated[AutoencoderConfig | VQConfig | None, tyro.conf.Suppress] = None
+    """The autoencoder of which such a file has the weights."""
+    vocab: str | None = None
+    """BERT's vocab.txt, for the conditions text and bert; the new run keeps its words. By default a tokenizer is trained."""
     latent_scale: Annotated[float, POSITIVE] | None = None
     """Factor of the latents; by default 1 / the standard deviation of the latents of a first batch."""
     first_stage_patch: Annotated[int, AT_LEAST_1] | None = None
@@ -56,16 +72,20 @@ class LatentConfig(ImageData, DiffusionRunConfig):
             raise UserError(f"the network predicts latents: {both}")
         if patch is not None and patch > data.size:
             raise UserError(f"--first-stage-patch is {patch}: choose at most the size of the images, {data.size}")
-        if data.condition != "none":
-            raise UserError(f"--data.condition {data.condition} is for networks in pixel space: leave it out")
-        if model.cond_channels:
-            raise UserError(f"--model.cond-channels is {model.cond_channels}: it must be 0, there is no image condition")
+        if model.num_classes is not None and model.null_label is None and self.train.label_dropout:
+            raise UserError("without --model.null-class there is no row for no class: set --train.label-dropout to 0")
+        needed = condition_channels(data.condition, model.channels, model.in_channels)
+        if model.cond_channels != needed:
+            raise UserError(f"--data.condition {data.condition} has {needed} channels: set --model.cond-channels {needed}")
+        if data.condition == "lowres" and model.latent_size % data.lowres_size:
+            most = f"it must divide the side of the latents, {model.latent_size}"
+            raise UserError(f"--data.lowres-size is {data.lowres_size}: {most}")
         if data.flip:
             raise UserError("latents are computed once, of images that are not flipped: add --data.no-flip")
 
 
 class LatentTask(ImageTask):
-    """A UNetModel on latents, conditioned on the class, a caption or nothing."""
+    """A UNetModel on latents, conditioned on the class, a caption or nothing, and perhaps on an image."""
 
     config: LatentConfig
     clip_denoised = False
@@ -75,7 +95,38 @@ class LatentTask(ImageTask):
         super().__init__(config, data)
         model = config.model
         self.shape = (model.in_channels, model.latent_size, model.latent_size)
-        self.null_label, self.cond_fields = model.null_label, model.cond_fields
+        self.null_label: Any = model.null_label
+        self.cond_fields = model.cond_fields
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer | None:
+        """That of the run, or of the one that it starts from, or of --vocab."""
+        config = self.config
+        return super().tokenizer or (WordPieces.read(config.vocab, config.model.max_length) if config.vocab else None)
+
+    def make_networks(self, device: str) -> None:
+        if "context" in self.cond_fields:
+            raise UserError("--model.condition context takes rows from outside, which a run has none of: choose bert")
+        if "tokens" in self.cond_fields and self.null_label is None:
+            if not self.tokenizer:
+                raise UserError("the text encoder needs its vocabulary: give BERT's vocab.txt by --vocab")
+            self.null_label = self.tokenizer.encode([""])[0]
+        super().make_networks(device)
+
+    def load_set(self, split: str) -> ImageSet:
+        if self.has_pictures:
+            return super().load_set(split)
+        size, channels = self.image_format()
+        ramp = np.linspace(0, 255, size).astype(np.uint8)[:, None]
+        none = np.zeros(1, np.int32)
+        return ImageSet(np.tile(ramp, (1, size, 1, channels)), none, captions=(("",),), caption_ids=none)
+
+    @property
+    def has_pictures(self) -> bool:
+        """False for a run that is not trained and has no images; a gray ramp stands for them."""
+        config = self.config
+        named = config.data.name != "image-folder" or config.data.dir is not None
+        return bool(config.train.total_steps) or named or self.given_data is not None
 
     def prepare_data(self) -> None:
         """Encode the images, and find the scale of the latents."""
@@ -93,11 +144,46 @@ class LatentTask(ImageTask):
             which = f"the checkpoint of step {self.start_step} in {self.run_dir}"
             raise UserError(f"{which} has no latent_scale: remove it, or use another --run-dir")
         known = state["latent_scale"] if state else config.latent_scale or (self.loaded and self.loaded.scale_factor)
-        scale = known or scale_of(self.data, config.train, self.world_size)
+        if not known and not self.has_pictures:
+            raise UserError("there are no images to compute the latents' scale of: give --latent-scale or --data.dir")
+        scale = known or scale_of(self.data, config.train, self.world_size, self.first_stage.net.sample_latent)
         self.first_stage.scale = json.loads(broadcast(json.dumps(scale).encode()))  # rank 0's, should they differ by a bit
         if not state:
             path = self.run_dir / "samples" / "first-stage.png"
             save_reconstructions(path, self.first_stage, self.originals[: config.train.sample_num])
+            self.save_start(path.parent)
+        if "cond_image" in self.cond_fields:  # which is made of the images, whose numbers the batches have then
+            self.ids, self.labels = self.labels, np.arange(len(self.labels), dtype=np.int32)
+
+    def save_start(self, folder: Path) -> None:
+        """Write what the process begins and ends with: pictures of noise, and of a few images with more and more noise.
+        Beside these, the images that condition the previews, each with its original."""
+        num, T, channels = self.config.train.sample_num, self.diffusion.num_timesteps, self.shape[0]
+        noise = np.random.default_rng(self.preview_seed).standard_normal((num, *self.shape), np.float32)
+        prior = self.decode(noise)
+        if self.rank:
+            return
+        images.save_grid(folder / "prior.png", images.to_uint8(prior))
+        x_start = Tensor(self.first_stage.scale * self.data[: min(ROWS, num), :channels])  # the means
+        noise, times = Tensor(noise[: len(x_start)]), np.linspace(0, T - 1, ROW_STEPS, dtype=np.int32)
+        at = [Tensor(np.full(len(x_start), t)) for t in times]
+        noisy = [self.diffusion.q_sample(x_start, t, noise).asnumpy() for t in at]
+        with alone():
+            save_rows(folder / "diffusion-row.png", noisy, self.decode, num)
+        if "cond_image" in self.cond_fields:
+            originals = to_float(self.originals[:num])
+            shown = self.cond_image(originals, np.random.default_rng(self.preview_seed))
+            pairs = np.stack([np.broadcast_to(shown[:, : originals.shape[1]], originals.shape), originals], 1)
+            images.save_grid(folder / "condition.png", images.to_uint8(pairs.reshape(-1, *originals.shape[1:])), 16)
+
+    def preview(self, step: int) -> Path:
+        num, path = self.config.train.sample_num, self.run_dir / "samples" / f"denoise-row-{step:07d}.png"
+        row = DenoiseRow(min(ROWS, num), self.preview_sampling.steps)
+        drawn = super().preview(step, row)
+        if self.rank == 0:
+            with alone():
+                row.save(path, self.decode, num)
+        return drawn
 
     def keep_data(self) -> None:
         super().keep_data()
@@ -108,15 +194,21 @@ class LatentTask(ImageTask):
         return own | super().checkpoint_record()
 
     def make_x_start(self) -> Any:
-        scale = self.first_stage.scale
-        return lambda moments, noise: scale * gaussian_sample(moments, noise)
+        scale, sample = self.first_stage.scale, self.first_stage.net.sample_latent
+        return lambda moments, noise: scale * sample(moments, noise)
 
     def draw_conditions(self, rng: Random, batch: Arrays, labels: np.ndarray) -> Arrays:
-        drawn = {"latent_noise": rng.standard_normal(batch["noise"].shape, np.float32)}
+        shape, needs_noise = batch["noise"].shape, self.first_stage.net.needs_noise
+        drawn = {"latent_noise": rng.standard_normal(shape, np.float32)} if needs_noise else {}
+        if "cond_image" in self.cond_fields:
+            shown, labels = self.cond_image(to_float(self.originals[labels]), rng), self.ids[labels]
+            with alone(), given_up(lambda: False):  # a batch of this rank; a step is not given up halfway
+                drawn["cond_image"] = self.encode_condition(shown)
         return drawn | self.draw_labels(rng, labels)
 
     def open(self, home: Path, state: dict[str, Any]) -> None:
         super().open(home, state)
+        self.null_label = self.labelling.null
         scale = state.get("latent_scale")
         if scale is None or not (home / "first_stage").exists():
             missing = "latent_scale in its state.json" if scale is None else "first_stage beside its config.json"
@@ -124,23 +216,47 @@ class LatentTask(ImageTask):
         self.first_stage = load_first_stage(home / "first_stage", self.config.first_stage_patch)
         self.first_stage.scale = scale
 
+    def encode(self, pictures: np.ndarray) -> np.ndarray:
+        return self.first_stage.encode(pictures)
+
+    def encode_condition(self, cond: np.ndarray) -> np.ndarray:
+        model = self.config.model
+        return latent_condition(self.config.data.condition, cond, self.shape[1:], model.channels, self.encode)
+
     def decode(self, x: np.ndarray) -> np.ndarray:
         return self.first_stage.decode(x)
 
+    def codes(self, x: np.ndarray) -> Arrays:
+        return {"codebook_ids": self.first_stage.codebook_ids(x)} if self.has_codebook else {}
+
+    @property
+    def has_codebook(self) -> bool:
+        return self.first_stage.has_codebook
+
+    def quantize(self, x: Tensor) -> Tensor:
+        return self.first_stage.quantize(x)
+
 
 def resolve_first_stage(config: LatentConfig, run: Path, kept: str | None = None) -> FirstStage:
-    """The first stage that a run of latents has saved, or the one of --first-stage, of which it keeps a copy; a damaged copy
-    is made again. `kept` is the SHA-256 of its weights, where a checkpoint knows it. Raises UserError if there is none, or
-    another one, or one whose latents the network does not take."""
+    """The first stage that a run of latents has saved, or the one of --first-stage or in --init-from, of which it keeps a
+    copy; a damaged copy is made again. `kept` is the SHA-256 of its weights, where a checkpoint knows it. Raises UserError
+    if there is none, or another one, or one whose latents the network does not take."""
     saved, requested = run / "first_stage", config.first_stage
     sweep(saved)
     with contextlib.suppress(UserError):
         kept = kept or hash_of(read_state(saved))
     is_saved = is_copy(saved, kept)
-    if is_saved and requested and not Path(requested).exists():
-        requested = None  # it was needed only for the copy
     if config.init_from and not (is_saved or requested) and is_run(config.init_from):
         requested = str(open_run(config.init_from, [])[0] / "first_stage")
+    if config.first_stage_model and not (requested and Path(requested).is_dir()):
+        if not is_saved and (file := requested or config.init_from):
+            check_fits(config, config.first_stage_model, file)
+            keep_first_stage(saved, *first_stage_in(file, config), 0)
+            kept = kept or hash_of(read_state(saved))
+            is_saved = is_copy(saved, kept)
+        requested = None
+    if is_saved and requested and not Path(requested).exists():
+        requested = None  # it was needed only for the copy
     if not requested and not is_saved:
         trained = f"the run of {command('train')} --preset autoencoder"
         missing = f"{saved} is missing or damaged" if kept else "no autoencoder is given"
@@ -159,25 +275,43 @@ def resolve_first_stage(config: LatentConfig, run: Path, kept: str | None = None
         if source.exists():
             raise
         return resolve_first_stage(config, run, kept)  # the autoencoder's training has deleted this checkpoint meanwhile
-    model, size, side, f = config.model, config.data.size, config.model.latent_size, autoencoder.model.size_multiple
+    check_fits(config, autoencoder.model, name)
+    if not is_saved:
+        keep_first_stage(saved, autoencoder, content, read_state(source)["step"])
+    return first_stage
+
+
+def check_fits(config: LatentConfig, autoencoder: AutoencoderConfig, name: str | Path) -> None:
+    """Refuse a first stage, called `name`, whose latents the network does not take."""
+    model, size, side, f = config.model, config.data.size, config.model.latent_size, autoencoder.size_multiple
     if size % f:
         sizes = f"sizes divisible by {f}, such as {side * f}"
         raise UserError(f"--data.size is {size}: the first stage {name} takes {sizes}")
-    made, taken = (autoencoder.model.embed_dim, size // f, size // f), (model.in_channels, side, side)
-    if made != taken or autoencoder.model.channels != model.channels:
+    made, taken = (autoencoder.embed_dim, size // f, size // f), (model.in_channels, side, side)
+    if made != taken or autoencoder.channels != model.channels:
         raise UserError(
-            f"the first stage {name} makes latents {made} of images with {autoencoder.model.channels} channels, the network "
+            f"the first stage {name} makes latents {made} of images with {autoencoder.channels} channels, the network "
             f"takes {taken} and {model.channels}: set --model.in-channels, --model.out-channels, --model.latent-size, "
             "--model.channels and --data.size to fit"
         )
-    if not is_saved:
-        record = json.dumps(autoencoder.to_record(), indent=1).encode()
-        files = {"config.json": record, "ema.safetensors": content}
-        hashes = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
-        for name, data in files.items():
-            write(saved / name, lambda file, data=data: file.write(data))
-        write_json(saved / "state.json", {"step": read_state(source)["step"], "sha256": hashes})  # last: now it is complete
-    return first_stage
+
+
+def first_stage_in(file: str, config: LatentConfig) -> tuple[AutoencoderRunConfig, bytes]:
+    """The first stage in a file of weights, such as that of a whole LatentDiffusion: its run and its weights."""
+    model: Any = config.first_stage_model
+    net = model.build()
+    load_pretrained(net, file)
+    content = safetensors.numpy.save({p.name: p.asnumpy() for p in net.get_parameters()})
+    return AutoencoderRunConfig(data=replace(config.data, dir=None), model=model), content
+
+
+def keep_first_stage(saved: Path, autoencoder: AutoencoderRunConfig, content: bytes, step: int) -> None:
+    """Write the copy of a first stage, whose averaged weights at this step are `content`, that a run of latents keeps."""
+    files = {"config.json": json.dumps(autoencoder.to_record(), indent=1).encode(), "ema.safetensors": content}
+    hashes = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+    for name, data in files.items():
+        write(saved / name, lambda file, data=data: file.write(data))
+    write_json(saved / "state.json", {"step": step, "sha256": hashes})  # last: now it is complete
 
 
 def hash_of(state: dict[str, Any]) -> str | None:
@@ -195,9 +329,10 @@ def is_copy(folder: Path, weights: str | None) -> bool:
     return files == hashes and hashes.get("ema.safetensors") == weights
 
 
-def scale_of(moments: np.ndarray, train: ImageTrainConfig, world_size: int = 1) -> float:
-    """1 / the standard deviation of the latents of a first batch of all ranks (Rombach et al. 2022, appendix G)."""
+def scale_of(encoded: np.ndarray, train: ImageTrainConfig, world_size: int = 1, sample: Callable = gaussian_sample) -> float:
+    """1 / the standard deviation of the latents of a first batch of all ranks (Rombach et al. 2022, appendix G), where
+    sample(encoded, noise) makes a latent of what the encoder gives."""
     rng = np.random.default_rng((train.seed, Stream.NOISE))
-    batch = moments[rng.permutation(len(moments))[: train.batch_size * world_size]]
+    batch = encoded[rng.permutation(len(encoded))[: train.batch_size * world_size]]
     noise = rng.standard_normal((len(batch), batch.shape[1] // 2, *batch.shape[2:]), np.float32)
-    return float(1 / gaussian_sample(Tensor(batch), Tensor(noise)).asnumpy().std())
+    return float(1 / sample(Tensor(batch), Tensor(noise)).asnumpy().std())

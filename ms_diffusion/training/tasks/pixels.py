@@ -5,16 +5,13 @@ from typing import Any
 
 import numpy as np
 
-from ...data.conditions import condition_channels, condition_image
-from ...images import to_float
+from ...data.conditions import condition_channels
 from ...models.unet import UnetConfig
-from ...randomness import Random, Stream
+from ...randomness import Random
 from ...runtime import UserError
 from ..config import DataConfig, DiffusionRunConfig, ImageTrainConfig
-from ..runs import Run
-from . import edits
-from .base import Arrays, Request
-from .images import ImageData, ImageTask, Plan, check_image_size, check_scored
+from .base import Arrays
+from .images import ImageData, ImageTask, check_image_size, check_scored
 
 
 @dataclass(frozen=True)
@@ -59,33 +56,6 @@ class PixelTask(ImageTask):
         if "cond_image" in self.cond_fields:
             drawn["cond_image"] = self.cond_image(batch["x_start"], rng)
         return drawn
-
-    def cond_image(self, x: np.ndarray, rng: Random) -> np.ndarray:
-        """The image condition (B, cond_channels, H, W) of images x (B, C, H, W)."""
-        return condition_image(self.config.data.condition, x, self.config.data.lowres_size, rng)
-
-    def preview_conditions(self, num: int) -> Arrays:
-        pictures = self.originals if "cond_image" in self.cond_fields else None
-        return self.conditions(num, pictures=pictures, seed=(self.config.train.seed, Stream.NOISE))
-
-    def conditions(self, num: int, labels: Any = None, prompt: Any = None, pictures: Any = None, seed: Any = 0) -> Arrays:
-        if "cond_image" not in self.cond_fields:
-            return super().conditions(num, labels, prompt, pictures)
-        originals = self.test_images()[:num] if pictures is None else pictures
-        originals = to_float(originals[np.arange(num) % len(originals)])
-        cond = {"cond_image": self.cond_image(originals, np.random.default_rng(seed))}
-        return self.class_conditions(num, labels, prompt) | cond
-
-    def plan(self, run: Run, request: Request) -> Plan:
-        return edits.plan(self, run, request)
-
-    def samples_to_score(self, run: Run, *args: Any) -> Any:
-        if "cond_image" in self.cond_fields:
-            raise UserError(
-                f"{run.name} is conditioned on images ({self.config.data.condition}): evaluate the .npz file that the "
-                "sample command writes"
-            )
-        return super().samples_to_score(run, *args)
 
     def likelihood_data(self, split: str) -> tuple[np.ndarray, Arrays]:
         if "cond_image" in self.cond_fields or self.self_condition:

@@ -1,0 +1,352 @@
+"""Stable Diffusion 1 and 2 in a folder of diffusers, opened as a run: `md.load("stable-diffusion-v1-5")`.
+
+The folder stays as it is: model_index.json, and unet, vae, text_encoder, tokenizer and scheduler, each with its own files.
+"""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+
+from mindspore import Tensor, nn
+
+from ..convert import load_into, load_pretrained
+from ..data.batches import ImageSet
+from ..data.tokenizers import BytePairs, Tokenizer
+from ..fields import POSITIVE, Bounds, find_problem
+from ..files import read_json
+from ..latent import PIXELS, FirstStage
+from ..models.autoencoder import AutoencoderConfig
+from ..models.clip import ClipTextConfig, ClipTextEncoder
+from ..models.context import LatentUnetConfig
+from ..process import DiffusionConfig, GaussianDiffusion
+from ..runtime import UserError, compiled
+from ..sampling import Generator
+from ..schedules import cosine_beta_schedule, rescale_zero_terminal_snr
+from ..weight_files import flat, read_weights
+from .config import DataConfig, ImageTrainConfig
+from .runs import PIPELINE, Run
+from .tasks.base import Request
+from .tasks.images import Plan
+from .tasks.labels import Nothing
+from .tasks.latents import LatentConfig, LatentTask
+
+GUIDANCE = 7.5  # the default of the pipelines of diffusers
+OBJECTIVES = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
+WHOLE = Annotated[int, Bounds(1, 2**20)]
+EACH = tuple[WHOLE, ...]
+
+# The parts, and the classes that are read
+CLASSES = {
+    "unet": ("UNet2DConditionModel",),
+    "vae": ("AutoencoderKL",),
+    "text_encoder": ("CLIPTextModel", "CLIPTextModelWithProjection"),
+    "tokenizer": ("CLIPTokenizer", "CLIPTokenizerFast"),
+}
+PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
+
+# Settings that other networks have and these have not; where a file lacks one, this is the default of diffusers
+# fmt: off
+UNET_ONLY = {
+    "center_input_sample": False, "flip_sin_to_cos": True, "freq_shift": 0, "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "only_cross_attention": False, "downsample_padding": 1, "mid_block_scale_factor": 1, "act_fn": "silu", "norm_eps": 1e-5,
+    "encoder_hid_dim": None, "encoder_hid_dim_type": None, "dual_cross_attention": False, "class_embed_type": None,
+    "addition_embed_type": None, "num_class_embeds": None, "resnet_time_scale_shift": "default",
+    "resnet_skip_time_act": False, "resnet_out_scale_factor": 1.0, "time_embedding_type": "positional",
+    "time_embedding_dim": None, "time_embedding_act_fn": None, "timestep_post_act": None, "time_cond_proj_dim": None,
+    "conv_in_kernel": 3, "conv_out_kernel": 3, "attention_type": "default", "cross_attention_norm": None,
+    "mid_block_only_cross_attention": None, "reverse_transformer_layers_per_block": None,
+}
+VAE_ONLY = {
+    "act_fn": "silu", "mid_block_add_attention": True, "use_quant_conv": True, "use_post_quant_conv": True,
+    "shift_factor": None, "latents_mean": None, "latents_std": None,
+}
+# fmt: on
+
+
+class Settings:
+    """The JSON file of a part, in which every value is checked as it is read: its errors name the file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            self.values = read_json(path)
+        except OSError as e:
+            raise UserError(f"{path} cannot be read ({e.strerror}): copy the whole folder") from e
+        except ValueError as e:
+            raise UserError(f"{path} is no JSON file: copy or download it again") from e
+        if problem := find_problem(self.values, dict[str, Any]):
+            raise UserError(f"{path}: {problem}")
+
+    def get(self, name: str, hint: Any, default: Any) -> Any:
+        """The value of this type; lists become tuples."""
+        value = self.values.get(name, default)
+        value = tuple(value) if isinstance(value, list) else value
+        if problem := find_problem(value, hint):
+            raise UserError(f"{self.path}: {name} is {value!r:.200}: {problem}")
+        return value
+
+    def only(self, settings: dict[str, Any]) -> None:
+        """Refuse what is no part of Stable Diffusion 1 or 2."""
+        for name, value in settings.items():
+            if self.values.get(name, value) not in (value, [value] * 4):
+                is_now = f"{name} is {self.values[name]!r:.200}"
+                raise UserError(f"{self.path}: {is_now}, where Stable Diffusion 1 and 2 have {value!r}: it cannot be read")
+
+
+def read_unet(settings: Settings, latent_channels: int, size: tuple[int, int]) -> LatentUnetConfig:
+    """The network of a UNet2DConditionModel, for latents of this size (H, W)."""
+    settings.only(UNET_ONLY)
+    widths = settings.get("block_out_channels", EACH, (320, 640, 1280, 1280))
+    levels = len(widths)
+    down = settings.get("down_block_types", tuple[str, ...], ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",))
+    up = settings.get("up_block_types", tuple[str, ...], ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3)
+    mirrored = tuple(name.replace("Up", "Down") for name in reversed(up))
+    if {*down} - {"CrossAttnDownBlock2D", "DownBlock2D"} or mirrored != down or len(down) != levels:
+        raise UserError(f"{settings.path}: block types {down} and {up} are not those of Stable Diffusion: it cannot be read")
+    if any(width % widths[0] for width in widths):
+        raise UserError(f"{settings.path}: block_out_channels {widths} are no multiples of the first: it cannot be read")
+    # The number of heads of each level, which diffusers' files call attention_head_dim
+    name = "attention_head_dim" if settings.values.get("num_attention_heads") is None else "num_attention_heads"
+    heads = settings.get(name, WHOLE | EACH, 8)
+    each = (heads,) * levels if isinstance(heads, int) else heads
+    sizes = {width / count for width, count in zip(widths, each, strict=False)}
+    if len(each) != levels or (len({*each}) > 1 and len(sizes) > 1):
+        raise UserError(f"{settings.path}: {name} is {heads}: it must be one number, or give all heads the same width")
+    depth = settings.get("transformer_layers_per_block", WHOLE | EACH, 1)
+    per_level = settings.get("layers_per_block", WHOLE | EACH, 2)
+    for name, value in {"transformer_layers_per_block": depth, "layers_per_block": per_level}.items():
+        if not isinstance(value, int) and len({*value}) > 1:
+            raise UserError(f"{settings.path}: {name} is {value}: it must be the same for each level")
+    in_channels = settings.get("in_channels", WHOLE, 4)
+    if in_channels != latent_channels or settings.get("out_channels", WHOLE, 4) != latent_channels:
+        raise UserError(
+            f"{settings.path}: in_channels is {in_channels} and the latents have {latent_channels}: no such text model"
+        )
+    return LatentUnetConfig(
+        in_channels=latent_channels,
+        out_channels=latent_channels,
+        model_channels=widths[0],
+        channel_mult=tuple(width // widths[0] for width in widths),
+        num_res_blocks=per_level if isinstance(per_level, int) else per_level[0],
+        attention_resolutions=tuple(2**i for i, kind in enumerate(down) if kind == "CrossAttnDownBlock2D"),
+        num_heads=each[0] if len({*each}) == 1 else None,
+        num_head_channels=None if len({*each}) == 1 else widths[0] // each[0],
+        transformer_depth=depth if isinstance(depth, int) else depth[0],
+        groups=settings.get("norm_num_groups", WHOLE, 32),
+        context_dim=settings.get("cross_attention_dim", WHOLE, 1280),
+        condition="context",
+        num_classes=None,
+        latent_size=size[0],
+        channels=3,
+    )
+
+
+def read_vae(settings: Settings) -> AutoencoderConfig:
+    """The first stage of an AutoencoderKL."""
+    settings.only(VAE_ONLY)
+    widths = settings.get("block_out_channels", EACH, (64,))
+    kinds = {*settings.get("down_block_types", tuple[str, ...], ("DownEncoderBlock2D",))}
+    kinds |= {*settings.get("up_block_types", tuple[str, ...], ("UpDecoderBlock2D",))}
+    channels = settings.get("in_channels", WHOLE, 3)
+    if kinds != {"DownEncoderBlock2D", "UpDecoderBlock2D"} or any(width % widths[0] for width in widths):
+        raise UserError(f"{settings.path}: its blocks are not those of Stable Diffusion: it cannot be read")
+    if channels != 3 or settings.get("out_channels", WHOLE, 3) != 3:
+        raise UserError(f"{settings.path}: in_channels is {channels}: the pictures must have 3, red, green and blue")
+    latent = settings.get("latent_channels", WHOLE, 4)
+    return AutoencoderConfig(
+        ch=widths[0],
+        ch_mult=tuple(width // widths[0] for width in widths),
+        num_res_blocks=settings.get("layers_per_block", WHOLE, 1),
+        resolution=2 ** (len(widths) - 1),  # which only attn_resolutions refer to, and there are none
+        z_channels=latent,
+        embed_dim=latent,
+        groups=settings.get("norm_num_groups", WHOLE, 32),
+    )
+
+
+def read_scheduler(settings: Settings) -> GaussianDiffusion:
+    """The process of a scheduler of diffusers, whichever it is: all share the names of these settings."""
+    name = settings.get("_class_name", str, "DDIMScheduler")
+    one_step = ("DDIMScheduler", "DDPMScheduler")  # their defaults are others than those of the schedulers of an ODE
+    T = settings.get("num_train_timesteps", Annotated[int, Bounds(2, 10**5)], 1000)
+    number = Annotated[float, Bounds(0, 1, low_open=True, high_open=True)]
+    start, end = settings.get("beta_start", number, 1e-4), settings.get("beta_end", number, 0.02)
+    kind = settings.get("beta_schedule", str, "linear")
+    betas = settings.get("trained_betas", tuple[number, ...] | None, None)
+    if betas is None:
+        schedules = {
+            "linear": np.linspace(start, end, T),
+            "scaled_linear": np.linspace(start**0.5, end**0.5, T) ** 2,
+            "squaredcos_cap_v2": cosine_beta_schedule(T),
+        }
+        if kind not in schedules:
+            raise UserError(f"{settings.path}: beta_schedule is {kind!r}: choose one of {', '.join(schedules)}")
+        betas = schedules[kind]
+    predicts = settings.get("prediction_type", str, "epsilon")
+    if predicts not in OBJECTIVES:
+        raise UserError(f"{settings.path}: prediction_type is {predicts!r}: choose one of {', '.join(OBJECTIVES)}")
+    clip = settings.get("clip_sample", bool, name in one_step)
+    settings.only({"thresholding": False} | ({"clip_sample_range": 1.0} if clip else {}))
+    if settings.get("rescale_betas_zero_snr", bool, False):
+        betas = rescale_zero_terminal_snr(np.array(betas))
+    try:
+        process = GaussianDiffusion(np.array(betas), OBJECTIVES[predicts], "l2", clip_denoised=clip)
+    except ValueError as e:
+        raise UserError(f"{settings.path}: {e}") from e
+    even = ("leading", "linspace", "trailing")
+    process.spacing = settings.get(
+        "timestep_spacing", str, "leading" if name in (*one_step, "PNDMScheduler") else "linspace"
+    )
+    if process.spacing not in even:
+        raise UserError(f"{settings.path}: timestep_spacing is {process.spacing!r}: choose one of {', '.join(even)}")
+    process.steps_offset = settings.get("steps_offset", Annotated[int, Bounds(0, T - 1)], 0)
+    if not settings.get("set_alpha_to_one", bool, name != "PNDMScheduler"):
+        process.last_alpha_cumprod = float(process.alphas_cumprod[0])
+    return process
+
+
+class Contexts(Nothing):
+    """A text, as the entries (L, dim) that a frozen encoder makes of its tokens; `null` is that of the empty text."""
+
+    field = "context"
+
+    def __init__(self, encoder: ClipTextEncoder, tokenizer: Tokenizer):
+        self.tokenizer, self.graph = tokenizer, compiled(encoder.construct)
+        self.known: dict[str, np.ndarray] = {}
+
+    def encode(self, text: str) -> np.ndarray:
+        """(L, dim) float32; the network runs once for each text."""
+        if text not in self.known:
+            length, most = self.tokenizer.length(text), self.tokenizer.max_length
+            if length > most:
+                print(f"note: a prompt has {length} tokens, and only the first {most} count", file=sys.stderr)
+            self.known[text] = self.graph(Tensor(self.tokenizer.encode([text]))).asnumpy()[0]
+        return self.known[text]
+
+    @property
+    def null(self) -> np.ndarray:  # type: ignore[override]
+        return self.encode("")
+
+    def rows(self, num: int, labels: Any = None, prompt: str | None = None) -> np.ndarray:
+        if labels is not None:
+            raise UserError("Stable Diffusion has no classes, which --class needs: describe the picture by --prompt")
+        return self.encode(prompt or "")[None].repeat(num, 0)
+
+
+class PipelineTask(LatentTask):
+    """Stable Diffusion: its process, its text encoder, and its first stage come from a folder.
+
+    Args:
+        size: Height and width of the pictures; by default those of the training."""
+
+    def __init__(self, folder: Path, size: Sequence[int] = ()):
+        self.folder = folder
+        index = Settings(folder / PIPELINE)
+        if (name := index.get("_class_name", str, "")) not in PIPELINES:
+            raise UserError(f"{folder} holds a {name[:200]}, not Stable Diffusion 1 or 2 ({PIPELINES[0]})")
+        for part, names in CLASSES.items():
+            _, found = index.get(part, tuple[str | None, str | None], (None, None))
+            if found not in names:
+                raise UserError(f"{index.path}: {part} is {found!r:.200}, where {names[0]} is expected: it cannot be read")
+        unet, vae = [Settings(folder / part / "config.json") for part in ("unet", "vae")]
+        self.autoencoder = read_vae(vae)
+        self.process = read_scheduler(Settings(folder / "scheduler" / "scheduler_config.json"))
+        f, latents = self.autoencoder.size_multiple, unet.get("sample_size", WHOLE | EACH, 64)
+        self.size = size_of(size or np.multiply(latents, f).ravel().tolist())
+        multiple = f * 2 ** (len(unet.get("block_out_channels", EACH, (1,) * 4)) - 1)
+        if wrong := [side for side in self.size if side % multiple or side == 0]:
+            fit = max(round(wrong[0] / multiple), 1) * multiple
+            raise UserError(f"--size is {wrong[0]}: it must be divisible by {multiple}, such as {fit}")
+        height, width = (side // f for side in self.size)
+        scale = vae.get("scaling_factor", Annotated[float, POSITIVE], 0.18215)
+        config = LatentConfig(
+            data=DataConfig("arrays", size=self.size[0], flip=False),
+            model=read_unet(unet, self.autoencoder.embed_dim, (height, width)),
+            diffusion=DiffusionConfig(self.process.num_timesteps, objective=self.process.objective),
+            train=ImageTrainConfig(sample_guidance=GUIDANCE),
+            latent_scale=scale,
+        )
+        super().__init__(config)
+        self.shape = (self.autoencoder.embed_dim, height, width)
+
+    def build_parts(self) -> tuple[nn.Cell, GaussianDiffusion]:
+        return self.config.model.build(), self.process
+
+    def open(self, home: Path, state: dict[str, Any]) -> None:
+        self.home = home
+        autoencoder = self.autoencoder.build()
+        load_pretrained(autoencoder, home / "vae")
+        self.first_stage = FirstStage(autoencoder, self.config.latent_scale or 1, self.autoencoder.size_multiple)
+        self.labelling = load_text_encoder(home, self.config.model.context_dim or 0)
+        self.null_label = self.labelling.null
+
+    def plan_grid(self, run: Run, request: Request) -> Plan:
+        plan = super().plan_grid(run, replace(request, num=request.num or 1))
+        plan.scale = 1
+        return plan
+
+    def load_set(self, split: str) -> ImageSet:
+        raise UserError(f"{self.folder} comes without images: give the path of one")
+
+    def generator(self, net: nn.Cell, diffusion: GaussianDiffusion) -> Generator:
+        generator = super().generator(net, diffusion)
+        generator.batch_size = max(PIXELS // (self.size[0] * self.size[1]), 1)
+        return generator
+
+
+def size_of(size: Sequence[int]) -> tuple[int, int]:
+    """Height and width, from both or one number for both."""
+    if len(size) not in (1, 2) or min(size) < 1:
+        raise UserError(f"--size is {' '.join(map(str, size))}: give height and width in pixels, or one number for both")
+    return size[0], size[-1]
+
+
+def load_text_encoder(folder: Path, context_dim: int) -> Contexts:
+    """The text encoder and the tokenizer of a pipeline."""
+    path = folder / "text_encoder"
+    settings = Settings(path / "config.json")
+    settings.only({"layer_norm_eps": 1e-5, "use_attention_mask": False})
+    names = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads max_position_embeddings".split()
+    defaults = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8}  # those of transformers
+    options = {name: settings.get(name, WHOLE, defaults.get(name, getattr(ClipTextConfig, name))) for name in names}
+    activation = settings.get("hidden_act", str, "quick_gelu")
+    tokenizer = BytePairs.read(folder / "tokenizer")
+    try:
+        config = ClipTextConfig(**options, hidden_act=activation)
+        encoder = config.build()
+    except (UserError, ValueError) as e:
+        raise UserError(f"{settings.path}: {e}") from e
+    if config.hidden_size != context_dim:
+        raise UserError(f"{settings.path}: hidden_size is {config.hidden_size}, where the network takes {context_dim}")
+    if tokenizer.vocab_size > config.vocab_size or tokenizer.max_length > config.max_position_embeddings:
+        raise UserError(f"{folder / 'tokenizer'} has more tokens than {settings.path} says: copy the whole folder")
+    weights = {name.removeprefix("text_model."): a for name, a in flat(read_weights(path))}
+    others = ("embeddings.position_ids", "text_projection.weight")
+    load_into(encoder, {name: a for name, a in weights.items() if name not in others}, path=path)
+    return Contexts(encoder.set_train(False), tokenizer)
+
+
+class PipelineRun(Run):
+    """Stable Diffusion in a folder of diffusers, as a run: `md.load("stable-diffusion-v1-5")`. Raises UserError if it cannot
+    be read, or is another model.
+
+    Args:
+        path: The folder.
+        size: Height and width of the pictures in pixels, or one number for both; by default those of the training."""
+
+    def __init__(self, path: str | Path, size: Sequence[int] = ()):
+        self.name, self.home, self.step = str(path), Path(path), None
+        self.task: Any = PipelineTask(self.home, size)
+        self.config = self.task.config
+        self.net, self.diffusion = self.task.build()
+        load_pretrained(self.net, self.home / "unet")
+        self.net.set_train(False)
+        self.task.open(self.home, {})
+
+    def sample(self, num: int = 1, **options: Any) -> np.ndarray:
+        """As `Run.sample`, by default one picture: images (num, H, W, 3) uint8 for a `prompt`."""
+        return super().sample(num, **options)
