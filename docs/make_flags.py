@@ -27,7 +27,7 @@ TABLES = [  # title, dataclass, prefix of its flags, base class with a table of 
     ("train: U-Net (images)", md.UnetConfig, "--model."),
     ("train: U-Net (latents)", md.LatentUnetConfig, "--model."),
     ("train: autoencoder", md.AutoencoderConfig, "--model."),
-    ("train: VQ autoencoder, beside these", md.VQConfig, "--model.", md.AutoencoderConfig),
+    ("train: VQ autoencoder, in addition", md.VQConfig, "--model.", md.AutoencoderConfig),
     ("train: residual MLP (points)", md.ResidualMLPConfig, "--model."),
     ("train: MLP (points, preset scurve-seed)", md.MLPConfig, "--model."),
     ("train: training, all kinds of runs", config.TrainConfig, "--train."),

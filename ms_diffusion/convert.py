@@ -16,8 +16,8 @@ import safetensors.numpy
 import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 
-from .files import shown, write
-from .names import home, is_average, joined_qkv, names_in_files, plain, prefix_of
+from .files import read_json, shown, write
+from .names import home, is_average, joined_qkv, names_in_files, plain, prefix_of, unlike
 from .runtime import UserError
 from .weight_files import WRAPPERS, flat, read_weights
 from .weight_files import load_torch_state_dict as load_torch_state_dict
@@ -118,7 +118,8 @@ def load_pretrained(
 
     Raises:
         UserError: the file cannot be read, contains no moving averages of this network, or does not fit: some names or
-            shapes differ, or with `partial` all of them. Then no parameter changes.
+            shapes differ, or with `partial` all of them; without `partial` also, if a config.json of diffusers lies beside
+            the file, its number of heads and other settings that shapes do not tell. Then no parameter changes.
     """
     parameters = {p.name: p for p in net.get_parameters()}
     arrays = {name: a for name, a in flat(read_weights(path), WRAPPERS) if not name.startswith(ignore_keys)}
@@ -159,6 +160,7 @@ def load_pretrained(
         and not name.startswith((f"{start}loss.", f"{start}first_stage_model.loss."))
         and not name.startswith(f"{start}cond_stage_model.transformer.to_logits.")  # x-transformers' unused head
         and not (a.dtype.kind in "biu" and a.ndim == 0)  # counters, such as num_batches_tracked
+        and not name.endswith("quantize.used")  # a remap, which a configuration has
     }
 
     reshaped = [name for name, p in parameters.items() if name in weights and ones_differ(weights[name].shape, p.shape)]
@@ -169,11 +171,28 @@ def load_pretrained(
         parameters = {name: parameters[name] for name in weights}
         if not weights:
             raise UserError(f"{path}: no weight fits this network ({listed(found)}): give another file or part")
+    elif not any(found.values()) and (wrong := settings_unlike(net, Path(path), start)):
+        raise UserError(f"{path}: its config.json has {'; '.join(wrong)}: build the network with these settings")
     advice = f"build it with the options of {path}, leave out names of the file by ignore_keys (--init-ignore), or load the "
     advice += "weights that fit by partial (--init-partial)"
     load_into(parameters.values(), weights, advice)
     left = found["missing"], found["unexpected"], found["other shape"]
     return LoadReport(list(weights), reshaped, *left, scale_factor, start if part is None else "")
+
+
+def settings_unlike(net: nn.Cell, path: Path, start: str) -> list[str]:
+    """`unlike` for a UNetModel in `net`, if a config.json of diffusers lies in the folder or beside the file `path`, or in
+    the folder that the prefix of the names is called after."""
+    folder = path if path.is_dir() else path.parent
+    places = [place / "config.json" for place in (folder / start.split(".")[0], folder)]
+    try:
+        record = read_json(next(place for place in places if place.is_file()))
+    except (StopIteration, OSError, ValueError):
+        return []
+    if not isinstance(record, dict) or record.get("_class_name") not in ("UNet2DModel", "UNet2DConditionModel"):
+        return []
+    configs = [cell.config for _, cell in net.cells_and_names() if hasattr(cell, "time_embed")]
+    return [each for config in configs for each in unlike(config, record)]
 
 
 def ones_differ(shape: tuple[int, ...], other: tuple[int, ...]) -> bool:

@@ -113,7 +113,7 @@ def find_problem(value: Any, hint: Any) -> str | None:
     """What is wrong with a value of this type, or None."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
-        checks = [m for m in args[1:] if isinstance(m, Bounds | OneOf | NotEmpty | Matches)]
+        checks = [m for m in args[1:] if isinstance(m, Bounds | OneOf | NotEmpty | Matches | Colour)]
         return find_problem(value, args[0]) or next(filter(None, (c.problem(value) for c in checks)), None)
     if origin in (typing.Union, types.UnionType):
         problems = [find_problem(value, arg) for arg in args]
@@ -168,7 +168,8 @@ def from_record(cls: type[T], record: dict[str, Any], obsolete: Container[str] =
     hints = typing.get_type_hints(cls)
 
     def read(name: str, value: Any) -> Any:
-        choices = [c for c in typing.get_args(hints[name]) or (hints[name],) if is_dataclass(c)]
+        args = typing.get_args(hints[name]) or (hints[name],)
+        choices = [c for c in args if is_dataclass(c) and not (value is None and type(None) in args)]
         problems = []
         for choice in choices:
             try:

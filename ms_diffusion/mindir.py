@@ -222,6 +222,14 @@ def cast(g: OnnxGraph, node: Node, x: str, _: int) -> str:
     return g.add("Cast", x, to=kinds[node.attributes["shape"].tensors[0].data_type])
 
 
+def total(g: OnnxGraph, node: Node, x: str, axis: Any, keep_dims: bool = False, *_: Any) -> str:
+    return g.add("ReduceSum", x, np.array(axis).reshape(-1), keepdims=int(keep_dims))
+
+
+def argmin(g: OnnxGraph, node: Node, x: str, axis: int, *_: Any) -> str:
+    return g.add("Cast", g.add("ArgMin", x, axis=axis, keepdims=0), to=6)  # int32
+
+
 RULES: dict[str, Callable] = {
     **{op: plain(op) for op in ("Add", "Sub", "Mul", "Div", "Erf", "Sin", "Cos", "Exp", "Tanh", "Sigmoid")},
     **{f"{op}s": with_number(op) for op in ("Add", "Sub", "Mul", "Div")},
@@ -233,6 +241,10 @@ RULES: dict[str, Callable] = {
     "BiasAdd": bias_add,
     "MatMul": matmul,
     "BatchMatMul": matmul,
+    "MatMulExt": plain("MatMul"),
+    "Square": lambda g, node, x: g.add("Mul", x, x),
+    "SumExt": total,
+    "Argmin": argmin,
     "GroupNorm": group_norm,
     "LayerNorm": layer_norm,
     "Gather": lambda g, node, table, index, axis, *_: g.add("Gather", table, index, axis=axis),

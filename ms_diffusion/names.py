@@ -3,6 +3,7 @@
 import itertools
 import re
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -113,6 +114,29 @@ def prefix_of(names: Iterable[str], known: Mapping[str, str]) -> str:
 def is_average(prefix: str) -> bool:
     """Whether the names that begin with this prefix are those of moving averages."""
     return re.search(r"(^|[._])ema([._]|$)", prefix) is not None
+
+
+def unlike(config: Any, record: Mapping[str, Any]) -> list[str]:
+    """What a UNetModel of this configuration has otherwise than a UNet of diffusers with this config.json, of what the
+    shapes of weights do not tell: such weights would load, and the network would draw noise."""
+    ours = {"norm_eps": config.norm_eps, "norm_num_groups": config.groups, "act_fn": "silu", "center_input_sample": False}
+    ours |= {"flip_sin_to_cos": not config.sines_first, "freq_shift": int(config.sines_first)}
+    ours |= {"downsample_padding": int(not config.pad_right)} if config.conv_resample and not config.resblock_updown else {}
+    found = [
+        f"{name} {record[name]!r:.100}, not {value}" for name, value in ours.items() if record.get(name, value) != value
+    ]
+    name = "attention_head_dim" if record.get("num_attention_heads") is None else "num_attention_heads"
+    given, levels = record.get(name, ""), len(config.channel_mult)
+    each = given if isinstance(given, list) else [given] * levels
+    for level, (mult, value) in enumerate(zip(config.channel_mult, each, strict=False)):
+        width = mult * config.model_channels
+        if not (2**level in config.attention_resolutions or level == levels - 1) or not isinstance(value, int | None):
+            continue  # no attention there, or the file does not say
+        is_count = record["_class_name"] == "UNet2DConditionModel"  # of heads; otherwise their width
+        theirs = value if is_count else width // (value or width)
+        if theirs != (heads := config.heads(width)[0]):
+            return [*found, f"{name} {given!r:.100}, which are {theirs} heads of {width} channels, not {heads}"]
+    return found
 
 
 def joined_qkv(arrays: Mapping[str, np.ndarray], qkv: Mapping[str, tuple[int, bool]]) -> dict[str, np.ndarray]:

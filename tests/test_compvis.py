@@ -183,6 +183,23 @@ def test_the_betas_are_those_of_the_original_at_any_number_of_timesteps(read):
     np.testing.assert_allclose(linear.betas, np.linspace(0.0015, 0.0195, 1000), rtol=1e-12)
 
 
+def test_a_schedule_without_a_range_has_no_ends():
+    with pytest.raises(ValueError, match="cosine has no range of betas: leave out beta_end"):
+        DiffusionConfig(schedule="cosine", beta_end=0.01).build()
+
+
+def test_images_that_are_concatenated(read):
+    """An image of the latents' size, or one that the first stage encodes, with a mask."""
+    for stage, kind, channels in (("{target: torch.nn.Identity}", "lowres", 3), ("__is_first_stage__", "mask", 4)):
+        text = latent("concat_mode: true").replace("__is_unconditional__", stage)
+        config = read(text.replace("in_channels: 3\n        out", f"in_channels: {3 + channels}\n        out"))
+        assert (config.data.condition, config.data.lowres_size) == (kind, 16)
+        assert (config.model.in_channels, config.model.cond_channels) == (3, channels)
+        config.check()
+        with pytest.raises(UserError, match=f"in_channels is 3: here it can only be {3 + channels}"):
+            read(text)
+
+
 def test_options_of_a_process_and_a_schedule(read):
     scheduler = "{target: ldm.lr_scheduler.LambdaLinearScheduler, params: {warm_up_steps: [10000], f_max: [1.]}}"
     extra = f"scale_by_std: true\n    loss_type: l1\n    use_ema: false\n    scheduler_config: {scheduler}"

@@ -101,6 +101,9 @@ def test_what_the_presets_are():
         (PIXELS, {"ema_lengths": (0.1, 0.9)}, "--train.ema-lengths", "0.9"),
         (PIXELS, {"sample_steps": 5000}, "--train.sample-steps", "5000"),
         (POINTS, {"num_timesteps": 20}, "--train.sample-steps", "20"),
+        (PIXELS, {"matte": "no colour"}, "--data.matte", "no colour"),
+        (PIXELS, {"matte": "#00000080"}, "--data.matte", "#00000080"),
+        (PIXELS, {"validation": 1.0}, "--data.validation", "[0, 1)"),
         # pixels
         (PIXELS, {"data.size": 30}, "--data.size", "32"),
         (PIXELS, {"condition": "mask"}, "--data.condition mask", "--model.cond-channels 2"),
@@ -143,6 +146,7 @@ def test_values_that_fit_together():
     override(PRESETS["quick-upscale"], lowres_size=14).check()
     override(AUTOENCODER, vgg="vgg.pth", lpips="lpips.pth", disc_weight=0.0, disc_layers=5).check()
     override(POINTS, num_timesteps=1000, ema_lengths=(0.05, 0.1)).check()
+    override(PIXELS, matte="#10Fa20", validation=0.1).check()
     override(PIXELS, score_every=2, **{"data.size": 28, "data.name": "image-folder"}).check()
 
 

@@ -1,5 +1,6 @@
 """Weights of latent diffusion, as CompVis and diffusers name them, loaded into our networks."""
 
+import dataclasses
 import functools
 
 import numpy as np
@@ -495,12 +496,16 @@ UPDOWN = dict(resblock_updown=True, use_scale_shift_norm=True, num_head_channels
 
 
 @of_diffusers
-@pytest.mark.parametrize("updown", [False, True])
+@pytest.mark.parametrize("style", ["default", "ddpm", "updown"])
 @pytest.mark.parametrize("new_order", [False, True])
-def test_unet_with_attention_blocks_of_diffusers(updown, new_order, tmp_path):
-    """UNet2DModel, the network of diffusers' unconditional and class-conditional pipelines; also in its older spelling."""
+def test_unet_with_attention_blocks_of_diffusers(style, new_order, tmp_path):
+    """UNet2DModel, the network of diffusers' unconditional and class-conditional pipelines; also in its older spelling. ddpm
+    has the settings of the weights of Ho et al. 2020."""
+    updown = style == "updown"
     kind = "resnet" if updown else "conv"
     options = {"attn_norm_num_groups": 4, "resnet_time_scale_shift": "scale_shift"} if updown else {}
+    options |= dict(flip_sin_to_cos=False, freq_shift=1, downsample_padding=0, norm_eps=1e-2) if style == "ddpm" else {}
+    own = dict(sines_first=True, pad_right=True, norm_eps=1e-2) if style == "ddpm" else {}
     peer = peer_of(
         "UNet2DModel",
         in_channels=2,
@@ -516,7 +521,7 @@ def test_unet_with_attention_blocks_of_diffusers(updown, new_order, tmp_path):
         upsample_type=kind,
         **options,
     )
-    config = UNetModelConfig(**ATTENTION | (UPDOWN if updown else {}), use_new_attention_order=new_order)
+    config = UNetModelConfig(**ATTENTION | own | (UPDOWN if updown else {}), use_new_attention_order=new_order)
     net, arrays = config.build(), arrays_of(peer)
     load_pretrained(net, write(tmp_path / "old.safetensors", {in_old_spelling(n): a for n, a in arrays.items()}))
     in_old = values(net)
@@ -529,6 +534,13 @@ def test_unet_with_attention_blocks_of_diffusers(updown, new_order, tmp_path):
     x, t, y = rng.standard_normal((13, 2, 8, 8), np.float32), rng.integers(0, 1000, 13), rng.integers(0, 3, 13)
     expected = peer(torch.from_numpy(x), torch.from_numpy(t), class_labels=torch.from_numpy(y)).sample
     assert_close(net(Tensor(x), Tensor(t.astype(np.int32)), None, Tensor(y.astype(np.int32))), expected)
+    before, heads = values(net), 1 if style != "updown" else 2  # the shapes are the same
+    for change in ({"num_head_channels": None, "num_heads": heads}, {"norm_eps": 0.1}, {"sines_first": style != "ddpm"}):
+        other = dataclasses.replace(config, **change).build()
+        assert "config.json" in complaint(other, tmp_path / "unet")
+        assert load_pretrained(other, tmp_path / "unet", partial=True).loaded
+    load_pretrained(net, tmp_path, partial=True)
+    assert_same(values(net), before)
     part = {name: value for name, value in arrays.items() if not name.endswith("mid_block.attentions.0.to_k.bias")}
     message = complaint(net, write(tmp_path / "part.safetensors", part))
     assert "missing: middle_block.1.qkv.bias; unexpected: mid_block.attentions.0.to_q.bias, mid_block" in message

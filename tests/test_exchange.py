@@ -12,6 +12,7 @@ from test_latent_runs import AUTOENCODER, LATENT, TEXT
 from mindspore import Tensor
 
 from ms_diffusion.convert import load_pretrained, load_torch_state_dict
+from ms_diffusion.models.autoencoder import VQConfig
 from ms_diffusion.training.config import override
 from ms_diffusion.training.runs import Run
 from ms_diffusion.training.tasks.latents import resolve_first_stage
@@ -22,7 +23,8 @@ BARE |= {"train.sample_guidance": 1.0, "train.sample_guidance_interval": None}
 CONFIGS = {
     "class": LATENT,
     "text": TEXT,
-    "none": override(LATENT, **BARE, **{"model.num_res_blocks": 2}),
+    "none": override(LATENT, **BARE, **{"model.num_res_blocks": 2, "model.sines_first": True, "model.pad_right": True,
+        "model.norm_eps": 0.01}),
     "adm": override(LATENT, **{"model.condition": "adm", "model.context_dim": None, "model.use_scale_shift_norm": True,
         "model.resblock_updown": True, "model.use_new_attention_order": True, "model.attention_resolutions": (1, 2),
         "model.num_head_channels": 4}),
@@ -111,6 +113,22 @@ def test_a_checkpoint_of_compvis(runs, tmp_path):
 def assert_close(ours, theirs):
     theirs = theirs.detach().numpy()
     assert ours.shape == theirs.shape and abs(ours.asnumpy() - theirs).max() < 1e-4 * abs(theirs).max()
+
+
+@of_diffusers
+def test_an_autoencoder_with_a_codebook_in_diffusers(tmp_path):
+    torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
+    model = VQConfig(8, (1, 2), 1, (16,), channels=1, resolution=32, z_channels=3, embed_dim=2, groups=4, n_embed=40)
+    run = Run(untrained(tmp_path / "run", replace(AUTOENCODER, model=model), noise=0.05))
+    succeed("export", run.home, "--format", "diffusers", "--out", tmp_path / "vq")
+    peer, info = diffusers.VQModel.from_pretrained(tmp_path / "vq", output_loading_info=True, low_cpu_mem_usage=False)
+    assert not any(info.values())
+    x, z = (np.random.default_rng(0).standard_normal(shape, np.float32) for shape in ((3, 1, 32, 32), (1, 2, 16, 16)))
+    assert_close(run.net.encode(Tensor(x)), peer.encode(torch.from_numpy(x)).latents)
+    assert_close(run.net.decode(Tensor(z)), peer.decode(torch.from_numpy(z)).sample)
+    expected = values(run.net)
+    load_pretrained(halved(run.net), tmp_path / "vq")
+    assert_same(values(run.net), expected)
 
 
 @of_diffusers

@@ -15,7 +15,7 @@ import mindspore as ms
 from mindspore import Tensor, nn, ops
 
 from ms_diffusion import kernels, mindir
-from ms_diffusion.models.autoencoder import AutoencoderConfig
+from ms_diffusion.models.autoencoder import AutoencoderConfig, VQConfig
 from ms_diffusion.models.mlp import MLPConfig, ResidualMLPConfig
 from ms_diffusion.models.unet_ldm import UNetModelConfig
 from ms_diffusion.runtime import UserError
@@ -124,6 +124,7 @@ def test_latents_and_their_autoencoder(tmp_path, monkeypatch, file_format, confi
         UNetModelConfig(2, 8, 2, 1, (1,), channel_mult=(1, 2), num_head_channels=4, groups=4, use_scale_shift_norm=True,
             resblock_updown=True, use_new_attention_order=True),
         AutoencoderConfig(8, (1, 2), 1, (8,), channels=2, resolution=8, groups=4, attention="linear", tanh_out=True),
+        VQConfig(8, (1, 2), 1, channels=2, resolution=8, groups=4, n_embed=11),
     ],
 )  # fmt: skip
 def test_every_option_of_the_networks_as_onnx(config):

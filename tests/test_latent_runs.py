@@ -106,7 +106,7 @@ def resume(config, run, folder):
 def test_the_run_of_an_autoencoder(autoencoder):
     run = autoencoder.home
     assert [row["step"] for row in metrics(run)] == [1, 2, 3, 4]
-    always = {"step", "loss", "grad_norm", "lr", "img_per_s", "epoch", "logvar", "nll_loss", "rec_loss", "p_loss", "kl_loss"}
+    always = {"step", "loss", "grad_norm", "lr", "epoch", "logvar", "nll_loss", "rec_loss", "p_loss", "kl_loss"}
     later = {"g_loss", "disc_factor", "d_weight", "disc_loss", "logits_real", "logits_fake"}
     assert [set(row) for row in metrics(run)] == [always, always, always | later, always | later]
     for row in metrics(run):
@@ -418,7 +418,6 @@ def test_training_refuses(autoencoder, latent, tmp_path, monkeypatch):
 def test_sampling_refuses(latent, text, tmp_path):
     for run, flags, word in (
         (latent, "--prompt boot", "--prompt"),
-        (latent, "--init test:0", "--init"),
         (latent, "--image test:0", "--image"),
         (latent, "--strength 0.5", "--strength"),
         (text, "--class 30", "--class 30"),

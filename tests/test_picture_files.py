@@ -203,6 +203,39 @@ def test_cmyk(tmp_path):
     assert pixels(tmp_path, deep)[0, 0].tolist() == [255, 0, 0]
 
 
+def profile_of_inks(colours):
+    """A colour profile (ICC.1:2001) whose table says which L, a, b bytes each combination of full inks has."""
+    ramp = bytes(range(256))
+    identity = b"".join(struct.pack(">i", 65536 * (i % 4 == 0)) for i in range(9))
+    table = b"mft1" + bytes(4) + bytes([4, 3, 2, 0]) + identity + 4 * ramp + colours.tobytes() + 3 * ramp
+    text = b"text" + bytes(4) + b"none\0\0\0\0"
+    name = b"desc" + bytes(4) + struct.pack(">I", 5) + b"test\0" + bytes(79)
+    white = b"XYZ " + bytes(4) + struct.pack(">iii", 63190, 65536, 54061)  # D50
+    tags, body = b"", b""
+    for kind, data in ((b"desc", name), (b"cprt", text), (b"wtpt", white), (b"A2B0", table)):
+        tags += kind + struct.pack(">II", 128 + 4 + 4 * 12 + len(body), len(data))
+        body += data + bytes(-len(data) % 4)
+    size = struct.pack(">I", 128 + 4 + len(tags) + len(body))
+    header = size + bytes(4) + b"\2\x40\0\0prtrCMYKLab " + struct.pack(">6H", 2026, 1, 1, 0, 0, 0) + b"acsp"
+    header += bytes(28) + struct.pack(">iii", 63190, 65536, 54061)
+    return header.ljust(128, b"\0") + struct.pack(">I", 4) + tags + body
+
+
+@pytest.mark.skipif(not features.check("littlecms2"), reason="Pillow without Little CMS")
+def test_cmyk_with_a_colour_profile(tmp_path):
+    """Inks whose mixtures are grays, lighter or darker: yellow alone is L = 60."""
+    lightness = np.full((2, 2, 2, 2), 0.0)
+    lightness[0, 0, 0, 0], lightness[0, 0, 1, 0] = 100, 60
+    colours = np.stack([lightness * 2.55, *2 * [np.full(lightness.shape, 128)]], -1).astype(np.uint8)
+    image = Image.new("CMYK", (4, 4), (0, 0, 255, 0))
+    for kind in ("JPEG", "TIFF"):
+        options = {"quality": 100} if kind == "JPEG" else {}
+        gray = pixels(tmp_path, saved(image, kind, icc_profile=profile_of_inks(colours), **options))
+        assert abs(gray.astype(int) - 145).max() <= 2  # sRGB of L = 60
+        damaged = pixels(tmp_path, saved(image, kind, icc_profile=b"?" * 200, **options))
+        assert abs(damaged[0, 0].astype(int) - [255, 255, 0]).max() <= 2
+
+
 @pytest.mark.skipif(not features.check("littlecms2"), reason="Pillow without Little CMS")
 def test_lab(tmp_path):
     profiles = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
@@ -429,6 +462,13 @@ def test_a_huge_tiff_is_read_in_strips_or_tiles(tmp_path, in_pieces, options, or
         shown = values[:, 9:41] >> 8 * (values.itemsize - 1)
         data = tiff(values, 1 if channels == 1 else 2, order, tags={274: [3]}, **options)
         np.testing.assert_array_equal(pixels(tmp_path, data, channels, 32), shown[::-1, ::-1])
+
+
+def test_a_huge_tiff_without_some_of_its_strips_is_damaged(tmp_path, in_pieces):
+    data = tiff(RNG.integers(0, 255, (32, 32, 1)).astype(np.uint8), 1, rows=8)
+    at = data.index(struct.pack("<HHI", 278, 4, 1)) + 8
+    with pytest.raises(ValueError, match="strips"):
+        read(tmp_path, data[:at] + struct.pack("<I", 4) + data[at + 4 :], 1, 8)
 
 
 @pytest.mark.parametrize("options", [{}, {"tile": 16, "deflate": True}])

@@ -20,6 +20,7 @@ from ms_diffusion.convert import load_into
 from ms_diffusion.models import layers, unet_ldm
 from ms_diffusion.models.unet_ldm import UNetModel, UNetModelConfig
 from ms_diffusion.runtime import UserError, compiled
+from ms_diffusion.training.step import EMA
 
 TOLERANCE = 1e-4
 SMALL = {
@@ -641,6 +642,16 @@ def test_recompute_is_asked_of_each_block(monkeypatch, network, kinds):
     net = config_of(network, recompute=True).build()
     assert {name: asked.count(name) for name in asked} == kinds
     assert all(cell.lean for _, cell in net.cells_and_names() if hasattr(cell, "lean"))
+
+
+def test_a_network_that_recomputes_is_averaged():
+    config = config_of("LDM", recompute=True, transformer_depth=1, channel_mult=(1,), attention_resolutions=(1,))
+    net, inputs = drawn(config), tensors(draw_inputs(config, 1))
+    average = EMA(net).net
+    np.testing.assert_array_equal(average(*inputs).asnumpy(), net(*inputs).asnumpy())
+    for p in average.get_parameters():
+        ops.assign(p, p * 0)
+    assert not average(*inputs).asnumpy().any()  # by its own weights
 
 
 def taken_memory(recompute: bool, path: str) -> None:

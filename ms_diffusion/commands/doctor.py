@@ -26,7 +26,7 @@ from .parse import parse
 
 OK, NOTE, PROBLEM = "ok", "note", "PROBLEM"  # only a problem keeps a machine from training
 Finding = tuple[str, str]  # one of them, and a line that says what was found and how to mend it
-PACKAGES = ("numpy", "scipy", "PIL", "safetensors", "matplotlib", "tqdm", "tyro")  # by the names of their imports
+PACKAGES = ("numpy", "scipy", "PIL", "safetensors", "matplotlib", "tqdm", "tyro", "yaml")  # by the names of their imports
 NEWEST_PYTHON = "3.12"  # of MindSpore 2.7.2 to 2.10; 3.11 of 2.7.1
 FREE = 2e9  # bytes that caches and a run with its checkpoints may take
 

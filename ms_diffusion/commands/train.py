@@ -55,7 +55,7 @@ def parse_args(argv: Sequence[str]) -> Args:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", nargs="?", const="")
     first.add_argument("--config", nargs="?", const="")
-    first.add_argument("--init-from")
+    first.add_argument("--init-from", "--init_from")
     known = first.parse_known_args(argv)[0]
     if known.config is not None:
         if known.preset is not None:

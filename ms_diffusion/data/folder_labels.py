@@ -26,10 +26,10 @@ class Row(NamedTuple):
     label: str | int | None
 
 
-def natural_order(name: str) -> tuple[list[str | int], str]:
+def natural_order(name: str) -> tuple[list[Any], str]:
     """A key that sorts "2" before "10"."""
-    parts: list[str | int] = list(re.split(r"([0-9]+)", name))
-    parts[1::2] = [int(digits) for digits in parts[1::2]]
+    parts: list[Any] = re.split(r"([0-9]+)", name)
+    parts[1::2] = [(len(digits.lstrip("0")), digits.lstrip("0")) for digits in parts[1::2]]  # int() has a limit
     return parts, name
 
 

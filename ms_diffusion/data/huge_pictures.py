@@ -1,6 +1,7 @@
 """Pictures that are too large to be unpacked whole: PNG and TIFF files, cut into small files of bands, strips or tiles."""
 
 import itertools
+import os
 import struct
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -18,7 +19,7 @@ from ..images import PictureError, open_picture
 MOST_PIXELS = 4_000_000_000  # of a picture: some minutes
 PIECE_PIXELS = 4_000_000  # of a band of a PNG file
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
-KEPT = (b"PLTE", b"tRNS")  # chunks that say what pixels look like
+KEPT, KEPT_BYTES = (b"PLTE", b"tRNS"), 768  # chunks that say what pixels look like, and what one holds at most
 PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # of each colour type
 WIDTH, HEIGHT, ROWS_PER_STRIP, PLANAR = 256, 257, 278, 284  # tags of TIFF
 STRIPS, STRIP_BYTES, TILE_WIDTH, TILE_HEIGHT, TILES, TILE_BYTES = 273, 279, 322, 323, 324, 325
@@ -110,8 +111,8 @@ def _png_chunks(file: Any) -> Iterator[tuple[bytes, bytes]]:
     file.seek(len(SIGNATURE))
     while len(begin := file.read(8)) == 8:
         length, kind = struct.unpack(">I4s", begin)
-        block = length if kind in KEPT else BLOCK
-        for first in range(0, max(length, 1), max(block, 1)):
+        block = KEPT_BYTES if kind in KEPT else BLOCK
+        for first in range(0, max(length, 1), block):
             yield kind, file.read(min(block, length - first))
         file.read(4)  # its checksum; zlib has one of the pixels
 
@@ -160,17 +161,20 @@ def _tiff_pieces(file: ImageFile) -> Pieces:
     width, height = tags[WIDTH], tags[HEIGHT]
     strips = TILES not in tags
     wide, high = (width, min(tags.get(ROWS_PER_STRIP, height), height)) if strips else (tags[TILE_WIDTH], tags[TILE_HEIGHT])
-    places = zip(tags[STRIPS if strips else TILES], tags[STRIP_BYTES if strips else TILE_BYTES], strict=True)
+    places = [*zip(tags[STRIPS if strips else TILES], tags[STRIP_BYTES if strips else TILE_BYTES], strict=True)]
     if tags.get(PLANAR, 1) != 1 or wide * high > PIECE_PIXELS * 16:
         raise PictureError("it is too large to be unpacked whole, and its strips or tiles are, or hold one colour each")
+    across = -(-width // wide)
+    if len(places) != across * -(-height // high):
+        raise PictureError("it is damaged: it has another number of strips or tiles than its size needs")
 
     def pieces() -> Iterator[tuple[int, int, bytes]]:
-        across = -(-width // wide)
+        size = file.fp.seek(0, os.SEEK_END)  # type: ignore[union-attr]
         for i, (start, length) in enumerate(places):
             left, top = i % across * wide, i // across * high
             file.fp.seek(start)
             rows = min(high, height - top) if strips else high
-            yield left, top, _tiff(tags, wide, rows, file.fp.read(length))
+            yield left, top, _tiff(tags, wide, rows, file.fp.read(min(length, size)))
 
     return width, height, pieces()
 

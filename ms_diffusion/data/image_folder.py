@@ -9,7 +9,7 @@ from pathlib import Path, PurePath
 
 import numpy as np
 
-from ..files import check_memory, read_bytes, shown
+from ..files import check_memory, open_file, shown
 from ..progress import ProgressBar
 from ..runtime import UserError
 from .folder_labels import METADATA, classes_of_folders, classes_of_rows, note, read_metadata, text_files
@@ -104,11 +104,14 @@ def in_split(path: Path, split: str, validation: float, skipped: list) -> bool:
     if not validation:
         return True
     try:
-        digest = hashlib.sha256(read_bytes(path)).digest()
+        with open_file(path) as file:
+            digest = hashlib.sha256()
+            while block := file.read(1 << 20):
+                digest.update(block)
     except OSError as e:
         skipped.append((path, e))
         return False
-    return (int.from_bytes(digest[:4], "big") < validation * 2**32) == (split == "test")
+    return (int.from_bytes(digest.digest()[:4], "big") < validation * 2**32) == (split == "test")
 
 
 def read_pictures(

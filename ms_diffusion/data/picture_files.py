@@ -101,8 +101,8 @@ def _flat(file: ImageFile, source: Source, channels: int, matte: str, depth: int
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or palette.endswith("A") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, matte), image)
-    elif image.mode == "LAB":
-        image = _lab_to_rgb(image)
+    elif image.mode in ("CMYK", "LAB"):
+        image = _to_rgb(image)
     return image.convert(MODES[channels]), depth
 
 
@@ -198,10 +198,17 @@ def _floats_to_8_bits(samples: np.ndarray) -> np.ndarray:
     return np.round(samples * (255 if high <= 1 else 1)).astype(np.uint8)
 
 
-def _lab_to_rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Colours of ink or CIELAB in RGB. Inks are those of the file's colour profile, if it has one that can be read."""
     from PIL import ImageCms
 
-    profiles = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-    found = ImageCms.applyTransform(image, ImageCms.buildTransform(*profiles, "LAB", "RGB"))
-    assert found  # it is None where the image itself is changed
-    return found
+    own: Any = image.info.get("icc_profile")
+    if image.mode == "CMYK" and not own:
+        return image.convert("RGB")
+    try:
+        profile = ImageCms.createProfile("LAB") if image.mode == "LAB" else ImageCms.ImageCmsProfile(BytesIO(own))
+        found = ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
+        assert found  # it is None where the image itself is changed
+        return found
+    except (ImageCms.PyCMSError, OSError, TypeError):  # a damaged profile, or one of other colours
+        return image.convert("RGB")

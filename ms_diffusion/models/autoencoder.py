@@ -29,6 +29,7 @@ from .layers import (
     conv2d,
     name_and_initialise,
     norm_conv,
+    pad_bottom_right,
     read,
     rows,
 )
@@ -238,11 +239,7 @@ class Downsample(nn.Cell):
     def construct(self, x: Tensor) -> Tensor:
         if self.conv is None:
             return ops.avg_pool2d(x, 2, 2)
-        # Pad a row at the bottom and a column on the right; ops.pad hangs in its 18th gradient (MindSpore 2.10)
-        b, c, height, width = x.shape
-        x = ops.concat((x, ops.zeros((b, c, 1, width), x.dtype)), 2)
-        x = ops.concat((x, ops.zeros((b, c, height + 1, 1), x.dtype)), 3)
-        return self.conv(x)
+        return self.conv(pad_bottom_right(x))
 
 
 @dataclass(frozen=True)

@@ -148,6 +148,13 @@ def Upsample(dim: int) -> Conv2dTranspose:
     return Conv2dTranspose(dim, dim, 4, 2, 1)
 
 
+def pad_bottom_right(x: Tensor) -> Tensor:
+    """(B, C, H, W) -> (B, C, H + 1, W + 1), with zeros. ops.pad hangs in its 18th gradient (MindSpore 2.10)."""
+    b, c, height, width = x.shape
+    x = ops.concat((x, ops.zeros((b, c, 1, width), x.dtype)), 2)
+    return ops.concat((x, ops.zeros((b, c, height + 1, 1), x.dtype)), 3)
+
+
 class UpsampleNearest(nn.Cell):
     """Repeat each pixel `rows` x 2, then apply `conv`, if it is True one of 3 x 3: (B, C, H, W) -> (B, C, rows H, 2W).
 

@@ -16,7 +16,7 @@ import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore.mint.nn import functional as F
 
-from ..fields import AT_LEAST_1, DEPTH, NOT_EMPTY, Bounds, check_fields
+from ..fields import AT_LEAST_1, DEPTH, NOT_EMPTY, POSITIVE, Bounds, check_fields
 from . import layers
 from .attention import attend, matmul, matmul_t, softmax, split_heads
 from .layers import (
@@ -33,6 +33,7 @@ from .layers import (
     conv2d,
     name_and_initialise,
     norm_conv,
+    pad_bottom_right,
     read,
 )
 
@@ -70,15 +71,17 @@ def conv3(c_in: int, c_out: int, dims: int = 2, stride: int = 1) -> nn.Cell:
 
 class Downsample(nn.Cell):
     """Halve H and W by a strided convolution, or by the mean of 2 x 2: (B, C, H, W) -> (B, C, H/2, W/2). H stays 1 if `dims`
-    is 1."""
+    is 1. The convolution pads all sides or, with `pad_right`, the bottom and the right."""
 
-    def __init__(self, channels: int, with_conv: bool, dims: int = 2):
+    def __init__(self, channels: int, with_conv: bool, dims: int = 2, pad_right: bool = False):
         super().__init__()
-        size = (dims, 2)
+        size, self.pad_right = (dims, 2), pad_right and with_conv
         self.op = conv3(channels, channels, dims, 2) if with_conv else nn.AvgPool2d(size, size)
+        if self.pad_right:
+            self.op = conv2d(channels, channels, 3, stride=2)
 
     def construct(self, x: Tensor, emb: Tensor | None = None, context: Tensor | None = None) -> Tensor:
-        return self.op(x)
+        return self.op(pad_bottom_right(x) if self.pad_right else x)
 
 
 class ResBlock(nn.Cell):
@@ -91,10 +94,10 @@ class ResBlock(nn.Cell):
     """
 
     def __init__(self, c_in: int, c_out: int, emb_channels: int, groups=32, dropout=0.0, level=0,
-            scale_shift=False, resample=None, use_conv=False, dims=2):  # fmt: skip
+            scale_shift=False, resample=None, use_conv=False, dims=2, eps=1e-5):  # fmt: skip
         super().__init__()
         self.scale_shift, self.resample = scale_shift, resample
-        norm1, norm2 = [GroupNorm(groups, c, activation="silu-after") for c in (c_in, c_out)]
+        norm1, norm2 = [GroupNorm(groups, c, eps, "silu-after") for c in (c_in, c_out)]
         # The norms and Linear compute SiLU; an Identity keeps its number in the parameters' names
         self.in_layers = nn.SequentialCell(norm1, Identity(), conv3(c_in, c_out, dims))
         self.emb_layers = nn.SequentialCell(Identity(), Linear(emb_channels, c_out * 2 if scale_shift else c_out, "silu"))
@@ -126,10 +129,10 @@ class AttentionBlock(nn.Cell):
     The channels of qkv are ordered (head, q k v, d), or (q k v, head, d) in the `new_order`.
     """
 
-    def __init__(self, channels: int, heads: int, groups: int = 32, new_order: bool = False):
+    def __init__(self, channels: int, heads: int, groups: int = 32, new_order: bool = False, eps: float = 1e-5):
         super().__init__()
         self.heads, self.new_order, self.scale, self.lean = heads, new_order, (channels // heads) ** -0.5, False
-        self.norm = GroupNorm(groups, channels)
+        self.norm = GroupNorm(groups, channels, eps)
         self.qkv = Conv1d(channels, 3 * channels)
         self.proj_out = Conv1d(channels, channels)
 
@@ -315,6 +318,14 @@ class UNetModelConfig:
     width is no multiple of it, and num_heads_upsample is not used."""
     dims: Annotated[int, Bounds(1, 2)] = 2
     """Dimensions of x: 2 for images (B, C, H, W), 1 for series (B, C, L)."""
+    sines_first: bool = False
+    """Sines before cosines in the timestep embedding, at the frequencies of Ho et al. 2020: networks of diffusers with
+    flip_sin_to_cos False and freq_shift 1."""
+    pad_right: bool = False
+    """Pad the bottom and the right, not all sides, where a convolution halves H and W, as Ho et al. 2020: networks of
+    diffusers with downsample_padding 0."""
+    norm_eps: Annotated[float, POSITIVE] = 1e-5
+    """epsilon of GroupNorm, but in a SpatialTransformer."""
 
     @property
     def size_multiple(self) -> int:
@@ -350,7 +361,8 @@ class UNetModel(nn.Cell):
     Raises:
         UserError: a field of the configuration is out of range.
         ValueError: at construction, context_dim without use_spatial_transformer or the reverse, neither num_heads nor
-            num_head_channels, channels not divisible into heads or groups, transformers of a series; in a call, a
+            num_head_channels, channels not divisible into heads or groups, transformers or pad_right for a series,
+            sines_first with an odd width; in a call, a
             missing or superfluous context or y, or H or W not divisible by size_multiple.
     """
 
@@ -364,19 +376,24 @@ class UNetModel(nn.Cell):
             raise ValueError("attention needs a number of heads: set num_heads or num_head_channels")
         if transformer and config.dims == 1:
             raise ValueError("a SpatialTransformer is for images: set dims to 2, or use_spatial_transformer to False")
-        self.size_multiple = config.size_multiple
+        if config.sines_first and (config.model_channels % 2 or config.model_channels < 4):
+            raise ValueError("sines_first needs an even number of model_channels, at least 4")
+        if config.pad_right and config.dims == 1:
+            raise ValueError("pad_right is for images: set dims to 2, or pad_right to False")
+        self.config, self.size_multiple = config, config.size_multiple
         self.size_message = f"H and W must be divisible by {self.size_multiple}: choose another image size"
         self.takes_context, self.takes_label = transformer, config.num_classes is not None
         width, emb_channels, groups = config.model_channels, 4 * config.model_channels, config.groups
         options = {"groups": groups, "dropout": config.dropout, "scale_shift": config.use_scale_shift_norm}
         dims = self.dims = config.dims
-        block = partial(ResBlock, emb_channels=emb_channels, dims=dims, **options)
+        block = partial(ResBlock, emb_channels=emb_channels, dims=dims, eps=config.norm_eps, **options)
+        halve = partial(Downsample, dims=dims, pad_right=config.pad_right)
 
         def attention(channels, up=False):
             heads, dim_head = config.heads(channels, up)
             if transformer:
                 return SpatialTransformer(channels, heads, config.transformer_depth, context_dim, groups, dim_head)
-            return AttentionBlock(channels, heads, groups, config.use_new_attention_order)
+            return AttentionBlock(channels, heads, groups, config.use_new_attention_order, config.norm_eps)
 
         def stage(c_in, c_out, level, up=False):
             return [block(c_in, c_out, level=level)] + (
@@ -392,7 +409,7 @@ class UNetModel(nn.Cell):
             return kind(channels, with_conv=config.conv_resample)
 
         # Timestep and class: -> (B, 4 model_channels)
-        self.timestep_embedding = TimestepEmbedding(width)
+        self.timestep_embedding = TimestepEmbedding(width, cosines_first=not config.sines_first)
         linear1, linear2 = Linear(width, emb_channels), Linear(emb_channels, emb_channels, "silu")
         self.time_embed = nn.SequentialCell(linear1, Identity(), linear2)
         self.label_emb = Embedding(config.num_classes, emb_channels) if config.num_classes is not None else None
@@ -402,7 +419,7 @@ class UNetModel(nn.Cell):
         skips, channels = [width], width
         for level, mult in enumerate(config.channel_mult):
             if level > 0:
-                self.input_blocks.append(nn.CellList([resample(partial(Downsample, dims=dims), channels, level)]))
+                self.input_blocks.append(nn.CellList([resample(halve, channels, level)]))
                 skips.append(channels)
             for _ in range(config.num_res_blocks):
                 self.input_blocks.append(nn.CellList(stage(channels, mult * width, level)))
@@ -423,12 +440,12 @@ class UNetModel(nn.Cell):
                     self.output_blocks[-1].append(resample(enlarge, channels, level - 1))
 
         # CompVis keeps an unused `out` beside the codebook's predictor, so its weights contain both
-        norm = GroupNorm(groups, channels, activation="silu-after")
+        norm = GroupNorm(groups, channels, config.norm_eps, "silu-after")
         self.out = nn.SequentialCell(norm, Identity(), conv3(channels, config.out_channels, dims))
         self.id_predictor = None
         if config.n_embed:
             conv1 = conv2d(channels, config.n_embed, 1) if dims == 2 else Conv1d(channels, config.n_embed)
-            self.id_predictor = nn.SequentialCell(GroupNorm(groups, channels), conv1)
+            self.id_predictor = nn.SequentialCell(GroupNorm(groups, channels, config.norm_eps), conv1)
         name_and_initialise(self, seed)  # then zeros in the last convolution of each block and of the network
         for p in self.get_parameters():
             if p.name.rpartition(".")[0].endswith(("out_layers.3", "proj_out")) or p.name.startswith("out.2."):

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..data.conditions import condition_channels
 from ..fields import check_fields, find_problem
 from ..files import read_bytes
 from ..models.autoencoder import AutoencoderConfig, VQConfig
@@ -257,14 +258,23 @@ CONDITIONS: dict[str, Callable[[Section], dict[str, Any]]] = {
 }
 
 
+# What is concatenated to latents, by the cond_stage_config: an image of their size, or an encoded image with a mask
+CONCATENATED = {"torch.nn.Identity": "lowres", "__is_first_stage__": "mask"}
+
+
 def condition(section: Section, key: str | None, network: dict[str, Any]) -> dict[str, Any]:
-    """What the network is conditioned on, for a conditioning_key."""
+    """What the network is conditioned on by attention or its time embedding, for a conditioning_key."""
     content, where = section.take("cond_stage_config"), f"{section.path}.cond_stage_config"
     if content == "__is_unconditional__" or key == "adm":
         classes = network["num_classes"]
         return {"condition": "none"} if classes is None else {"condition": "adm", "null_class": False}
+    if key == "concat":
+        name = content.get("target") if isinstance(content, dict) else content
+        if not isinstance(name, str) or name not in CONCATENATED:
+            raise UserError(f"{where} is {name!r:.100}: for concat it can only be {' or '.join(CONCATENATED)}")
+        return {"condition": "none", "concatenated": CONCATENATED[name]}
     if key != "crossattn":
-        raise UserError(f"{section.path}.conditioning_key is {key!r:.100}: here it can only be crossattn or adm")
+        raise UserError(f"{section.path}.conditioning_key is {key!r:.100}: it can only be crossattn, concat or adm")
     read, params = Section(content, where).target(CONDITIONS)
     found = read(params)
     if found.get("context_dim", network["context_dim"]) != network["context_dim"]:
@@ -282,8 +292,7 @@ def latent_run(section: Section, batch_size: int, lr: float, folder: Path) -> Co
     values |= condition(section, key, values)
     channels, size = section.take("channels", 3, int), section.take("image_size", 256, int)
     values.pop("image_size")
-    if values["in_channels"] != channels:
-        raise UserError(f"{network.path}.in_channels is {values['in_channels']}: here it can only be {channels}")
+    shown = values.pop("concatenated", "none")
 
     stage = section.section("first_stage_config")
     read, params = stage.target(FIRST_STAGES)
@@ -292,6 +301,11 @@ def latent_run(section: Section, batch_size: int, lr: float, folder: Path) -> Co
     autoencoder = read(params)
     params.end(OF_LIGHTNING)
     values |= {"latent_size": size, "channels": autoencoder.channels}
+    values["cond_channels"] = condition_channels(shown, autoencoder.channels, channels)
+    if values["in_channels"] != channels + values["cond_channels"]:
+        wanted = channels + values["cond_channels"]
+        raise UserError(f"{network.path}.in_channels is {values['in_channels']}: here it can only be {wanted}")
+    values["in_channels"] = channels
     model = checked(LatentUnetConfig, values, network.path)
 
     T = section.take("timesteps", 1000, int)
@@ -318,7 +332,9 @@ def latent_run(section: Section, batch_size: int, lr: float, folder: Path) -> Co
     init_from = checkpoint(section, folder)
     section.end(("monitor", "first_stage_key", "cond_stage_key", "cond_stage_trainable", "log_every_t", "clip_denoised"))
     return LatentConfig(
-        data=DataConfig("image-folder", size=size * autoencoder.size_multiple, flip=False),
+        data=DataConfig(
+            "image-folder", size=size * autoencoder.size_multiple, flip=False, condition=shown, lowres_size=size
+        ),
         model=model,
         diffusion=checked(DiffusionConfig, process, section.path),
         train=checked(ImageTrainConfig, train, section.path),

@@ -6,7 +6,7 @@ import numpy as np
 
 from mindspore import nn
 
-from ..models.autoencoder import AutoencoderConfig
+from ..models.autoencoder import AutoencoderConfig, VQConfig
 from ..models.unet_ldm import UNetModelConfig
 from ..names import diffusers_names, home, split_qkv
 from ..process import GaussianDiffusion
@@ -100,14 +100,13 @@ def diffusers_models(run: Run) -> dict[str, tuple[dict[str, Any], Arrays]]:
     }
     blocks = {name: (cell.heads, cell.new_order) for name, cell in run.net.unet.cells_and_names() if hasattr(cell, "qkv")}
     models = {"unet": unet_of_diffusers(model, unet, blocks), "scheduler": (scheduler, {})}
-    is_pipeline = model.condition == "none"
+    is_pipeline = model.condition == "none" and not model.cond_channels
     vae = "vqvae" if is_pipeline else "vae"
     models[vae] = autoencoder_of_diffusers(stage_config.model, first_stage.net, first_stage.scale)
     if stage:
         models["cond_stage"] = {}, stage
     if is_pipeline:
-        names = {"vqvae": "AutoencoderKL", "unet": "UNet2DModel", "scheduler": "DDIMScheduler"}
-        index = {name: ["diffusers", kind] for name, kind in names.items()}
+        index = {name: ["diffusers", record["_class_name"]] for name, (record, _) in models.items()}
         models[""] = {"_class_name": "LDMPipeline", **index}, {}
     return models
 
@@ -134,14 +133,19 @@ def unet_of_diffusers(config: UNetModelConfig, arrays: Arrays, blocks: dict[str,
     takes_context, updown = config.context_dim is not None, config.resblock_updown
     widths = [mult * config.model_channels for mult in config.channel_mult]
     attends = [2**level in config.attention_resolutions for level in range(len(widths))]
-    heads = [config.heads(width) if at or width == widths[-1] else 1 for width, at in zip(widths, attends, strict=True)]
-    sizes = {w // h for w, h, at in zip(widths, heads, [*attends[:-1], True], strict=True) if at}
+    at_work = [*attends[:-1], True]  # the middle has the heads of the last level
+    heads = [config.heads(width) if at else (1, width) for width, at in zip(widths, at_work, strict=True)]
+    sizes = {width for (_, width), at in zip(heads, at_work, strict=True) if at}
     refuse({
+        "--model.dims 1": config.dims == 1,
         "--model.channel-mult that does not begin with 1": widths[0] != config.model_channels,
         "--model.no-conv-resample": not (config.conv_resample or updown),
         "--model.n-embed": bool(config.n_embed),
+        "--model.num-heads-upsample": any(config.heads(width, up=True) != each
+                                          for width, each, at in zip(widths, heads, attends, strict=True) if at),
         "--model.resblock-updown and a context": updown and takes_context,
         "heads of several sizes and no context": len(sizes) > 1 and not takes_context,
+        "heads that are not as wide as the layer": any(a * b != c for (a, b), c in zip(heads, widths, strict=True)),
     })  # fmt: skip
     kind = "CrossAttn" if takes_context else "Attn"
     down = [f"{kind}DownBlock2D" if at else "ResnetDownsampleBlock2D" if updown else "DownBlock2D" for at in attends]
@@ -156,12 +160,16 @@ def unet_of_diffusers(config: UNetModelConfig, arrays: Arrays, blocks: dict[str,
         "down_block_types": down,
         "up_block_types": up,
         "norm_num_groups": config.groups,
+        "norm_eps": config.norm_eps,
+        "flip_sin_to_cos": not config.sines_first,
+        "freq_shift": int(config.sines_first),
+        "downsample_padding": int(not config.pad_right),
         "resnet_time_scale_shift": "scale_shift" if config.use_scale_shift_norm else "default",
         "num_class_embeds": len(arrays["label_emb.weight"]) if "label_emb.weight" in arrays else None,
     }
     if takes_context:  # its attention_head_dim is the number of heads
         own = {"transformer_layers_per_block": config.transformer_depth, "cross_attention_dim": config.context_dim}
-        record |= {"attention_head_dim": heads, **own}
+        record |= {"attention_head_dim": [count for count, _ in heads], **own}
     else:
         record |= {"attention_head_dim": sizes.pop(), "attn_norm_num_groups": config.groups}
         record |= dict.fromkeys(("downsample_type", "upsample_type"), "resnet" if updown else "conv")
@@ -169,12 +177,15 @@ def unet_of_diffusers(config: UNetModelConfig, arrays: Arrays, blocks: dict[str,
 
 
 def autoencoder_of_diffusers(config: AutoencoderConfig, net: nn.Cell, scale: float) -> tuple[Any, Arrays]:
-    """An AutoencoderKL."""
+    """An AutoencoderKL, or a VQModel."""
+    quantizes = isinstance(config, VQConfig)
     refuse({
         "--model.attention linear": config.attention == "linear",
         "--model.no-resamp-with-conv": not config.resamp_with_conv,
         "--model.tanh-out": config.tanh_out,
-        "--model.z-channels other than --model.embed-dim": config.z_channels != config.embed_dim,
+        "--model.z-channels other than --model.embed-dim": config.z_channels != config.embed_dim and not quantizes,
+        "a codebook and --model.attention none": quantizes and config.attention == "none",
+        "--model.remap": quantizes and config.remap is not None,
         "--model.ch-mult that does not begin with 1": config.ch_mult[0] != 1,
     })  # fmt: skip
     attends = [
@@ -182,17 +193,18 @@ def autoencoder_of_diffusers(config: AutoencoderConfig, net: nn.Cell, scale: flo
         for level in range(len(config.ch_mult))
     ]
     record = {
-        "_class_name": "AutoencoderKL",
+        "_class_name": "VQModel" if quantizes else "AutoencoderKL",
         "sample_size": config.resolution,
         "in_channels": config.channels,
-        "out_channels": config.channels,
-        "latent_channels": config.embed_dim,
+        "out_channels": config.out_channels or config.channels,
+        "latent_channels": config.z_channels,
         "block_out_channels": [mult * config.ch for mult in config.ch_mult],
         "layers_per_block": config.num_res_blocks,
         "down_block_types": ["AttnDownEncoderBlock2D" if at else "DownEncoderBlock2D" for at in attends],
         "up_block_types": ["AttnUpDecoderBlock2D" if at else "UpDecoderBlock2D" for at in reversed(attends)],
-        "mid_block_add_attention": config.attention == "vanilla",
         "norm_num_groups": config.groups,
         "scaling_factor": scale,
     }
+    own = {"num_vq_embeddings": config.n_embed, "vq_embed_dim": config.embed_dim} if isinstance(config, VQConfig) else {}
+    record |= own or {"mid_block_add_attention": config.attention == "vanilla"}
     return record, named_for_diffusers(arrays_of(net), {})

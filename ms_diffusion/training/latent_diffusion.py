@@ -32,7 +32,7 @@ def array(x: Values) -> np.ndarray:
     return x.asnumpy() if isinstance(x, Tensor) else np.asarray(x, np.float32)
 
 
-def noise_like(x: np.ndarray, seed: int) -> np.ndarray:
+def noise_like(x: np.ndarray, seed: Any) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(x.shape, np.float32)
 
 

@@ -135,6 +135,13 @@ PRESETS: dict[str, Config] = {  # PRESETS["mine"] = config adds a preset
         train=replace(KL_F8, disc_start=50_001, disc_lr=1.8e-5, disc_channels=64, disc_layers=3),
     ),
     "latent": LATENT,
+    # From 8 x 8 pixels, and from an image with a hole and its class: concat and hybrid conditioning
+    "latent-upscale": override(
+        replace(LATENT, train=replace(LATENT.train, sample_guidance=1.0, sample_guidance_interval=None)),
+        **{"data.condition": "lowres", "data.lowres_size": 8, "model.condition": "none"},
+        **{"cond_channels": 1, "num_classes": None, "context_dim": None},
+    ),
+    "latent-inpaint": override(LATENT, **{"data.condition": "mask", "cond_channels": 3}),
     "latent-text": override(
         LATENT, total_steps=6000, **{"model.condition": "text"}, num_classes=None, vocab_size=len(WORDS), max_length=LENGTH
     ),

@@ -98,8 +98,9 @@ class DenoiseRow:
         if i in self.picked and len(self.found) < len(self.picked):  # of the first batch
             self.found.append(x_start.asnumpy()[: self.num])
 
-    def save(self, path: str | Path, decode: Callable[[np.ndarray], np.ndarray]) -> None:
-        save_rows(path, self.found, decode, len(self.found[0]))
+    def save(self, path: str | Path, decode: Callable[[np.ndarray], np.ndarray], size: int | None = None) -> None:
+        """Write a grid, a row for each sample, decoded in batches of `size`."""
+        save_rows(path, self.found, decode, size or len(self.found[0]))
 
 
 def save_rows(path: str | Path, columns: list[np.ndarray], decode: Callable[[np.ndarray], np.ndarray], size: int) -> None:
