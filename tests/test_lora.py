@@ -8,7 +8,7 @@ import pytest
 import safetensors.numpy
 from PIL import Image
 from runs import PIXELS, UNET, assert_refused, assert_same_run, call, checkpoint, succeed, untrained, weights
-from test_latent_runs import AUTOENCODER, TEXT
+from test_latent_runs import AUTOENCODER, LATENT, TEXT
 from test_points_runs import SMALL
 
 import mindspore as ms
@@ -20,7 +20,9 @@ from ms_diffusion.data.tokenizers import BytePairs
 from ms_diffusion.models import layers
 from ms_diffusion.models.unet_ldm import AttentionBlock, CrossAttention
 from ms_diffusion.runtime import UserError, compiled
+from ms_diffusion.training.checkpoint import Checkpoint
 from ms_diffusion.training.config import override
+from ms_diffusion.training.exchange import diffusers_models
 from ms_diffusion.training.loop import train
 from ms_diffusion.training.lora import LowRank
 from ms_diffusion.training.pack import Pack
@@ -356,3 +358,35 @@ def test_a_run_of_latents_takes_first_stage_and_scale_with_the_weights(tmp_path,
     shutil.rmtree(old)
     task, files = started(config, run)
     assert task.first_stage.scale == 0.7 and all((files["model"][name] == after[name]).all() for name in after)
+
+
+# Export
+
+
+def test_updates_under_the_names_of_diffusers(tmp_path):
+    """W of the run that this one began from, in diffusers' files, plus B A by diffusers' names, is W of this run."""
+    stage, home = untrained(tmp_path / "first", AUTOENCODER), tmp_path / "run"
+    config = override(LATENT, init_from="gone", lora_rank=2, lora_targets="all")
+    resolve_first_stage(replace(config, first_stage=str(stage)), home)
+    untrained(home, config, 0, latent_scale=0.7)
+    before = diffusers_models(Run(home))["unet"][1]
+    net, rng = config.task().build()[0], np.random.default_rng(0)
+    low_rank = LowRank(net, 2, "all", 0)
+    for p in low_rank.adapters:
+        p.set_data(Tensor(rng.standard_normal(p.shape, np.float32)))
+    low_rank.merge()
+    Checkpoint(home, net, ema=EMA(net), extra_files={"lora": low_rank.adapters}).save(1, latent_scale=0.7)
+    after = diffusers_models(Run(home))["unet"][1]
+    succeed("export", home, "--format", "lora", "--out", tmp_path / "lora.safetensors")
+    lora = safetensors.numpy.load_file(tmp_path / "lora.safetensors")
+    paths = {name.partition(".lora_")[0] for name in lora}
+    assert "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_out.0" in paths
+    for path in paths:
+        a, b = (lora[f"{path}.lora_{x}.weight"] for x in "AB")
+        name = f"{path.removeprefix('unet.')}.weight"
+        update = (b.reshape(len(b), -1) @ a.reshape(len(a), -1)).reshape(before[name].shape)
+        np.testing.assert_allclose(after[name], before[name] + update, atol=1e-5)
+    assert len(paths) > 30 and {f"{path.removeprefix('unet.')}.weight" for path in paths} == {
+        name for name in before if (before[name] != after[name]).any()
+    }
+    assert_refused(call("export", stage, "--format", "lora"), "--train.lora-rank")
