@@ -79,7 +79,8 @@ if TYPE_CHECKING:  # the public names; below, the same lines say where each is f
         LatentDiffusion as LatentDiffusion, LPIPSWithDiscriminator as LPIPSWithDiscriminator)
     from .training.loop import train as train
     from .training.presets import PRESETS as PRESETS
-    from .training.runs import Run as Run, bundled_models as bundled_models, load as load
+    from .training.pipeline import load as load
+    from .training.runs import Run as Run, bundled_models as bundled_models
     from .training.step import (EMA as EMA, average_after_training as average_after_training,
         make_optimizer as make_optimizer, make_train_step as make_train_step)
     from .training.tasks.autoencoder import (AutoencoderRunConfig as AutoencoderRunConfig,

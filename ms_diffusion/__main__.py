@@ -16,7 +16,7 @@ COMMANDS = {
     "benchmark": "time training and sampling on this machine",
     "doctor": "say whether this machine can train, and what to mend",
     "audit": "list the primitives of a preset's graphs and how each device runs them",
-    "export": "write a run's network as ONNX or MindIR for other programs",
+    "export": "write a run's networks as ONNX or MindIR, or their weights, for other programs",
 }
 
 

@@ -20,6 +20,7 @@ logging.getLogger("PIL").addHandler(logging.NullHandler())  # what it logs of od
 GAP = 2  # pixels between the images of a grid
 # Whose readers do nothing else, such as start a program
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "GIF", "TIFF", "AVIF", "HEIF", "JPEG2000", "PPM")
+ORIENTATION = 0x0112  # a tag of EXIF and TIFF
 CAPTION = 5  # pixels below each image for its caption
 CURVE_POINTS = 2000  # more could not be told apart
 
@@ -95,10 +96,19 @@ def _why_unknown(file: BinaryIO) -> str:
     return f"it is no picture of the kinds {' '.join(picture_formats())}: it begins with {begin!r}"
 
 
+def orientation(picture: Image.Image) -> int:
+    """The EXIF orientation; 1 where it is unknown, EXIF is damaged, or PIL has turned the picture already."""
+    try:
+        return int(Image.Image.getexif(picture).get(ORIENTATION, 1))  # PNG's own would unpack the picture
+    except Exception:  # of many kinds
+        return 1
+
+
 def picture_size(path: str | Path) -> tuple[int, int]:
-    """(height, width) of an image file, which is opened by `open_picture`."""
+    """(height, width) of an image file, which is opened by `open_picture`, as it is seen: turned by its orientation."""
     with open_picture(path) as picture:
-        return picture.height, picture.width
+        turned = picture.format != "TIFF" and orientation(picture) in (5, 6, 7, 8)  # PIL gives the size of TIFF turned
+        return (picture.width, picture.height) if turned else (picture.height, picture.width)
 
 
 def grid(images: np.ndarray, columns: int | None = None) -> np.ndarray:
@@ -121,7 +131,10 @@ def _picture(sheet: np.ndarray, scale: int) -> Image.Image:
 def show_grid(
     images: np.ndarray, columns: int | None = None, scale: int = 2, captions: Sequence[str] | None = None
 ) -> Image.Image:
-    """One picture of images (N, H, W, C) uint8: each pixel is `scale` wide, each caption is below its image."""
+    """One picture of images (N, H, W, C) uint8: each pixel is `scale` wide, each caption is below its image. One image of
+    scale 1 is that image, without a border."""
+    if captions is None and scale == len(images) == 1:
+        return _picture(images[0], scale)
     if captions is None:
         return _picture(grid(images, columns), scale)
     import matplotlib  # for its font

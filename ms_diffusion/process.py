@@ -70,9 +70,9 @@ class GaussianDiffusion:
             times the error weighted by `lvlb_weights`, as in the code of latent diffusion (L_hybrid, Nichol & Dhariwal 2021,
             eq. 16).
 
-    Three attributes are set where a network comes with its own rules for few timesteps (training/pipeline.py): `spacing`, by
-    default that of ddpm and ddim; `steps_offset`, which is added to the timesteps of "leading"; and `last_alpha_cumprod`, the
-    alpha_bar that ddim's last step leads to.
+    Three attributes are set where a network comes with its own rules for few timesteps (training/pipeline.py): `spacing`,
+    by default that of ddpm and ddim; `steps_offset`, which is added to the timesteps of "leading"; and `last_alpha_cumprod`,
+    the alpha_bar that ddim's last step leads to.
 
     Raises ValueError if an argument is outside its range or unknown. Warns (UserWarning) if alpha_bar_T > 0.01: x_T still
     contains data, so samples will be poor."""

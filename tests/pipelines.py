@@ -78,7 +78,7 @@ SCHEDULER = {
     "prediction_type": "epsilon", "timestep_spacing": "leading",
 }
 INDEX = {
-    "_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"],
+    "_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.35.2", "unet": ["diffusers", "UNet2DConditionModel"],
     "vae": ["diffusers", "AutoencoderKL"], "text_encoder": ["transformers", "CLIPTextModel"],
     "tokenizer": ["transformers", "CLIPTokenizer"], "scheduler": ["diffusers", "DDIMScheduler"],
     "safety_checker": [None, None], "feature_extractor": [None, None],
@@ -112,7 +112,7 @@ def write_pipeline(path: Path, unet=(), scheduler=(), text=(), index=(), vae=(),
     unet, vae, text = UNET | dict(unet), VAE | dict(vae), TEXT | {"vocab_size": len(vocabulary)} | dict(text)
     heads = unet["attention_head_dim"]
     network = UNetModelConfig(
-        in_channels=4,
+        in_channels=unet["in_channels"],
         out_channels=4,
         model_channels=8,
         num_res_blocks=1,
@@ -129,8 +129,9 @@ def write_pipeline(path: Path, unet=(), scheduler=(), text=(), index=(), vae=(),
         weights = weights_of(config)
         names = {name: f"text_model.{name}" for name in weights} if part == "text_encoder" else diffusers_names(weights)
         weights = {names[name]: value for name, value in weights.items()}
-        if unet.get("use_linear_projection"):
-            weights = {name: a[..., 0, 0] if ".proj_" in name and a.ndim == 4 else a for name, a in weights.items()}
+        linear = (".to_", *([".proj_"] if unet.get("use_linear_projection") else []))
+        weights = {name: a[..., 0, 0] if a.ndim == 4 and any(each in name for each in linear) else a
+                   for name, a in weights.items()}  # fmt: skip
         file = ("model" if part == "text_encoder" else "diffusion_pytorch_model") + ".fp16" * (dtype == np.float16)
         (path / part).mkdir()
         (path / part / "config.json").write_text(json.dumps(settings))

@@ -13,7 +13,9 @@ from mindspore import Tensor
 
 from ms_diffusion.convert import load_pretrained, load_torch_state_dict
 from ms_diffusion.models.autoencoder import VQConfig
+from ms_diffusion.runtime import UserError
 from ms_diffusion.training.config import override
+from ms_diffusion.training.loop import train
 from ms_diffusion.training.runs import Run
 from ms_diffusion.training.tasks.latents import resolve_first_stage
 
@@ -65,8 +67,8 @@ def assert_same(a, b):
         np.testing.assert_array_equal(a[name], b[name], name)
 
 
-@pytest.mark.parametrize("file_format", ["safetensors", "compvis"])
-@pytest.mark.parametrize("name", ["class", "adm"])
+@pytest.mark.parametrize("file_format", [pytest.param("safetensors", marks=pytest.mark.slow), "compvis"])
+@pytest.mark.parametrize("name", ["class", pytest.param("adm", marks=pytest.mark.slow)])
 def test_we_load_what_we_write(name, file_format, runs, tmp_path):
     run, out = runs(name), tmp_path / "net.safetensors"
     succeed("export", run.home, "--format", file_format, "--out", out)
@@ -191,6 +193,19 @@ def test_a_pipeline_of_diffusers_draws_the_same(runs, tmp_path):
         theirs = pipeline(4, num_inference_steps=10, output_type="np").images
     ours = run.sample(4, sampler="ddim", steps=10, seed=3, spacing="trailing", raw=True)
     np.testing.assert_allclose(np.clip(ours / 2 + 0.5, 0, 1), theirs.transpose(0, 3, 1, 2), atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_run_starts_from_a_folder_of_diffusers(runs, tmp_path):
+    run, folder = runs("autoencoder"), tmp_path / "diffusers"
+    succeed("export", run.home, "--format", "diffusers", "--half", "--out", folder)
+    new = train(AUTOENCODER, tmp_path / "run", init_from=str(folder), total_steps=0)
+    expected = {name: a.astype(np.float16).astype(np.float32) for name, a in values(run.net).items()}
+    assert_same(values(new.net), expected)
+    (folder / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(UserError, match="contains no weights"):
+        train(AUTOENCODER, tmp_path / "other", init_from=str(folder), total_steps=0)
+    assert not (tmp_path / "other/checkpoints").exists()
 
 
 def test_what_cannot_be_written_so(runs, tmp_path):

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from helpers import Affine
 
 from mindspore import Tensor
 
@@ -182,6 +183,23 @@ def test_losses_of_an_autoencoder_and_its_discriminator():
         hinge = (np.maximum(1 - logits[0], 0).mean() + np.maximum(1 + logits[1], 0).mean()) / 2
         assert float(d_loss) == log["val/disc_loss"] == pytest.approx(factor * hinge, rel=1e-4)
     assert loss_of(x, images, posterior, 0, 9)[1]["train/d_weight"] == 0
+
+
+def test_pixels():
+    """A network that predicts x_0 = x / 2 leads to 0, and its loss is known."""
+    process = md.GaussianDiffusion(np.linspace(0.1, 0.9, T), "x0", "l1")
+    pixels = md.DDPM(run_of(Affine(0.5, 0.0), process, (1, 4, 4), None, has_codebook=False), log_every_t=2)
+    x, noise, t = draw(2, 1, 4, 4), draw(2, 1, 4, 4), np.array([0, 5], np.int32)
+    loss, log = pixels.p_losses(x, t, noise)
+    assert loss == log["loss_simple"] == pytest.approx(abs(0.5 * pixels.q_sample(x, t, noise) - x).mean(), rel=1e-4)
+    log = pixels.log_images({"image": x.transpose(0, 2, 3, 1)}, n_row=1)
+    assert {name: picture.shape for name, picture in log.items()} == {
+        "inputs": x.shape,
+        "diffusion_row": (1, 4, 4 * 4),
+        "samples": x.shape,
+        "denoise_row": (1, 8, 5 * 4),
+    }
+    assert abs(log["samples"]).max() <= 1  # a clipped x_0
 
 
 def test_rows_of_a_grid():

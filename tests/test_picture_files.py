@@ -11,7 +11,7 @@ from PIL import Image, ImageCms, features
 
 from ms_diffusion.data import huge_pictures, picture_files
 from ms_diffusion.data.picture_files import read_image, read_picture
-from ms_diffusion.images import open_picture, picture_formats, picture_size
+from ms_diffusion.images import ORIENTATION, open_picture, picture_formats, picture_size
 
 pytestmark = pytest.mark.filterwarnings("error")
 RNG = np.random.default_rng(0)
@@ -267,7 +267,7 @@ def test_the_matte_is_seen_through_transparent_pixels_alone(tmp_path):
 
 def exif(orientation):
     found = Image.Exif()
-    found[picture_files.ORIENTATION] = orientation
+    found[ORIENTATION] = orientation
     return found
 
 
@@ -291,6 +291,13 @@ def test_all_rotations(tmp_path, kind):
     for orientation, turned in TURNED.items():
         data = saved(Image.fromarray(values), kind, exif=exif(orientation), **KINDS[kind])
         assert abs(pixels(tmp_path, data, size=16).astype(int) - turned(values)).max() <= 6, orientation
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_size_of_a_turned_picture_is_that_which_is_seen(tmp_path, kind):
+    for value in range(1, 9):
+        (tmp_path / "picture").write_bytes(saved(Image.new("RGB", (24, 16)), kind, exif=exif(value)))
+        assert picture_size(tmp_path / "picture") == ((16, 24) if value < 5 else (24, 16)), value
 
 
 def test_rotation_of_16_bits(tmp_path):

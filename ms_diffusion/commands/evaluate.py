@@ -17,7 +17,8 @@ from ..metrics.features import Features
 from ..metrics.scores import OTHER_SPLIT, Reference, format_report, read_npz
 from ..runtime import UserError, command
 from ..sampling import Sampling
-from ..training.runs import default_run, load
+from ..training.pipeline import load
+from ..training.runs import default_run
 from .parse import parse
 
 

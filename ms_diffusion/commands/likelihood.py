@@ -17,7 +17,7 @@ from ..likelihood import bits_per_dim, dequantised_bits_per_dim, make_divergence
 from ..progress import ProgressBar
 from ..randomness import Random, RowsRandom
 from ..runtime import DEVICES, UserError, alone, command, gather, ranks
-from ..training.runs import load
+from ..training.pipeline import load
 from .parse import parse
 
 

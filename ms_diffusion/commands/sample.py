@@ -10,7 +10,8 @@ from typing import Annotated
 import tyro
 
 from ..runtime import UserError, command, initialise_ranks, one_line
-from ..training.runs import WEIGHTS, bundled_models, default_run, load
+from ..training.pipeline import load
+from ..training.runs import WEIGHTS, bundled_models, default_run
 from ..training.tasks.base import Request
 from . import modelarts
 from .parse import parse

@@ -10,14 +10,13 @@ from PIL import Image, ImageOps
 from PIL.ImageFile import ImageFile
 
 from ..files import Source, check_memory
-from ..images import PictureError, open_picture
+from ..images import PictureError, open_picture, orientation
 from .huge_pictures import read_in_pieces
 
 MODES = {1: "L", 3: "RGB"}
 MOST_PIXELS = 150_000_000  # of a picture that is unpacked whole
 DEPTHS = (8, 10, 12, 14, 16, 24, 32)  # bits that samples use
-ORIENTATION = 0x0112  # the tag of EXIF and TIFF, and what undoes its values
-TURNS = {
+TURNS = {  # what undoes the values of the orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -68,7 +67,7 @@ def read_picture(
             if file.width * file.height > 1_000_000:  # below that, the question costs more than the picture
                 check_memory(16 * file.width * file.height, "its picture")  # four of 4 bytes a pixel
             image, depth = _flat(file, path, channels, matte, depth)
-        turn = TURNS.get(_orientation(file))
+        turn = TURNS.get(orientation(file))
         image = image if turn is None else image.transpose(turn)
         image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
     return Picture(np.asarray(image).reshape(height, width, channels), depth, pages)
@@ -78,14 +77,6 @@ def _pages(file: ImageFile) -> int:
     try:
         return int(getattr(file, "n_frames", 1)) if file.format == "TIFF" else 1  # of a film it takes long to count
     except Exception:  # where the list of its pages is damaged
-        return 1
-
-
-def _orientation(file: ImageFile) -> int:
-    """The EXIF orientation; 1 where it is unknown, EXIF is damaged, or PIL has turned the picture already."""
-    try:
-        return int(Image.Image.getexif(file).get(ORIENTATION, 1))  # that of a PNG file would unpack it whole
-    except Exception:  # of many kinds
         return 1
 
 

@@ -210,7 +210,7 @@ class LatentUnetConfig(UNetModelConfig):
         first = first.get(self.condition, ("labels",))
         return first + ("cond_image",) * (self.cond_channels > 0)
 
-    def build(self, seed: int = 0) -> "LatentUnet":
+    def build(self, seed: int | None = 0) -> "LatentUnet":
         return LatentUnet(self, seed)
 
 
@@ -227,7 +227,7 @@ class LatentUnet(nn.Cell):
         ValueError: num_classes or context_dim do not fit the condition, and see UNetModel.
     """
 
-    def __init__(self, config: LatentUnetConfig, seed: int = 0):
+    def __init__(self, config: LatentUnetConfig, seed: int | None = 0):
         super().__init__()
         check_fields(config, "")
         condition, context_dim = config.condition, config.context_dim
@@ -251,7 +251,7 @@ class LatentUnet(nn.Cell):
         if condition == "bert":
             self.cond_stage = BERTEmbedder(*words)
         if self.cond_stage is not None:
-            name_and_initialise(self.cond_stage, seed + 1)
+            name_and_initialise(self.cond_stage, None if seed is None else seed + 1)
         if condition == "bert":  # whose embeddings begin smaller
             for p in (self.cond_stage.transformer.token_emb.weight, self.cond_stage.transformer.pos_emb.emb.weight):
                 p.set_data(Tensor(np.float32(0.02) * p.asnumpy()))

@@ -404,8 +404,9 @@ class SinusoidalPositionEmbeddings(nn.Cell):
         return ops.concat(parts + (ops.zeros_like(sines[:, :1]),) if self.odd else parts, -1)  # (B, dim)
 
 
-def name_and_initialise(net: nn.Cell, seed: int) -> None:
-    """Name each parameter by its path and set PyTorch's default initial values, all from one seed.
+def name_and_initialise(net: nn.Cell, seed: int | None) -> None:
+    """Name each parameter by its path and set PyTorch's default initial values, all from one seed; zeros without a seed, for
+    a large network whose weights are going to be loaded.
 
     PyTorch draws weight and bias of convolutions and linear layers from U(-1/sqrt(fan_in), 1/sqrt(fan_in)), and embeddings
     from N(0, 1). Nested CellLists would otherwise leave duplicate names, which ``nn.Adam`` refuses.
@@ -414,7 +415,9 @@ def name_and_initialise(net: nn.Cell, seed: int) -> None:
     for path, cell in net.cells_and_names():
         for name, parameter in cell.parameters_and_names(expand=False):
             parameter.name = f"{path}.{name}"
-            if isinstance(cell, CONVOLUTIONS_AND_LINEAR):
+            if seed is None:
+                parameter.set_data(Tensor(np.zeros(parameter.shape, np.float32)))
+            elif isinstance(cell, CONVOLUTIONS_AND_LINEAR):
                 bound = 1 / math.sqrt(np.prod(cell.weight.shape[1:]))  # shape[1:] is fan_in, as PyTorch counts it
                 parameter.set_data(Tensor(rng.uniform(-bound, bound, parameter.shape).astype(np.float32)))
             elif isinstance(cell, Embedding):

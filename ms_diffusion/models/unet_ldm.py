@@ -346,7 +346,7 @@ class UNetModelConfig:
             raise ValueError(f"{channels} channels are not divisible into heads by {what} {divisor}: choose a divisor")
         return heads, width
 
-    def build(self, seed: int = 0) -> "UNetModel":
+    def build(self, seed: int | None = 0) -> "UNetModel":
         return UNetModel(self, seed)
 
 
@@ -366,7 +366,7 @@ class UNetModel(nn.Cell):
             missing or superfluous context or y, or H or W not divisible by size_multiple.
     """
 
-    def __init__(self, config: UNetModelConfig, seed: int = 0):
+    def __init__(self, config: UNetModelConfig, seed: int | None = 0):
         super().__init__()
         check_fields(config, "")
         transformer, context_dim = config.use_spatial_transformer, config.context_dim

@@ -23,7 +23,8 @@ from ..models.autoencoder import gaussian_kl, gaussian_mode, gaussian_nll, gauss
 from ..models.discriminator import NLayerDiscriminator
 from ..runtime import UserError, compiled
 from ..samplers import generate, sample_ddim, sample_ddpm
-from .runs import Run, load
+from .pipeline import load
+from .runs import Run
 
 Values = Any  # an array or a Tensor
 

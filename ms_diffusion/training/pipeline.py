@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import numpy as np
 
 from mindspore import Tensor, nn
+from mindspore.nn.utils import no_init_parameters
 
 from ..convert import load_into, load_pretrained
 from ..data.batches import ImageSet
@@ -23,17 +24,19 @@ from ..models.autoencoder import AutoencoderConfig
 from ..models.clip import ClipTextConfig, ClipTextEncoder
 from ..models.context import LatentUnetConfig
 from ..process import DiffusionConfig, GaussianDiffusion
-from ..runtime import UserError, compiled
+from ..runtime import UserError, compiled, initialise_ranks, set_device
 from ..sampling import Generator
 from ..schedules import cosine_beta_schedule, rescale_zero_terminal_snr
 from ..weight_files import flat, read_weights
 from .config import DataConfig, ImageTrainConfig
-from .runs import PIPELINE, Run
+from .runs import FOLDERS, Run
 from .tasks.base import Request
-from .tasks.images import Plan
+from .tasks.edits import Plan
 from .tasks.labels import Nothing
 from .tasks.latents import LatentConfig, LatentTask
 
+INDEX = "model_index.json"
+PIPELINE = "model_index.json"  # what a folder of diffusers holds
 GUIDANCE = 7.5  # the default of the pipelines of diffusers
 OBJECTIVES = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
 WHOLE = Annotated[int, Bounds(1, 2**20)]
@@ -97,8 +100,8 @@ class Settings:
                 raise UserError(f"{self.path}: {is_now}, where Stable Diffusion 1 and 2 have {value!r}: it cannot be read")
 
 
-def read_unet(settings: Settings, latent_channels: int, size: tuple[int, int]) -> LatentUnetConfig:
-    """The network of a UNet2DConditionModel, for latents of this size (H, W)."""
+def read_unet(settings: Settings, latent_channels: int, latent_size: int) -> LatentUnetConfig:
+    """The network of a UNet2DConditionModel."""
     settings.only(UNET_ONLY)
     widths = settings.get("block_out_channels", EACH, (320, 640, 1280, 1280))
     levels = len(widths)
@@ -122,12 +125,13 @@ def read_unet(settings: Settings, latent_channels: int, size: tuple[int, int]) -
         if not isinstance(value, int) and len({*value}) > 1:
             raise UserError(f"{settings.path}: {name} is {value}: it must be the same for each level")
     in_channels = settings.get("in_channels", WHOLE, 4)
-    if in_channels != latent_channels or settings.get("out_channels", WHOLE, 4) != latent_channels:
-        raise UserError(
-            f"{settings.path}: in_channels is {in_channels} and the latents have {latent_channels}: no such text model"
-        )
+    cond_channels = in_channels - latent_channels
+    if cond_channels not in (0, latent_channels + 1) or settings.get("out_channels", WHOLE, 4) != latent_channels:
+        known = f"{latent_channels}, or {2 * latent_channels + 1} for inpainting"
+        raise UserError(f"{settings.path}: in_channels is {in_channels}, where {known}, can be read")
     return LatentUnetConfig(
         in_channels=latent_channels,
+        cond_channels=cond_channels,
         out_channels=latent_channels,
         model_channels=widths[0],
         channel_mult=tuple(width // widths[0] for width in widths),
@@ -140,7 +144,7 @@ def read_unet(settings: Settings, latent_channels: int, size: tuple[int, int]) -
         context_dim=settings.get("cross_attention_dim", WHOLE, 1280),
         condition="context",
         num_classes=None,
-        latent_size=size[0],
+        latent_size=latent_size,
         channels=3,
     )
 
@@ -245,7 +249,7 @@ class PipelineTask(LatentTask):
 
     def __init__(self, folder: Path, size: Sequence[int] = ()):
         self.folder = folder
-        index = Settings(folder / PIPELINE)
+        index = Settings(folder / INDEX)
         if (name := index.get("_class_name", str, "")) not in PIPELINES:
             raise UserError(f"{folder} holds a {name[:200]}, not Stable Diffusion 1 or 2 ({PIPELINES[0]})")
         for part, names in CLASSES.items():
@@ -262,10 +266,11 @@ class PipelineTask(LatentTask):
             fit = max(round(wrong[0] / multiple), 1) * multiple
             raise UserError(f"--size is {wrong[0]}: it must be divisible by {multiple}, such as {fit}")
         height, width = (side // f for side in self.size)
+        model = read_unet(unet, self.autoencoder.embed_dim, height)
         scale = vae.get("scaling_factor", Annotated[float, POSITIVE], 0.18215)
         config = LatentConfig(
-            data=DataConfig("arrays", size=self.size[0], flip=False),
-            model=read_unet(unet, self.autoencoder.embed_dim, (height, width)),
+            data=DataConfig("arrays", size=self.size[0], flip=False, condition="mask" if model.cond_channels else "none"),
+            model=model,
             diffusion=DiffusionConfig(self.process.num_timesteps, objective=self.process.objective),
             train=ImageTrainConfig(sample_guidance=GUIDANCE),
             latent_scale=scale,
@@ -274,23 +279,35 @@ class PipelineTask(LatentTask):
         self.shape = (self.autoencoder.embed_dim, height, width)
 
     def build_parts(self) -> tuple[nn.Cell, GaussianDiffusion]:
-        return self.config.model.build(), self.process
+        with no_init_parameters():  # MindSpore's own, which take 20 s for 860 million
+            return self.config.model.build(None), self.process
 
     def open(self, home: Path, state: dict[str, Any]) -> None:
-        self.home = home
+        self.run_dir = home
         autoencoder = self.autoencoder.build()
         load_pretrained(autoencoder, home / "vae")
         self.first_stage = FirstStage(autoencoder, self.config.latent_scale or 1, self.autoencoder.size_multiple)
         self.labelling = load_text_encoder(home, self.config.model.context_dim or 0)
         self.null_label = self.labelling.null
 
-    def plan_grid(self, run: Run, request: Request) -> Plan:
-        plan = super().plan_grid(run, replace(request, num=request.num or 1))
-        plan.scale = 1
-        return plan
+    @property
+    def image_size(self) -> tuple[int, int]:
+        return self.size
 
     def load_set(self, split: str) -> ImageSet:
-        raise UserError(f"{self.folder} comes without images: give the path of one")
+        raise UserError(f"{self.folder} comes without images: give files, by --inpaint, --init or --image")
+
+    def encode_condition(self, cond: np.ndarray) -> np.ndarray:
+        z, hidden = np.split(super().encode_condition(cond), [self.shape[0]], 1)
+        return np.concatenate([np.maximum(hidden, 0), z], 1)  # the order and the values of diffusers
+
+    def plan(self, run: Run, request: Request) -> Plan:
+        """Pictures as they are; of an edit the result alone, but for an interpolation."""
+        made = super().plan(run, replace(request, num=request.num or (8 if request.interpolate else 1)))
+        made.scale = 1
+        if not request.interpolate and not request.image:
+            made.columns, made.arrange = None, lambda x: x
+        return made
 
     def generator(self, net: nn.Cell, diffusion: GaussianDiffusion) -> Generator:
         generator = super().generator(net, diffusion)
@@ -350,3 +367,23 @@ class PipelineRun(Run):
     def sample(self, num: int = 1, **options: Any) -> np.ndarray:
         """As `Run.sample`, by default one picture: images (num, H, W, 3) uint8 for a `prompt`."""
         return super().sample(num, **options)
+
+
+FOLDERS[INDEX] = PipelineRun
+
+
+def load(run: str | Path, weights: str = "ema", ema_length: float | None = None, device: str = "auto",
+        size: Sequence[int] = ()) -> Run:  # fmt: skip
+    """The trained run in a folder, at one of its checkpoints, or a bundled model, by the arguments of `Run`; or the Stable
+    Diffusion in a folder of diffusers, which draws pictures of this `size`: height and width, or one number for both. Raises
+    UserError if it cannot be loaded, or there is no such device."""
+    set_device(device)
+    initialise_ranks()
+    opens = [FOLDERS[file] for file in FOLDERS if isinstance(run, str | Path) and (Path(run) / file).is_file()]
+    if opens and ema_length is not None:
+        raise UserError(f"{run} keeps no averages for --ema-length: leave it out")
+    if opens:
+        return opens[0](Path(run), size)
+    if size:
+        raise UserError(f"--size is for folders of Stable Diffusion, and {run} draws pictures of one size: leave it out")
+    return Run(run, weights, ema_length)

@@ -1,7 +1,7 @@
 """Trained runs: where they are, how one is loaded, and what can be done with it in Python."""
 
 import sys
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,13 +13,14 @@ from ..convert import load_into
 from ..fields import AT_LEAST_1, find_problem
 from ..metrics.features import Features
 from ..metrics.scores import Reference, halve
-from ..runtime import UserError, command, initialise_ranks, set_device
+from ..runtime import UserError, command
 from ..sampling import Generator, sampling_from
 from .checkpoint import Intact, read_config, read_newest, read_state, read_weights, readable
 from .step import average_after_training
 
 WEIGHTS = Path(__file__).parents[1] / "weights"
-PIPELINE = "model_index.json"  # what a folder of diffusers holds
+# What opens folders that are no runs, (folder, size) -> a Run, by the file that they hold (`pipeline`)
+FOLDERS: dict[str, Callable[[Path, Sequence[int]], "Run"]] = {}
 
 
 def bundled_models() -> list[str]:
@@ -166,21 +167,3 @@ class Run:
     def show(self, x: np.ndarray) -> Image.Image:
         """A picture of samples as `sample` returns them; a notebook displays it."""
         return self.task.show(x)
-
-
-def load(run: str | Path, weights: str = "ema", ema_length: float | None = None, device: str = "auto",
-        size: Sequence[int] = ()) -> Run:  # fmt: skip
-    """The trained run in a folder, at one of its checkpoints, or a bundled model, by the arguments of `Run`; or the Stable
-    Diffusion in a folder of diffusers, which draws pictures of this `size`: height and width, or one number for both. Raises
-    UserError if it cannot be loaded, or there is no such device."""
-    set_device(device)
-    initialise_ranks()
-    if isinstance(run, str | Path) and (Path(run) / PIPELINE).is_file():
-        from .pipeline import PipelineRun
-
-        if ema_length is not None:
-            raise UserError(f"{run} keeps no averages for --ema-length: leave it out")
-        return PipelineRun(run, size)
-    if size:
-        raise UserError(f"--size is for folders of Stable Diffusion, and {run} draws pictures of one size: leave it out")
-    return Run(run, weights, ema_length)

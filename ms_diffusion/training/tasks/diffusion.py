@@ -28,7 +28,7 @@ class DiffusionTask(Task):
     diffusion: GaussianDiffusion
     shape: tuple[int, ...]  # of one x that is diffused
     clip_denoised = True  # whether the data are known to lie in [-1, 1]
-    null_label: int | None = None  # the label or token for "no condition"; None where the network has no such condition
+    null_label: Any = None  # the label or token for "no condition"; None where the network has no such condition
     self_condition = False
     has_codebook = False
     quantize: Callable | None = None  # x_0 -> the nearest vectors of the codebook

@@ -87,7 +87,7 @@ class Classes(Nothing):
     field = "labels"
 
     def __init__(self, count: int, null: int, names: Sequence[str] | None = None):
-        self.count, self.null = count, null
+        self.count, self.null, self.named = count, null, len(names or ())
         self.names = tuple(names) if names and len(names) == count else None
 
     def draw(self, rng: Random, ids: np.ndarray, dropout: float) -> Rows:
@@ -109,7 +109,7 @@ class Classes(Nothing):
         if (lowest := ids.min()) < 0:
             raise UserError(f"the data has labels down to {lowest}: number the classes from 0")
         if (highest := ids.max()) >= self.count:
-            raise UserError(f"the data has labels up to {highest}: set --model.num-classes {highest + 1}")
+            raise UserError(f"the data has labels up to {highest}: set --model.num-classes {max(highest + 1, self.named)}")
 
     def rows(self, num: int, labels: Any = None, prompt: str | None = None) -> Rows:
         self.refuse_prompt(prompt)
