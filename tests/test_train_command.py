@@ -195,7 +195,7 @@ class ToyTask(Task):
     def advance(self, batch, step):
         assert batch["step"] == step and len(set(batch["labels"])) == self.config.train.batch_size
         ops.assign_add(self.optimizer.global_step, Tensor([1], ms.int32))
-        return Tensor(np.float32(self.losses(step))), Tensor(np.float32(1)), {"other": Tensor(np.float32(step))}
+        return Tensor(np.float32(self.losses(step))), Tensor(np.float32(1)), {("other",): Tensor(np.float32(step))}
 
     def preview(self, step):
         self.previews.append(step)
