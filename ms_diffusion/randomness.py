@@ -23,6 +23,7 @@ class Stream(IntEnum):
     POINTS_TRAIN = 2**31  # (seed, POINTS_TRAIN): training points of a known distribution
     POINTS_TEST = 2**31 + 1  # its test points
     POINTS_SPLIT = 2**31 + 2  # the split of a file's points into training and test points
+    LORA = 2**31 + 3  # (seed, LORA): the first factors of low-rank updates
 
 
 BLOCK = 256  # rows of a batch that share a generator

@@ -33,6 +33,7 @@ KINDS = {
     "pixels": override(PIXELS, **IMAGES, offset_noise=0.1),
     "classes": override(CLASSES, **IMAGES, timestep_sampling="antithetic"),
     "fp16": override(PIXELS, **IMAGES, precision="fp16"),
+    "lora": override(CLASSES, **IMAGES, lora_rank=2),
     "importance": override(PIXELS, **IMAGES, timestep_sampling="importance", num_timesteps=4),
     "points": override(PRESETS["scurve"], **SMALL, steps_per_call=5, sample_steps=2, **{"data.num": 200}),
     "autoencoder": AUTOENCODER,
@@ -46,6 +47,8 @@ def train(folder: Path, kind: str, name: str = "", batch_size: int = BATCH // WO
     config = override(KINDS[kind], batch_size=batch_size, **options)
     if kind == "latents":
         config = replace(config, first_stage=str(folder / "autoencoder"))
+    if kind == "lora":
+        config = replace(config, init_from=str(folder / "classes"))
     task = config.task()
     if name == "spoilt":
         task.draw_batch = partial(spoilt_batch, task.draw_batch, batch_size)

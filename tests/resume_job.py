@@ -37,6 +37,16 @@ KINDS = {
     "pixels": override(FLIPPED, **IMAGES, offset_noise=0.1, ema_lengths=(0.05, 0.1), learn_logvar=True),
     "scored": override(PIXELS, **IMAGES | {"keep_checkpoints": 1}, score_every=4, score_num=200),
     "classes": override(CLASSES, **IMAGES, timestep_sampling="antithetic"),
+    "lora": override(  # of the run of classes; other embeddings of classes are trained whole
+        CLASSES,
+        **IMAGES,
+        lora_rank=2,
+        lora_targets="all",
+        precision="fp16",
+        ema_lengths=(0.1,),
+        init_partial=True,
+        **{"model.num_classes": 12},
+    ),
     "importance": override(PIXELS, **IMAGES, timestep_sampling="importance", num_timesteps=4),
     "fp16": override(PIXELS, **IMAGES, precision="fp16"),
     "points": override(PRESETS["scurve"], **SMALL, steps_per_call=2, sample_steps=2, **{"data.num": 200}),
@@ -64,6 +74,8 @@ def train(folder: Path, kind: str, parent: str, killed: bool = False) -> None:
     config: Any = KINDS[kind]
     if config.kind == "latents":
         config = replace(config, first_stage=str(folder / "straight" / "autoencoder"))
+    if kind == "lora":
+        config = replace(config, init_from=str(folder / "straight" / "classes"))
     task = config.task()
     if killed:
         name, at = KILLED_IN.get(kind, ("advance", 7))

@@ -130,7 +130,7 @@ def test_what_the_presets_are():
         (LATENT, {"first_stage_patch": 64}, "--first-stage-patch", "64"),
         (LATENT, {"latent_scale": 0.0}, "--latent-scale", "0"),
         (LATENT, {"data.condition": "gray"}, "--data.condition", "gray"),
-        (LATENT, {"cond_channels": 2}, "--model.cond-channels", "2"),
+        (LATENT, {"cond_channels": 2}, "--model.cond-channels", "0"),
         (LATENT, {"flip": True}, "--data.no-flip", "flipped"),
         (LATENT, {"score_every": 2, "data.name": "image-folder"}, "--train.score-every", "28"),
     ],

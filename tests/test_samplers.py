@@ -381,7 +381,9 @@ def test_ddpm_takes_the_quantized_x_0():
 
 
 @pytest.mark.parametrize(
-    ("sampler", "options"), [(sample_ddim, {}), (sample_ddim, {"eta": 0.6}), (sample_plms, {})], ids=str
+    ("sampler", "options"),
+    [(sample_ddim, {}), (sample_ddim, {"eta": 0.6}), (sample_plms, {})],
+    ids=["ddim", "noise", "plms"],
 )
 def test_quantized_x_0_with_the_noise_of_the_network(sampler, options):
     """As published: the x_0 of a step is quantized, and its direction is the eps before it, written out here."""

@@ -78,7 +78,7 @@ def test_a_run_folder(trained):
     names = {str(name) for name, content in tree(run).items() if content is not None}
     parts = {f"{name}.safetensors" for name in ("model", "ema", "ema-0.05", "ema-0.1", "optimizer")}
     files = {f"checkpoints/step-000000{step}/{name}" for step in (2, 4, 6) for name in parts | {"state.json"}}
-    assert names == files | {"config.json", "metrics.jsonl", "loss.png", "samples/step-0000006.png"}
+    assert names == files | {"config.json", "labels.json", "metrics.jsonl", "loss.png", "samples/step-0000006.png"}
     for step in (2, 4, 6):
         state = read_state(checkpoint(run, step))
         assert (state["step"], state["seed"], state["epoch"]) == (step, 0, 0)
@@ -195,7 +195,7 @@ class ToyTask(Task):
     def advance(self, batch, step):
         assert batch["step"] == step and len(set(batch["labels"])) == self.config.train.batch_size
         ops.assign_add(self.optimizer.global_step, Tensor([1], ms.int32))
-        return Tensor(np.float32(self.losses(step))), Tensor(np.float32(1)), {"other": Tensor(np.float32(step))}
+        return Tensor(np.float32(self.losses(step))), Tensor(np.float32(1)), {("other",): Tensor(np.float32(step))}
 
     def preview(self, step):
         self.previews.append(step)

@@ -33,9 +33,9 @@ class Args:
 
     run: Annotated[str | None, tyro.conf.Positional] = None
     """A run's folder, one of its checkpoints, or the name of a bundled model."""
-    format: Literal["onnx", "mindir", "safetensors", "compvis", "diffusers"] = "onnx"
+    format: Literal["onnx", "mindir", "safetensors", "compvis", "diffusers", "lora"] = "onnx"
     """onnx needs the onnx package: pip install "ms_diffusion[export]". compvis and diffusers are for runs of latents and of
-    autoencoders: one state dict, or a folder of models, each with its config.json."""
+    autoencoders: one state dict, or a folder of models, each with its config.json. lora: the low-rank updates alone."""
     out: str | None = None
     """Path of the network; by default denoiser.onnx, or with the format's ending, in the folder `export` of the run. Other
     files lie beside it, for example denoiser.json and denoiser-decoder.onnx. For compvis it may end in .ckpt, which needs
@@ -43,7 +43,7 @@ class Args:
     weights: Literal["ema", "model"] = "ema"
     """Weights of the network: their moving average, or as trained."""
     half: bool = False
-    """Write weights (safetensors, compvis, diffusers) as float16."""
+    """Write weights (safetensors, compvis, diffusers, lora) as float16."""
     debug: bool = False
     """Show the traceback of an error."""
 
@@ -57,7 +57,8 @@ def main(argv: Sequence[str]) -> int:
     set_device("cpu")
     with kernels.disabled():
         run = Run(path, args.weights)
-    name = f"{'denoiser' if run.diffusion else 'autoencoder'}{endings[0]}" if endings else args.format
+    part = "lora" if make is updates else "denoiser" if run.diffusion else "autoencoder"
+    name = f"{part}{endings[0]}" if endings else args.format
     out = Path(args.out or (path if path.is_dir() else Path()) / "export" / name)
     if endings and out.suffix not in endings:
         raise UserError(f"--out is {out}: its name must end in {' or '.join(endings)}, or choose another --format")
@@ -127,6 +128,10 @@ def named_as_diffusers(run: Run, out: Path, args: Args) -> list[Output]:
     return files
 
 
+def updates(run: Run, out: Path, args: Args) -> list[Output]:
+    return [(out, lambda: packed(exchange.updates(run), args.half), "")]
+
+
 def in_type(arrays: Mapping[str, np.ndarray], half: bool) -> dict[str, np.ndarray]:
     """The arrays; where `half` is set, weights as float16, but not the tables of a schedule, whose names have no dot. Raises
     UserError if a weight is too large for that."""
@@ -151,6 +156,7 @@ FORMATS = {
     "safetensors": (named_as_ours, (".safetensors",)),
     "compvis": (named_as_compvis, (".safetensors", ".ckpt")),
     "diffusers": (named_as_diffusers, ()),
+    "lora": (updates, (".safetensors",)),
 }
 
 

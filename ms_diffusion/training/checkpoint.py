@@ -48,6 +48,7 @@ FIELDS: dict[str, Any] = {
     "unfinished": bool,
     "latent_scale": Annotated[float, POSITIVE],
     "first_stage": Hash,
+    "trained_whole": str,
     "batch_size": Annotated[int, AT_LEAST_1],
     "world_size": Annotated[int, AT_LEAST_1],
     "config": dict[str, Any],
@@ -63,18 +64,22 @@ class Checkpoint:
         keep: number of newest checkpoints that are kept.
         extra_parameters: parameters of neither the network nor the optimizer, saved in the optimizer's file.
         extra_emas: averages besides `ema`, in files of their own.
+        extra_files: other files of parameters, by their names.
 
     Raises ValueError if two of these parameters have the same name."""
 
     def __init__(self, run_dir: str | os.PathLike, net: nn.Cell, optimizer: nn.Optimizer | None = None,
             ema: EMA | None = None, *, loss_scaler: ms.amp.DynamicLossScaler | None = None, keep: int = 3,
-            extra_parameters: Iterable[Parameter] = (), extra_emas: Sequence[EMA] = ()):  # fmt: skip
+            extra_parameters: Iterable[Parameter] = (), extra_emas: Sequence[EMA] = (),
+            extra_files: Mapping[str, Iterable[Parameter]] | None = None):  # fmt: skip
         self.folder, self.keep = Path(run_dir) / "checkpoints", keep
         self.files = {"model": {p.name: p for p in net.get_parameters()}}
+        self.files |= {name: {p.name: p for p in parameters} for name, parameters in (extra_files or {}).items()}
+        saved = {name for file in self.files.values() for name in file}
         for average in [*([ema] if ema is not None else []), *extra_emas]:
             self.files[average.name] = {s.name: a for s, a in zip(average.sources, average.averages, strict=True)}
         if optimizer is not None:
-            parameters = [p for p in [*optimizer.get_parameters(), *extra_parameters] if p.name not in self.files["model"]]
+            parameters = [p for p in [*optimizer.get_parameters(), *extra_parameters] if p.name not in saved]
             state, names = {p.name: p for p in parameters}, [p.name for p in parameters]
             if len(state) < len(names):
                 raise ValueError(f"two parameters are named {max(names, key=names.count)}: rename one of them")

@@ -25,6 +25,7 @@ from ..models.classifier import Classifier
 from ..process import DiffusionConfig
 from ..randomness import TIMESTEP_SAMPLING
 from ..runtime import UserError
+from .lora import Targets
 from .step import power_of_length
 
 # Fields that had another name once: flags and config.json files of then are still read
@@ -111,6 +112,10 @@ class DiffusionTrainConfig(TrainConfig):
     """Learn a log-variance of the error at each timestep, and weight the loss by it."""
     ema_lengths: tuple[float, ...] = ()
     """Lengths of additional power-function averages. With two, such as 0.05 0.1, sample --ema-length can choose any."""
+    lora_rank: Annotated[int, NON_NEGATIVE] = 0
+    """Train updates of this rank of the weights of --init-from (LoRA), which are frozen; 0 trains all weights."""
+    lora_targets: Targets = "attention"
+    """Layers with such updates: attention, the projections of attention layers, or all convolutions and linear layers."""
     sample_steps: Annotated[int, AT_LEAST_1] = 50
     """Steps of the ancestral sampler for a preview. Its noise corrects a young network's errors, which DDIM keeps."""
 
@@ -139,7 +144,8 @@ class Config:
     model: Any = None
     train: TrainConfig = field(default_factory=TrainConfig)
     init_from: str | None = None
-    """File of weights to start a new run from, ours, of CompVis or of diffusers: .safetensors, or .ckpt with PyTorch."""
+    """Run whose averaged weights a new run starts from: a folder, or a bundled model. Or a file of weights, ours, of CompVis
+    or of diffusers: .safetensors, or .ckpt with PyTorch."""
     init_ema: bool = False
     """Take CompVis's moving averages (model_ema) from that file."""
     init_ignore: tuple[str, ...] = ()
@@ -197,6 +203,8 @@ class DiffusionRunConfig(Config):
 
     def check(self) -> None:
         super().check()
+        if self.train.lora_rank and not self.init_from:
+            raise UserError(f"--train.lora-rank is {self.train.lora_rank}: it needs trained weights, add --init-from")
         for length in self.train.ema_lengths:
             try:
                 power_of_length(length)

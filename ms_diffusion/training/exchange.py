@@ -12,7 +12,7 @@ from ..names import diffusers_names, home, split_qkv
 from ..process import GaussianDiffusion
 from ..runtime import UserError
 from .checkpoint import read_config
-from .runs import Run
+from .runs import Run, open_run
 
 Arrays = dict[str, np.ndarray]
 PREDICTION_TYPES = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
@@ -73,6 +73,24 @@ def schedule(diffusion: GaussianDiffusion) -> Arrays:
             "posterior_mean_coef2": diffusion.posterior_mean_coef2,
         }
     return {name: table.astype(np.float32) for name, table in tables.items()}
+
+
+def updates(run: Run) -> Arrays:
+    """The low-rank updates of a run as PEFT names them, with lora_alpha the rank: A and B of each layer, whose W is that of
+    the run that it started from. A denoiser that attends to a context has diffusers' names.
+
+    Raises UserError if the run has no updates."""
+    if not getattr(run.config.train, "lora_rank", 0):
+        raise UserError(f"{run.name} was trained without low-rank updates (--train.lora-rank): choose another --format")
+    arrays, names = open_run(run.name, ["lora"])[1].arrays["lora"], {}
+    if getattr(run.config.model, "context_dim", None):
+        inside = [name.removeprefix("unet.") for name in arrays_of(run.net) if name.startswith("unet.")]
+        names = {f"unet.{ours}": f"unet.{theirs}" for ours, theirs in diffusers_names(inside).items()}
+    renamed = {}
+    for name, a in arrays.items():
+        path, _, end = name.partition(".lora_")
+        renamed[f"{names.get(f'{path}.weight', f'{path}.weight').removesuffix('.weight')}.lora_{end}"] = a
+    return renamed
 
 
 # diffusers

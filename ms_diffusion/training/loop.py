@@ -308,6 +308,7 @@ def fixed_parts(config: Config) -> dict[str, Any]:
     record = config.to_record()
     fixed = {name: record.get(name) for name in ("kind", "model", "diffusion", "precision")}
     fixed |= {"data": record["data"] | {"dir": None}, "seed": record["train"]["seed"]}
+    fixed |= {f"--train.{name.replace('_', '-')}": record["train"].get(name) for name in ("lora_rank", "lora_targets")}
     return fixed | {f"--{name.replace('_', '-')}": record.get(name) for name in ("first_stage_patch", "latent_scale")}
 
 

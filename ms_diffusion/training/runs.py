@@ -18,6 +18,7 @@ from ..sampling import Generator, sampling_from
 from .checkpoint import Intact, read_config, read_newest, read_state, read_weights, readable
 from .step import average_after_training
 
+RUN_FILES = ("checkpoints", "state.json")  # in a run's folder, or in that of a checkpoint
 WEIGHTS = Path(__file__).parents[1] / "weights"
 
 
@@ -52,6 +53,13 @@ def open_run(path: str | Path, names: Sequence[str] = ("ema",)) -> tuple[Path, I
     if not (found := read_newest(run, names)):
         raise UserError(f"{run} holds no checkpoint: train it first with {command('train')} --run-dir {run}")
     return run, found
+
+
+def is_run(path: str | Path | None) -> bool:
+    """Whether `path` is that of a run, of a checkpoint or of a file in one, or the name of a bundled model."""
+    folder = Path(path or "")
+    folder = folder.parent if folder.suffix == ".safetensors" else folder
+    return bool(path) and (str(path) in bundled_models() or any((folder / name).exists() for name in RUN_FILES))
 
 
 class Run:

@@ -15,6 +15,7 @@ from mindspore import Parameter, Tensor, nn, ops
 from .. import kernels
 from ..models.layers import split
 from ..runtime import compiled
+from .lora import LowRank
 from .pack import Pack, each, flatten
 
 
@@ -65,6 +66,12 @@ class EMA:
         others = [p for p in self.sources if id(p) in averages]
         self.targets = ms.ParameterTuple([*pack.buffers(packed), *averages.values()])
         self.followed = ms.ParameterTuple([*pack.buffers(pack.members), *others])
+
+    def follow(self, parameters: Iterable[Parameter]) -> None:
+        """Average these of the network's parameters alone; the others never change."""
+        averages = {id(source): average for source, average in zip(self.sources, self.averages, strict=True)}
+        self.followed = ms.ParameterTuple(parameters)
+        self.targets = ms.ParameterTuple([averages[id(p)] for p in self.followed])
 
     def decay_after(self, n: Tensor) -> Tensor:
         """The decay in step n, a float32 Tensor; the first step is 1."""
@@ -199,7 +206,7 @@ def make_undo(parameters: Sequence[Parameter]) -> tuple[Callable[[], Any], Calla
 def make_train_step(loss_fn: Callable[..., Any], optimizer: nn.Optimizer, ema: EMA | None = None, *, clip_norm: float = 1.0,
         loss_scaler: ms.amp.LossScaler | None = None, world_size: int = 1, has_aux: bool = False,
         extra_emas: Sequence[EMA] = (), steps_per_call: int = 1,
-        pack: Pack | None = None) -> Callable[..., tuple[Tensor, ...]]:  # fmt: skip
+        pack: Pack | None = None, low_rank: LowRank | None = None) -> Callable[..., tuple[Tensor, ...]]:  # fmt: skip
     """Compile `step(*values, **batch) -> (loss (), gradient norm ())`: the gradients of `loss_fn`, clipping, Adam, EMA.
 
     A step whose loss or gradients are not finite is skipped: it changes nothing, and its loss is NaN.
@@ -217,20 +224,25 @@ def make_train_step(loss_fn: Callable[..., Any], optimizer: nn.Optimizer, ema: E
         steps_per_call: K > 1 makes K steps per call, with batches that have an additional first axis (K, ...), and returns
             the losses (K,) and the last gradient norm. For small networks on the CPU, whose steps take less than a call.
         pack: buffers that are trained in place of the network's parameters.
+        low_rank: updates that the optimizer trains; a step adds them to the network's weights.
 
-    Raises ValueError if steps_per_call is above 1 together with loss_scaler, has_aux or extra_emas."""
-    if steps_per_call > 1 and (loss_scaler is not None or has_aux or extra_emas):
-        raise ValueError("steps_per_call above 1 works without loss_scaler, has_aux and extra_emas only: set it to 1")
+    Raises ValueError if steps_per_call is above 1 together with loss_scaler, has_aux, extra_emas or low_rank."""
+    if steps_per_call > 1 and (loss_scaler is not None or has_aux or extra_emas or low_rank):
+        raise ValueError("steps_per_call above 1 works without loss_scaler, has_aux, extra_emas, low_rank: set it to 1")
     fields = inspect.signature(loss_fn)
-    moves_all = ema is None or {id(p) for p in ema.sources} <= {id(p) for p in optimizer.parameters}  # none is frozen
+    emas, within = [*([] if ema is None else [ema]), *extra_emas], None if low_rank else ema
+    moves_all = within is None or {id(p) for p in within.sources} <= {id(p) for p in optimizer.parameters}  # none is frozen
     is_fused = pack is None and moves_all and kernels.adam_available()
-    fused = kernels.adam(optimizer, clip_norm, ema) if is_fused else None
-    emas = [*([] if ema is None else [ema]), *extra_emas]
+    fused = kernels.adam(optimizer, clip_norm, within) if is_fused else None
+    now, later = ([], emas) if low_rank else (emas, extra_emas if fused else [])  # moved in the step's graph, and after it
     trained, state = optimizer.parameters, (optimizer.parameters, optimizer.moment1, optimizer.moment2)
     if pack is not None:
         trained, state = pack.trained, tuple(map(pack.group, state))
-        for average in emas:
+        for average in now:
             average.use(pack)
+    if low_rank is not None:
+        for average in emas:
+            average.follow(low_rank.moved)
     parameters, moment1, moment2 = state
     sizes = (*(p.size for p in parameters), 1)
 
@@ -277,7 +289,7 @@ def make_train_step(loss_fn: Callable[..., Any], optimizer: nn.Optimizer, ema: E
         ops.assign(optimizer.beta1_power, kept[0])
         ops.assign(optimizer.beta2_power, kept[1])
         ops.assign_add(optimizer.global_step, ops.cast(finite, ms.int32))
-        return move_averages(emas, loss, finite), norm
+        return move_averages(now, loss, finite), norm
 
     def fused_update(loss, gradients):
         """The same by one operator of the CPU."""
@@ -302,13 +314,15 @@ def make_train_step(loss_fn: Callable[..., Any], optimizer: nn.Optimizer, ema: E
             losses, i = ops.where(numbers == i, loss, losses), i + 1
         return losses, norm
 
-    def move_extra_averages(loss):
-        return move_averages(extra_emas, loss, ops.isfinite(loss))
+    def finish(loss):
+        if low_rank is not None:
+            loss = ops.depend(loss, low_rank.merge())
+        return move_averages(later, loss, ops.isfinite(loss))
 
     train = compiled(repeat if steps_per_call > 1 else step) if pack is None else in_one_copy(step)
     count = (Tensor(steps_per_call, ms.int32),) if steps_per_call > 1 else ()
     # A graph of its own: in one with the fused update MindSpore would update copies
-    after = compiled(move_extra_averages) if extra_emas and fused is not None else None
+    after = compiled(finish) if later or low_rank else None
 
     def train_step(*values: Tensor, **batch: Tensor) -> tuple[Tensor, ...]:
         bound = fields.bind(*values, **batch)

@@ -3,7 +3,7 @@
 
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,10 +23,10 @@ from ...process import GaussianDiffusion
 from ...randomness import Random, Stream, of_step
 from ...runtime import UserError, command, on_ascend, ranks
 from ...sampling import Sampling
-from ..checkpoint import Checkpoint, checkpoints
+from ..checkpoint import Checkpoint, checkpoints, read_config
 from ..config import Config
 from ..pack import Pack
-from ..runs import Run
+from ..runs import Run, is_run, open_run
 
 Arrays = dict[str, np.ndarray]
 Logged = dict[tuple[str, ...], Tensor]  # numbers (n,) to log, or one (), by their names
@@ -288,7 +288,25 @@ def load_initial_weights(config: Config, run_dir: Path, net: nn.Cell) -> LoadRep
     """Give the network of a new run the weights of --init-from and print a report; None without them, or for an old run."""
     if not config.init_from or checkpoints(run_dir):
         return None
-    report = load_pretrained(net, config.init_from, None, config.init_ignore, config.init_partial, config.init_ema)
+    path, scale = Path(config.init_from), None
+    if is_run(path):
+        name = path.stem if path.is_file() else "ema"
+        home, found = open_run(path, [name])
+        path, scale = found.folder / f"{name}.safetensors", found.state.get("latent_scale")
+        note_differences(config, read_config(home))
+    report = load_pretrained(net, path, None, config.init_ignore, config.init_partial, config.init_ema)
+    report = replace(report, scale_factor=scale or report.scale_factor)
     if ranks()[0] == 0:
         print(f"{config.init_from}: {report}")
     return report
+
+
+def note_differences(config: Any, other: Any) -> None:
+    """Say so where the run that a new one starts from had another process, or other options of the network."""
+    changed = []
+    for part in ("diffusion", "model"):
+        ours, theirs = (asdict(getattr(each, part)) if hasattr(each, part) else {} for each in (config, other))
+        names = [name for name in theirs if name in ours and ours[name] != theirs[name]]
+        changed += [f"--{part}.{name.replace('_', '-')} {theirs[name]}" for name in names]
+    if changed and ranks()[0] == 0:
+        print(f"note: {config.init_from} was trained with {', '.join(changed)}, unlike this run", file=sys.stderr)

@@ -9,12 +9,14 @@ import numpy as np
 
 from mindspore import Parameter, Tensor, nn, ops
 
+from ...convert import listed
 from ...models.layers import Masks
 from ...process import GaussianDiffusion
 from ...randomness import ImportanceTimesteps, Random, antithetic_timesteps, offset_noise, uniform_timesteps
 from ...runtime import check_interrupted, gather
 from ...sampling import Generator, Sampling
-from ..checkpoint import Checkpoint
+from ..checkpoint import Checkpoint, readable
+from ..lora import LowRank
 from ..pack import make_pack
 from ..step import EMA, make_optimizer, make_train_step
 from .base import Arrays, Logged, Task, load_initial_weights, set_precision
@@ -56,24 +58,46 @@ class DiffusionTask(Task):
         self.ema, extra_emas = EMA(self.net, train.ema_decay), [EMA(self.net, length=each) for each in train.ema_lengths]
         self.average = self.generator(self.ema.net, self.diffusion)
         self.net.set_train()  # after the averages are copied, which stay in evaluation mode
+        self.low_rank = self.make_low_rank() if train.lora_rank else None
         self.logvar = Parameter(Tensor(np.zeros(T, np.float32)), name="logvar") if train.learn_logvar else None
-        options = {"extra_parameters": [self.logvar] if train.learn_logvar else [], "decay": train.lr_decay}
+        extra = [*(self.low_rank.adapters if self.low_rank else []), *([self.logvar] if train.learn_logvar else [])]
+        options = {"extra_parameters": extra, "decay": train.lr_decay}
         self.optimizer = make_optimizer(self.net, train.lr, train.warmup_steps, train.total_steps, **options)
         self.importance = ImportanceTimesteps(T) if train.timestep_sampling == "importance" else None
         self.step_options = {"extra_emas": extra_emas, "loss_scaler": loss_scaler}
         kept = {"extra_parameters": self.importance.parameters if self.importance else [], **self.step_options}
+        if self.low_rank:
+            kept["extra_parameters"] = [*kept["extra_parameters"], *self.low_rank.bases]
+            kept["extra_files"] = {"lora": self.low_rank.adapters}
         self.checkpoint = Checkpoint(self.run_dir, self.net, self.optimizer, self.ema, keep=train.keep_checkpoints, **kept)
         self.step_options |= {"clip_norm": train.clip_norm, "world_size": self.world_size, "has_aux": bool(self.importance)}
 
+    def make_low_rank(self) -> LowRank:
+        """The updates that are trained in place of the network's weights. What --init-from lacks, such as the embeddings of
+        other classes, is trained whole."""
+        train, latest = self.config.train, next(reversed(readable(self.run_dir).values()), {})
+        new = [p.name for p in self.net.get_parameters() if self.loaded and p.name not in self.loaded.loaded]
+        self.trained_whole = latest.get("trained_whole", " ".join(new))
+        whole = self.trained_whole.split()
+        low_rank = LowRank(self.net, train.lora_rank, train.lora_targets, train.seed, whole)
+        if self.rank == 0:
+            numbers, others = sum(p.size for p in low_rank.adapters), {"trained whole": whole} if whole else {}
+            print(f"low-rank updates of {len(low_rank.weights)} weights, {numbers:,} numbers; {listed(others)}".strip("; "))
+        return low_rank
+
+    def checkpoint_record(self) -> dict[str, Any]:
+        return super().checkpoint_record() | ({"trained_whole": self.trained_whole} if self.low_rank else {})
+
     def prepare(self) -> None:
-        train, options, pack = self.config.train, self.step_options, make_pack(self.net, self.optimizer)
+        train, options, low_rank = self.config.train, self.step_options, self.low_rank
+        pack = make_pack(low_rank.updates if low_rank else self.net, self.optimizer)
         self.packs = [] if pack is None else [pack]
         self.masks = Masks(self.net, train.batch_size, self.shape[1:])
-        need_host = options["has_aux"] or options["extra_emas"] or options["loss_scaler"] or self.masks.layers  # each step
+        need_host = low_rank or options["has_aux"] or options["extra_emas"] or options["loss_scaler"] or self.masks.layers
         if pack is None and not need_host:  # a loop in the graph keeps its state on the CPU; a card would copy it each time
             counts = [getattr(train, f"{name}_every", 0) for name in ("log", "sample", "save", "score")]
             self.steps_per_call = math.gcd(train.steps_per_call, self.start_step, train.total_steps, *counts)
-        options |= {"steps_per_call": self.steps_per_call, "pack": pack}
+        options |= {"steps_per_call": self.steps_per_call, "pack": pack, "low_rank": low_rank}
         self.train_step = make_train_step(self.make_loss(), self.optimizer, self.ema, **options)
 
     def make_x_start(self) -> Callable:

@@ -13,6 +13,7 @@ from ... import images
 from ...data.batches import CLASS_NAMES, DATASETS, ImageSet, check_images, check_labels, load_image_set, with_captions
 from ...data.conditions import condition_image
 from ...data.fashion_mnist import center_crop
+from ...data.tokenizers import Tokenizer
 from ...files import check_output, in_batches, write
 from ...images import to_float
 from ...metrics.distances import frechet_distance, mean_and_covariance
@@ -24,7 +25,7 @@ from ...randomness import Random, Stream
 from ...runtime import UserError, alone, ranks
 from ...sampling import Sampling
 from ..checkpoint import checkpoints
-from ..runs import Run
+from ..runs import Run, is_run, open_run
 from . import edits
 from .base import Arrays, Request, Scored
 from .diffusion import DiffusionTask
@@ -122,12 +123,18 @@ class ImageTask(Images, DiffusionTask):
         """Number of classes, or of rows in the table of captions, that the network is conditioned on; None without."""
         return self.labelling.count
 
-    def make_labelling(self, image_set: ImageSet | None = None, tokenizer: Any = None) -> Nothing:
-        """What the network is conditioned on, from what the run has kept, and from its images; perhaps by this tokenizer."""
+    def make_labelling(self, image_set: ImageSet | None = None) -> Nothing:
+        """What the network is conditioned on, from what the run has kept, and from its images."""
         data, kept = self.config.data, read_kept(self.run_dir) if self.run_dir else {}
         if not kept and image_set and data.name == "image-folder" and self.run_dir and checkpoints(self.run_dir):
             kept = {"class_names": old_class_names(image_set)}
-        return make_labelling(self.config.model, image_set, kept, CLASS_NAMES.get(data.name), tokenizer)
+        return make_labelling(self.config.model, image_set, kept, CLASS_NAMES.get(data.name), self.tokenizer)
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """That of the run, or of the one that it starts from, whose network knows no other tokens."""
+        initial, kept = self.config.init_from, read_kept(self.run_dir).get("tokenizer") if self.run_dir else None
+        return kept or (read_kept(open_run(initial, [])[0]).get("tokenizer") if is_run(initial) else None)
 
     @property
     def image_size(self) -> tuple[int, int]:

@@ -30,11 +30,10 @@ from ...randomness import Random, Stream
 from ...runtime import UserError, alone, broadcast, command, given_up
 from ..checkpoint import read_config, read_state, readable
 from ..config import DataConfig, DiffusionRunConfig, ImageTrainConfig
-from ..runs import open_run
+from ..runs import is_run, open_run
 from .autoencoder import AutoencoderRunConfig, load_first_stage, save_reconstructions
 from .base import Arrays
 from .images import ROW_STEPS, DenoiseRow, ImageData, ImageTask, check_image_size, check_scored, save_rows
-from .labels import Nothing, read_kept
 
 ROWS = 4  # images in a training run's rows of noising and denoising
 
@@ -101,9 +100,9 @@ class LatentTask(ImageTask):
 
     @cached_property
     def tokenizer(self) -> Tokenizer | None:
-        """That of the run, or of --vocab."""
-        config, kept = self.config, read_kept(self.run_dir).get("tokenizer") if self.run_dir else None
-        return kept or (WordPieces.read(config.vocab, config.model.max_length) if config.vocab else None)
+        """That of the run, or of the one that it starts from, or of --vocab."""
+        config = self.config
+        return super().tokenizer or (WordPieces.read(config.vocab, config.model.max_length) if config.vocab else None)
 
     def make_networks(self, device: str) -> None:
         if "context" in self.cond_fields:
@@ -113,9 +112,6 @@ class LatentTask(ImageTask):
                 raise UserError("the text encoder needs its vocabulary: give BERT's vocab.txt by --vocab")
             self.null_label = self.tokenizer.encode([""])[0]
         super().make_networks(device)
-
-    def make_labelling(self, image_set: ImageSet | None = None) -> Nothing:
-        return super().make_labelling(image_set, self.tokenizer)
 
     def load_set(self, split: str) -> ImageSet:
         if self.has_pictures:
@@ -248,6 +244,8 @@ def resolve_first_stage(config: LatentConfig, run: Path, kept: str | None = None
     with contextlib.suppress(UserError):
         kept = kept or hash_of(read_state(saved))
     is_saved = is_copy(saved, kept)
+    if config.init_from and not (is_saved or requested) and is_run(config.init_from):
+        requested = str(open_run(config.init_from, [])[0] / "first_stage")
     if config.first_stage_model and not (requested and Path(requested).is_dir()):
         if not is_saved and (file := requested or config.init_from):
             check_fits(config, config.first_stage_model, file)
