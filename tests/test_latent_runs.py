@@ -391,7 +391,7 @@ def test_training_refuses(autoencoder, latent, tmp_path, monkeypatch):
         (f"--preset latent {first} --model.latent-size 16", "(2, 16, 16)"),
         (f"--preset latent {first} --data.flip", "--data.no-flip"),
         (f"--preset latent {first} --data.condition gray", "--data.condition gray"),
-        (f"--preset latent {first} --model.condition text", "--model.vocab-size 39"),
+        (f"--preset latent {first} --model.condition text", "condition is 'text'"),
         (f"--preset latent {first} --data.size 33", "--data.size is 33"),
         (f"--preset latent {first} --model.out-channels 1", "--model.out-channels"),
         (f"--preset latent {first} --latent-scale 0", "--latent-scale is 0"),

@@ -21,6 +21,7 @@ import mindspore as ms
 from mindspore import ops
 
 from .. import kernels
+from ..data.batches import random_images
 from ..fields import OneOf, check_fields
 from ..files import temporary_folder
 from ..runtime import command, set_device
@@ -108,11 +109,9 @@ def prepare(preset: str, folder: Path) -> tuple[Callable, Callable]:
     """(train, draw) of a preset, on two random images: calls of all its compiled functions."""
     config: Any = PRESETS[preset]
     config = replace(config, train=replace(config.train, batch_size=2))
-    data = None
+    data: Any = None
     if hasattr(config.data, "size"):
-        size, channels = config.data.size, config.model.channels
-        images = np.random.default_rng(0).integers(0, 256, (2, size, size, channels), np.uint8)
-        data = images, np.arange(2, dtype=np.int32)
+        data = random_images(2, config.data.size, config.model.channels)
     if hasattr(config, "first_stage"):
         config = replace(config, first_stage=str(untrained(PRESETS["autoencoder"], folder / "stage")), latent_scale=1.0)
     task = config.task(data)
@@ -127,7 +126,7 @@ def prepare(preset: str, folder: Path) -> tuple[Callable, Callable]:
         if hasattr(task, "draw"):
             task.draw(2, Sampling(steps=1), 2)
         else:
-            task.average.reconstruct(data[0])
+            task.average.reconstruct(data.images)
 
     return train, draw
 

@@ -18,7 +18,7 @@ import numpy as np
 import mindspore as ms
 from mindspore import Tensor
 
-from ..data.batches import make_dataset
+from ..data.batches import make_dataset, random_images
 from ..fields import AT_LEAST_1, OneOf, check_fields
 from ..files import check_output, temporary_folder, write
 from ..process import predict
@@ -58,9 +58,8 @@ class ImageWork(Work):
     """A training step, a forward pass and DDIM sampling of random images, one batch of them."""
 
     def __init__(self, config: Any, batch_size: int):
-        size = config.data.size
-        images = np.random.default_rng(0).integers(0, 256, (batch_size, size, size, config.model.channels), np.uint8)
-        super().__init__(config.with_data(images)[0], batch_size, (images, np.zeros(batch_size, np.int32)))
+        data = random_images(batch_size, config.data.size, config.model.channels)
+        super().__init__(config.with_data(data.images)[0], batch_size, data)
         self.batch, net = self.draw_batch(), self.task.net
         self.num, self.inputs = batch_size, (Tensor(self.batch["x_start"]), Tensor(self.batch["t"]))
 

@@ -161,6 +161,12 @@ def load_image_set(name: str, directory: str | None, split: str, size: int, chan
     return found if found.class_names else replace(found, class_names=CLASS_NAMES.get(name))
 
 
+def random_images(num: int, size: int, channels: int) -> ImageSet:
+    """`num` images of random pixels, of class 0 and with captions: for what depends on the shapes of data alone."""
+    pixels, ids = np.random.default_rng(0).integers(0, 256, (num, size, size, channels), np.uint8), np.zeros(num, np.int32)
+    return ImageSet(pixels, ids, captions=CAPTIONS, caption_ids=ids)
+
+
 def load_images(name: str, directory: str | None, split: str, size: int, channels: int, **options: Any) -> Labelled:
     """Images (N, size, size, channels) uint8 in 0..255 and labels (N,) int32: those of `load_image_set`."""
     found = load_image_set(name, directory, split, size, channels, **options)

@@ -181,8 +181,7 @@ def first_stage(folder: Path) -> str:
 
 def start_task(card: Card, preset: str, precision: str) -> Any:
     """A preset's task with few random data, started in an empty folder. Raises UserError if the kind lacks the precision."""
-    import numpy as np
-
+    from ms_diffusion.data.batches import random_images
     from ms_diffusion.models.lpips import LPIPS
     from ms_diffusion.training.presets import PRESETS
     from ms_diffusion.training.tasks import autoencoder, latents
@@ -198,9 +197,7 @@ def start_task(card: Card, preset: str, precision: str) -> Any:
     if config.kind == "points":
         train = replace(train, steps_per_call=min(train.steps_per_call, LOOP))
     else:
-        num, rng = max(train.batch_size, SAMPLES), np.random.default_rng(0)
-        size = (num, config.data.size, config.data.size, config.model.channels)
-        data = rng.integers(0, 256, size, np.uint8), np.arange(num, dtype=np.int32) % 10
+        data = random_images(max(train.batch_size, SAMPLES), config.data.size, config.model.channels)
         config = replace(config, data=replace(config.data, dir=str(folder)))
     if config.kind == "latents":
         config = replace(config, first_stage=first_stage(card.scratch), latent_scale=1.0)

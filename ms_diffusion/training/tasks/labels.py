@@ -217,7 +217,9 @@ def make_labelling(model: Any, image_set: ImageSet | None, kept: dict[str, Any],
         table = image_set.captions if image_set else kept.get("captions", CAPTIONS)
         if not table:
             raise UserError(NO_CAPTIONS)
-        tokenizer = kept.get("tokenizer") or tokenizer or (FASHION_WORDS if table == CAPTIONS else None)
+        tokenizer = kept.get("tokenizer") or tokenizer
+        if not tokenizer and table == CAPTIONS and model.vocab_size < 256:  # too few for byte pairs
+            tokenizer = FASHION_WORDS
         if not tokenizer:
             every = [caption for row in table for caption in row]
             tokenizer = BytePairs.train(every, model.vocab_size, model.max_length)
