@@ -115,7 +115,7 @@ def test_captions_are_needed_and_fit():
     fashion = ImageSet(*md.load_images("fashion-mnist-mini", None, "test", 28, 1))
     with pytest.raises(UserError, match="--model.max-length 8"):
         captioned = replace(fashion, captions=CAPTIONS, caption_ids=fashion.labels)
-        make_labelling(replace(TEXT, max_length=7), captioned, {})
+        make_labelling(replace(TEXT, max_length=7, vocab_size=100), captioned, {})
 
 
 @pytest.mark.parametrize(

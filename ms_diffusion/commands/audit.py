@@ -15,8 +15,6 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
-
 import mindspore as ms
 from mindspore import ops
 
