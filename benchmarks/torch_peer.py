@@ -143,8 +143,13 @@ class Unet(nn.Module):
         num_classes=None,
         cond_channels=0,
         self_condition=False,
+        vocab_size=0,
+        max_length=0,
+        text_dim=128,
     ):
         super().__init__()
+        if vocab_size:
+            raise ValueError("captions are not implemented here: choose another network")
         self.patch_size = patch_size
 
         def block(dim_in, dim_out, time_emb_dim=dim * 4 if with_time_emb else None):

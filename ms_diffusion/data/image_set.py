@@ -1,6 +1,6 @@
 """What is known of the images of a data set."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +9,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images, and what is known of each of them."""
+    """Images, and what is known of each of them; `images, labels = image_set`."""
 
     images: np.ndarray
     """(N, H, W, C) uint8 in 0..255."""
@@ -21,6 +21,9 @@ class ImageSet:
     """A table of captions: one of those in a row describes an image."""
     caption_ids: np.ndarray | None = None
     """(N,) int32: the row of `captions` for each image."""
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return iter((self.images, self.labels))
 
 
 def table_of(captions: Sequence[tuple[str, ...]]) -> dict[str, Any]:
