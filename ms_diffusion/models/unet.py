@@ -156,7 +156,7 @@ class Unet(nn.Cell):
         super().__init__()
         check_fields(config, "")
         if config.null_label is not None and not config.with_time_emb:
-            raise ValueError("num_classes and vocab_size need a time embedding: set with_time_emb to True, or leave them out")
+            raise ValueError("num_classes and vocab_size need a time embedding: set with_time_emb, or leave both out")
         if config.vocab_size and (config.num_classes is not None or not config.max_length):
             raise ValueError(f"vocab_size is {config.vocab_size}: set max_length too, and num_classes to None")
         if config.use_convnext and config.scale_shift:
