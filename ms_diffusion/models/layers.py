@@ -25,7 +25,13 @@ Identity = nn.Identity  # x -> x
 # On Ascend, mint's operators are one launch each, by aclnn, where those of ops and nn are several, or take the slower aclop.
 # They exist on Ascend alone (MindSpore 2.10). In a graph the question is answered when it is compiled.
 ascend = ops.constexpr(on_ascend)
-split = SplitWithSize()
+split_with_size = SplitWithSize()
+HAS_SPLIT = not ms.__version__.startswith("2.7.")  # on the CPU; there 2.7 has that operator outside graphs alone
+
+
+def split(x: Tensor, sizes: tuple[int, ...], axis: int) -> tuple[Tensor, ...]:
+    """Parts of x of these sizes along an axis."""
+    return split_with_size(x, sizes, axis) if HAS_SPLIT or ascend() else ops.split(x, sizes, axis)
 
 
 def chunk(x: Tensor, parts: int, axis: int) -> tuple[Tensor, ...]:
