@@ -242,10 +242,6 @@ class DiffusionConfig:
     """T, the number of diffusion steps."""
     schedule: Annotated[str, OneOf(SCHEDULES)] = "linear"
     """Noise schedule: linear, unscaled_linear, cosine, quadratic, sigmoid or sqrt_linear."""
-    beta_start: Annotated[float, BETA] | None = None
-    """First beta of a schedule that has a range of betas; by default the schedule's own."""
-    beta_end: Annotated[float, BETA] | None = None
-    """Last beta of a schedule that has a range of betas; by default the schedule's own."""
     objective: Annotated[str, OneOf(OBJECTIVES)] = "eps"
     """What the network predicts: eps, x0 or v."""
     loss: Annotated[str, OneOf(LOSSES)] = "huber"
@@ -262,6 +258,10 @@ class DiffusionConfig:
     """Weight in the loss of the error that `weighting` weights."""
     original_elbo_weight: Annotated[float, NON_NEGATIVE] = 0.0
     """Weight in the loss of the error with the weights of the variational bound."""
+    beta_start: Annotated[float, BETA] | None = None
+    """First beta of a schedule that has a range of betas; by default the schedule's own."""
+    beta_end: Annotated[float, BETA] | None = None
+    """Last beta of a schedule that has a range of betas; by default the schedule's own."""
 
     def build(self, clip_denoised: bool = True) -> GaussianDiffusion:
         """The process. Pass clip_denoised=False for data outside [-1, 1], such as latents.
