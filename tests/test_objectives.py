@@ -450,7 +450,8 @@ def test_config_passes_every_field_on():
     base = DiffusionConfig(T, "cosine", "v", "l1", weighting="p2")
     changed = {"num_timesteps": 40, "schedule": "linear", "objective": "x0", "loss": "l2", "v_posterior": 0.5, "gamma": 0.7}
     changed |= {"zero_terminal_snr": True, "weighting": "none", "l_simple_weight": 0.5, "original_elbo_weight": 0.01}
-    assert changed.keys() == {field.name for field in fields(DiffusionConfig)}
+    ends = {"beta_start": 2e-4, "beta_end": 0.03}  # which the cosine has not
+    assert changed.keys() | ends.keys() == {field.name for field in fields(DiffusionConfig)}
 
     def built(config):
         d = config.build()
@@ -458,6 +459,11 @@ def test_config_passes_every_field_on():
 
     for name, value in changed.items():
         assert built(replace(base, **{name: value})) != built(base), name
+    linear = replace(base, schedule="unscaled_linear")
+    for name, value in ends.items():
+        assert built(replace(linear, **{name: value})) != built(linear), name
+        with pytest.raises(ValueError, match=name):
+            replace(base, **{name: value}).build()
 
     d = DiffusionConfig(T, objective="v", weighting="p2", gamma=0.7, l_simple_weight=0.5, original_elbo_weight=0.01).build()
     np.testing.assert_allclose(d.simple_weights, 0.5 * weight_of("v", np.arange(T), "p2", 0.7), rtol=1e-9)

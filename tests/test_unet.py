@@ -235,7 +235,7 @@ def test_values_out_of_range_are_named(options, message):
 
 
 def test_labels_need_the_time_embedding():
-    with pytest.raises(ValueError, match="set with_time_emb to True"):
+    with pytest.raises(ValueError, match="set with_time_emb"):
         small_unet(num_classes=3, with_time_emb=False)
 
 
