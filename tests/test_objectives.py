@@ -459,7 +459,7 @@ def test_config_passes_every_field_on():
 
     for name, value in changed.items():
         assert built(replace(base, **{name: value})) != built(base), name
-    linear = replace(base, schedule="unscaled_linear")
+    linear = replace(base, schedule="unscaled_linear", num_timesteps=1000)
     for name, value in ends.items():
         assert built(replace(linear, **{name: value})) != built(linear), name
         with pytest.raises(ValueError, match=name):
