@@ -337,7 +337,7 @@ def test_any_character_in_a_path(class_run, tmp_path, name, monkeypatch, capsys)
     shutil.copytree(class_run.home, home)
     (tmp_path / "a").mkdir()  # what the pattern fits
     run = Run(home)
-    run.__dict__["generator"] = SimpleNamespace(draw=lambda *_: images)
+    run.__dict__["generator"] = SimpleNamespace(draw=lambda *_: images, batch_size=64)
     written = run.task.render(run, request("--num", 4, "--steps", 3, "--npz", home / f"{name}.npz"), home)
     assert run.step == class_run.step and written == [home / "sample.png", home / f"{name}.npz"]
     assert all(path.is_file() for path in written) and not list((tmp_path / "a").iterdir())
