@@ -26,6 +26,7 @@ AUTOENCODER_PIECES = {
     "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0",
 }
 # fmt: on
+PREDICTION_TYPES = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}  # objectives, as diffusers calls them
 OLDER_PIECES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}  # in old files
 
 

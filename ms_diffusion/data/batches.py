@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from mindspore.dataset import GeneratorDataset
 
 Labelled = tuple[np.ndarray, np.ndarray]  # images (N, H, W, C) uint8 and labels (N,) int32
-
-
 Loader = Callable[..., ImageSet | Labelled]
 
 

@@ -1,10 +1,14 @@
 """Softmax attention and linear attention over the H x W positions of a feature map."""
 
+import numpy as np
+
 import mindspore as ms
 from mindspore import Tensor, nn, ops
 
 from .. import kernels
 from .layers import GroupNorm, chunk, conv2d
+
+LOWEST = float(np.finfo(np.float32).min)  # a score that softmax makes 0
 
 
 def split_heads(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -13,6 +17,12 @@ def split_heads(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
     parts = chunk(ops.cast(qkv, ms.float32), 3, 1)
     q, k, v = [part.reshape(b, heads, c // (3 * heads), height * width) for part in parts]
     return q, k, v
+
+
+def heads_first(x: Tensor, heads: int) -> Tensor:
+    """(B, N, h d) -> (B, h, N, d), in float32."""
+    b, n, _ = x.shape
+    return ops.cast(x, ms.float32).reshape(b, n, heads, -1).transpose(0, 2, 1, 3)
 
 
 matmul, matmul_t = ops.BatchMatMul(), ops.BatchMatMul(transpose_b=True)

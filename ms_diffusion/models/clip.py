@@ -12,11 +12,9 @@ import mindspore as ms
 from mindspore import Tensor, nn, ops
 
 from ..fields import AT_LEAST_1, check_fields
-from .attention import matmul, matmul_t
+from .attention import LOWEST, heads_first, matmul, matmul_t
 from .layers import GELU, Embedding, Linear, name_and_initialise
 from .unet_ldm import LayerNorm
-
-LOWEST = float(np.finfo(np.float32).min)
 
 
 @dataclass(frozen=True)
@@ -57,13 +55,9 @@ class CausalAttention(nn.Cell):
         self.heads, self.scale = heads, (dim // heads) ** -0.5
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = [Linear(dim, dim) for _ in range(4)]
 
-    def heads_first(self, x: Tensor) -> Tensor:
-        """(B, L, h d) -> (B, h, L, d), in float32."""
-        b, n, _ = x.shape
-        return ops.cast(x, ms.float32).reshape(b, n, self.heads, -1).transpose(0, 2, 1, 3)
-
     def construct(self, x: Tensor, mask: Tensor) -> Tensor:
-        q, k, v = self.heads_first(self.q_proj(x)), self.heads_first(self.k_proj(x)), self.heads_first(self.v_proj(x))
+        q = heads_first(self.q_proj(x), self.heads)
+        k, v = heads_first(self.k_proj(x), self.heads), heads_first(self.v_proj(x), self.heads)
         out = matmul(ops.softmax(matmul_t(q * self.scale, k) + mask, -1), v)  # (B, h, L, d)
         return self.out_proj(out.transpose(0, 2, 1, 3).reshape(x.shape))
 

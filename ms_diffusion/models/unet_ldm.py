@@ -18,7 +18,7 @@ from mindspore.mint.nn import functional as F
 
 from ..fields import AT_LEAST_1, DEPTH, NOT_EMPTY, POSITIVE, Bounds, check_fields
 from . import layers
-from .attention import attend, matmul, matmul_t, softmax, split_heads
+from .attention import LOWEST, attend, heads_first, matmul, matmul_t, softmax, split_heads
 from .layers import (
     GELU,
     Dropout,
@@ -37,7 +37,6 @@ from .layers import (
     read,
 )
 
-LOWEST = float(np.finfo(np.float32).min)
 TimestepEmbedding = partial(layers.SinusoidalPositionEmbeddings, cosines_first=True)
 
 
@@ -179,19 +178,15 @@ class CrossAttention(nn.Cell):
         self.to_q, self.to_k, self.to_v = [Linear(dim, inner, bias=False) for dim in dims]
         self.to_out = nn.SequentialCell(Linear(inner, query_dim))
 
-    def heads_first(self, x: Tensor) -> Tensor:
-        """(B, n, h d) -> (B, h, n, d), in float32."""
-        b, n, _ = x.shape
-        return ops.cast(x, ms.float32).reshape(b, n, self.heads, -1).transpose(0, 2, 1, 3)
-
     def construct(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         context = x if context is None else context
-        q = self.heads_first(self.to_q(x))  #                                             (B, h, N, d)
-        k, v = self.heads_first(self.to_k(context)), self.heads_first(self.to_v(context))  # (B, h, L, d)
-        scores = matmul_t(q * self.scale, k)  #                                           (B, h, N, L)
+        q = heads_first(self.to_q(x), self.heads)  #          (B, h, N, d)
+        k = heads_first(self.to_k(context), self.heads)  #    (B, h, L, d)
+        v = heads_first(self.to_v(context), self.heads)  #    (B, h, L, d)
+        scores = matmul_t(q * self.scale, k)  #               (B, h, N, L)
         if mask is not None:
             scores = ops.masked_fill(scores, ops.logical_not(mask).expand_dims(1).expand_dims(1), LOWEST)
-        out = matmul(softmax(scores, self.lean), v)  #                                    (B, h, N, d)
+        out = matmul(softmax(scores, self.lean), v)  #        (B, h, N, d)
         b, n, _ = x.shape
         return self.to_out(out.transpose(0, 2, 1, 3).reshape(b, n, -1))
 

@@ -8,14 +8,13 @@ from mindspore import nn
 
 from ..models.autoencoder import AutoencoderConfig, VQConfig
 from ..models.unet_ldm import UNetModelConfig
-from ..names import diffusers_names, home, split_qkv
+from ..names import PREDICTION_TYPES, diffusers_names, home, split_qkv
 from ..process import GaussianDiffusion
 from ..runtime import UserError
 from .checkpoint import read_config
 from .runs import Run, open_run
 
 Arrays = dict[str, np.ndarray]
-PREDICTION_TYPES = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
 
 
 def arrays_of(net: nn.Cell) -> Arrays:

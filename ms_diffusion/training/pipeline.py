@@ -23,6 +23,7 @@ from ..latent import PIXELS, FirstStage
 from ..models.autoencoder import AutoencoderConfig
 from ..models.clip import ClipTextConfig, ClipTextEncoder
 from ..models.context import LatentUnetConfig
+from ..names import PREDICTION_TYPES
 from ..process import DiffusionConfig, GaussianDiffusion
 from ..runtime import UserError, compiled, initialise_ranks, set_device
 from ..sampling import Generator
@@ -37,7 +38,7 @@ from .tasks.latents import LatentConfig, LatentTask
 
 INDEX = "model_index.json"  # what a folder of diffusers holds
 GUIDANCE = 7.5  # the default of the pipelines of diffusers
-OBJECTIVES = {"epsilon": "eps", "sample": "x0", "v_prediction": "v"}
+OBJECTIVES = {theirs: ours for ours, theirs in PREDICTION_TYPES.items()}
 WHOLE = Annotated[int, Bounds(1, 2**20)]
 EACH = tuple[WHOLE, ...]
 

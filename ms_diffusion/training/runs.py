@@ -18,7 +18,7 @@ from ..sampling import Generator, sampling_from
 from .checkpoint import Intact, read_config, read_newest, read_state, read_weights, readable
 from .step import average_after_training
 
-RUN_FILES = ("checkpoints", "state.json")  # in a run's folder, or in that of a checkpoint
+SIGNS = ("checkpoints", "state.json")  # what is in a run's folder, or in that of a checkpoint
 WEIGHTS = Path(__file__).parents[1] / "weights"
 
 
@@ -59,7 +59,7 @@ def is_run(path: str | Path | None) -> bool:
     """Whether `path` is that of a run, of a checkpoint or of a file in one, or the name of a bundled model."""
     folder = Path(path or "")
     folder = folder.parent if folder.suffix == ".safetensors" else folder
-    return bool(path) and (str(path) in bundled_models() or any((folder / name).exists() for name in RUN_FILES))
+    return bool(path) and (str(path) in bundled_models() or any((folder / name).exists() for name in SIGNS))
 
 
 class Run:
@@ -166,7 +166,7 @@ class Run:
         """The real images that this run's samples are scored against: its own data set, or the one of this name."""
         size, channels = self.task.image_format()
         data, arrays = self.config.data, self.task.given_data
-        splits = halve(arrays.images, arrays.labels) if arrays is not None and name is None else None
+        splits = halve(*arrays) if arrays is not None and name is None else None
         where = name or data.name, folder or data.dir
         return Reference(features, *where, size, channels, num, against, against_num, splits, options=data.options())
 

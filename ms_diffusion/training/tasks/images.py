@@ -132,7 +132,9 @@ class ImageTask(Images, DiffusionTask):
 
     @property
     def tokenizer(self) -> Tokenizer | None:
-        """That of the run, or of the one that it starts from, whose network knows no other tokens."""
+        """That of the run, or of the one that it starts from, whose network knows no other tokens; None without captions."""
+        if "tokens" not in self.cond_fields:
+            return None
         initial, kept = self.config.init_from, read_kept(self.run_dir).get("tokenizer") if self.run_dir else None
         return kept or (read_kept(open_run(initial, [])[0]).get("tokenizer") if is_run(initial) else None)
 
