@@ -144,8 +144,8 @@ def offset_noise(rng: Random, shape: Sequence[int], strength: float) -> np.ndarr
     return noise
 
 
-def drop_labels(rng: Random, labels: np.ndarray, probability: float, null: int) -> np.ndarray:
-    """Labels (B, ...) int32; each sample's are replaced by `null` with this probability, to train for guidance (Ho &
-    Salimans 2021)."""
+def drop_labels(rng: Random, labels: np.ndarray, probability: float, null: Any) -> np.ndarray:
+    """Labels, or other rows, (B, ...); each sample's are replaced by `null` with this probability, to train for guidance (Ho
+    & Salimans 2021)."""
     chosen = rng.random(len(labels)).reshape(-1, *[1] * (labels.ndim - 1)) < probability
-    return np.where(chosen, null, labels).astype(np.int32)
+    return np.where(chosen, null, labels).astype(labels.dtype if labels.dtype.kind == "f" else np.int32)

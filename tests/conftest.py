@@ -1,4 +1,5 @@
-"""The tests run on the CPU, with every warning an error; ``--slow`` adds those marked ``slow``."""
+"""The tests run on the CPU, or on the card that ``--device`` names, with every warning an error; ``--slow`` adds those that
+are marked ``slow``."""
 
 import contextlib
 import ctypes
@@ -33,13 +34,15 @@ def free_memory(request):
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run the tests marked slow too")
+    parser.addoption("--device", default="cpu", help="device of the tests: ascend, gpu or cpu")
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes minutes; runs with --slow")
     config.addinivalue_line("filterwarnings", "error")
     if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
-        runtime.set_device("cpu")  # imports MindSpore, which the process that only waits for the workers can spare
+        # This imports MindSpore, which the process that only waits for the workers can spare
+        runtime.set_device(config.getoption("device"))
 
 
 LONGEST = (

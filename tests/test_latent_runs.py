@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from PIL import Image
+from pipelines import write_pipeline
 from runs import assert_refused, assert_same_run, call, checkpoint, draw, metrics, picture, succeed, tree, untrained, weights
 
 from mindspore import Tensor
@@ -27,6 +28,7 @@ from ms_diffusion.training.runs import Run
 from ms_diffusion.training.tasks import latents
 from ms_diffusion.training.tasks.autoencoder import load_first_stage
 from ms_diffusion.training.tasks.latents import resolve_first_stage, scale_of
+from ms_diffusion.training.text_encoder import load_text_encoder
 
 SHORT = {
     "data.name": "fashion-mnist-mini",
@@ -81,6 +83,25 @@ def autoencoder(tmp_path_factory):
 def text(autoencoder, tmp_path_factory):
     """A run of latents by caption."""
     return train(TEXT, tmp_path_factory.mktemp("text") / "run", first_stage=str(autoencoder.home))
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    """A folder with a small CLIP."""
+    return write_pipeline(tmp_path_factory.mktemp("clip") / "sd")
+
+
+CONTEXT = override(TEXT, **{"model.condition": "context", "context_dim": 12})
+
+
+@pytest.fixture(scope="module")
+def context(autoencoder, clip, tmp_path_factory):
+    """A run of latents by caption, with a frozen text encoder."""
+    home, elsewhere = tmp_path_factory.mktemp("context") / "run", clip.with_name("moved")
+    train(CONTEXT, home, first_stage=str(autoencoder.home), text_encoder=str(clip))
+    clip.rename(elsewhere)  # the run has all that it needs
+    yield Run(home)
+    elsewhere.rename(clip)
 
 
 @pytest.fixture(scope="module")
@@ -296,6 +317,42 @@ def test_how_an_image_is_denoised(latent, tmp_path):
     np.testing.assert_allclose(pixels[:, -34:], ends[:, -34:], atol=1)
 
 
+@pytest.mark.slow
+def test_a_run_with_a_frozen_text_encoder(context, autoencoder, tmp_path):
+    resume(CONTEXT, context, tmp_path)
+    encoder = load_text_encoder(context.home, 12)
+    task = context.task
+    np.testing.assert_array_equal(task.labelling.null, encoder.encode([""])[0])
+    table = [caption for row in CAPTIONS for caption in row]
+    np.testing.assert_array_equal(task.labelling.encoded, encoder.encode(table))
+    rows = task.labelling.draw(np.random.default_rng(0), np.arange(10), 0.0)
+    assert rows.shape == (10, 16, 12) and rows.dtype == np.float32
+    for row, captions in zip(rows, CAPTIONS, strict=True):
+        assert any((row == each).all() for each in encoder.encode(captions))
+    assert (task.labelling.draw(np.random.default_rng(0), np.arange(10), 1.0) == task.labelling.null).all()
+    drawn = [draw(context, tmp_path, "--prompt", prompt)[0] for prompt in ("an ankle boot", "any words at all")]
+    assert (drawn[0] != drawn[1]).any()
+    by_class, labels = draw(context, tmp_path, "--class", "dress")
+    assert labels.tolist() == [3] * 4
+    np.testing.assert_array_equal(context.sample(4, prompt="a dress", steps=3), by_class)
+    away = ("--prompt", "a dress", "--guidance", 2, "--negative-prompt")
+    assert (draw(context, tmp_path, *away, "a coat")[0] != draw(context, tmp_path, *away, "a bag")[0]).any()
+    other = train(CONTEXT, tmp_path / "other", init_from=str(context.home), total_steps=2)
+    np.testing.assert_array_equal(other.task.labelling.null, task.labelling.null)
+    files = [(home / "text_encoder" / "model.safetensors").read_bytes() for home in (context.home, tmp_path / "other")]
+    assert files[0] == files[1]
+
+
+def test_a_text_encoder_is_needed_and_must_fit(autoencoder, clip, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--preset", "latent-text", "--first-stage", autoencoder.home, *NET_FLAGS, "--data.name", "fashion-mnist-mini"]
+    flags += ["--model.condition", "context"]
+    assert_refused(call("train", *flags), "--text-encoder")
+    assert_refused(call("train", *flags, "--text-encoder", clip), "hidden_size is 12", "takes 8")
+    assert_refused(call("train", *flags, "--text-encoder", tmp_path), "text_encoder/config.json")
+    assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").rglob("*.safetensors"))
+
+
 @pytest.mark.parametrize("name", ["latent", pytest.param("text", marks=pytest.mark.slow)])
 def test_scores(name, request):
     run = request.getfixturevalue(name)
@@ -396,7 +453,7 @@ def test_training_refuses(autoencoder, latent, tmp_path, monkeypatch):
         (f"--preset latent {first} --model.out-channels 1", "--model.out-channels"),
         (f"--preset latent {first} --latent-scale 0", "--latent-scale is 0"),
         (f"--preset latent {first} --train.batch-size 3000", "2000 images"),
-        (f"--preset latent-text {first} --data.name image-folder", "Fashion-MNIST only"),
+        (f"--preset latent-text {first} --data.name image-folder", "needs --data.dir"),
         (f"--preset latent-text {first} --model.vocab-size 5", "--model.vocab-size 39"),
         (f"--preset quick {first}", "--first-stage"),
         ("--preset autoencoder --precision bf16", "bf16"),

@@ -15,8 +15,9 @@ from ms_diffusion.data.conditions import masked
 from ms_diffusion.runtime import UserError
 from ms_diffusion.samplers import noise_levels
 from ms_diffusion.sampling import Sampling
-from ms_diffusion.training.pipeline import PipelineTask, Settings, load_text_encoder, read_scheduler, read_unet
+from ms_diffusion.training.pipeline import PipelineTask, read_scheduler, read_unet
 from ms_diffusion.training.tasks.base import Request
+from ms_diffusion.training.text_encoder import Settings, load_text_encoder
 
 PROMPT, NEGATIVE = "a photo of a cat", "red heart"
 # Stable Diffusion 2: heads of one width in all levels, linear projections, GELU, v

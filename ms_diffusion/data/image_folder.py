@@ -159,4 +159,4 @@ def note_others(directory: Path, files: set[PurePath]) -> None:
     kinds = {kind: count for kind, count in kinds.items() if kind not in EXTENSIONS}
     if kinds:
         listed = ", ".join(f"{count} {shown(kind)}" for kind, count in sorted(kinds.items(), key=lambda item: -item[1])[:5])
-        note(f"in {directory}, files of other kinds are not read: {listed}{', ...' if len(kinds) > 5 else ''}")
+        note(f"in {shown(directory)}, files of other kinds are not read: {listed}{', ...' if len(kinds) > 5 else ''}")

@@ -160,14 +160,16 @@ class Training:
     def log(self, step: int, norm: Tensor, extras: Logged, seconds: float, bar: ProgressBar) -> None:
         task, losses = self.task, self.losses
         losses.read()
+        names = [name for group in extras for name in group]
+        numbers = [numbers.asnumpy().reshape(-1) for numbers in extras.values()]
+        means = gather(np.concatenate(numbers)).mean(0).tolist() if names else []  # over the ranks
         rate = losses.steps * self.train.batch_size * task.world_size / seconds
         skipped = f", {losses.skipped} steps skipped" if losses.skipped else ""
         bar.set_postfix_str(f"loss {losses.mean():.4f}, {rate:.0f} {task.unit}/s{skipped}")
         if self.metrics:
             row = {"loss": losses.mean(), "grad_norm": float(norm.asnumpy()), "lr": self.learning_rate(), "img_per_s": rate}
             row |= {"epoch": step / self.steps_per_epoch}
-            for names, numbers in extras.items():
-                row |= zip(names, numbers.asnumpy().reshape(-1).tolist(), strict=True)
+            row |= zip(names, means, strict=True)
             row |= {"skipped": losses.skipped} if losses.skipped else {}
             self.metrics.append(step=step, **{name: value for name, value in row.items() if math.isfinite(value)})
         losses.reset()

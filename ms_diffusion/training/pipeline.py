@@ -3,7 +3,6 @@
 The folder stays as it is: model_index.json, and unet, vae, text_encoder, tokenizer and scheduler, each with its own files.
 """
 
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,35 +10,30 @@ from typing import Annotated, Any
 
 import numpy as np
 
-from mindspore import Tensor, nn
+from mindspore import nn
 from mindspore.nn.utils import no_init_parameters
 
-from ..convert import load_into, load_pretrained
+from ..convert import load_pretrained
 from ..data.batches import ImageSet
-from ..data.tokenizers import BytePairs, Tokenizer
-from ..fields import POSITIVE, Bounds, find_problem
-from ..files import read_json
+from ..fields import POSITIVE, Bounds
 from ..latent import PIXELS, FirstStage
 from ..models.autoencoder import AutoencoderConfig
-from ..models.clip import ClipTextConfig, ClipTextEncoder
 from ..models.context import LatentUnetConfig
 from ..names import PREDICTION_TYPES
 from ..process import DiffusionConfig, GaussianDiffusion
-from ..runtime import UserError, compiled, initialise_ranks, set_device
+from ..runtime import UserError, initialise_ranks, set_device
 from ..sampling import Generator
 from ..schedules import cosine_beta_schedule, rescale_zero_terminal_snr
-from ..weight_files import flat, read_weights
 from .config import DataConfig, ImageTrainConfig
 from .runs import Run
 from .tasks.base import Request
 from .tasks.edits import Plan
-from .tasks.labels import Nothing
 from .tasks.latents import LatentConfig, LatentTask
+from .text_encoder import WHOLE, Settings, load_text_encoder
 
 INDEX = "model_index.json"  # what a folder of diffusers holds
 GUIDANCE = 7.5  # the default of the pipelines of diffusers
 OBJECTIVES = {theirs: ours for ours, theirs in PREDICTION_TYPES.items()}
-WHOLE = Annotated[int, Bounds(1, 2**20)]
 EACH = tuple[WHOLE, ...]
 
 # The parts, and the classes that are read
@@ -68,36 +62,6 @@ VAE_ONLY = {
     "shift_factor": None, "latents_mean": None, "latents_std": None,
 }
 # fmt: on
-
-
-class Settings:
-    """The JSON file of a part, in which every value is checked as it is read: its errors name the file."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        try:
-            self.values = read_json(path)
-        except OSError as e:
-            raise UserError(f"{path} cannot be read ({e.strerror}): copy the whole folder") from e
-        except ValueError as e:
-            raise UserError(f"{path} is no JSON file: copy or download it again") from e
-        if problem := find_problem(self.values, dict[str, Any]):
-            raise UserError(f"{path}: {problem}")
-
-    def get(self, name: str, hint: Any, default: Any) -> Any:
-        """The value of this type; lists become tuples."""
-        value = self.values.get(name, default)
-        value = tuple(value) if isinstance(value, list) else value
-        if problem := find_problem(value, hint):
-            raise UserError(f"{self.path}: {name} is {value!r:.200}: {problem}")
-        return value
-
-    def only(self, settings: dict[str, Any]) -> None:
-        """Refuse what is no part of Stable Diffusion 1 or 2."""
-        for name, value in settings.items():
-            if self.values.get(name, value) not in (value, [value] * 4):
-                is_now = f"{name} is {self.values[name]!r:.200}"
-                raise UserError(f"{self.path}: {is_now}, where Stable Diffusion 1 and 2 have {value!r}: it cannot be read")
 
 
 def read_unet(settings: Settings, latent_channels: int, latent_size: int) -> LatentUnetConfig:
@@ -213,34 +177,6 @@ def read_scheduler(settings: Settings) -> GaussianDiffusion:
     return process
 
 
-class Contexts(Nothing):
-    """A text, as the entries (L, dim) that a frozen encoder makes of its tokens; `null` is that of the empty text."""
-
-    field = "context"
-
-    def __init__(self, encoder: ClipTextEncoder, tokenizer: Tokenizer):
-        self.tokenizer, self.graph = tokenizer, compiled(encoder.construct)
-        self.known: dict[str, np.ndarray] = {}
-
-    def encode(self, text: str) -> np.ndarray:
-        """(L, dim) float32; the network runs once for each text."""
-        if text not in self.known:
-            length, most = self.tokenizer.length(text), self.tokenizer.max_length
-            if length > most:
-                print(f"note: a prompt has {length} tokens, and only the first {most} count", file=sys.stderr)
-            self.known[text] = self.graph(Tensor(self.tokenizer.encode([text]))).asnumpy()[0]
-        return self.known[text]
-
-    @property
-    def null(self) -> np.ndarray:  # type: ignore[override]
-        return self.encode("")
-
-    def rows(self, num: int, labels: Any = None, prompt: str | None = None) -> np.ndarray:
-        if labels is not None:
-            raise UserError("Stable Diffusion has no classes, which --class needs: describe the picture by --prompt")
-        return self.encode(prompt or "")[None].repeat(num, 0)
-
-
 class PipelineTask(LatentTask):
     """Stable Diffusion: its process, its text encoder, and its first stage come from a folder.
 
@@ -320,31 +256,6 @@ def size_of(size: Sequence[int]) -> tuple[int, int]:
     if len(size) not in (1, 2) or min(size) < 1:
         raise UserError(f"--size is {' '.join(map(str, size))}: give height and width in pixels, or one number for both")
     return size[0], size[-1]
-
-
-def load_text_encoder(folder: Path, context_dim: int) -> Contexts:
-    """The text encoder and the tokenizer of a pipeline."""
-    path = folder / "text_encoder"
-    settings = Settings(path / "config.json")
-    settings.only({"layer_norm_eps": 1e-5, "use_attention_mask": False})
-    names = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads max_position_embeddings".split()
-    defaults = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8}  # those of transformers
-    options = {name: settings.get(name, WHOLE, defaults.get(name, getattr(ClipTextConfig, name))) for name in names}
-    activation = settings.get("hidden_act", str, "quick_gelu")
-    tokenizer = BytePairs.read(folder / "tokenizer")
-    try:
-        config = ClipTextConfig(**options, hidden_act=activation)
-        encoder = config.build()
-    except (UserError, ValueError) as e:
-        raise UserError(f"{settings.path}: {e}") from e
-    if config.hidden_size != context_dim:
-        raise UserError(f"{settings.path}: hidden_size is {config.hidden_size}, where the network takes {context_dim}")
-    if tokenizer.vocab_size > config.vocab_size or tokenizer.max_length > config.max_position_embeddings:
-        raise UserError(f"{folder / 'tokenizer'} has more tokens than {settings.path} says: copy the whole folder")
-    weights = {name.removeprefix("text_model."): a for name, a in flat(read_weights(path))}
-    others = ("embeddings.position_ids", "text_projection.weight")
-    load_into(encoder, {name: a for name, a in weights.items() if name not in others}, path=path)
-    return Contexts(encoder.set_train(False), tokenizer)
 
 
 class PipelineRun(Run):

@@ -109,9 +109,10 @@ class DiffusionTask(Task):
         net, diffusion, logvar, to_x_start = self.net, self.diffusion, self.logvar, self.make_x_start()
 
         def loss_fn(x_start, t, noise, weights=None, latent_noise=None, self_cond_mask=None,
-                labels=None, tokens=None, cond_image=None):  # fmt: skip
+                labels=None, tokens=None, context=None, cond_image=None):  # fmt: skip
             cond = () if labels is None else (labels,)
             cond = cond if tokens is None else cond + (tokens,)
+            cond = cond if context is None else cond + (context,)
             cond = cond if cond_image is None else cond + (cond_image,)
             x_start = to_x_start(x_start, latent_noise)
             losses = diffusion.losses(net, x_start, t, noise, cond, logvar, self_cond_mask)

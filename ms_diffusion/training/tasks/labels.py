@@ -167,10 +167,14 @@ class Captions(Nothing):
         self.starts = np.cumsum(self.counts) - self.counts
         self.most = min(math.lcm(*self.counts.tolist()), 2**31)  # a draw below it, modulo a count, is uniform
 
+    def encode(self, texts: Sequence[str]) -> Rows:
+        """The rows (N, ...) of texts."""
+        return self.tokenizer.encode(texts)
+
     @cached_property
-    def encoded(self) -> np.ndarray:
-        """The tokens of all captions of the table, one after the other."""
-        return self.tokenizer.encode([caption for row in self.table for caption in row])
+    def encoded(self) -> Rows:
+        """The rows of all captions of the table, one after the other."""
+        return self.encode([caption for row in self.table for caption in row])
 
     def ids(self, image_set: ImageSet) -> np.ndarray:
         if image_set.captions is None or image_set.caption_ids is None:
@@ -183,7 +187,7 @@ class Captions(Nothing):
 
     def rows(self, num: int, labels: Any = None, prompt: str | None = None) -> Rows:
         if prompt is not None:
-            return self.tokenizer.encode([prompt]).repeat(num, 0)
+            return self.encode([prompt]).repeat(num, 0)
         if isinstance(labels, np.ndarray) and labels.ndim == 2:
             return labels
         return self.encoded[self.starts[self.label_array(labels, num)]]
@@ -207,6 +211,14 @@ class Captions(Nothing):
 NO_CAPTIONS = "the images have no captions, which a network of texts needs: docs/training.md says how to write them"
 
 
+def caption_table(image_set: ImageSet | None, kept: dict[str, Any]) -> Sequence[Sequence[str]]:
+    """The captions of the images, or those that a run has `kept`. Raises UserError if the images have none."""
+    table = image_set.captions if image_set else kept.get("captions", CAPTIONS)
+    if not table:
+        raise UserError(NO_CAPTIONS)
+    return table
+
+
 def make_labelling(model: Any, image_set: ImageSet | None, kept: dict[str, Any], names: Any = None,
         tokenizer: Any = None) -> Nothing:  # fmt: skip
     """What the network of a configuration is conditioned on: what the run has `kept`, or else what the images have, or the
@@ -214,9 +226,7 @@ def make_labelling(model: Any, image_set: ImageSet | None, kept: dict[str, Any],
     Raises UserError if the network needs captions and there are none."""
     names = kept.get("class_names") or (image_set and image_set.class_names) or names
     if "tokens" in model.cond_fields:
-        table = image_set.captions if image_set else kept.get("captions", CAPTIONS)
-        if not table:
-            raise UserError(NO_CAPTIONS)
+        table = caption_table(image_set, kept)
         tokenizer = kept.get("tokenizer") or tokenizer
         if not tokenizer and table == CAPTIONS and model.vocab_size < 256:  # too few for byte pairs
             tokenizer = FASHION_WORDS

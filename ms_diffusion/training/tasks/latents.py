@@ -31,9 +31,11 @@ from ...runtime import UserError, alone, broadcast, command, given_up
 from ..checkpoint import read_config, read_state, readable
 from ..config import DataConfig, DiffusionRunConfig, ImageTrainConfig
 from ..runs import is_run, open_run
+from ..text_encoder import FOLDER, Contexts, keep_text_encoder, load_text_encoder
 from .autoencoder import AutoencoderRunConfig, load_first_stage, save_reconstructions
 from .base import Arrays
 from .images import ROW_STEPS, DenoiseRow, ImageData, ImageTask, check_image_size, check_scored, save_rows
+from .labels import Nothing, caption_table, read_kept
 
 ROWS = 4  # images in a training run's rows of noising and denoising
 
@@ -52,6 +54,9 @@ class LatentConfig(ImageData, DiffusionRunConfig):
     """The autoencoder of which such a file has the weights."""
     vocab: str | None = None
     """BERT's vocab.txt, for the conditions text and bert; the new run keeps its words. By default a tokenizer is trained."""
+    text_encoder: str | None = None
+    """Folder of Stable Diffusion, or another with text_encoder and tokenizer in it, whose frozen CLIP encodes the captions,
+    for the condition context; the new run keeps a copy of the encoder."""
     latent_scale: Annotated[float, POSITIVE] | None = None
     """Factor of the latents; by default 1 / the standard deviation of the latents of a first batch."""
     first_stage_patch: Annotated[int, AT_LEAST_1] | None = None
@@ -106,12 +111,34 @@ class LatentTask(ImageTask):
 
     def make_networks(self, device: str) -> None:
         if "context" in self.cond_fields:
-            raise UserError("--model.condition context takes rows from outside, which a run has none of: choose bert")
+            self.null_label = self.contexts.null
         if "tokens" in self.cond_fields and self.null_label is None:
             if not self.tokenizer:
                 raise UserError("the text encoder needs its vocabulary: give BERT's vocab.txt by --vocab")
             self.null_label = self.tokenizer.encode([""])[0]
         super().make_networks(device)
+
+    @cached_property
+    def contexts(self) -> Contexts:
+        """The frozen text encoder of the run, of the run that it starts from, or of --text-encoder."""
+        given, initial = self.config.text_encoder, self.config.init_from
+        homes = [self.run_dir] if self.run_dir else []
+        if initial and not given and is_run(initial):
+            homes.append(open_run(initial, [])[0])
+        width: Any = self.config.model.context_dim
+        for home in homes:
+            if (home / FOLDER / "config.json").exists():
+                return load_text_encoder(home, width, read_kept(home).get("tokenizer"))
+        if not given:
+            raise UserError("--model.condition context needs a frozen CLIP: give its folder by --text-encoder")
+        return load_text_encoder(Path(given), width)
+
+    def make_labelling(self, image_set: ImageSet | None = None) -> Nothing:
+        if "context" not in self.cond_fields:
+            return super().make_labelling(image_set)
+        kept = read_kept(self.run_dir) if self.run_dir else {}
+        names = kept.get("class_names") or (image_set and image_set.class_names)
+        return self.contexts.describe(caption_table(image_set, kept), names)
 
     def load_set(self, split: str) -> ImageSet:
         if self.has_pictures:
@@ -131,6 +158,8 @@ class LatentTask(ImageTask):
     def prepare_data(self) -> None:
         """Encode the images, and find the scale of the latents."""
         config, state = self.config, self.state
+        if "context" in self.cond_fields:
+            share_files(keep_text_encoder(self.run_dir, self.contexts))
         if self.rank == 0:
             self.first_stage = resolve_first_stage(config, self.run_dir, (state or {}).get("first_stage"))
         saved = self.run_dir / "first_stage"
@@ -185,6 +214,8 @@ class LatentTask(ImageTask):
 
     def keep_data(self) -> None:
         super().keep_data()
+        if "context" in self.cond_fields:
+            keep_text_encoder(self.run_dir, self.contexts)
         resolve_first_stage(self.config, self.run_dir, self.weights_hash)
 
     def checkpoint_record(self) -> dict[str, Any]:
