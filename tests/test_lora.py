@@ -194,10 +194,7 @@ def test_outputs_and_gradients_equal_pytorch(targets, size, with_kernels, monkey
         wanted = leaf.grad.numpy()
         np.testing.assert_allclose(ours.asnumpy(), wanted, rtol=1e-3, atol=1e-4 * np.abs(wanted).max(), err_msg=p.name)
 
-    def merge():
-        return low_rank.merge()
-
-    compiled(merge)()
+    compiled(low_rank.make_merge())()
     for path in chosen:
         merged, wanted = net.parameters_dict()[f"{path}.weight"].asnumpy(), w[f"{path}.weight"].detach()
         np.testing.assert_allclose(merged, wanted, atol=1e-6)
@@ -374,7 +371,7 @@ def test_updates_under_the_names_of_diffusers(tmp_path):
     low_rank = LowRank(net, 2, "all", 0)
     for p in low_rank.adapters:
         p.set_data(Tensor(rng.standard_normal(p.shape, np.float32)))
-    low_rank.merge()
+    low_rank.make_merge()()
     Checkpoint(home, net, ema=EMA(net), extra_files={"lora": low_rank.adapters}).save(1, latent_scale=0.7)
     after = diffusers_models(Run(home))["unet"][1]
     succeed("export", home, "--format", "lora", "--out", tmp_path / "lora.safetensors")

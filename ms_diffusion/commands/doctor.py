@@ -155,12 +155,10 @@ def within(version: str, bound: str) -> bool:
     return {"<": ours < theirs, "<=": ours <= theirs, ">": ours > theirs, ">=": ours >= theirs}[found[1]]
 
 
-def read_version(*files: str | Path) -> str | None:
+def read_version(*files: str | Path, pattern: str = r"[Vv]ersion\s*[:= ]\s*\[?([\d][\w.]*)") -> str | None:
     """The version in the first of these files that has one: "Version=8.3.RC1"."""
     for file in map(Path, files):
-        if file.is_file() and (
-            found := re.search(r"[Vv]ersion\s*[:= ]\s*\[?([\d][\w.]*)", file.read_text(errors="replace"))
-        ):
+        if file.is_file() and (found := re.search(pattern, file.read_text(errors="replace"))):
             return found[1]
     return None
 
@@ -192,7 +190,7 @@ def examine_cann() -> Iterator[Finding]:
             fitting = " or ".join(supported_cann()) or "that MindSpore was made for"
             yield NOTE, f"there are Ascend cards but no CANN, so only the CPU is used: install CANN {fitting}"
     if gpus:
-        driver = read_version("/proc/driver/nvidia/version")
+        driver = read_version("/proc/driver/nvidia/version", pattern=r"NVRM version:.*?\s(\d+\.\d[\d.]*)")
         yield OK, f"{len(gpus)} NVIDIA GPU(s), driver {driver or 'of unknown version'}; MindSpore needs CUDA 11.1 or 11.6"
     if not cards and not gpus:
         yield OK, "no Ascend card and no GPU: the CPU is used"

@@ -3,7 +3,7 @@
 The weight W of a layer becomes W_0 + B A (eq. 3): W_0 stays as it is, and A and B, of a small rank, are trained. The network
 itself holds the sum, so that its averages, checkpoints, samples and exports are those of any network."""
 
-from collections.abc import Container
+from collections.abc import Callable, Container
 from typing import Literal
 
 import numpy as np
@@ -80,9 +80,15 @@ class LowRank:
             if isinstance(cell, CONVOLUTIONS_AND_LINEAR) and moved.isdisjoint(map(id, cell.get_parameters())):
                 freeze(cell)  # on the CPU this saves the time of its gradient
 
-    def merge(self) -> tuple[Tensor, ...]:
-        """Set the network's weights to their sums; for a graph."""
-        done = ()
-        for i, update in enumerate(self.updates):
-            done = done + (ops.assign(self.weights[i], update(self.weights[i])),)
-        return done
+    def make_merge(self) -> Callable[[], tuple[Tensor, ...]]:
+        """A function for a graph that sets the network's weights to their sums. Its parameters are variables, as those of
+        an average are (step.py)."""
+        weights, updates = self.weights, self.updates
+
+        def merge():
+            done = ()
+            for i, update in enumerate(updates):
+                done = done + (ops.assign(weights[i], update(weights[i])),)
+            return done
+
+        return merge

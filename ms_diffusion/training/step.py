@@ -143,6 +143,21 @@ def _move_average(weight: Tensor, after: Tensor, average: Tensor, source: Tensor
     return ops.assign(average, ops.lerp(average, ops.depend(source, after), weight))
 
 
+def _mover(ema: EMA, global_step: Parameter) -> Callable[[Tensor, Tensor], Tensor]:
+    """A function for the graph, (loss, whether it is finite) -> the loss, after the average has followed what was trained.
+
+    Its parameters are variables here: in a graph, those that are attributes of an object other than a Cell are constants,
+    which a card assigns to in vain (MindSpore 2.10)."""
+    targets, followed, decay_after = ema.targets, ema.followed, ema.decay_after
+
+    def move(loss, finite):
+        n = ops.cast(ops.depend(global_step, loss), ms.float32).reshape(())
+        weight = _if_finite(finite, 1 - decay_after(n))
+        return ops.depend(loss, each(partial(_move_average, weight, loss), targets, followed))
+
+    return move
+
+
 def in_one_copy(step: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
     """`step`, compiled for Tensors and arrays, of which the arrays go to the device together, in float32: integers in them
     must be below 2^24. Each copy of its own would cost two synchronisations on Ascend (MindSpore 2.10)."""
@@ -289,18 +304,19 @@ def make_train_step(loss_fn: Callable[..., Any], optimizer: nn.Optimizer, ema: E
         ops.assign(optimizer.beta1_power, kept[0])
         ops.assign(optimizer.beta2_power, kept[1])
         ops.assign_add(optimizer.global_step, ops.cast(finite, ms.int32))
-        return move_averages(now, loss, finite), norm
+        return move_averages(moves_now, loss, finite), norm
 
     def fused_update(loss, gradients):
         """The same by one operator of the CPU."""
         return fused(loss, gradients if loss_scaler is None else loss_scaler.unscale(gradients))
 
-    def move_averages(emas, loss, finite):
+    merge = low_rank.make_merge() if low_rank else None
+    moves_now, moves_later = [[_mover(ema, optimizer.global_step) for ema in group] for group in (now, later)]
+
+    def move_averages(moves, loss, finite):
         """The loss, after the averages have followed the parameters that the step has trained."""
-        for average in emas:
-            n = ops.cast(ops.depend(optimizer.global_step, loss), ms.float32).reshape(())
-            weight = _if_finite(finite, 1 - average.decay_after(n))
-            loss = ops.depend(loss, each(partial(_move_average, weight, loss), average.targets, average.followed))
+        for move in moves:
+            loss = move(loss, finite)
         return loss
 
     def repeat(count, *batches):
@@ -315,9 +331,9 @@ def make_train_step(loss_fn: Callable[..., Any], optimizer: nn.Optimizer, ema: E
         return losses, norm
 
     def finish(loss):
-        if low_rank is not None:
-            loss = ops.depend(loss, low_rank.merge())
-        return move_averages(later, loss, ops.isfinite(loss))
+        if merge is not None:
+            loss = ops.depend(loss, merge())
+        return move_averages(moves_later, loss, ops.isfinite(loss))
 
     train = compiled(repeat if steps_per_call > 1 else step) if pack is None else in_one_copy(step)
     count = (Tensor(steps_per_call, ms.int32),) if steps_per_call > 1 else ()
