@@ -61,9 +61,11 @@ def train_classifier(data: ImageSet) -> Any:
     """A function from images (N, H, W, C) uint8 to features (N, 128) and logits (N, classes) of a trained classifier."""
     channels, classes = data.images.shape[-1], len(data.class_names or ())
     net = Classifier(classes, channels=channels)
-    step = make_train_step(
-        lambda x, label: ops.cross_entropy(net(x), label, label_smoothing=0.1), make_optimizer(net, 2e-3, 50, STEPS)
-    )
+
+    def loss_fn(x, label):
+        return ops.cross_entropy(net(x), label, label_smoothing=0.1)
+
+    step = make_train_step(loss_fn, make_optimizer(net, 2e-3, 50, STEPS))
     rows = make_dataset(data.images, data.labels, BATCH, STEPS).create_tuple_iterator(num_epochs=1, output_numpy=True)
     for i, (x, labels) in enumerate(rows):
         step(Tensor(-shift(np.random.default_rng(i), -x)), Tensor(labels))  # the border is white

@@ -35,9 +35,9 @@ def test_presets_fit_the_card_and_their_budgets(group):
 @pytest.mark.parametrize("card", [ASCEND, "gpu"])
 def test_the_checks_can_fail(card):
     skip_without("gpu" if card == "gpu" else "ascend")
-    names = ["good", "einsum", "pyfunc", "float64", "dynamic", "recompiled", "copying"]
+    names = ["good", "einsum", "pyfunc", "float64", "dynamic", "constant", "recompiled", "copying"]
     records = measured(card, [(f"control-{name}", "", "") for name in names])
-    good, einsum, pyfunc, float64, dynamic, recompiled, copying = records
+    good, einsum, pyfunc, float64, dynamic, constant, recompiled, copying = records
     launches = good["launches"]
     assert launches == 2 and good["H2D"] == 1
     assert not problems(good, [launches, 1, good["synchronisations"]])
@@ -51,6 +51,7 @@ def test_the_checks_can_fail(card):
     assert pyfunc["host"] == ["Custom"] and problems(pyfunc, many)
     assert "Cos" in float64["float64"] and problems(float64, many)
     assert "NonZero" in dynamic["dynamic"] and problems(dynamic, many)
+    assert constant["constant"] == ["Assign"] and problems(constant, many)
     assert recompiled["recompilations"] == 4 and problems(recompiled, many)
     assert (copying["H2D"], copying["D2H"]) == (1, 1)
 
@@ -67,6 +68,7 @@ GRAPH = """
         ("host", "visited: Bool(1)", 'primitive_target: "CPU"'),
         ("float64", "Tensor[Float32]", "Tensor[Float64]"),
         ("half", "Tensor[Float32]", "Tensor[BFloat16]"),
+        ("constant", "PrimFunc_Cos(%para1_x, F64(-1))", "PrimFunc_AssignAdd(Tensor(shape=[2, 2], value=...), %3)"),
         ("dynamic", "(2, 2)>)", "(2, -1)>)"),
         ("dynamic", "(2, 2)>)", "(-2)>)"),
     ],
@@ -74,7 +76,7 @@ GRAPH = """
 def test_flaws_of_a_graph(name, old, new):
     assert not any(flaws(GRAPH).values())
     found = flaws(GRAPH.replace(old, new))
-    assert found.pop(name) == ["Cos"] and not any(found.values())
+    assert found.pop(name) == ["AssignAdd" if name == "constant" else "Cos"] and not any(found.values())
 
 
 def test_kernels_on_the_host_are_found_in_the_actors_too():
@@ -84,7 +86,7 @@ def test_kernels_on_the_host_are_found_in_the_actors_too():
 
 
 RECORD = {"preset": "quick", "mode": "train", "precision": "fp32", "error": None, "host": [], "dynamic": [], "float64": []}
-RECORD |= {"half": [], "launches": 100, "H2D": 3, "D2H": 1, "synchronisations": 2, "recompilations": 0}
+RECORD |= {"half": [], "constant": [], "launches": 100, "H2D": 3, "D2H": 1, "synchronisations": 2, "recompilations": 0}
 
 
 @pytest.mark.parametrize(
@@ -95,6 +97,7 @@ RECORD |= {"half": [], "launches": 100, "H2D": 3, "D2H": 1, "synchronisations": 
         {"dynamic": ["NonZero"]},
         {"float64": ["Cos"]},
         {"half": ["GroupNorm"]},
+        {"constant": ["Assign"]},
         {"recompilations": 1},
         {"launches": 101},
         {"D2H": 2},

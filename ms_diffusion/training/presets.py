@@ -57,6 +57,7 @@ CLASS = PixelConfig(
     ),
 )
 LONG = replace(CLASS.train, warmup_steps=500, ema_decay=0.999, timestep_sampling="antithetic")
+EMOJI = replace(LONG, total_steps=4500, warmup_steps=300, save_every=500)
 
 # From images of 32 x 32 pixels to latents of 8 x 8 x 2 numbers, and the diffusion of these latents.
 # The autoencoder's losses are sums over an image, hence the large clip_norm.
@@ -125,7 +126,7 @@ PRESETS: dict[str, Config] = {  # PRESETS["mine"] = config adds a preset
             vocab_size=1024,
             max_length=16,
         ),
-        train=replace(LONG, total_steps=12_000, lr=1.5e-3, sample_guidance=2.0, sample_guidance_interval=(150, 750)),
+        train=EMOJI,
     ),
     "autoencoder": AUTOENCODER,
     "autoencoder-vq": AUTOENCODER_VQ,

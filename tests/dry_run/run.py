@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from .build import DEVICES, MAIN, libraries
@@ -25,6 +26,7 @@ from .build import DEVICES, MAIN, libraries
 PRECISIONS = ("fp32", "fp16", "bf16")
 SOCS = ("Ascend910B2", "Ascend910_9391", "Ascend310P3")
 FLAWS = {"host": "on the host", "dynamic": "of a dynamic shape", "float64": "in float64", "half": "in 16 bits"}
+FLAWS["constant"] = "assigns to a constant, which nobody reads"
 WARM = 2  # calls before the first count
 LOOP = 10  # steps in one call, for presets with a loop in the graph
 SAMPLES = 64
@@ -93,6 +95,8 @@ def flaws(graph: str) -> dict[str, list[str]]:
     for line in graph.splitlines():
         if made := re.match(r"\s*%\S+ = (?:\S+:)?(\w+)", line):
             node = made[1].removeprefix("PrimFunc_")
+            if re.search(r"= (\S+:)?(PrimFunc_)?(Assign\w*|\w*Adam\w*)\(Tensor\(", line):
+                found["constant"].add(node)
         if 'primitive_target: "CPU"' in line or re.search(r"device context: CPU_\d+ *$", line) or node == "PyExecute":
             found["host"].add(node)
         if re.match(r"\s*(:|# (shape|type) :)", line):
@@ -284,9 +288,15 @@ def controls() -> dict[str, Callable[[int], Any]]:
     def copying(x):
         return ops.cos(x)
 
-    graphs = {fn.__name__: ms.jit(fn) for fn in (good, einsum, pyfunc, float64, dynamic, scaled, copying)}
+    holder = SimpleNamespace(parameter=ms.Parameter(x, name="held"))
+
+    def constant(x):
+        return ops.assign(holder.parameter, ops.cos(x))
+
+    graphs = {fn.__name__: ms.jit(fn) for fn in (good, einsum, pyfunc, float64, dynamic, constant, scaled, copying)}
     calls: dict[str, Callable[[int], Any]] = {
-        name: lambda i, graph=graphs[name]: graph(x) for name in ("good", "einsum", "pyfunc", "float64", "dynamic")
+        name: lambda i, graph=graphs[name]: graph(x)
+        for name in ("good", "einsum", "pyfunc", "float64", "dynamic", "constant")
     }
     calls["recompiled"] = lambda i: graphs["scaled"](x, float(i))
     calls["copying"] = lambda i: graphs["copying"](Tensor(np.ones((2, 2), np.float32))).asnumpy()
