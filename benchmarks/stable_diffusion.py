@@ -33,7 +33,8 @@ def make(folder: Path) -> None:
     from ms_diffusion.models.clip import ClipTextConfig
     from ms_diffusion.names import diffusers_names
     from ms_diffusion.runtime import set_device
-    from ms_diffusion.training.pipeline import Settings, read_unet, read_vae
+    from ms_diffusion.training.pipeline import read_unet, read_vae
+    from ms_diffusion.training.text_encoder import Settings
 
     set_device("cpu")
     for part, settings in {"unet": UNET, "vae": VAE, "text_encoder": TEXT, "scheduler": SCHEDULER}.items():
