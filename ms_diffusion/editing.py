@@ -9,7 +9,7 @@ import math
 import numpy as np
 
 from .denoiser import Array, Denoiser
-from .process import GaussianDiffusion
+from .process import DATA, GaussianDiffusion
 from .samplers import Callback, RandnLike, Timesteps, ddpm_step, noise_levels
 
 
@@ -32,11 +32,11 @@ def sample_repaint(denoise: Denoiser, x: Array, diffusion: GaussianDiffusion, ti
         section = levels[first : first + jump_length]
         for repeat in range(jump_n_sample):
             if repeat:  # return from the end of the section to its start with one draw from q(x_t | x_s)
-                alpha = section[0][2] / section[-1][3]
-                x = math.sqrt(alpha) * x + math.sqrt(1 - alpha) * randn_like(x)
-            for _, t, alpha_bar, alpha_bar_next in section:
+                more, less = section[0][2], section[-1][3]
+                x = more.alpha / less.alpha * x + math.sqrt(more.variance_after(less)) * randn_like(x)
+            for _, t, level, following in section:
                 x_start = denoise(x, t)
-                x = ddpm_step(x, x_start, alpha_bar, alpha_bar_next, v_posterior, randn_like)
+                x = ddpm_step(x, x_start, level, following, v_posterior, randn_like)
                 if callback:
                     callback(calls, x, x_start)
                 calls += 1
@@ -48,24 +48,30 @@ def invert_ddim(
 ) -> Array:
     """The x_T from which `sample_ddim` with the same timesteps reaches the image x (Song et al. 2020, section 4.3).
 
-    A DDIM step rotates x_t: x_next = cos x_t - sin v(x_t) (Salimans & Ho 2022, appendix D). Fixed-point iteration, starting
-    with v at x_next, solves it for x_t; each iteration calls the network once. A single iteration equals, to first order,
-    the usual inversion (Dhariwal & Nichol 2021, appendix F), which uses eps and could not be iterated near zero SNR.
+    A DDIM step rotates x_t: x_next = cos x_t - sin v(x_t) (Salimans & Ho 2022, appendix D), where x_t is divided by the
+    root of alpha^2 + sigma^2. Fixed-point iteration, starting with v at x_next, solves it for x_t; each iteration calls the
+    network once. A single iteration equals, to first order, the usual inversion (Dhariwal & Nichol 2021, appendix F), which
+    uses eps and could not be iterated near zero SNR.
 
     Raises ValueError if iterations is below 1, or one step leads from pure noise to data, which cannot be inverted."""
     if iterations < 1:
         raise ValueError(f"iterations is {iterations}: it must be at least 1")
-    last = getattr(diffusion, "last_alpha_cumprod", 1.0)  # where the last step of `sample_ddim` leads
-    for _, t, alpha_bar, alpha_bar_next in reversed(noise_levels(diffusion, timesteps, last)):
-        cos = math.sqrt(alpha_bar * alpha_bar_next) + math.sqrt((1 - alpha_bar) * (1 - alpha_bar_next))
-        sin = math.sqrt((1 - alpha_bar) * alpha_bar_next) - math.sqrt(alpha_bar * (1 - alpha_bar_next))
+    last = getattr(diffusion, "last_level", DATA)  # where the last step of `sample_ddim` leads
+    for _, t, level, following in reversed(noise_levels(diffusion, timesteps, last)):
+        scale, scale_next = math.hypot(*level), math.hypot(*following)
+        alpha, sigma, alpha_next, sigma_next = (
+            level.alpha / scale,
+            level.sigma / scale,
+            *(each / scale_next for each in following),
+        )
+        cos, sin = alpha * alpha_next + sigma * sigma_next, sigma * alpha_next - alpha * sigma_next
         if cos == 0:
             raise ValueError("one step from pure noise to data cannot be inverted: use more timesteps")
-        x_t = x  # x has the noise level of alpha_bar_next
+        start = x_t = x / scale_next  # x has the noise of the following level
         for _ in range(iterations):
-            v = (math.sqrt(alpha_bar) * x_t - denoise(x_t, t)) / math.sqrt(1 - alpha_bar)
-            x_t = (x + sin * v) / cos
-        x = x_t
+            v = (alpha * x_t - denoise(scale * x_t, t)) / sigma
+            x_t = (start + sin * v) / cos
+        x = scale * x_t
     return x
 
 

@@ -4,10 +4,11 @@ x (B, ...): float32 data in [-1, 1], or noised data, of any shape; t (B,): int32
 """
 
 import inspect
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 
@@ -47,6 +48,27 @@ def predict(net: Net, x_t: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
     return ops.cast(net(x_t, t, *as_tuple(cond)), ms.float32)
 
 
+class Level(NamedTuple):
+    """A level of noise: x_t = alpha x_0 + sigma noise."""
+
+    alpha: float
+    sigma: float
+
+    @property
+    def log_snr(self) -> float:
+        """lambda = log(alpha / sigma), half the logarithm of the signal-to-noise ratio."""
+        if not (self.alpha and self.sigma):
+            return math.inf if self.alpha else -math.inf
+        return math.log(self.alpha / self.sigma)
+
+    def variance_after(self, less: "Level") -> float:
+        """The variance of the noise that the forward process adds on its way here from a level with less noise."""
+        return self.sigma**2 - (self.alpha / less.alpha * less.sigma) ** 2
+
+
+DATA = Level(1.0, 0.0)
+
+
 class GaussianDiffusion:
     """Denoising diffusion with Gaussian noise (Ho et al. 2020), in the notation of the latent-diffusion reference.
 
@@ -71,13 +93,13 @@ class GaussianDiffusion:
             eq. 16).
 
     Three attributes are set where a network comes with its own rules for few timesteps (training/pipeline.py): `spacing`,
-    by default that of ddpm and ddim; `steps_offset`, which is added to the timesteps of "leading"; and `last_alpha_cumprod`,
-    the alpha_bar that ddim's last step leads to.
+    by default that of ddpm and ddim; `steps_offset`, which is added to the timesteps of "leading"; and `last_level`, which
+    ddim's last step leads to.
 
     Raises ValueError if an argument is outside its range or unknown. Warns (UserWarning) if alpha_bar_T > 0.01: x_T still
     contains data, so samples will be poor."""
 
-    spacing, steps_offset, last_alpha_cumprod = "linspace", 0, 1.0
+    spacing, steps_offset, last_level = "linspace", 0, DATA
 
     def __init__(self, betas: np.ndarray, objective: str = "eps", loss: str = "huber", v_posterior: float = 0.0,
             clip_denoised: bool = True, weighting: str = "none", gamma: float | None = None, l_simple_weight: float = 1.0,
@@ -147,6 +169,11 @@ class GaussianDiffusion:
         # None if all weights are 1, or all 0: each operator in a graph takes time
         self._simple_weights = None if (self.simple_weights == 1).all() else device(self.simple_weights)
         self._elbo_weights = device(self.elbo_weights) if original_elbo_weight else None
+
+    def level(self, t: int) -> Level:
+        """The level of noise at timestep t."""
+        alpha_bar = float(self.alphas_cumprod[t])
+        return Level(math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar))
 
     # The forward process
 

@@ -6,8 +6,8 @@ x is a Tensor or a numpy array of any shape; a sampler only adds and scales it, 
 descending ints in [0, T), by default all T; x has the noise level of the first. `randn_like(x)` draws N(0, 1).
 `callback(i, x, x_start)` is called after each step. A step calls the network once unless the docstring says otherwise.
 
-With alpha = sqrt(alpha_bar), sigma = sqrt(1 - alpha_bar) and lambda = log(alpha / sigma), half the log-SNR, all samplers of
-the probability-flow ODE take the same step, `ddim_step`; they differ in the x_0 that they pass to it.
+With x_t = alpha x_0 + sigma noise and lambda = log(alpha / sigma), half the log-SNR, all samplers of the probability-flow
+ODE take the same step, `ddim_step`; they differ in the x_0 that they pass to it.
 """
 
 import inspect
@@ -21,7 +21,7 @@ from mindspore import Tensor
 
 from .denoiser import Array, Denoiser
 from .files import in_batches
-from .process import GaussianDiffusion
+from .process import DATA, GaussianDiffusion, Level
 from .runtime import on_device
 
 Sampler = Callable[..., Array]
@@ -76,54 +76,48 @@ def sampling_timesteps(
 
 
 def noise_levels(
-    diffusion: GaussianDiffusion, timesteps: Timesteps, last: float = 1.0
-) -> list[tuple[int, int, float, float]]:
-    """(i, t, alpha_bar of t, alpha_bar of the next timestep) for each step; the last step leads to data, alpha_bar 1, or to
-    an alpha_bar `last`."""
+    diffusion: GaussianDiffusion, timesteps: Timesteps, last: Level = DATA
+) -> list[tuple[int, int, Level, Level]]:
+    """(i, t, level of t, level of the next timestep) for each step; the last step leads to data, or to a level `last`."""
     timesteps = list(range(diffusion.num_timesteps - 1, -1, -1) if timesteps is None else timesteps)
-    alpha_bars = [float(diffusion.alphas_cumprod[t]) for t in timesteps]
-    return list(zip(range(len(timesteps)), timesteps, alpha_bars, [*alpha_bars[1:], last], strict=True))
+    levels = [diffusion.level(t) for t in timesteps]
+    return list(zip(range(len(timesteps)), timesteps, levels, [*levels[1:], last], strict=True))
 
 
-def _lambda(alpha_bar: float) -> float:
-    if not 0 < alpha_bar < 1:
-        return math.inf if alpha_bar else -math.inf
-    return 0.5 * math.log(alpha_bar / (1 - alpha_bar))
+def ddim_step(x: Array, x_start: Array, level: Level, following: Level, noise: float = 0.0) -> Array:
+    """Song et al. 2020, eq. 12, from one level to the following, without its last term, the noise of standard deviation
+    `noise`, which the caller adds.
+
+    Without noise the step is exact if x_0 is constant along it."""
+    keep = math.sqrt(max(following.sigma**2 - noise**2, 0)) / level.sigma
+    return (following.alpha - keep * level.alpha) * x_start + keep * x
 
 
-def ddim_step(x: Array, x_start: Array, alpha_bar: float, alpha_bar_next: float, sigma: float = 0.0) -> Array:
-    """Song et al. 2020, eq. 12, without its last term, the noise of standard deviation `sigma`, which the caller adds.
-
-    With sigma = 0 the step is exact if x_0 is constant along it."""
-    keep = math.sqrt(max(1 - alpha_bar_next - sigma**2, 0) / (1 - alpha_bar))
-    return (math.sqrt(alpha_bar_next) - keep * math.sqrt(alpha_bar)) * x_start + keep * x
-
-
-def quantized_step(x: Array, x_start: Array, alpha_bar: float, alpha_bar_next: float, sigma: float,
+def quantized_step(x: Array, x_start: Array, level: Level, following: Level, noise: float,
         quantize: Quantize) -> tuple[Array, Array]:  # fmt: skip
     """The step of `ddim_step`, and its x_0; with `quantize`, to quantize(x_0), but with the noise that x_0 leaves in x, as
     in the code of latent diffusion."""
-    new = ddim_step(x, x_start, alpha_bar, alpha_bar_next, sigma)
+    new = ddim_step(x, x_start, level, following, noise)
     if quantize is None:
         return new, x_start
     nearest = quantize(x_start)
-    return new + math.sqrt(alpha_bar_next) * (nearest - x_start), nearest
+    return new + following.alpha * (nearest - x_start), nearest
 
 
-def _noise_in(x: Array, x_start: Array, alpha_bar: float) -> Array:
-    return (x - math.sqrt(alpha_bar) * x_start) / math.sqrt(1 - alpha_bar)
+def _noise_in(x: Array, x_start: Array, level: Level) -> Array:
+    return (x - level.alpha * x_start) / level.sigma
 
 
-def ddpm_step(x: Array, x_start: Array, alpha_bar: float, alpha_bar_next: float, v: float, randn_like: RandnLike) -> Array:
-    """A draw from q(x_next | x, x_0) (Ho et al. 2020, eq. 7) with variance (1 - v) posterior variance + v beta."""
+def ddpm_step(x: Array, x_start: Array, level: Level, following: Level, v: float, randn_like: RandnLike) -> Array:
+    """A draw from q(x_next | x, x_0) (Ho et al. 2020, eq. 7) with variance (1 - v) posterior variance + v beta, where beta
+    is the variance that the forward process adds between the two levels."""
     if not 0 <= v <= 1:
         raise ValueError(f"v_posterior is {v}: it must be in [0, 1]")
-    alpha = alpha_bar / alpha_bar_next
-    coef_start, coef_x = math.sqrt(alpha_bar_next) * (1 - alpha), math.sqrt(alpha) * (1 - alpha_bar_next)
-    mean = coef_start / (1 - alpha_bar) * x_start + coef_x / (1 - alpha_bar) * x
-    if alpha_bar_next == 1:
+    ratio, beta = level.alpha / following.alpha, level.variance_after(following)
+    mean = following.alpha * beta / level.sigma**2 * x_start + ratio * following.sigma**2 / level.sigma**2 * x
+    if following.sigma == 0:
         return mean
-    return mean + math.sqrt((1 - alpha) * ((1 - v) * (1 - alpha_bar_next) / (1 - alpha_bar) + v)) * randn_like(x)
+    return mean + math.sqrt(beta * ((1 - v) * following.sigma**2 / level.sigma**2 + v)) * randn_like(x)
 
 
 def sample_ddpm(denoise: Denoiser, x: Array, diffusion: GaussianDiffusion, timesteps: Timesteps = None,
@@ -133,9 +127,9 @@ def sample_ddpm(denoise: Denoiser, x: Array, diffusion: GaussianDiffusion, times
     `v_posterior` is the v of `ddpm_step`; None is `diffusion.v_posterior`. Raises ValueError if it is not in [0, 1].
     `quantize` replaces each x_0, by the nearest entries of a codebook for example."""
     v_posterior = diffusion.v_posterior if v_posterior is None else v_posterior
-    for i, t, alpha_bar, alpha_bar_next in noise_levels(diffusion, timesteps):
+    for i, t, level, following in noise_levels(diffusion, timesteps):
         x_start = denoise(x, t) if quantize is None else quantize(denoise(x, t))
-        x = ddpm_step(x, x_start, alpha_bar, alpha_bar_next, v_posterior, randn_like)
+        x = ddpm_step(x, x_start, level, following, v_posterior, randn_like)
         if callback:
             callback(i, x, x_start)
     return x
@@ -148,12 +142,12 @@ def sample_ddim(denoise: Denoiser, x: Array, diffusion: GaussianDiffusion, times
     Raises ValueError if eta is not in [0, 1]. `quantize` is that of `quantized_step`."""
     if not 0 <= eta <= 1:
         raise ValueError(f"eta is {eta}: it must be in [0, 1], from DDIM to DDPM")
-    for i, t, alpha_bar, alpha_bar_next in noise_levels(diffusion, timesteps, getattr(diffusion, "last_alpha_cumprod", 1.0)):
+    for i, t, level, following in noise_levels(diffusion, timesteps, getattr(diffusion, "last_level", DATA)):
         x_start = denoise(x, t)
-        sigma = eta * math.sqrt((1 - alpha_bar_next) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_next))
-        x, x_start = quantized_step(x, x_start, alpha_bar, alpha_bar_next, sigma, quantize)
-        if sigma > 0:
-            x = x + sigma * randn_like(x)
+        noise = eta * following.sigma / level.sigma * math.sqrt(level.variance_after(following))
+        x, x_start = quantized_step(x, x_start, level, following, noise, quantize)
+        if noise > 0:
+            x = x + noise * randn_like(x)
         if callback:
             callback(i, x, x_start)
     return x
@@ -166,14 +160,14 @@ def sample_heun(denoise: Denoiser, x: Array, diffusion: GaussianDiffusion, times
 
     Above sigma / alpha = 80 a step is DDIM's: Heun's would divide the mean of two eps by nearly 0."""
     steps = noise_levels(diffusion, timesteps)
-    for i, t, alpha_bar, alpha_bar_next in steps:
+    for i, t, level, following in steps:
         x_start = denoise(x, t)
-        new = ddim_step(x, x_start, alpha_bar, alpha_bar_next)
-        if alpha_bar_next < 1 and _lambda(alpha_bar) > -math.log(SIGMA_MAX):
-            eps = _noise_in(x, x_start, alpha_bar)
-            eps_next = _noise_in(new, denoise(new, steps[i + 1][1]), alpha_bar_next)
-            x_start = (x - math.sqrt(1 - alpha_bar) / 2 * (eps + eps_next)) / math.sqrt(alpha_bar)
-            new = ddim_step(x, x_start, alpha_bar, alpha_bar_next)
+        new = ddim_step(x, x_start, level, following)
+        if following.sigma and level.log_snr > -math.log(SIGMA_MAX):
+            eps = _noise_in(x, x_start, level)
+            eps_next = _noise_in(new, denoise(new, steps[i + 1][1]), following)
+            x_start = (x - level.sigma / 2 * (eps + eps_next)) / level.alpha
+            new = ddim_step(x, x_start, level, following)
         x = new
         if callback:
             callback(i, x, x_start)
@@ -189,20 +183,20 @@ def sample_plms(denoise: Denoiser, x: Array, diffusion: GaussianDiffusion, times
     sigma / alpha = 80 are DDIM's, as in `sample_heun`. `quantize` is that of `quantized_step`."""
     weights = {2: (3 / 2, -1 / 2), 3: (23 / 12, -16 / 12, 5 / 12), 4: (55 / 24, -59 / 24, 37 / 24, -9 / 24)}
     steps, past = noise_levels(diffusion, timesteps), []  # past eps, newest first
-    for i, t, alpha_bar, alpha_bar_next in steps:
+    for i, t, level, following in steps:
         x_start = denoise(x, t)
-        eps = _noise_in(x, x_start, alpha_bar)
-        if _lambda(alpha_bar) > -math.log(SIGMA_MAX):
+        eps = _noise_in(x, x_start, level)
+        if level.log_snr > -math.log(SIGMA_MAX):
             past = [eps, *past[:3]]
             if len(past) > 1:
                 mean = sum(w * e for w, e in zip(weights[len(past)], past, strict=True))
-            elif alpha_bar_next < 1:
-                euler, _ = quantized_step(x, x_start, alpha_bar, alpha_bar_next, 0.0, quantize)
-                mean = 0.5 * (eps + _noise_in(euler, denoise(euler, steps[i + 1][1]), alpha_bar_next))
+            elif following.sigma:
+                euler, _ = quantized_step(x, x_start, level, following, 0.0, quantize)
+                mean = 0.5 * (eps + _noise_in(euler, denoise(euler, steps[i + 1][1]), following))
             else:
                 mean = eps
-            x_start = (x - math.sqrt(1 - alpha_bar) * mean) / math.sqrt(alpha_bar)
-        x, x_start = quantized_step(x, x_start, alpha_bar, alpha_bar_next, 0.0, quantize)
+            x_start = (x - level.sigma * mean) / level.alpha
+        x, x_start = quantized_step(x, x_start, level, following, 0.0, quantize)
         if callback:
             callback(i, x, x_start)
     return x
@@ -212,14 +206,14 @@ def sample_dpmpp_2m(denoise: Denoiser, x: Array, diffusion: GaussianDiffusion, t
         randn_like: RandnLike = None, callback: Callback = None) -> Array:  # fmt: skip
     """DPM-Solver++(2M) (Lu et al. 2022, "DPM-Solver++", algorithm 2): x_0 is extrapolated from two calls, order 2."""
     last = None  # (lambda, x_0) of the previous step
-    for i, t, alpha_bar, alpha_bar_next in noise_levels(diffusion, timesteps):
+    for i, t, level, following in noise_levels(diffusion, timesteps):
         x_start = denoise(x, t)
-        now, guess = _lambda(alpha_bar), x_start
-        if last is not None and alpha_bar_next < 1:
-            r = (now - last[0]) / (_lambda(alpha_bar_next) - now)
+        now, guess = level.log_snr, x_start
+        if last is not None and following.sigma:
+            r = (now - last[0]) / (following.log_snr - now)
             guess = (1 + 0.5 / r) * x_start - 0.5 / r * last[1]
         last = now, x_start
-        x = ddim_step(x, guess, alpha_bar, alpha_bar_next)
+        x = ddim_step(x, guess, level, following)
         if callback:
             callback(i, x, x_start)
     return x
@@ -244,20 +238,20 @@ def sample_unipc(denoise: Denoiser, x: Array, diffusion: GaussianDiffusion, time
         randn_like: RandnLike = None, callback: Callback = None, order: int = 3) -> Array:  # fmt: skip
     """UniPC (Zhao et al. 2023, algorithms 5 to 8): a multistep predictor over `order` points, whose result is corrected with
     the x_0 of the next call."""
-    past, before = [], (x, 1.0)  # [(lambda, x_0)] newest first; (x, alpha_bar) of the previous step
+    past, before = [], (x, DATA)  # [(lambda, x_0)] newest first; (x, level) of the previous step
     steps = noise_levels(diffusion, timesteps)
-    for i, t, alpha_bar, alpha_bar_next in steps:
-        x_start, now = denoise(x, t), _lambda(alpha_bar)
+    for i, t, level, following in steps:
+        x_start, now = denoise(x, t), level.log_snr
         if past:  # correct x with the network's prediction at x
             points = [(place - past[0][0], x_0) for place, x_0 in [*past, (now, x_start)]]
-            x = ddim_step(before[0], _unipc_guess(now - past[0][0], points), before[1], alpha_bar)
+            x = ddim_step(before[0], _unipc_guess(now - past[0][0], points), before[1], level)
         if now > -math.inf:
             past = [(now, x_start), *past[: order - 1]]
-        before = x, alpha_bar
+        before = x, level
         depth = min(order, len(past), len(steps) - i)  # low order in the last steps: they are nearly free of noise
         points = [(place - now, x_0) for place, x_0 in past[:depth]] or [(0, x_start)]
-        guess = _unipc_guess(_lambda(alpha_bar_next) - now, points) if alpha_bar_next < 1 else x_start
-        x = ddim_step(x, guess, alpha_bar, alpha_bar_next)
+        guess = _unipc_guess(following.log_snr - now, points) if following.sigma else x_start
+        x = ddim_step(x, guess, level, following)
         if callback:
             callback(i, x, x_start)
     return x

@@ -8,6 +8,7 @@ import numpy as np
 import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 
+from ms_diffusion.process import Level
 from ms_diffusion.runtime import compiled
 from ms_diffusion.schedules import SCHEDULES, linear_beta_schedule, rescale_zero_terminal_snr
 
@@ -24,7 +25,15 @@ def diffusion_of(schedule="linear", T=1000, zero_terminal_snr=False, v_posterior
     betas = SCHEDULES[schedule](T)
     if zero_terminal_snr:
         betas = rescale_zero_terminal_snr(betas)
-    return SimpleNamespace(num_timesteps=T, v_posterior=v_posterior, alphas_cumprod=np.cumprod(1 - betas))
+    return process_of(np.cumprod(1 - betas), v_posterior=v_posterior)
+
+
+def process_of(alpha_bar, **attributes):
+    """What a sampler needs of a process with these alpha_bar (T,)."""
+    alpha_bar = np.asarray(alpha_bar)
+    levels = [*map(Level, np.sqrt(alpha_bar).tolist(), np.sqrt(1 - alpha_bar).tolist())]
+    attributes = {"v_posterior": 0.0, **attributes}
+    return SimpleNamespace(num_timesteps=len(levels), alphas_cumprod=alpha_bar, level=levels.__getitem__, **attributes)
 
 
 def alpha_bar_of(t, betas=BETAS, like=None):

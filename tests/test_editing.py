@@ -1,11 +1,10 @@
 """RePaint, DDIM inversion and slerp on Gaussian data, whose exact denoiser and conditionals are known, in float64."""
 
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from helpers import diffusion_of
+from helpers import diffusion_of, process_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,7 +21,7 @@ examples = settings(deadline=None, max_examples=50)
 
 def geometric_diffusion(T, v_posterior=1.0):
     """sigma / alpha from 0.01 to 30: small steps where the data is made, with beta as the variance."""
-    return SimpleNamespace(num_timesteps=T, v_posterior=v_posterior, alphas_cumprod=1 / (1 + np.geomspace(0.01, 30, T) ** 2))
+    return process_of(1 / (1 + np.geomspace(0.01, 30, T) ** 2), v_posterior=v_posterior)
 
 
 def exact_denoiser(diffusion):
@@ -286,9 +285,7 @@ def test_one_iteration_is_to_first_order_diffusers_inversion(schedule):
     for steps in (50, 100, 200):
         scheduler = diffusers.DDIMInverseScheduler(beta_schedule=schedule, clip_sample=False)
         scheduler.set_timesteps(steps)
-        diffusion = SimpleNamespace(
-            num_timesteps=1000, v_posterior=0.0, alphas_cumprod=scheduler.alphas_cumprod.double().numpy()
-        )
+        diffusion = process_of(scheduler.alphas_cumprod.double().numpy())
         denoise, theirs = exact_denoiser(diffusion), x
         for t in scheduler.timesteps.tolist():
             alpha_bar = diffusion.alphas_cumprod[t]

@@ -63,12 +63,12 @@ def test_a_scheduler(tmp_path):
     first, last = np.cumprod(1 - betas)[[1, 0]]  # x_0 = x here, and the last step does not lead to data
     kept = np.sqrt((1 - last) / (1 - first))
     np.testing.assert_allclose(known[0], np.sqrt(last) + kept * (1 - np.sqrt(first)), rtol=1e-12)
-    assert noise_levels(process, [1]) == [(0, 1, first, 1.0)]
+    assert noise_levels(process, [1]) == [(0, 1, (np.sqrt(first), np.sqrt(1 - first)), (1, 0))]
 
 
 def test_the_defaults_of_schedulers(tmp_path):
     ddim = scheduler(tmp_path)
-    assert (ddim.spacing, ddim.steps_offset, ddim.last_alpha_cumprod, ddim.clip_denoised) == ("leading", 0, 1.0, True)
+    assert (ddim.spacing, ddim.steps_offset, ddim.last_level, ddim.clip_denoised) == ("leading", 0, (1, 0), True)
     euler = scheduler(tmp_path, _class_name="EulerDiscreteScheduler", prediction_type="v_prediction")
     assert (euler.spacing, euler.objective, euler.clip_denoised) == ("linspace", "v", False)
     zero = scheduler(tmp_path, rescale_betas_zero_snr=True, prediction_type="v_prediction")

@@ -14,7 +14,7 @@ from scipy.integrate import solve_ivp
 from mindspore import Tensor
 
 from ms_diffusion.denoiser import self_conditioned
-from ms_diffusion.process import GaussianDiffusion
+from ms_diffusion.process import DATA, GaussianDiffusion, Level
 from ms_diffusion.samplers import (
     SAMPLERS,
     SPACINGS,
@@ -453,8 +453,9 @@ def test_one_step_gives_the_denoisers_answer(sampler):
 @every_sampler
 def test_the_callback_sees_each_step_in_order(sampler):
     """Heun calls the network twice a step but in the last, PLMS in its first; but once where sigma / alpha is above 80."""
-    alpha_bar = [*1 / (1 + np.array([1000.0, 81, 79, 2, 0.1]) ** 2), 1.0]
-    diffusion = SimpleNamespace(num_timesteps=5, v_posterior=0.0, alphas_cumprod=alpha_bar[4::-1])
+    alpha_bar = 1 / (1 + np.array([1000.0, 81, 79, 2, 0.1]) ** 2)
+    levels = [*map(Level, np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar)), DATA]
+    diffusion = SimpleNamespace(num_timesteps=5, v_posterior=0.0, level=levels[4::-1].__getitem__)
     timesteps, events = [4, 3, 2, 1, 0], []
     calls = {sample_heun: [[4], [3], [2, 1], [1, 0], [0]], sample_plms: [[4], [3], [2, 1], [1], [0]]}
 
@@ -476,7 +477,7 @@ def test_the_callback_sees_each_step_in_order(sampler):
         if i == 0 or sampler not in calls:  # the network's answer; those two report the x_0 that they made of it
             np.testing.assert_array_equal(x_start, 0.5 * x_given)
         else:
-            np.testing.assert_allclose(x_next, ddim_step(x, x_start, alpha_bar[i], alpha_bar[i + 1]))
+            np.testing.assert_allclose(x_next, ddim_step(x, x_start, *levels[i : i + 2]))
         x = x_next
     assert out is x
 

@@ -6,10 +6,10 @@ All on a smooth eps of no use to anyone and Stable Diffusion's betas, where sigm
 import math
 import warnings
 from functools import partial
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from helpers import process_of
 
 from ms_diffusion.samplers import (
     sample_ddim,
@@ -33,7 +33,7 @@ def ratio(alpha_bar):
 
 def stable_diffusion(T=1000):
     betas = SCHEDULES["sqrt_linear"](T, 0.00085, 0.012)
-    return SimpleNamespace(num_timesteps=T, v_posterior=0.0, betas=betas, alphas_cumprod=np.cumprod(1 - betas))
+    return process_of(np.cumprod(1 - betas), betas=betas)
 
 
 def eps(x, t):

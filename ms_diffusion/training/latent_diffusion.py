@@ -148,7 +148,7 @@ class DDPM:
 
         process = copy(self.diffusion)
         if sampler.func is sample_ddim:  # which ends at the first timestep in the original
-            process.last_alpha_cumprod = float(process.alphas_cumprod[0])
+            process.last_level = process.level(0)
         options = (process, list(timesteps), shape, num, seed, num, watch)
         return generate(sampler, denoise, *options, start=x_T), xs, starts
 

@@ -173,7 +173,7 @@ def read_scheduler(settings: Settings) -> GaussianDiffusion:
         raise UserError(f"{settings.path}: timestep_spacing is {process.spacing!r}: choose one of {', '.join(even)}")
     process.steps_offset = settings.get("steps_offset", Annotated[int, Bounds(0, T - 1)], 0)
     if not settings.get("set_alpha_to_one", bool, name != "PNDMScheduler"):
-        process.last_alpha_cumprod = float(process.alphas_cumprod[0])
+        process.last_level = process.level(0)
     return process
 
 
