@@ -51,9 +51,9 @@ def bits_per_dim(denoise: Callable[[np.ndarray, int], np.ndarray], diffusion: Ga
     if not (abs(levels - np.clip(np.round(levels), 0, 255)) < 1e-3).all():
         raise ValueError("x_start is not on the 256 levels n / 127.5 - 1, n = 0..255: pass 8-bit images")
     T, alpha_bar = diffusion.num_timesteps, diffusion.alphas_cumprod
-    q_variance = diffusion.betas * (1 - diffusion.alphas_cumprod_prev) / (1 - alpha_bar)
+    q_variance = diffusion.q_variance
     p_variance = diffusion.posterior_variance.copy()
-    p_variance[0] = p_variance[1] if T > 1 else diffusion.betas[0]
+    p_variance[0] = p_variance[1] if T > 1 else diffusion.added[0]
 
     nats, mse = np.empty((2, len(x_start), T))
     for t in range(T - 1, -1, -1):

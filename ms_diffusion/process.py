@@ -6,6 +6,7 @@ x (B, ...): float32 data in [-1, 1], or noised data, of any shape; t (B,): int32
 import inspect
 import math
 import warnings
+from collections import ChainMap
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple
@@ -19,13 +20,13 @@ from .fields import AT_LEAST_1, FRACTION, NON_NEGATIVE, POSITIVE, Bounds, OneOf,
 from .files import check_memory
 from .losses import LOSSES
 from .runtime import allow_numpy_2
-from .schedules import SCHEDULES, rescale_zero_terminal_snr
+from .schedules import PATHS, SCHEDULES, Path, rescale_zero_terminal_snr
 
 allow_numpy_2()
 
 TABLES = 30  # float64 numbers of each timestep that a process keeps or computes
 OBJECTIVES = ("eps", "x0", "v")
-WEIGHTINGS = ("none", "min-snr", "p2")
+WEIGHTINGS = ("none", "min-snr", "p2", "velocity")
 BETA = Bounds(0, 1, low_open=True, high_open=True)
 Net = Callable[..., Tensor]
 Cond = Tensor | tuple[Tensor, ...] | None  # what a network is conditioned on, (B, ...) each
@@ -69,46 +70,53 @@ class Level(NamedTuple):
 DATA = Level(1.0, 0.0)
 
 
-class GaussianDiffusion:
-    """Denoising diffusion with Gaussian noise (Ho et al. 2020), in the notation of the latent-diffusion reference.
+class Process:
+    """Diffusion with Gaussian noise, x_t = alpha_t x_0 + sigma_t noise, in T levels of more and more noise.
 
-    Tables are float64 numpy arrays on the host (`betas`, `alphas_cumprod`, ... are attributes, (T,)) and float32 Tensors on
-    the device. Both are computed once: do not assign attributes later.
+    Tables are float64 numpy arrays on the host (`alphas`, `sigmas`, ... are attributes, (T,)) and float32 Tensors on the
+    device. Both are computed once: do not assign attributes later.
 
     Args:
-        betas: (T,), in (0, 1); the last may be 1 if the objective is not "eps".
-        objective: what the network predicts: "eps" the noise, "x0" the data, "v" = sqrt(alpha_bar) eps - sqrt(1 -
-            alpha_bar) x_0 (Salimans & Ho 2022).
+        alphas, sigmas: (T,), at least 0; sigma / alpha increases. The last alpha may be 0 if the objective is not "eps".
+        objective: what the network predicts: "eps" the noise, "x0" the data, "v" = alpha' x_0 + sigma' noise.
+        slopes: (alpha', sigma'), (T,) each, by default (-sigmas, alphas). If they are the derivatives of alpha and sigma by
+            time, v is the velocity of x_t.
         loss: "l1", "l2" or "huber".
-        v_posterior: the reverse variance is (1 - v) posterior variance + v beta (Ho et al. 2020, section 3.2).
+        v_posterior: the reverse variance is (1 - v) posterior variance + v beta, where beta is the variance of the noise
+            that a step adds (Ho et al. 2020, section 3.2).
         clip_denoised: clip the predicted x_0 to [-1, 1], the range of images: in `p_mean_variance`, in the guess of
             self-conditioning, and in `make_denoiser` by default.
-        weighting: weights of the timesteps in the loss. For eps, with SNR = alpha_bar / (1 - alpha_bar), "min-snr" is
-            min(SNR, gamma) / SNR (Hang et al. 2023, section 3.4) and "p2" is (1 + SNR)^-gamma (Choi et al. 2022, eq. 8, k =
-            1). The same squared error is SNR times smaller in x_0 and alpha_bar times smaller in v. At zero SNR both weights
-            are 0 in x_0 and v.
-        gamma: the parameter of min-snr (None: 5, as in its paper) or p2 (None: 1, as in its paper).
+        weighting: weights of the timesteps in the loss. For eps, with SNR = alpha^2 / sigma^2, "min-snr" is min(SNR, gamma)
+            / SNR (Hang et al. 2023, section 3.4) and "p2" is (1 + SNR)^-gamma (Choi et al. 2022, eq. 8, k = 1). "velocity"
+            is the error of v, whatever is predicted (Li & He 2025, arXiv 2511.13720), with sigma at least gamma. The same
+            squared error is SNR times smaller in x_0 than in eps, and (sigma / (alpha sigma' - alpha' sigma))^2 times
+            smaller than in v. At zero SNR the first two weights are 0 in x_0 and v.
+        gamma: the parameter of min-snr (None: 5, as in its paper), p2 (None: 1, as in its paper) or velocity (None: 0.05).
         l_simple_weight, original_elbo_weight: the loss is l_simple_weight times the weighted error plus original_elbo_weight
             times the error weighted by `lvlb_weights`, as in the code of latent diffusion (L_hybrid, Nichol & Dhariwal 2021,
             eq. 16).
+        betas: (T,), the variances that the steps add, where they are known exactly.
 
     Three attributes are set where a network comes with its own rules for few timesteps (training/pipeline.py): `spacing`,
     by default that of ddpm and ddim; `steps_offset`, which is added to the timesteps of "leading"; and `last_level`, which
     ddim's last step leads to.
 
-    Raises ValueError if an argument is outside its range or unknown. Warns (UserWarning) if alpha_bar_T > 0.01: x_T still
+    Raises ValueError if an argument is outside its range or unknown. Warns (UserWarning) if alpha_T^2 > 0.01: x_T still
     contains data, so samples will be poor."""
 
     spacing, steps_offset, last_level = "linspace", 0, DATA
 
-    def __init__(self, betas: np.ndarray, objective: str = "eps", loss: str = "huber", v_posterior: float = 0.0,
-            clip_denoised: bool = True, weighting: str = "none", gamma: float | None = None, l_simple_weight: float = 1.0,
-            original_elbo_weight: float = 0.0):  # fmt: skip
-        betas = np.asarray(betas, np.float64)
-        if betas.ndim != 1 or not len(betas) or not ((betas > 0) & (betas < 1))[:-1].all() or not 0 < betas[-1] <= 1:
-            raise ValueError("betas must be a list of numbers between 0 and 1")
-        if objective == "eps" and betas[-1] == 1:
-            raise ValueError("betas end in 1 (zero terminal SNR), where eps does not determine x_0: use objective v or x0")
+    def __init__(self, alphas: np.ndarray, sigmas: np.ndarray, objective: str = "v", loss: str = "l2",
+            v_posterior: float = 0.0, clip_denoised: bool = True, weighting: str = "none", gamma: float | None = None,
+            l_simple_weight: float = 1.0, original_elbo_weight: float = 0.0, *,
+            slopes: tuple[np.ndarray, np.ndarray] | None = None, betas: np.ndarray | None = None):  # fmt: skip
+        alphas, sigmas = np.asarray(alphas, np.float64), np.asarray(sigmas, np.float64)
+        if alphas.ndim != 1 or alphas.shape != sigmas.shape or not (alphas[:-1] > 0).all() or not (sigmas > 0).all():
+            raise ValueError("alphas and sigmas must be lists of one length, of numbers above 0")
+        if objective == "eps" and alphas[-1] == 0:
+            raise ValueError(
+                "the last alpha is 0 (zero terminal SNR), where eps does not determine x_0: use objective v or x0"
+            )
         choices = ("objective", objective, OBJECTIVES), ("loss", loss, LOSSES), ("weighting", weighting, WEIGHTINGS)
         for name, value, known in choices:
             if value not in known:
@@ -116,52 +124,58 @@ class GaussianDiffusion:
         if not 0 <= v_posterior <= 1:
             raise ValueError(f"v_posterior is {v_posterior}: it must be in [0, 1]")
         if gamma is not None and not (gamma > 0 and weighting != "none"):
-            raise ValueError(f"gamma is {gamma}: it must be above 0, and needs weighting min-snr or p2")
+            raise ValueError(f"gamma is {gamma}: it must be above 0, and needs weighting min-snr, p2 or velocity")
         if not (l_simple_weight >= 0 and original_elbo_weight >= 0 and l_simple_weight + original_elbo_weight > 0):
             raise ValueError("l_simple_weight and original_elbo_weight must be at least 0, and not both 0")
         self.objective, self.loss, self.v_posterior, self.clip_denoised = objective, LOSSES[loss], v_posterior, clip_denoised
 
         # Forward process q(x_t | x_0)
-        self.betas, self.num_timesteps = betas, len(betas)
-        self.alphas_cumprod = np.cumprod(1 - betas)
-        self.alphas_cumprod_prev = np.append(1.0, self.alphas_cumprod[:-1])
+        self.alphas, self.sigmas, self.num_timesteps = alphas, sigmas, len(alphas)
+        self.slopes = slopes or (-sigmas, alphas)
+        self.alphas_cumprod = alphas**2 / (alphas**2 + sigmas**2)  # the alpha_bar of the same ratio
         if self.alphas_cumprod[-1] > 0.01:
             warnings.warn(
                 f"alpha_bar_T is {self.alphas_cumprod[-1]:.3g}, so x_T still holds data: use larger betas or more timesteps",
-                stacklevel=2,
+                stacklevel=3,
             )
 
         # Posterior q(x_{t-1} | x_t, x_0), eqs. 6 and 7
-        self.posterior_mean_coef1 = betas * np.sqrt(self.alphas_cumprod_prev) / (1 - self.alphas_cumprod)
-        self.posterior_mean_coef2 = (1 - self.alphas_cumprod_prev) * np.sqrt(1 - betas) / (1 - self.alphas_cumprod)
-        q_variance = betas * (1 - self.alphas_cumprod_prev) / (1 - self.alphas_cumprod)
-        self.posterior_variance = (1 - v_posterior) * q_variance + v_posterior * betas
+        before, noise_before = np.append(1.0, alphas[:-1]), np.append(0.0, sigmas[:-1])
+        ratios = alphas / before
+        self.added = sigmas**2 - (ratios * noise_before) ** 2 if betas is None else betas
+        self.posterior_mean_coef1 = self.added * before / sigmas**2
+        self.posterior_mean_coef2 = noise_before**2 * ratios / sigmas**2
+        self.q_variance = self.added * noise_before**2 / sigmas**2
+        self.posterior_variance = (1 - v_posterior) * self.q_variance + v_posterior * self.added
 
         # Weights of the prediction's squared error: in the variational bound (eq. 12), where the variance at t = 0 is 0 and
         # the weight of t = 1 is used, and in the loss
-        snr = self.alphas_cumprod / (1 - self.alphas_cumprod)
+        snr, turn = (alphas / sigmas) ** 2, alphas * self.slopes[1] - sigmas * self.slopes[0]
         with np.errstate(divide="ignore"):
-            in_x0 = {"x0": np.ones(self.num_timesteps), "eps": 1 / snr, "v": 1 - self.alphas_cumprod}[objective]
+            in_x0 = {"x0": np.ones(self.num_timesteps), "eps": 1 / snr, "v": (sigmas / turn) ** 2}[objective]
             self.lvlb_weights = self.posterior_mean_coef1**2 / (2 * self.posterior_variance) * in_x0
         if v_posterior == 0 and self.num_timesteps > 1:
             self.lvlb_weights[0] = self.lvlb_weights[1]
         if original_elbo_weight > 0 and not np.isfinite(self.lvlb_weights).all():
             raise ValueError("original_elbo_weight needs a variance above 0 at each timestep: use more timesteps")
-        weights = np.ones(len(betas))
-        if weighting != "none":
-            weights = (np.minimum(snr, gamma or 5) if weighting == "min-snr" else (1 + snr) ** -(gamma or 1) * snr) * in_x0
+        of_x0 = {
+            "min-snr": lambda: np.minimum(snr, gamma or 5),
+            "p2": lambda: (1 + snr) ** -(gamma or 1) * snr,
+            "velocity": lambda: (turn / np.maximum(sigmas, gamma or 0.05)) ** 2,
+        }
+        weights = np.ones(len(alphas)) if weighting == "none" else of_x0[weighting]() * in_x0
         self.simple_weights = l_simple_weight * weights
-        self.elbo_weights = original_elbo_weight * self.lvlb_weights if original_elbo_weight else np.zeros(len(betas))
+        self.elbo_weights = original_elbo_weight * self.lvlb_weights if original_elbo_weight else np.zeros(len(alphas))
 
         def device(values):
             return Tensor(values.astype(np.float32))
 
-        self._sqrt_alphas_cumprod = device(np.sqrt(self.alphas_cumprod))
-        self._sqrt_one_minus_alphas_cumprod = device(np.sqrt(1 - self.alphas_cumprod))
-        self._log_one_minus_alphas_cumprod = device(np.log(1 - self.alphas_cumprod))
+        self._alphas, self._sigmas = device(alphas), device(sigmas)
+        self._log_variances = device(np.log(sigmas**2))
         with np.errstate(divide="ignore"):  # infinite at zero SNR, where the objective is not eps
-            self._sqrt_recip_alphas_cumprod = device(np.sqrt(1 / self.alphas_cumprod))
-            self._sqrt_recipm1_alphas_cumprod = device(np.sqrt(1 / self.alphas_cumprod - 1))
+            self._recip_alphas, self._recip_snr_roots = device(1 / alphas), device(sigmas / alphas)
+        self._slopes = [device(slope) for slope in self.slopes]
+        self._start_of_v = device(self.slopes[1] / turn), device(sigmas / turn)
         self._posterior_mean_coef1 = device(self.posterior_mean_coef1)
         self._posterior_mean_coef2 = device(self.posterior_mean_coef2)
         self._posterior_variance = device(self.posterior_variance)
@@ -172,21 +186,18 @@ class GaussianDiffusion:
 
     def level(self, t: int) -> Level:
         """The level of noise at timestep t."""
-        alpha_bar = float(self.alphas_cumprod[t])
-        return Level(math.sqrt(alpha_bar), math.sqrt(1 - alpha_bar))
+        return Level(float(self.alphas[t]), float(self.sigmas[t]))
 
     # The forward process
 
     def q_mean_variance(self, x_start: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mean (B, ...), variance and log-variance (B, 1, ...) of q(x_t | x_0), eq. 4."""
-        mean = at(self._sqrt_alphas_cumprod, t, x_start) * x_start
-        variance = ops.square(at(self._sqrt_one_minus_alphas_cumprod, t, x_start))
-        return mean, variance, at(self._log_one_minus_alphas_cumprod, t, x_start)
+        mean = at(self._alphas, t, x_start) * x_start
+        return mean, ops.square(at(self._sigmas, t, x_start)), at(self._log_variances, t, x_start)
 
     def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """x_t = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) noise, noise ~ N(0, 1), eq. 4."""
-        signal = at(self._sqrt_alphas_cumprod, t, x_start) * x_start
-        return signal + at(self._sqrt_one_minus_alphas_cumprod, t, x_start) * noise
+        """x_t = alpha x_0 + sigma noise, noise ~ N(0, 1), eq. 4."""
+        return at(self._alphas, t, x_start) * x_start + at(self._sigmas, t, x_start) * noise
 
     def q_posterior(self, x_start: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Mean, variance and log-variance of q(x_{t-1} | x_t, x_0), eqs. 6 and 7; the log is at least log(1e-20)."""
@@ -197,20 +208,20 @@ class GaussianDiffusion:
 
     def predict_start_from_noise(self, x_t: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """The x_0 from which `noise` leads to x_t: eq. 4 solved for x_0."""
-        return at(self._sqrt_recip_alphas_cumprod, t, x_t) * x_t - at(self._sqrt_recipm1_alphas_cumprod, t, x_t) * noise
+        return at(self._recip_alphas, t, x_t) * x_t - at(self._recip_snr_roots, t, x_t) * noise
 
     def predict_noise_from_start(self, x_t: Tensor, t: Tensor, x_start: Tensor) -> Tensor:
         """The noise that leads from x_start to x_t: eq. 4 solved for the noise."""
-        signal = at(self._sqrt_alphas_cumprod, t, x_t) * x_start
-        return (x_t - signal) / at(self._sqrt_one_minus_alphas_cumprod, t, x_t)
+        return (x_t - at(self._alphas, t, x_t) * x_start) / at(self._sigmas, t, x_t)
 
     def predict_v(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """v = sqrt(alpha_bar) noise - sqrt(1 - alpha_bar) x_0 (Salimans & Ho 2022, section 4)."""
-        return self.predict_start_from_v(noise, t, x_start)  # the same rotation
+        """v = alpha' x_0 + sigma' noise; by default alpha noise - sigma x_0 (Salimans & Ho 2022, section 4)."""
+        return at(self._slopes[1], t, x_start) * noise + at(self._slopes[0], t, x_start) * x_start
 
     def predict_start_from_v(self, x_t: Tensor, t: Tensor, v: Tensor) -> Tensor:
-        """x_0 = sqrt(alpha_bar) x_t - sqrt(1 - alpha_bar) v (Salimans & Ho 2022, appendix D)."""
-        return at(self._sqrt_alphas_cumprod, t, x_t) * x_t - at(self._sqrt_one_minus_alphas_cumprod, t, x_t) * v
+        """x_0 = (sigma' x_t - sigma v) / (alpha sigma' - alpha' sigma); by default alpha x_t - sigma v (Salimans & Ho 2022,
+        appendix D)."""
+        return at(self._start_of_v[0], t, x_t) * x_t - at(self._start_of_v[1], t, x_t) * v
 
     def predict_start(self, model_output: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """x_0 from the network's output, for any objective."""
@@ -261,14 +272,38 @@ class GaussianDiffusion:
         return ops.mean(self.losses(net, x_start, t, noise, *options))
 
 
+class GaussianDiffusion(Process):
+    """Denoising diffusion (Ho et al. 2020), in the notation of the latent-diffusion reference: alpha = sqrt(alpha_bar) and
+    sigma = sqrt(1 - alpha_bar), where alpha_bar is the product of 1 - beta so far.
+
+    Args:
+        betas: (T,), in (0, 1); the last may be 1 if the objective is not "eps".
+
+    The other arguments are those of `Process`. Raises ValueError if betas are out of range, and see `Process`."""
+
+    def __init__(self, betas: np.ndarray, objective: str = "eps", loss: str = "huber", v_posterior: float = 0.0,
+            clip_denoised: bool = True, weighting: str = "none", gamma: float | None = None, l_simple_weight: float = 1.0,
+            original_elbo_weight: float = 0.0):  # fmt: skip
+        betas = np.asarray(betas, np.float64)
+        if betas.ndim != 1 or not len(betas) or not ((betas > 0) & (betas < 1))[:-1].all() or not 0 < betas[-1] <= 1:
+            raise ValueError("betas must be a list of numbers between 0 and 1")
+        if objective == "eps" and betas[-1] == 1:
+            raise ValueError("betas end in 1 (zero terminal SNR), where eps does not determine x_0: use objective v or x0")
+        self.betas, alpha_bar = betas, np.cumprod(1 - betas)
+        options = v_posterior, clip_denoised, weighting, gamma, l_simple_weight, original_elbo_weight
+        super().__init__(np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar), objective, loss, *options, betas=betas)
+        self.alphas_cumprod, self.alphas_cumprod_prev = alpha_bar, np.append(1.0, alpha_bar[:-1])
+
+
 @dataclass(frozen=True)
 class DiffusionConfig:
     """The diffusion process, and what the network learns."""
 
     num_timesteps: Annotated[int, AT_LEAST_1] = 1000
     """T, the number of diffusion steps."""
-    schedule: Annotated[str, OneOf(SCHEDULES)] = "linear"
-    """Noise schedule: linear, unscaled_linear, cosine, quadratic, sigmoid or sqrt_linear."""
+    schedule: Annotated[str, OneOf(ChainMap(SCHEDULES, PATHS))] = "linear"
+    """Noise schedule: linear, unscaled_linear, cosine, quadratic, sigmoid or sqrt_linear; flow, the straight line of
+    rectified flow; edm, the noise levels and the preconditioning of EDM. The last two need objective v or x0."""
     objective: Annotated[str, OneOf(OBJECTIVES)] = "eps"
     """What the network predicts: eps, x0 or v."""
     loss: Annotated[str, OneOf(LOSSES)] = "huber"
@@ -278,9 +313,9 @@ class DiffusionConfig:
     zero_terminal_snr: bool = False
     """Rescale the schedule so that x_T is pure noise (Lin et al. 2024); needs objective x0 or v."""
     weighting: Annotated[str, OneOf(WEIGHTINGS)] = "none"
-    """Weights of the timesteps in the loss: none, min-snr or p2."""
+    """Weights of the timesteps in the loss: none, min-snr, p2 or velocity (the error of the velocity v)."""
     gamma: Annotated[float, POSITIVE] | None = None
-    """gamma of min-snr (default 5) or p2 (default 1)."""
+    """gamma of min-snr (default 5) or p2 (default 1), or the least sigma of velocity (default 0.05)."""
     l_simple_weight: Annotated[float, NON_NEGATIVE] = 1.0
     """Weight in the loss of the error that `weighting` weights."""
     original_elbo_weight: Annotated[float, NON_NEGATIVE] = 0.0
@@ -290,17 +325,28 @@ class DiffusionConfig:
     beta_end: Annotated[float, BETA] | None = None
     """Last beta of a schedule that has a range of betas; by default the schedule's own."""
 
-    def build(self, clip_denoised: bool = True) -> GaussianDiffusion:
+    shift: Annotated[float, POSITIVE] | None = None
+    """Of the times of flow, towards the noise: 3 for many pixels (Esser et al. 2024); by default 1, none."""
+    sigma_data: Annotated[float, POSITIVE] | None = None
+    """Standard deviation of the data, for edm; by default 0.5."""
+
+    def build(self, clip_denoised: bool = True) -> Process:
         """The process. Pass clip_denoised=False for data outside [-1, 1], such as latents.
         Raises UserError if a field is outside its range, and ValueError if fields do not fit together."""
         check_fields(self)
         if self.zero_terminal_snr and self.num_timesteps < 2:
             raise ValueError("zero_terminal_snr needs num_timesteps of at least 2")
         check_memory(TABLES * 8 * self.num_timesteps, f"a process of {self.num_timesteps} timesteps")
-        ends = {name: value for name in ("beta_start", "beta_end") if (value := getattr(self, name)) is not None}
-        if ends and "beta_start" not in inspect.signature(SCHEDULES[self.schedule]).parameters:
-            raise ValueError(f"the schedule {self.schedule} has no range of betas: leave out {' and '.join(ends)}")
-        betas = SCHEDULES[self.schedule](self.num_timesteps, **ends)
-        betas = rescale_zero_terminal_snr(betas) if self.zero_terminal_snr else betas
-        weights = self.weighting, self.gamma, self.l_simple_weight, self.original_elbo_weight
-        return GaussianDiffusion(betas, self.objective, self.loss, self.v_posterior, clip_denoised, *weights)
+        schedule, names = (SCHEDULES | PATHS)[self.schedule], ("beta_start", "beta_end", "shift", "sigma_data")
+        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        if wrong := [name for name in given if name not in inspect.signature(schedule).parameters]:
+            raise ValueError(f"the schedule {self.schedule} has no {' and '.join(wrong)}: leave it out")
+        made = schedule(self.num_timesteps, **given)
+        options = self.objective, self.loss, self.v_posterior, clip_denoised, self.weighting, self.gamma
+        weights = self.l_simple_weight, self.original_elbo_weight
+        if isinstance(made, Path):
+            if self.zero_terminal_snr:
+                raise ValueError(f"zero_terminal_snr is for schedules of betas, not for {self.schedule}: leave it out")
+            return Process(made.alphas, made.sigmas, *options, *weights, slopes=made.slopes)
+        betas = rescale_zero_terminal_snr(made) if self.zero_terminal_snr else made
+        return GaussianDiffusion(betas, *options, *weights)

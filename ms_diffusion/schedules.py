@@ -1,10 +1,12 @@
-"""Noise schedules: T -> betas (T,) float64, the variance that each diffusion step adds (Ho et al. 2020, eq. 2).
+"""Noise schedules: T -> betas (T,) float64, the variance that each diffusion step adds (Ho et al. 2020, eq. 2), or T -> a
+`Path`, for processes that are not defined by betas.
 
 The schedules with a range of betas are defined for T = 1000 and scaled by 1000 / T, so that x_T is noise at any T.
 unscaled_linear is the exception, for comparison.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
@@ -61,3 +63,33 @@ SCHEDULES: dict[str, Callable[..., np.ndarray]] = {
     "sigmoid": sigmoid_beta_schedule,
     "sqrt_linear": sqrt_linear_beta_schedule,
 }
+
+
+class Path(NamedTuple):
+    """x_t = alpha x_0 + sigma noise for t = 0..T-1, and v = alpha' x_0 + sigma' noise: float64 arrays (T,)."""
+
+    alphas: np.ndarray
+    sigmas: np.ndarray
+    slopes: tuple[np.ndarray, np.ndarray]  # (alpha', sigma')
+
+
+def flow_path(T: int, shift: float = 1.0) -> Path:
+    """Rectified flow (Liu et al. 2023; Lipman et al. 2023, with sigma_min = 0): x_t = (1 - s) x_0 + s noise, a straight
+    line whose velocity is v = noise - x_0, at the times s = 1 / T, ..., 1. `shift` moves them towards the noise, to
+    shift s / (1 + (shift - 1) s) (Esser et al. 2024, eq. 23)."""
+    even = np.arange(1, T + 1) / T
+    s = shift * even / (1 + (shift - 1) * even)
+    return Path(1 - s, s, (-np.ones(T), np.ones(T)))
+
+
+def edm_path(T: int, sigma_data: float = 0.5, sigma_min: float = 0.002, sigma_max: float = 80.0, rho: float = 7.0) -> Path:
+    """The noise levels and the preconditioning of EDM (Karras et al. 2022, eq. 5 and table 1): y = x_0 + s noise with s^(1 /
+    rho) even. Their network F sees x_t = y / sqrt(s^2 + sigma_data^2), and x_0 = c_skip y + c_out F; so v = -F, where v =
+    (sigma_data alpha) noise - (sigma / sigma_data) x_0 has variance 1 for data of the standard deviation sigma_data."""
+    s = np.linspace(sigma_min ** (1 / rho), sigma_max ** (1 / rho), T) ** rho
+    scale = np.hypot(s, sigma_data)
+    alphas, sigmas = 1 / scale, s / scale
+    return Path(alphas, sigmas, (-sigmas / sigma_data, sigma_data * alphas))
+
+
+PATHS: dict[str, Callable[..., Path]] = {"flow": flow_path, "edm": edm_path}

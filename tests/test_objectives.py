@@ -55,6 +55,9 @@ def weight_of(objective, t, weighting="none", gamma=None):
         return {"eps": clipped / snr, "x0": clipped, "v": clipped / (snr + 1)}[objective]
     if weighting == "p2":  # Choi et al. 2022, eq. 8, for eps; its error is sqrt(SNR) times x_0's, v's sqrt(SNR + 1) times
         return {"eps": 1, "x0": snr, "v": snr / (snr + 1)}[objective] / (1 + snr) ** (gamma or 1)
+    if weighting == "velocity":  # Li & He 2025: v = (alpha x_t - x_0) / sigma with a bounded divisor
+        sigma = np.sqrt(1 - alpha_bar_of(t))
+        return {"eps": 1 / snr, "x0": 1, "v": sigma**2}[objective] / np.maximum(sigma, gamma or 0.05) ** 2
     return np.ones(len(snr))
 
 
