@@ -50,14 +50,15 @@ def bits_per_dim(denoise: Callable[[np.ndarray, int], np.ndarray], diffusion: Ga
     levels = (x_start + 1) * 127.5
     if not (abs(levels - np.clip(np.round(levels), 0, 255)) < 1e-3).all():
         raise ValueError("x_start is not on the 256 levels n / 127.5 - 1, n = 0..255: pass 8-bit images")
-    T, alpha_bar = diffusion.num_timesteps, diffusion.alphas_cumprod
+    T = diffusion.num_timesteps
     q_variance = diffusion.q_variance
     p_variance = diffusion.posterior_variance.copy()
     p_variance[0] = p_variance[1] if T > 1 else diffusion.added[0]
 
     nats, mse = np.empty((2, len(x_start), T))
     for t in range(T - 1, -1, -1):
-        x_t = math.sqrt(alpha_bar[t]) * x_start + math.sqrt(1 - alpha_bar[t]) * rng.standard_normal(x_start.shape)
+        alpha, sigma = diffusion.level(t)
+        x_t = alpha * x_start + sigma * rng.standard_normal(x_start.shape)
         predicted = np.asarray(denoise(x_t, t), np.float64)
         mse[:, t] = _mean((predicted - x_start) ** 2)
         if t > 0:  # the terms of x_t in the means of q and p cancel
@@ -69,7 +70,8 @@ def bits_per_dim(denoise: Callable[[np.ndarray, int], np.ndarray], diffusion: Ga
         if callback:
             callback(t)
     terms = nats / math.log(2)
-    prior = (alpha_bar[-1] * (_mean(x_start**2) - 1) - math.log1p(-alpha_bar[-1])) / (2 * math.log(2))
+    alpha_bar = diffusion.alphas_cumprod[-1]  # of x_T over its standard deviation for data of variance 1
+    prior = (alpha_bar * (_mean(x_start**2) - 1) - math.log1p(-alpha_bar)) / (2 * math.log(2))
     return Bound(prior + terms.sum(1), terms, prior, mse)
 
 
@@ -96,24 +98,25 @@ def ode_log_likelihood(denoise_and_divergence: Callable[[np.ndarray, int], tuple
     """log density (B,), in nats, at x (B, ...), of data with the noise of the first timestep: by the probability-flow ODE
     and the instantaneous change of variables (Song et al. 2021, eq. 39).
 
-    In y = x / sqrt(alpha_bar) and s = log sigma, sigma^2 = (1 - alpha_bar) / alpha_bar, the ODE is dy/ds = y - x_0. Along it
-    d log p(y)/ds = -(D - sqrt(alpha_bar) div x_0) in D dimensions. D integrates exactly; with y's Jacobian at both ends
+    In y = x / alpha and s = log(sigma / alpha) the ODE is dy/ds = y - x_0. Along it d log p(y)/ds = -(D - alpha div x_0) in
+    D dimensions. D integrates exactly; with y's Jacobian at both ends
 
-        log p(x) = log N(x_T; 0, 1) + D/2 log((1 - alpha_bar_T) / (1 - alpha_bar_0)) - integral sqrt(alpha_bar) div x_0 ds
+        log p(x) = log N(x_T; 0, alpha_T^2 + sigma_T^2) + D log(sigma_T / sigma_0) - integral alpha div x_0 ds
 
     Args:
         denoise_and_divergence: `(x_t, t) -> (x_0, divergence)`, (B, ...) and (B,), the trace of d x_0 / d x_t.
-        timesteps: ascending ints in [0, T), by default all; x at the last is assumed to be N(0, 1).
+        timesteps: ascending ints in [0, T), by default all; x at the last is assumed to be normal, as of data of variance 1.
 
-    Raises ValueError if timesteps are not ascending or out of range, or alpha_bar is 0 at the last."""
+    Raises ValueError if timesteps are not ascending or out of range, or alpha is 0 at the last."""
     T = diffusion.num_timesteps
     steps = np.asarray(range(T) if timesteps is None else timesteps)
     if not len(steps) or steps[0] < 0 or steps[-1] >= T or (np.diff(steps) <= 0).any():
         raise ValueError(f"timesteps must be ascending ints from 0 to {T - 1}")
-    alpha_bar = diffusion.alphas_cumprod[steps]
-    if alpha_bar[-1] == 0:
-        raise ValueError("alpha_bar is 0 at the last timestep, so log sigma is infinite: leave out that timestep")
-    scale, sigma = np.sqrt(alpha_bar), np.sqrt((1 - alpha_bar) / alpha_bar)
+    levels = [diffusion.level(int(t)) for t in steps]
+    scale, noise = (np.array(values) for values in zip(*levels, strict=True))
+    if scale[-1] == 0:
+        raise ValueError("alpha is 0 at the last timestep, so log sigma / alpha is infinite: leave out that timestep")
+    sigma = noise / scale
 
     def slopes(y, i):
         """dy / dsigma, and the derivative of the integral by log sigma."""
@@ -132,13 +135,14 @@ def ode_log_likelihood(denoise_and_divergence: Callable[[np.ndarray, int], tuple
         y = y + step * (dy + dy_next) / 2
         integral += math.log(sigma[i + 1] / sigma[i]) * (dintegral + dintegral_next) / 2
     x_T = (scale[-1] * y).reshape(len(y), -1)
-    log_normal = -(x_T**2 + math.log(2 * math.pi)).sum(1) / 2
-    return log_normal + x_T.shape[1] / 2 * math.log((1 - alpha_bar[-1]) / (1 - alpha_bar[0])) - integral
+    variance = scale[-1] ** 2 + noise[-1] ** 2
+    log_normal = -(x_T**2 / variance + math.log(2 * math.pi * variance)).sum(1) / 2
+    return log_normal + x_T.shape[1] * math.log(noise[-1] / noise[0]) - integral
 
 
 def ode_timesteps(diffusion: GaussianDiffusion, steps: int) -> list[int]:
     """At most `steps` ascending timesteps from 0 to T - 1, evenly spaced in log sigma and rounded."""
-    log_sigma = np.log(1 / diffusion.alphas_cumprod - 1) / 2
+    log_sigma = np.log(1 / diffusion.alphas_cumprod - 1) / 2  # over alpha
     even = np.interp(np.linspace(log_sigma[0], log_sigma[-1], steps), log_sigma, np.arange(diffusion.num_timesteps))
     return [int(t) for t in np.unique(np.round(even))]
 

@@ -82,7 +82,7 @@ def draw_rows(rng: Random, n: int, draw: Callable[[np.random.Generator, int], np
     return rng.rows(draw) if isinstance(rng, RowsRandom) else draw(rng, n)
 
 
-TIMESTEP_SAMPLING = ("uniform", "antithetic", "importance")
+TIMESTEP_SAMPLING = ("uniform", "antithetic", "importance", "log-normal")
 
 
 def uniform_timesteps(rng: Random, T: int, n: int) -> np.ndarray:
@@ -96,6 +96,20 @@ def antithetic_timesteps(rng: Random, T: int, n: int) -> np.ndarray:
     def pairs(rng: np.random.Generator, n: int) -> np.ndarray:
         t = rng.integers(0, T, (n + 1) // 2)
         return np.concatenate([t, T - 1 - t])[:n].astype(np.int32)
+
+    return draw_rows(rng, n, pairs)
+
+
+def log_normal_timesteps(rng: Random, ratios: np.ndarray, n: int, mean: float = 0.0, std: float = 1.0) -> np.ndarray:
+    """(n,) int32 in [0, T), at which log(sigma / alpha) is nearly N(mean, std^2), in pairs on both sides of the mean, for a
+    process with these sigma / alpha (T,). For a rectified flow that is the logit-normal distribution of its times (Esser et
+    al. 2024, eq. 19), for EDM that of its sigma (Karras et al. 2022, table 1: mean -1.2, std 1.2)."""
+    known = np.log(ratios[np.isfinite(ratios)])
+
+    def pairs(rng: np.random.Generator, n: int) -> np.ndarray:
+        z = rng.standard_normal((n + 1) // 2)
+        z = np.concatenate([z, -z])[:n]
+        return np.round(np.interp(mean + std * z, known, np.arange(len(known)))).astype(np.int32)
 
     return draw_rows(rng, n, pairs)
 

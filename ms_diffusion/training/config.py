@@ -105,7 +105,8 @@ class DiffusionTrainConfig(TrainConfig):
     steps_per_call: Annotated[int, AT_LEAST_1] = 1
     """Training steps in one call of the compiled function. More than 1 pays off for small networks."""
     timestep_sampling: Literal[TIMESTEP_SAMPLING] = "uniform"
-    """Distribution of the timesteps: uniform, antithetic (pairs t, T - 1 - t) or importance (by their recent losses)."""
+    """Distribution of the timesteps: uniform, antithetic (pairs t, T - 1 - t), importance (by their recent losses) or
+    log-normal (log(sigma / alpha) is normal; for flow the times are logit-normal)."""
     offset_noise: Annotated[float, NON_NEGATIVE] = 0.0
     """Strength of an additional noise that is constant over each channel."""
     learn_logvar: bool = False
@@ -118,6 +119,10 @@ class DiffusionTrainConfig(TrainConfig):
     """Layers with such updates: attention, the projections of attention layers, or all convolutions and linear layers."""
     sample_steps: Annotated[int, AT_LEAST_1] = 50
     """Steps of the ancestral sampler for a preview. Its noise corrects a young network's errors, which DDIM keeps."""
+    timestep_mean: float = 0.0
+    """Mean of log(sigma / alpha), for log-normal timesteps: 0 for flow, -1.2 for edm."""
+    timestep_std: Annotated[float, POSITIVE] = 1.0
+    """Standard deviation of log(sigma / alpha), for log-normal timesteps: 1 for flow, 1.2 for edm."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from mindspore import nn
 from ..models.autoencoder import AutoencoderConfig, VQConfig
 from ..models.unet_ldm import UNetModelConfig
 from ..names import PREDICTION_TYPES, diffusers_names, home, split_qkv
-from ..process import GaussianDiffusion
+from ..process import GaussianDiffusion, Process
 from ..runtime import UserError
 from .checkpoint import read_config
 from .runs import Run, open_run
@@ -53,8 +53,14 @@ def compvis_state_dict(run: Run) -> Arrays:
     return weights | schedule(diffusion) | {"scale_factor": np.array(run.task.first_stage.scale, np.float32)}
 
 
+def check_betas(diffusion: Process | None) -> None:
+    if diffusion is not None and not isinstance(diffusion, GaussianDiffusion):
+        raise UserError("the process of this run has no betas, which this format needs: choose safetensors, onnx or mindir")
+
+
 def schedule(diffusion: GaussianDiffusion) -> Arrays:
-    """The buffers of CompVis' DDPM, (T,) float32."""
+    """The buffers of CompVis' DDPM, (T,) float32. Raises UserError if the process has no betas."""
+    check_betas(diffusion)
     alphas_cumprod, variance = diffusion.alphas_cumprod, diffusion.posterior_variance
     with np.errstate(divide="ignore"):  # of a schedule that ends at alpha_bar 0
         tables = {
@@ -101,6 +107,7 @@ def diffusers_models(run: Run) -> dict[str, tuple[dict[str, Any], Arrays]]:
 
     Raises UserError if a network has an option that diffusers lacks."""
     check_kind(run)
+    check_betas(run.diffusion)
     if run.diffusion is None:
         return {"": autoencoder_of_diffusers(run.config.model, run.net, 1.0)}
     first_stage, model = run.task.first_stage, run.config.model

@@ -40,6 +40,8 @@ SCURVE = PointsConfig(
     model=ResidualMLPConfig(),
     train=replace(REPORTS, total_steps=10_000, batch_size=256, steps_per_call=100, timestep_sampling="antithetic", lr=2e-3),
 )
+# Rectified flow: x_t = (1 - s) x_0 + s noise, and the network learns its velocity
+SCURVE_FLOW = replace(SCURVE, diffusion=DiffusionConfig(schedule="flow", objective="v", loss="l2"))
 SCURVE_SEED = replace(
     SCURVE,
     diffusion=replace(SCURVE.diffusion, num_timesteps=100),
@@ -110,6 +112,7 @@ PRESETS: dict[str, Config] = {  # PRESETS["mine"] = config adds a preset
     ),
     **{name: replace(SCURVE, data=PointsDataConfig(name)) for name in TOYS},
     "scurve-seed": SCURVE_SEED,
+    "scurve-flow": SCURVE_FLOW,
     # Colour pictures with captions: python -m benchmarks.make_emoji data/emoji
     "emoji": PixelConfig(
         data=DataConfig("image-folder", dir="data/emoji", size=32, flip=False, validation=0.1),

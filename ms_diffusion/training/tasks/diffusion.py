@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,14 @@ from mindspore import Parameter, Tensor, nn, ops
 from ...convert import listed
 from ...models.layers import Masks
 from ...process import GaussianDiffusion
-from ...randomness import ImportanceTimesteps, Random, antithetic_timesteps, offset_noise, uniform_timesteps
+from ...randomness import (
+    ImportanceTimesteps,
+    Random,
+    antithetic_timesteps,
+    log_normal_timesteps,
+    offset_noise,
+    uniform_timesteps,
+)
 from ...runtime import check_interrupted, gather
 from ...sampling import Generator, Sampling
 from ..checkpoint import Checkpoint, readable
@@ -121,15 +129,26 @@ class DiffusionTask(Task):
         return loss_fn
 
     def draw_batch(self, x: np.ndarray, labels: np.ndarray, step: int) -> Arrays:
-        train, T = self.config.train, self.diffusion.num_timesteps
+        train = self.config.train
         rng, batch = self.random(step), {"x_start": x}
         if self.importance:
             batch["t"], batch["weights"] = self.importance.draw(rng, train.batch_size)
         else:
-            draw = antithetic_timesteps if train.timestep_sampling == "antithetic" else uniform_timesteps
-            batch["t"] = draw(rng, T, train.batch_size)
+            batch["t"] = self.draw_timesteps(rng, train.batch_size)
         batch["noise"] = offset_noise(rng, (train.batch_size, *self.shape), train.offset_noise)
         return batch | self.draw_conditions(rng, batch, labels)
+
+    def draw_timesteps(self, rng: Random, n: int) -> np.ndarray:
+        train, T = self.config.train, self.diffusion.num_timesteps
+        if train.timestep_sampling == "log-normal":
+            return log_normal_timesteps(rng, self.ratios, n, train.timestep_mean, train.timestep_std)
+        return (antithetic_timesteps if train.timestep_sampling == "antithetic" else uniform_timesteps)(rng, T, n)
+
+    @cached_property
+    def ratios(self) -> np.ndarray:
+        """sigma / alpha of each timestep (T,)."""
+        with np.errstate(divide="ignore"):
+            return self.diffusion.sigmas / self.diffusion.alphas
 
     def draw_conditions(self, rng: Random, batch: Arrays, labels: np.ndarray) -> Arrays:
         """The other fields of a batch, drawn from `rng`."""

@@ -184,15 +184,15 @@ class PointsTask(DiffusionTask):
         diffusion, x_test = run.diffusion, self.normalizer.normalize(self.test[:SHOWN])
         ts = np.linspace(0, diffusion.num_timesteps - 1, PANELS).round().astype(int)
         noise = np.random.default_rng(seed).standard_normal(x_test.shape, np.float32)
-        alphas_cumprod = diffusion.alphas_cumprod[ts, None, None]
-        noised = np.sqrt(alphas_cumprod) * x_test + np.sqrt(1 - alphas_cumprod) * noise  # (10, n, 2)
+        alphas, sigmas = (table[ts, None, None] for table in (diffusion.alphas, diffusion.sigmas))
+        noised = alphas * x_test + sigmas * noise  # (10, n, 2)
         titles = [f"t = {t}" for t in ts]
         plots2d.save_panels(folder / "forward.png", [self.decode(x) for x in noised], titles)
-        # score = (sqrt(alpha_bar) x_0 - x) / (1 - alpha_bar); the axes are those of a third of the way: later is only noise
+        # score = (alpha x_0 - x) / sigma^2; the axes are those of a third of the way: later is only noise
         limits = plots2d.limits(noised[3])
         grid, denoise = plots2d.grid_points(limits), run.generator.raw_denoiser(clip=False)
         x_start = np.stack([denoise(Tensor(grid), int(t)).asnumpy() for t in ts])
-        scores = (np.sqrt(alphas_cumprod) * x_start - grid) / (1 - alphas_cumprod) / self.normalizer.scale
+        scores = (alphas * x_start - grid) / sigmas**2 / self.normalizer.scale
         fields = [(self.decode(x), self.decode(grid), score) for x, score in zip(noised, scores, strict=True)]
         x, y = self.decode(np.transpose(limits)).T.tolist()
         plots2d.save_score_field(folder / "score.png", fields, titles, bounds=(tuple(x), tuple(y)))
