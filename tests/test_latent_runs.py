@@ -98,11 +98,10 @@ CONTEXT = override(TEXT, **{"model.condition": "context", "context_dim": 12})
 @pytest.fixture(scope="module")
 def context(autoencoder, clip, tmp_path_factory):
     """A run of latents by caption, with a frozen text encoder."""
-    home, elsewhere = tmp_path_factory.mktemp("context") / "run", clip.with_name("moved")
-    train(CONTEXT, home, first_stage=str(autoencoder.home), text_encoder=str(clip))
-    clip.rename(elsewhere)  # the run has all that it needs
-    yield Run(home)
-    elsewhere.rename(clip)
+    home, gone = tmp_path_factory.mktemp("context") / "run", shutil.copytree(clip, clip.with_name("gone"))
+    train(CONTEXT, home, first_stage=str(autoencoder.home), text_encoder=str(gone))
+    shutil.rmtree(gone)  # the run has all that it needs
+    return Run(home)
 
 
 @pytest.fixture(scope="module")
@@ -351,7 +350,7 @@ def test_a_run_with_a_frozen_text_encoder(context, autoencoder, tmp_path):
 def test_a_start_that_fails_and_another_text_encoder(autoencoder, context, clip, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     flags = ["--preset", "latent-text", *NET_FLAGS, "--data.name", "fashion-mnist-mini", "--model.condition", "context"]
-    flags += ["--model.context-dim", 12, "--train.total-steps", 0, "--text-encoder", clip.with_name("moved")]
+    flags += ["--model.context-dim", 12, "--train.total-steps", 0, "--text-encoder", clip]
     assert_refused(call("train", *flags, "--first-stage", "nowhere"), "nowhere")
     succeed("train", *flags, "--first-stage", autoencoder.home)
     other = write_pipeline(tmp_path / "other", text={"num_hidden_layers": 1})
