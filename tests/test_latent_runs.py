@@ -350,7 +350,8 @@ def test_a_run_with_a_frozen_text_encoder(context, autoencoder, tmp_path):
 def test_a_start_that_fails_and_another_text_encoder(autoencoder, context, clip, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     flags = ["--preset", "latent-text", *NET_FLAGS, "--data.name", "fashion-mnist-mini", "--model.condition", "context"]
-    flags += ["--model.context-dim", 12, "--train.total-steps", 0, "--text-encoder", clip]
+    flags += ["--model.context-dim", 12, "--text-encoder", clip, *"--train.total-steps 2 --train.batch-size 4".split()]
+    flags += "--train.sample-every 2 --train.sample-num 2 --train.sample-steps 2".split()
     assert_refused(call("train", *flags, "--first-stage", "nowhere"), "nowhere")
     succeed("train", *flags, "--first-stage", autoencoder.home)
     other = write_pipeline(tmp_path / "other", text={"num_hidden_layers": 1})

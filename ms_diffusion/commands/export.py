@@ -169,8 +169,10 @@ def describe(run: Run) -> tuple[dict[str, Any], dict[str, tuple[Any, list[Input]
         encoder = mindir.Method(run.net, "encode"), [("image", shape, "float32")], "moments"
         return description, {"encoder": encoder, "decoder": decoder(run.net, task.latent_shape)}
 
-    num = min(task.num_classes or 0, MOST_EXAMPLES, max(MOST_NUMBERS // np.size(task.null_label), 1))
-    examples = task.class_conditions(num) if task.null_label is not None else {}
+    num, examples = 0, {}
+    if task.null_label is not None:
+        num = min(task.num_classes, MOST_EXAMPLES, max(MOST_NUMBERS // np.size(task.null_label), 1))
+        examples = task.class_conditions(num)
     inputs = [("x_t", task.shape, "float32"), ("t", (), "int32")]
     for name in task.cond_fields:
         image = (getattr(config.model, "cond_channels", 0), *task.shape[1:]), "float32"
