@@ -82,7 +82,8 @@ class Contexts(Captions):
     def content(self) -> bytes:
         """The encoder's weights as a file; those that float16 holds exactly are written so."""
         weights = {p.name: p.asnumpy() for p in self.encoder.get_parameters()}
-        halves = {name: values.astype(np.float16) for name, values in weights.items()}
+        with np.errstate(over="ignore"):
+            halves = {name: values.astype(np.float16) for name, values in weights.items()}
         is_exact = all((halves[name] == weights[name]).all() for name in weights)
         return safetensors.numpy.save(halves if is_exact else weights)
 
