@@ -78,7 +78,6 @@ class Contexts(Captions):
         self.is_described = True
         return self
 
-    @cached_property
     def content(self) -> bytes:
         """The encoder's weights as a file; those that float16 holds exactly are written so."""
         weights = {p.name: p.asnumpy() for p in self.encoder.get_parameters()}
@@ -90,7 +89,7 @@ class Contexts(Captions):
     @cached_property
     def sha256(self) -> str:
         """Of the encoder's weights and its tokenizer."""
-        return hashlib.sha256(self.content + json.dumps(self.tokenizer.to_record()).encode()).hexdigest()
+        return hashlib.sha256(self.content() + json.dumps(self.tokenizer.to_record()).encode()).hexdigest()
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
         if new := [text for text in dict.fromkeys(texts) if text not in self.known]:
@@ -162,7 +161,8 @@ def load_text_encoder(folder: Path, context_dim: int) -> Contexts:
     others = ("embeddings.position_ids", "text_projection.weight")
     load_into(encoder, {name: a for name, a in weights.items() if name not in others}, path=path)
     contexts = Contexts(encoder.set_train(False), config, tokenizer)
-    if settings.get("sha256", str, contexts.sha256) != contexts.sha256:
+    known = settings.get("sha256", str | None, None)  # of a run's copy
+    if known and known != contexts.sha256:
         raise UserError(f"{path} is damaged: copy it from where the run was made")
     return contexts
 
@@ -179,7 +179,7 @@ def keep_text_encoder(run: Path, contexts: Contexts) -> list[Path]:
     files = [run / FOLDER / name for name in ("model.safetensors", TOKENIZER, "config.json")]
     record = asdict(contexts.config) | {"sha256": contexts.sha256}  # is written last: now it is complete
     if not (files[-1].exists() and all(file.exists() for file in files) and read_json(files[-1]) == record):
-        write(files[0], lambda file: file.write(contexts.content))
+        write(files[0], lambda file: file.write(contexts.content()))
         write_json(files[1], contexts.tokenizer.to_record())
         write_json(files[2], record)
     return files
