@@ -53,9 +53,14 @@ def fetch(folder: str) -> Path:
 
 def main(argv: Sequence[str]) -> int:
     args = parse(Args, argv, prog="python -m benchmarks.make_emoji")
-    with tempfile.TemporaryDirectory() as folder, tarfile.open(args.package or fetch(folder)) as archive:
-        files = {member.name: archive.extractfile(member).read() for member in archive if is_wanted(member.name)}
-    emoji = [each for each in json.loads(files[NAMES]) if PICTURES + each["image"] in files]
+    with tempfile.TemporaryDirectory() as folder:
+        package = args.package or fetch(folder)
+        try:
+            with tarfile.open(package) as archive:
+                files = {member.name: archive.extractfile(member).read() for member in archive if is_wanted(member.name)}
+            emoji = [each for each in json.loads(files[NAMES]) if PICTURES + each["image"] in files]
+        except (OSError, tarfile.TarError, KeyError, ValueError) as e:
+            raise UserError(f"{package} is not the package {PACKAGE} ({e}): leave out --package to fetch it") from e
     lines = [{"file_name": each["image"], "text": captions(each), "label": each["category"]} for each in emoji]
     for each in emoji:
         write(args.out / each["image"], lambda file, each=each: file.write(files[PICTURES + each["image"]]))

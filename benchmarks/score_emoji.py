@@ -92,8 +92,8 @@ def main(argv: Sequence[str]) -> int:
 
     names = [(test.captions or ())[row][0] for row in test.caption_ids]  # type: ignore[union-attr]
     options = {"sampler": args.sampler, "steps": args.steps, "guidance": args.guidance, "seed": args.seed}
-    tokens = run.task.labelling.tokenizer.encode(names).repeat(args.per_name, 0)
-    drawn = run.sample(len(tokens), labels=tokens, **options)
+    rows = run.task.labelling.encode(names).repeat(args.per_name, 0)
+    drawn = run.sample(len(rows), labels=rows, **options)
     wanted = test.labels.repeat(args.per_name)
 
     (features, logits), (real, real_logits) = outputs(drawn), outputs(test.images)
@@ -114,8 +114,8 @@ def main(argv: Sequence[str]) -> int:
         write_json(Path(args.json), scores)
     if args.out:
         beside = np.concatenate([test.images[:, None], drawn.reshape(len(names), args.per_name, *drawn.shape[1:])], 1)
-        rows = beside[:: max(len(names) // 16, 1)][:16]
-        save_grid(args.out, rows.reshape(-1, *drawn.shape[1:]), 2 * (args.per_name + 1))
+        shown = beside[:: max(len(names) // 16, 1)][:16]
+        save_grid(args.out, shown.reshape(-1, *drawn.shape[1:]), 2 * (args.per_name + 1))
     return 0
 
 

@@ -46,6 +46,7 @@ RUN_FILES = (
     "points.npz",
     "checkpoints",
     "first_stage",
+    "text_encoder",
 )
 JSON_BYTES = 1 << 26
 Source = str | os.PathLike | BinaryIO  # a file's path, or an open file that can seek

@@ -16,6 +16,7 @@ from runs import assert_refused, assert_same_run, call, checkpoint, draw, metric
 from mindspore import Tensor
 
 from ms_diffusion import images
+from ms_diffusion.commands.export import describe
 from ms_diffusion.data.captions import CAPTIONS, tokens
 from ms_diffusion.data.fashion_mnist import load_fashion_mnist_mini
 from ms_diffusion.models.autoencoder import gaussian_sample
@@ -97,11 +98,10 @@ CONTEXT = override(TEXT, **{"model.condition": "context", "context_dim": 12})
 @pytest.fixture(scope="module")
 def context(autoencoder, clip, tmp_path_factory):
     """A run of latents by caption, with a frozen text encoder."""
-    home, elsewhere = tmp_path_factory.mktemp("context") / "run", clip.with_name("moved")
-    train(CONTEXT, home, first_stage=str(autoencoder.home), text_encoder=str(clip))
-    clip.rename(elsewhere)  # the run has all that it needs
-    yield Run(home)
-    elsewhere.rename(clip)
+    home, gone = tmp_path_factory.mktemp("context") / "run", shutil.copytree(clip, clip.with_name("gone"))
+    train(CONTEXT, home, first_stage=str(autoencoder.home), text_encoder=str(gone))
+    shutil.rmtree(gone)  # the run has all that it needs
+    return Run(home)
 
 
 @pytest.fixture(scope="module")
@@ -337,10 +337,31 @@ def test_a_run_with_a_frozen_text_encoder(context, autoencoder, tmp_path):
     np.testing.assert_array_equal(context.sample(4, prompt="a dress", steps=3), by_class)
     away = ("--prompt", "a dress", "--guidance", 2, "--negative-prompt")
     assert (draw(context, tmp_path, *away, "a coat")[0] != draw(context, tmp_path, *away, "a bag")[0]).any()
+    description, _ = describe(context)
+    assert np.shape(description["examples"]["context"]) == (10, 16, 12) and json.dumps(description)
+    assert np.shape(description["null"]) == (16, 12) and description["class_names"][3] == "a dress"
     other = train(CONTEXT, tmp_path / "other", init_from=str(context.home), total_steps=2)
     np.testing.assert_array_equal(other.task.labelling.null, task.labelling.null)
     files = [(home / "text_encoder" / "model.safetensors").read_bytes() for home in (context.home, tmp_path / "other")]
     assert files[0] == files[1]
+
+
+@pytest.mark.slow
+def test_a_start_that_fails_and_another_text_encoder(autoencoder, context, clip, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = ["--preset", "latent-text", *NET_FLAGS, "--data.name", "fashion-mnist-mini", "--model.condition", "context"]
+    flags += ["--model.context-dim", 12, "--text-encoder", clip, *"--train.total-steps 2 --train.batch-size 4".split()]
+    flags += "--train.sample-every 2 --train.sample-num 2 --train.sample-steps 2".split()
+    assert_refused(call("train", *flags, "--first-stage", "nowhere"), "nowhere")
+    succeed("train", *flags, "--first-stage", autoencoder.home)
+    other = write_pipeline(tmp_path / "other", text={"num_hidden_layers": 1})
+    run = shutil.copytree(context.home, tmp_path / "run")
+    with pytest.raises(UserError, match="another one"):
+        train(CONTEXT, run, text_encoder=str(other), total_steps=5)
+    path = run / "text_encoder" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-8] + b"damaged!")
+    with pytest.raises(UserError, match="damaged"):
+        Run(run)
 
 
 def test_a_text_encoder_is_needed_and_must_fit(autoencoder, clip, tmp_path, monkeypatch):

@@ -175,6 +175,7 @@ def test_the_command(folder, run, tmp_path, monkeypatch):
     drawn = run.sample(prompt=PROMPT, negative_prompt=NEGATIVE, steps=2, seed=3)
     np.testing.assert_array_equal(picture(out)[0], drawn[0])  # one picture has no border, and is not enlarged
     assert drawn.shape == (1, 16, 16, 3)
+    assert "images in" in succeed("sample", folder, "--steps", 2, "--device", "cpu", "--out", out)  # of the empty text
     for other in ({"negative_prompt": None}, {"seed": 4}, {"guidance": 3.0}, {"prompt": "wide"}, {"prompt": None}):
         assert (drawn != run.sample(**{"prompt": PROMPT, "negative_prompt": NEGATIVE, "steps": 2, "seed": 3} | other)).any()
     with pytest.raises(UserError, match="--class"):

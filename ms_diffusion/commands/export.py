@@ -21,7 +21,7 @@ from ..training.runs import Run, default_run
 from .parse import parse
 
 Output = tuple[Path, Callable[[], bytes], str]  # a file, what makes its content, and what to say of it beside its size
-MOST_EXAMPLES = 1000  # classes or captions in the JSON
+MOST_EXAMPLES, MOST_NUMBERS = 1000, 10**5  # classes or captions in the JSON, and numbers that stand for them
 
 
 @dataclass
@@ -169,7 +169,10 @@ def describe(run: Run) -> tuple[dict[str, Any], dict[str, tuple[Any, list[Input]
         encoder = mindir.Method(run.net, "encode"), [("image", shape, "float32")], "moments"
         return description, {"encoder": encoder, "decoder": decoder(run.net, task.latent_shape)}
 
-    examples = task.class_conditions(min(task.num_classes, MOST_EXAMPLES)) if task.null_label is not None else {}
+    num, examples = 0, {}
+    if task.null_label is not None:
+        num = min(task.num_classes, MOST_EXAMPLES, max(MOST_NUMBERS // np.size(task.null_label), 1))
+        examples = task.class_conditions(num)
     inputs = [("x_t", task.shape, "float32"), ("t", (), "int32")]
     for name in task.cond_fields:
         image = (getattr(config.model, "cond_channels", 0), *task.shape[1:]), "float32"
@@ -187,9 +190,9 @@ def describe(run: Run) -> tuple[dict[str, Any], dict[str, tuple[Any, list[Input]
     description["examples"] = {name: x.tolist() for name, x in examples.items()}  # one of each class
     if examples:
         train: Any = config.train
-        description["null"] = task.null_label
+        description["null"] = np.asarray(task.null_label).tolist()
         description |= {"guidance": train.sample_guidance, "guidance_interval": train.sample_guidance_interval}
-        ids = task.labelling.label_array(None, min(task.num_classes, MOST_EXAMPLES))
+        ids = task.labelling.label_array(None, num)
         description["class_names"] = task.labelling.titles(ids)
         description |= {key: value for key, value in task.labelling.record().items() if key == "tokenizer"}
     if "cond_image" in task.cond_fields:

@@ -226,7 +226,8 @@ class BytePairs(Tokenizer):
         folder = Path(folder)
         try:
             if (folder / "vocab.json").exists():
-                lines = read_bytes(folder / "merges.txt", VOCABULARY_BYTES).decode().split("\n")
+                text = read_bytes(folder / "merges.txt", VOCABULARY_BYTES).decode()
+                lines = [line.removesuffix("\r") for line in text.split("\n")]
                 merges = [line for line in lines[lines[0].startswith("#version") :] if line]
                 model = {"vocab": read_json(folder / "vocab.json"), "merges": merges}
             elif (folder / "tokenizer.json").exists():

@@ -48,6 +48,7 @@ FIELDS: dict[str, Any] = {
     "unfinished": bool,
     "latent_scale": Annotated[float, POSITIVE],
     "first_stage": Hash,
+    "text_encoder": Hash,
     "trained_whole": str,
     "batch_size": Annotated[int, AT_LEAST_1],
     "world_size": Annotated[int, AT_LEAST_1],

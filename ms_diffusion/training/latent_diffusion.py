@@ -240,7 +240,7 @@ class LatentDiffusion(DDPM):
         added to the time embedding are returned as they are."""
         c = c["class_label"] if isinstance(c, dict) else [c] if isinstance(c, str) else c
         if not isinstance(c, np.ndarray | Tensor) and isinstance(c[0], str):
-            c = self.run.task.labelling.tokenizer.encode(c)
+            c = self.run.task.labelling.encode(list(c))
         rows = np.asarray(c.asnumpy() if isinstance(c, Tensor) else c)
         if self.model.cond_stage is None:
             return rows
@@ -290,7 +290,7 @@ class LatentDiffusion(DDPM):
             options = {"x_T": x_T, "quantize_denoised": quantize_denoised, "mask": mask, "x0": x0, "seed": seed}
             return self.sample(cond, batch_size, True, **options)
         T = self.num_timesteps
-        times = np.minimum(np.arange(0, T, T // ddim_steps) + 1, T - 1)[::-1].tolist()
+        times = np.minimum(np.arange(0, T, max(T // ddim_steps, 1)) + 1, T - 1)[::-1].tolist()
         sampler = partial(sample_ddim, eta=eta, quantize=self.quantizer(quantize_denoised))
         denoise = self.denoiser(cond, unconditional_guidance_scale, unconditional_conditioning)
         x, xs, starts = self.draw(sampler, denoise, times, batch_size, self.shape, x_T, mask, x0, seed)

@@ -19,13 +19,14 @@ from ..data.tokenizers import BytePairs, Tokenizer
 from ..fields import Bounds, find_problem
 from ..files import cache_folder, check_memory, in_batches, load_or_compute, read_json, write, write_json
 from ..models.clip import ClipTextConfig, ClipTextEncoder
-from ..runtime import UserError, compiled
+from ..runtime import UserError, alone, compiled
 from ..weight_files import flat, read_weights
 from .tasks.labels import Captions
 
 WHOLE = Annotated[int, Bounds(1, 2**20)]
 BATCH = 16  # texts that are encoded at once
 FOLDER = "text_encoder"  # of the encoder, in a folder of diffusers and in that of a run
+TOKENIZER = "tokenizer.json"  # in a run's folder of the encoder
 
 
 class Settings:
@@ -46,7 +47,8 @@ class Settings:
         """The value of this type; lists become tuples."""
         value = self.values.get(name, default)
         value = tuple(value) if isinstance(value, list) else value
-        if problem := find_problem(value, hint):
+        problem = find_problem(value, hint) or ("it must not be empty" if value == () else None)
+        if problem:
             raise UserError(f"{self.path}: {name} is {value!r:.200}: {problem}")
         return value
 
@@ -76,13 +78,28 @@ class Contexts(Captions):
         self.is_described = True
         return self
 
+    def content(self) -> bytes:
+        """The encoder's weights as a file; those that float16 holds exactly are written so."""
+        weights = {p.name: p.asnumpy() for p in self.encoder.get_parameters()}
+        with np.errstate(over="ignore"):
+            halves = {name: values.astype(np.float16) for name, values in weights.items()}
+        is_exact = all((halves[name] == weights[name]).all() for name in weights)
+        return safetensors.numpy.save(halves if is_exact else weights)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of the encoder's weights and its tokenizer."""
+        return hashlib.sha256(self.content() + json.dumps(self.tokenizer.to_record()).encode()).hexdigest()
+
     def encode(self, texts: Sequence[str]) -> np.ndarray:
         if new := [text for text in dict.fromkeys(texts) if text not in self.known]:
-            self.known |= zip(new, self.compute(new), strict=True)
+            with alone():  # what is known to one rank may be new to another
+                self.known |= zip(new, self.compute(new), strict=True)
+        check_memory(len(texts) * next(iter(self.known.values())).nbytes, f"the context of {len(texts)} texts")
         return np.stack([self.known[text] for text in texts])
 
     def compute(self, texts: Sequence[str]) -> np.ndarray:
-        """Texts -> (N, L, dim) float32, by the network."""
+        """Texts -> (N, L, dim) float32, by the network. All ranks call this, or one of them `alone`."""
         most, lengths = self.tokenizer.max_length, [self.tokenizer.length(text) for text in texts]
         if long := [length for length in lengths if length > most]:
             which = f"a text has {long[0]} tokens" if len(long) == 1 else f"{len(long)} texts have up to {max(long)} tokens"
@@ -90,18 +107,17 @@ class Contexts(Captions):
         tokens, name = self.tokenizer.encode(texts), "captions" if len(texts) > BATCH else None
         return in_batches(lambda batch: [self.graph(Tensor(batch)).asnumpy()], tokens, BATCH, name)[0]
 
-    @cached_property
-    def encoded(self) -> np.ndarray:
-        texts = [caption for row in self.table for caption in row]
+    def encode_table(self, texts: Sequence[str]) -> np.ndarray:
+        """From the user's cache, or computed by all ranks together."""
         shape = (len(texts), *self.null.shape)
-        check_memory(4 * int(np.prod(shape)), f"the context of {len(texts)} captions")
-        key = hashlib.sha256(json.dumps([texts, self.tokenizer.to_record()]).encode())
-        for p in self.encoder.get_parameters():
-            key.update(p.asnumpy().tobytes())
-        path = cache_folder() / f"captions-{key.hexdigest()[:16]}.bin"
-        return load_or_compute(path, key.hexdigest(), {"rows": shape}, lambda: {"rows": self.compute(texts)})["rows"]
+        check_memory(2 * 4 * int(np.prod(shape)), f"the context of {len(texts)} captions")
+        key = hashlib.sha256(json.dumps([self.sha256, *texts]).encode()).hexdigest()
+        path = cache_folder() / f"captions-{key[:16]}.bin"
+        return load_or_compute(path, key, {"rows": shape}, lambda: {"rows": self.compute(texts)})["rows"]
 
     def rows(self, num: int, labels: Any = None, prompt: str | None = None) -> np.ndarray:
+        if isinstance(labels, np.ndarray) and labels.ndim == 3:
+            return labels
         if not self.is_described:
             if labels is not None:
                 raise UserError("Stable Diffusion has no classes, which --class needs: describe the picture by --prompt")
@@ -111,9 +127,18 @@ class Contexts(Captions):
     def null_rows(self, num: int) -> np.ndarray:
         return self.null[None].repeat(num, 0)
 
+    def label_array(self, labels: Any, num: int) -> Any:
+        return super().label_array(labels, num) if self.is_described else None
 
-def load_text_encoder(folder: Path, context_dim: int, tokenizer: Tokenizer | None = None) -> Contexts:
-    """The text encoder of a folder, and its tokenizer, unless another is given. Raises UserError if one cannot be read, or
+    def titles(self, ids: Any) -> list[str] | None:
+        return super().titles(ids) if self.is_described else None
+
+    def record(self) -> dict[str, Any]:
+        return {name: value for name, value in super().record().items() if name != "tokenizer"}  # beside the encoder
+
+
+def load_text_encoder(folder: Path, context_dim: int) -> Contexts:
+    """The text encoder and the tokenizer of a folder of diffusers, or of a run. Raises UserError if one cannot be read, or
     the encoder's width is not `context_dim`."""
     path = folder / FOLDER
     settings = Settings(path / "config.json")
@@ -122,7 +147,7 @@ def load_text_encoder(folder: Path, context_dim: int, tokenizer: Tokenizer | Non
     defaults = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8}  # those of transformers
     options = {name: settings.get(name, WHOLE, defaults.get(name, getattr(ClipTextConfig, name))) for name in names}
     activation = settings.get("hidden_act", str, "quick_gelu")
-    tokenizer = tokenizer or BytePairs.read(folder / "tokenizer")
+    tokenizer = kept_tokenizer(path / TOKENIZER) if (path / TOKENIZER).exists() else BytePairs.read(folder / "tokenizer")
     try:
         config = ClipTextConfig(**options, hidden_act=activation)
         encoder = config.build()
@@ -135,18 +160,26 @@ def load_text_encoder(folder: Path, context_dim: int, tokenizer: Tokenizer | Non
     weights = {name.removeprefix("text_model."): a for name, a in flat(read_weights(path))}
     others = ("embeddings.position_ids", "text_projection.weight")
     load_into(encoder, {name: a for name, a in weights.items() if name not in others}, path=path)
-    return Contexts(encoder.set_train(False), config, tokenizer)
+    contexts = Contexts(encoder.set_train(False), config, tokenizer)
+    known = settings.get("sha256", str | None, None)  # of a run's copy
+    if known and known != contexts.sha256:
+        raise UserError(f"{path} is damaged: copy it from where the run was made")
+    return contexts
+
+
+def kept_tokenizer(path: Path) -> Tokenizer:
+    try:
+        return Tokenizer.from_record(read_json(path))
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path} cannot be read ({e}): copy it from where the run was made") from e
 
 
 def keep_text_encoder(run: Path, contexts: Contexts) -> list[Path]:
-    """Write the text encoder to a run's folder, unless it is there; returns its files. Weights that float16 holds exactly
-    are written so."""
-    files = [run / FOLDER / "model.safetensors", run / FOLDER / "config.json"]  # the last is written when all is there
-    if not files[-1].exists():
-        weights = {p.name: p.asnumpy() for p in contexts.encoder.get_parameters()}
-        halves = {name: values.astype(np.float16) for name, values in weights.items()}
-        is_exact = all((halves[name] == weights[name]).all() for name in weights)
-        content = safetensors.numpy.save(halves if is_exact else weights)
-        write(files[0], lambda file: file.write(content))
-        write_json(files[1], asdict(contexts.config))
+    """Write the text encoder and its tokenizer to a run's folder, unless they are there; returns the files."""
+    files = [run / FOLDER / name for name in ("model.safetensors", TOKENIZER, "config.json")]
+    record = asdict(contexts.config) | {"sha256": contexts.sha256}  # is written last: now it is complete
+    if not (files[-1].exists() and all(file.exists() for file in files) and read_json(files[-1]) == record):
+        write(files[0], lambda file: file.write(contexts.content()))
+        write_json(files[1], contexts.tokenizer.to_record())
+        write_json(files[2], record)
     return files

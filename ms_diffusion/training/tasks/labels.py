@@ -163,6 +163,9 @@ class Captions(Nothing):
         self.table, self.tokenizer, self.null = tuple(map(tuple, table)), tokenizer, null
         self.count, self.firsts = len(self.table), [row[0] for row in self.table]
         self.names = tuple(names) if names and len(names) == self.count else tuple(self.firsts)
+        self.every = list(dict.fromkeys(caption for row in self.table for caption in row))
+        place = {caption: i for i, caption in enumerate(self.every)}
+        self.places = np.array([place[caption] for row in self.table for caption in row])  # of each caption in `every`
         self.counts = np.array([len(row) for row in self.table])
         self.starts = np.cumsum(self.counts) - self.counts
         self.most = min(math.lcm(*self.counts.tolist()), 2**31)  # a draw below it, modulo a count, is uniform
@@ -171,10 +174,14 @@ class Captions(Nothing):
         """The rows (N, ...) of texts."""
         return self.tokenizer.encode(texts)
 
+    def encode_table(self, texts: Sequence[str]) -> Rows:
+        """The rows of all captions that the table has. All ranks call this."""
+        return self.encode(texts)
+
     @cached_property
     def encoded(self) -> Rows:
-        """The rows of all captions of the table, one after the other."""
-        return self.encode([caption for row in self.table for caption in row])
+        """The rows of `every`."""
+        return self.encode_table(self.every)
 
     def ids(self, image_set: ImageSet) -> np.ndarray:
         if image_set.captions is None or image_set.caption_ids is None:
@@ -183,14 +190,14 @@ class Captions(Nothing):
 
     def draw(self, rng: Random, ids: np.ndarray, dropout: float) -> Rows:
         chosen = self.starts[ids] + rng.integers(0, self.most, len(ids)) % self.counts[ids]
-        return drop_labels(rng, self.encoded[chosen], dropout, self.null)
+        return drop_labels(rng, self.encoded[self.places[chosen]], dropout, self.null)
 
     def rows(self, num: int, labels: Any = None, prompt: str | None = None) -> Rows:
         if prompt is not None:
             return self.encode([prompt]).repeat(num, 0)
         if isinstance(labels, np.ndarray) and labels.ndim == 2:
             return labels
-        return self.encoded[self.starts[self.label_array(labels, num)]]
+        return self.encode([self.firsts[i] for i in self.label_array(labels, num)])
 
     def null_rows(self, num: int) -> Rows:
         return np.full((num, self.tokenizer.max_length), self.null, np.int32)
@@ -199,7 +206,7 @@ class Captions(Nothing):
         """Rows of the table, (num,) int32: one that is given by number or name, or each in turn."""
         return Classes(self.count, 0, self.names).label_array(labels, num)
 
-    def titles(self, ids: np.ndarray) -> list[str]:
+    def titles(self, ids: np.ndarray) -> list[str] | None:
         return [self.firsts[i] for i in ids]
 
     def record(self) -> dict[str, Any]:
@@ -219,14 +226,20 @@ def caption_table(image_set: ImageSet | None, kept: dict[str, Any]) -> Sequence[
     return table
 
 
+def caption_names(table: Any, image_set: ImageSet | None, kept: dict[str, Any], names: Any = None) -> Any:
+    """What the rows of a table of captions are called: the names that the run has kept, if it has kept the same captions."""
+    is_kept = kept.get("captions", table) == table or image_set is None
+    return (kept.get("class_names") if is_kept else None) or (image_set and image_set.class_names) or names
+
+
 def make_labelling(model: Any, image_set: ImageSet | None, kept: dict[str, Any], names: Any = None,
         tokenizer: Any = None) -> Nothing:  # fmt: skip
     """What the network of a configuration is conditioned on: what the run has `kept`, or else what the images have, or the
     data set is known to have, class `names` and the captions of Fashion-MNIST. Captions without a tokenizer train one.
     Raises UserError if the network needs captions and there are none."""
-    names = kept.get("class_names") or (image_set and image_set.class_names) or names
     if "tokens" in model.cond_fields:
         table = caption_table(image_set, kept)
+        names = caption_names(table, image_set, kept, names)
         tokenizer = kept.get("tokenizer") or tokenizer
         if not tokenizer and table == CAPTIONS and model.vocab_size < 256:  # too few for byte pairs
             tokenizer = FASHION_WORDS
@@ -238,7 +251,10 @@ def make_labelling(model: Any, image_set: ImageSet | None, kept: dict[str, Any],
             raise UserError("the captions need --model.vocab-size {} --model.max-length {}".format(*needed))
         null = tokenizer.encode([""])[0] if model.null_label is None else model.null_label
         return Captions(table, tokenizer, names, null)
-    return Nothing() if model.num_classes is None else Classes(model.num_classes, model.null_label, names)
+    if model.num_classes is None:
+        return Nothing()
+    names = kept.get("class_names") or (image_set and image_set.class_names) or names
+    return Classes(model.num_classes, model.null_label, names)
 
 
 def old_class_names(image_set: ImageSet) -> list[str] | None:

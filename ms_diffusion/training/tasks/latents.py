@@ -35,7 +35,7 @@ from ..text_encoder import FOLDER, Contexts, keep_text_encoder, load_text_encode
 from .autoencoder import AutoencoderRunConfig, load_first_stage, save_reconstructions
 from .base import Arrays
 from .images import ROW_STEPS, DenoiseRow, ImageData, ImageTask, check_image_size, check_scored, save_rows
-from .labels import Nothing, caption_table, read_kept
+from .labels import Nothing, caption_names, caption_table, read_kept
 
 ROWS = 4  # images in a training run's rows of noising and denoising
 
@@ -121,24 +121,35 @@ class LatentTask(ImageTask):
     @cached_property
     def contexts(self) -> Contexts:
         """The frozen text encoder of the run, of the run that it starts from, or of --text-encoder."""
-        given, initial = self.config.text_encoder, self.config.init_from
-        homes = [self.run_dir] if self.run_dir else []
+        given, initial, width = self.config.text_encoder, self.config.init_from, self.config.model.context_dim or 0
+        if self.run_dir and (self.run_dir / FOLDER / "config.json").exists():
+            return load_text_encoder(self.run_dir, width)
         if initial and not given and is_run(initial):
-            homes.append(open_run(initial, [])[0])
-        width: Any = self.config.model.context_dim
-        for home in homes:
+            home, _ = open_run(initial, [])
             if (home / FOLDER / "config.json").exists():
-                return load_text_encoder(home, width, read_kept(home).get("tokenizer"))
+                return load_text_encoder(home, width)
         if not given:
             raise UserError("--model.condition context needs a frozen CLIP: give its folder by --text-encoder")
         return load_text_encoder(Path(given), width)
+
+    def keep_text_encoder(self) -> None:
+        """Write a copy of the text encoder to the run's folder. Raises UserError if --text-encoder is another one."""
+        given, contexts = self.config.text_encoder, self.contexts
+        known = self.state.get("text_encoder", contexts.sha256) if self.state else contexts.sha256
+        other = contexts
+        if given and Path(given).is_dir() and (self.run_dir / FOLDER).exists():
+            other = load_text_encoder(Path(given), self.config.model.context_dim or 0)
+        if known != contexts.sha256 or other.sha256 != contexts.sha256:
+            raise UserError(f"the text encoder of the run in {self.run_dir} is another one: leave out --text-encoder")
+        if self.rank == 0:
+            keep_text_encoder(self.run_dir, contexts)
 
     def make_labelling(self, image_set: ImageSet | None = None) -> Nothing:
         if "context" not in self.cond_fields:
             return super().make_labelling(image_set)
         kept = read_kept(self.run_dir) if self.run_dir else {}
-        names = kept.get("class_names") or (image_set and image_set.class_names)
-        return self.contexts.describe(caption_table(image_set, kept), names)
+        table = caption_table(image_set, kept)
+        return self.contexts.describe(table, caption_names(table, image_set, kept))
 
     def load_set(self, split: str) -> ImageSet:
         if self.has_pictures:
@@ -158,8 +169,6 @@ class LatentTask(ImageTask):
     def prepare_data(self) -> None:
         """Encode the images, and find the scale of the latents."""
         config, state = self.config, self.state
-        if "context" in self.cond_fields:
-            share_files(keep_text_encoder(self.run_dir, self.contexts))
         if self.rank == 0:
             self.first_stage = resolve_first_stage(config, self.run_dir, (state or {}).get("first_stage"))
         saved = self.run_dir / "first_stage"
@@ -181,6 +190,8 @@ class LatentTask(ImageTask):
             path = self.run_dir / "samples" / "first-stage.png"
             save_reconstructions(path, self.first_stage, self.originals[: config.train.sample_num])
             self.save_start(path.parent)
+        if "context" in self.cond_fields:
+            self.keep_text_encoder()
         if "cond_image" in self.cond_fields:  # which is made of the images, whose numbers the batches have then
             self.ids, self.labels = self.labels, np.arange(len(self.labels), dtype=np.int32)
 
@@ -220,6 +231,7 @@ class LatentTask(ImageTask):
 
     def checkpoint_record(self) -> dict[str, Any]:
         own = {"latent_scale": self.first_stage.scale, "first_stage": self.weights_hash}
+        own |= {"text_encoder": self.contexts.sha256} if "context" in self.cond_fields else {}
         return own | super().checkpoint_record()
 
     def make_x_start(self) -> Any:
