@@ -454,7 +454,8 @@ def test_config_passes_every_field_on():
     changed = {"num_timesteps": 40, "schedule": "linear", "objective": "x0", "loss": "l2", "v_posterior": 0.5, "gamma": 0.7}
     changed |= {"zero_terminal_snr": True, "weighting": "none", "l_simple_weight": 0.5, "original_elbo_weight": 0.01}
     ends = {"beta_start": 2e-4, "beta_end": 0.03}  # which the cosine has not
-    assert changed.keys() | ends.keys() == {field.name for field in fields(DiffusionConfig)}
+    paths = {"shift": "flow", "sigma_data": "edm"}
+    assert changed.keys() | ends.keys() | paths.keys() == {field.name for field in fields(DiffusionConfig)}
 
     def built(config):
         d = config.build()
@@ -467,6 +468,10 @@ def test_config_passes_every_field_on():
         assert built(replace(linear, **{name: value})) != built(linear), name
         with pytest.raises(ValueError, match=name):
             replace(base, **{name: value}).build()
+
+    for name, schedule in paths.items():
+        path = replace(base, schedule=schedule, weighting="none")
+        assert (replace(path, **{name: 2.0}).build().alphas != path.build().alphas)[:-1].all()
 
     d = DiffusionConfig(T, objective="v", weighting="p2", gamma=0.7, l_simple_weight=0.5, original_elbo_weight=0.01).build()
     np.testing.assert_allclose(d.simple_weights, 0.5 * weight_of("v", np.arange(T), "p2", 0.7), rtol=1e-9)

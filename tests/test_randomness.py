@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 from scipy.stats import chisquare
 
 from mindspore import nn
@@ -13,6 +14,7 @@ from ms_diffusion.randomness import (
     ImportanceTimesteps,
     antithetic_timesteps,
     drop_labels,
+    log_normal_timesteps,
     offset_noise,
     uniform_timesteps,
 )
@@ -231,7 +233,23 @@ def test_a_checkpoint_brings_the_state_back(tmp_path, steps):
 
 
 def test_the_ways_to_draw_have_their_names():
-    assert TIMESTEP_SAMPLING == ("uniform", "antithetic", "importance")
+    assert TIMESTEP_SAMPLING == ("uniform", "antithetic", "importance", "log-normal")
+
+
+@pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (-1.2, 1.2), (0.7, 0.3)])
+def test_log_normal_timesteps(mean, std):
+    """On the times s of a flow log(s / (1 - s)) is normal, and the times are logit-normal; half of a batch mirrors the
+    other."""
+    T = 10_000
+    s = np.arange(1, T + 1) / T
+    with np.errstate(divide="ignore"):
+        ratios = s / (1 - s)
+    t = log_normal_timesteps(np.random.default_rng(0), ratios, 20_000, mean, std)
+    assert t.dtype == np.int32 and t.min() >= 0 and t.max() < T - 1
+    found = np.log(ratios[t])
+    assert found.mean() == pytest.approx(mean, abs=1e-3) and found.std() == pytest.approx(std, rel=0.02)
+    np.testing.assert_allclose(found[:10_000] + found[10_000:], 2 * mean, atol=0.2)
+    assert stats.kstest(found[:10_000], "norm", (mean, std)).pvalue > 1e-3
 
 
 # Noise with an offset
