@@ -323,10 +323,8 @@ def latent_run(section: Section, batch_size: int, lr: float, folder: Path) -> Co
 
     scale = section.take("scale_factor", 1.0, float)
     by_std = section.take("scale_by_std", False, bool)
-    ema, has_null = (
-        section.take("use_ema", True, bool),
-        model.null_label is not None or model.condition in ("bert", "context"),
-    )
+    ema = section.take("use_ema", True, bool)
+    has_null = model.null_label is not None or model.condition in ("bert", "context")
     train = {"lr": lr, "batch_size": batch_size, "lr_decay": False, "warmup_steps": 0, "clip_norm": NOT_CLIPPED}
     train |= {"ema_decay": 0.9999 if ema else 0.0, "label_dropout": 0.1 if has_null else 0.0, "sample_num": 8}
     train |= section.rename({"learn_logvar": "learn_logvar"}) | warm_up(section)

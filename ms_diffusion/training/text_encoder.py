@@ -174,12 +174,11 @@ def kept_tokenizer(path: Path) -> Tokenizer:
         raise UserError(f"{path} cannot be read ({e}): copy it from where the run was made") from e
 
 
-def keep_text_encoder(run: Path, contexts: Contexts) -> list[Path]:
-    """Write the text encoder and its tokenizer to a run's folder, unless they are there; returns the files."""
-    files = [run / FOLDER / name for name in ("model.safetensors", TOKENIZER, "config.json")]
+def keep_text_encoder(run: Path, contexts: Contexts) -> None:
+    """Write the text encoder and its tokenizer to a run's folder, unless they are there."""
+    weights, tokenizer, config = [run / FOLDER / name for name in ("model.safetensors", TOKENIZER, "config.json")]
     record = asdict(contexts.config) | {"sha256": contexts.sha256}  # is written last: now it is complete
-    if not (files[-1].exists() and all(file.exists() for file in files) and read_json(files[-1]) == record):
-        write(files[0], lambda file: file.write(contexts.content()))
-        write_json(files[1], contexts.tokenizer.to_record())
-        write_json(files[2], record)
-    return files
+    if not (weights.exists() and tokenizer.exists() and config.exists() and read_json(config) == record):
+        write(weights, lambda file: file.write(contexts.content()))
+        write_json(tokenizer, contexts.tokenizer.to_record())
+        write_json(config, record)

@@ -197,7 +197,8 @@ class Captions(Nothing):
             return self.encode([prompt]).repeat(num, 0)
         if isinstance(labels, np.ndarray) and labels.ndim == 2:
             return labels
-        return self.encode([self.firsts[i] for i in self.label_array(labels, num)])
+        chosen, places = np.unique(self.label_array(labels, num), return_inverse=True)
+        return self.encode([self.firsts[i] for i in chosen])[places]
 
     def null_rows(self, num: int) -> Rows:
         return np.full((num, self.tokenizer.max_length), self.null, np.int32)
@@ -228,7 +229,7 @@ def caption_table(image_set: ImageSet | None, kept: dict[str, Any]) -> Sequence[
 
 def caption_names(table: Any, image_set: ImageSet | None, kept: dict[str, Any], names: Any = None) -> Any:
     """What the rows of a table of captions are called: the names that the run has kept, if it has kept the same captions."""
-    is_kept = kept.get("captions", table) == table or image_set is None
+    is_kept = kept.get("captions", table) == table
     return (kept.get("class_names") if is_kept else None) or (image_set and image_set.class_names) or names
 
 
