@@ -114,7 +114,7 @@ def shown(folder):
 
 
 def steps(folder):
-    return sorted(int(path.parent.name[5:]) for path in folder.glob("checkpoints/*/state.json"))
+    return sorted(int(path.parent.name[5:]) for path in folder.glob("checkpoints/step-*/state.json"))
 
 
 # A job that starts again
@@ -458,6 +458,7 @@ def test_a_training_that_is_preempted_during_an_upload(tmp_path, obs, ranks):
         out, err = process.communicate(timeout=240)
     finally:
         process.kill()
+        process.communicate()
     assert process.returncode == (130 if ranks == 1 else 1) and "all saved" in out, out + err
     assert shown(obs / "bucket/out") == shown(run)
     last = steps(run)[-1]

@@ -401,7 +401,7 @@ def test_a_signal_to_one_rank_stops_all(tmp_path, train_long):
     process, rank_1 = train_long()
     os.kill(rank_1, signal.SIGTERM)
     assert process.wait(60) != 0
-    steps = [int(path.name.removeprefix("step-")) for path in (tmp_path / "run/checkpoints").iterdir()]
+    steps = [int(path.name.removeprefix("step-")) for path in (tmp_path / "run/checkpoints").glob("step-*")]
     assert len(steps) == 1 and metrics(tmp_path / "run")[-1]["step"] == steps[0]
     assert f"stopped at step {steps[0]} of 100000" in (tmp_path / "log.txt").read_text()
 
@@ -412,7 +412,7 @@ def test_one_rank_killed_ends_all_and_the_run_resumes(tmp_path, train_long):
     os.kill(rank_1, signal.SIGKILL)
     assert process.wait(60) != 0
     assert "Error code: -9" in (tmp_path / "log.txt").read_text()
-    step = max(int(path.name.removeprefix("step-")) for path in (tmp_path / "run/checkpoints").iterdir())
+    step = max(int(path.name.removeprefix("step-")) for path in (tmp_path / "run/checkpoints").glob("step-*"))
     finish(start(tmp_path, 2, HERE.parent / "train.py", *FLAGS.split(), "--train.total-steps", step + 2))
     assert f"resuming at step {step}" in (tmp_path / "log.txt").read_text()
     assert metrics(tmp_path / "run")[-1]["step"] == step + 2
