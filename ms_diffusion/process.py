@@ -27,6 +27,7 @@ allow_numpy_2()
 TABLES = 30  # float64 numbers of each timestep that a process keeps or computes
 OBJECTIVES = ("eps", "x0", "v")
 WEIGHTINGS = ("none", "min-snr", "p2", "velocity")
+HUBER = 0.00054  # c of the pseudo-Huber distance, per square root of the dimension (Song & Dhariwal 2023, section 3.3)
 BETA = Bounds(0, 1, low_open=True, high_open=True)
 Net = Callable[..., Tensor]
 Cond = Tensor | tuple[Tensor, ...] | None  # what a network is conditioned on, (B, ...) each
@@ -171,6 +172,7 @@ class Process:
             return Tensor(values.astype(np.float32))
 
         self._alphas, self._sigmas = device(alphas), device(sigmas)
+        self._alphas_before, self._sigmas_before = device(before), device(noise_before)  # at t - 1
         self._log_variances = device(np.log(sigmas**2))
         with np.errstate(divide="ignore"):  # infinite at zero SNR, where the objective is not eps
             self._recip_alphas, self._recip_snr_roots = device(1 / alphas), device(sigmas / alphas)
@@ -266,6 +268,28 @@ class Process:
         if self._simple_weights is not None:
             simple = ops.gather_elements(self._simple_weights, 0, t) * simple
         return simple if self._elbo_weights is None else simple + ops.gather_elements(self._elbo_weights, 0, t) * error
+
+    def consistency_losses(self, net: Net, x_start: Tensor, t: Tensor, r: Tensor, noise: Tensor, cond: Cond = None,
+            teacher: Callable[..., Tensor] | None = None) -> Tensor:  # fmt: skip
+        """The distance (B,) of the network's x_0 at x_t from its x_0 at x_r, which gets no gradient and lies on the same
+        path nearer to the data: the consistency of both, by finite differences (Geng et al. 2024, arXiv 2406.14548, eq. 9).
+        The distance is the pseudo-Huber one (Song & Dhariwal 2023, eq. 7), divided by the square root of the dimension.
+
+        Args:
+            r: (B,) int32, less than t; at -1 x_r is x_0 itself.
+            teacher: teacher(x_t, t, cond) -> the x_0 that the path leads to, by default x_start. With that of a trained
+                network this is consistency distillation (Song et al. 2023, algorithm 2) with DDIM's step."""
+        x_t, cond = self.q_sample(x_start, t, noise), as_tuple(cond)
+        goal = x_start if teacher is None else ops.stop_gradient(teacher(x_t, t, cond))
+        keep = at(self._sigmas_before, r + 1, x_t) / at(self._sigmas, t, x_t)
+        x_r = (at(self._alphas_before, r + 1, x_t) - keep * at(self._alphas, t, x_t)) * goal + keep * x_t
+        above = ops.relu(r)
+        nearer = ops.stop_gradient(self.predict_start(predict(net, x_r, above, cond), x_r, above))
+        nearer = ops.where((r < 0).reshape((-1,) + (1,) * (x_t.ndim - 1)), goal, nearer)
+        nearer = ops.clamp(nearer, -1.0, 1.0) if self.clip_denoised else nearer
+        apart = self.predict_start(predict(net, x_t, t, cond), x_t, t) - nearer
+        square = ops.mean(ops.square(apart).reshape(x_t.shape[0], -1), 1)
+        return ops.sqrt(square + HUBER**2) - HUBER
 
     def p_losses(self, net: Net, x_start: Tensor, t: Tensor, noise: Tensor, *options: Any) -> Tensor:
         """The mean () of `losses`; `options` are its other arguments."""

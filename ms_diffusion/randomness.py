@@ -114,6 +114,12 @@ def log_normal_timesteps(rng: Random, ratios: np.ndarray, n: int, mean: float = 
     return draw_rows(rng, n, pairs)
 
 
+def nearer_timesteps(t: np.ndarray, stage: float) -> np.ndarray:
+    """r = (1 - 2^-stage) t in the time of a schedule that counts from the data, where timestep t is at t + 1: (n,) int32 for
+    t (n,), of which -1 is the data (Geng et al. 2024, arXiv 2406.14548, section 3.4, with n(t) = 1)."""
+    return np.minimum(np.floor((1 - 2.0**-stage) * (t + 1)) - 1, t - 1).astype(np.int32)
+
+
 class ImportanceTimesteps:
     """Timesteps with probabilities in proportion to the root mean square of their last `keep` losses (Nichol & Dhariwal
     2021, eq. 18), and uniform until each has `keep` losses. `.parameters` is the state to save in a checkpoint."""

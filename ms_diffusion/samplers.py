@@ -257,9 +257,24 @@ def sample_unipc(denoise: Denoiser, x: Array, diffusion: GaussianDiffusion, time
     return x
 
 
+def sample_consistency(denoise: Denoiser, x: Array, diffusion: GaussianDiffusion, timesteps: Timesteps = None,
+        randn_like: RandnLike = None, callback: Callback = None) -> Array:  # fmt: skip
+    """For a network that consistency tuning has taught to predict an end of the path: each step takes its x_0 whole and
+    adds new noise of the following level (Song et al. 2023, "Consistency models", algorithm 1)."""
+    for i, t, _, following in noise_levels(diffusion, timesteps):
+        x_start = denoise(x, t)
+        x = following.alpha * x_start
+        if following.sigma:
+            x = x + following.sigma * randn_like(x)
+        if callback:
+            callback(i, x, x_start)
+    return x
+
+
 # What a sampler prefers is an attribute of the function; the defaults are spacing "logsnr" and stochastic False
 vars(sample_ddpm).update(spacing="linspace", stochastic=True)
 vars(sample_ddim).update(spacing="linspace")
+vars(sample_consistency).update(spacing="trailing", stochastic=True)
 
 SAMPLERS: dict[str, Sampler] = {  # SAMPLERS["mine"] = function adds a sampler
     "ddpm": sample_ddpm,
@@ -268,6 +283,7 @@ SAMPLERS: dict[str, Sampler] = {  # SAMPLERS["mine"] = function adds a sampler
     "plms": sample_plms,
     "dpmpp_2m": sample_dpmpp_2m,
     "unipc": sample_unipc,
+    "consistency": sample_consistency,
 }
 
 

@@ -22,10 +22,12 @@ class Sampling:
 
     seed: Annotated[int, NON_NEGATIVE] = 0
     """Seed. Sample i of a seed is the same whatever the number of samples and the batch size."""
-    sampler: Annotated[str, OneOf(SAMPLERS)] = "ddim"
-    """ddpm is the ancestral sampler; the others are deterministic. dpmpp_2m and unipc need 10 to 15 steps."""
-    steps: Annotated[int, AT_LEAST_1] = 50
-    """Sampling steps, at most the number of timesteps. Each step calls the network once (heun: twice)."""
+    sampler: Annotated[str, OneOf(SAMPLERS)] | None = None
+    """ddpm is the ancestral sampler; ddim, heun, plms, dpmpp_2m and unipc are deterministic, and the last two need 10 to 15
+    steps; consistency is for runs with --train.consistency, and their default. By default ddim, and dpmpp_2m for scores."""
+    steps: Annotated[int, AT_LEAST_1] | None = None
+    """Sampling steps, at most the number of timesteps. Each step calls the network once (heun: twice). By default 50, and 20
+    for scores, or the --train.sample-steps of a run with --train.consistency."""
     spacing: Literal[SPACINGS] | None = None
     """Spacing of the timesteps; by default linspace for ddpm and ddim, logsnr for the others."""
     eta: Annotated[float, FRACTION] = 0.0
@@ -51,15 +53,22 @@ class Sampling:
     device: Literal[DEVICES] = "auto"
     """Device: auto is Ascend, then GPU, then CPU."""
 
-    def resolve(self, task: Any) -> "Sampling":
-        """These options with the defaults of the run of `task`, a `training.tasks.diffusion.DiffusionTask`, filled in.
-        Raises UserError if an option is out of range, or does not fit the run or another option."""
+    def filled(self, sampler: str = "ddim", steps: int = 50) -> "Sampling":
+        """These options with this sampler and this number of steps where they say none."""
+        return replace(self, sampler=self.sampler or sampler, steps=self.steps or steps)
+
+    def resolve(self, task: Any, sampler: str = "ddim", steps: int = 50) -> "Sampling":
+        """These options with the defaults of the run of `task`, a `training.tasks.diffusion.DiffusionTask`, filled in, and
+        with this sampler and number of steps where neither they nor the run say any. Raises UserError if an option is out
+        of range, or does not fit the run or another option."""
         check_fields(self)
         train, T = task.config.train, task.config.diffusion.num_timesteps
-        options = self
+        if getattr(train, "consistency", ()) and self.sampler in (None, "consistency"):
+            sampler, steps = "consistency", train.sample_steps
+        options = self.filled(sampler, steps)
         if self.guidance is None:
             interval = self.guidance_interval or getattr(train, "sample_guidance_interval", None)
-            options = replace(self, guidance=getattr(train, "sample_guidance", 1.0), guidance_interval=interval)
+            options = replace(options, guidance=getattr(train, "sample_guidance", 1.0), guidance_interval=interval)
         options.check(T)
         if options.guidance != 1 and task.null_label is None:
             flag = "--train.sample-guidance" if self.guidance is None else "--guidance"
@@ -77,14 +86,15 @@ class Sampling:
 
     def check(self, num_timesteps: int) -> None:
         """Refuse options that do not fit each other or the number of timesteps."""
-        if self.steps > num_timesteps:
+        if self.steps is not None and self.steps > num_timesteps:
             raise UserError(f"--steps is {self.steps}: choose from 1 to {num_timesteps}, the run's number of timesteps")
-        known = sampler_options(SAMPLERS[self.sampler])
+        sampler = self.filled().sampler
+        known = sampler_options(SAMPLERS[sampler])
         for name, option in {"eta": "eta", "v_posterior": "v_posterior", "quantize_denoised": "quantize"}.items():
             if option not in known and getattr(self, name) != getattr(Sampling, name):
                 takers = [key for key, sampler in SAMPLERS.items() if option in sampler_options(sampler)]
                 flag = name.replace("_", "-")
-                raise UserError(f"--{flag} is an option of {', '.join(takers)}, not of {self.sampler}: leave it out")
+                raise UserError(f"--{flag} is an option of {', '.join(takers)}, not of {sampler}: leave it out")
         if self.guidance in (None, 1) and (self.guidance_rescale or self.guidance_interval):
             raise UserError("--guidance-rescale and --guidance-interval need --guidance: set it to 3, for example")
         (first, last), most = self.guidance_interval or (0, 0), num_timesteps - 1
@@ -93,15 +103,16 @@ class Sampling:
 
     def make_sampler(self) -> Callable:
         """The sampler with its options set."""
-        sampler = SAMPLERS[self.sampler]
+        sampler = SAMPLERS[self.filled().sampler]
         return partial(sampler, **{name: getattr(self, name) for name in sampler_options(sampler) if hasattr(self, name)})
 
     def timesteps(self, diffusion: GaussianDiffusion) -> list[int]:
         """The timesteps of the sampler's steps, descending."""
-        spacing = default_spacing(SAMPLERS[self.sampler])
+        options = self.filled()
+        spacing = default_spacing(SAMPLERS[options.sampler])
         spacing = self.spacing or (diffusion.spacing if spacing == GaussianDiffusion.spacing else spacing)
         T, tables = diffusion.num_timesteps, (diffusion.alphas_cumprod, diffusion.steps_offset)
-        return sampling_timesteps(T, self.steps, spacing, *tables)
+        return sampling_timesteps(T, options.steps, spacing, *tables)
 
 
 class Generator:

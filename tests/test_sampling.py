@@ -132,7 +132,7 @@ def test_a_sampler_gets_its_own_options(monkeypatch):
 
 def test_the_spacing_is_the_samplers_unless_one_is_chosen():
     for name in SAMPLERS:
-        own = "linspace" if name in ("ddpm", "ddim") else "logsnr"
+        own = {"ddpm": "linspace", "ddim": "linspace", "consistency": "trailing"}.get(name, "logsnr")
         for spacing in (None, *SPACINGS):
             expected = sampling_timesteps(T, 6, spacing or own, DIFFUSION.alphas_cumprod)
             assert Sampling(sampler=name, steps=6, spacing=spacing).timesteps(DIFFUSION) == expected

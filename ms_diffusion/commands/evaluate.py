@@ -35,7 +35,7 @@ class Args:
     """Split of the real images to compare with."""
     against_num: Annotated[int, AT_LEAST_1] | None = None
     """Number of real images; by default as many as are scored, or all if there are fewer."""
-    sampling: Annotated[Sampling, tyro.conf.arg(name="")] = Sampling(sampler="dpmpp_2m", steps=20)
+    sampling: Annotated[Sampling, tyro.conf.arg(name="")] = Sampling()
     data: Annotated[str, OneOf(DATASETS)] | None = None
     """Data set of the real images; by default the run's own, or fashion-mnist."""
     data_dir: str | None = None

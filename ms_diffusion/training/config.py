@@ -123,6 +123,13 @@ class DiffusionTrainConfig(TrainConfig):
     """Mean of log(sigma / alpha), for log-normal timesteps: 0 for flow, -1.2 for edm."""
     timestep_std: Annotated[float, POSITIVE] = 1.0
     """Standard deviation of log(sigma / alpha), for log-normal timesteps: 1 for flow, 1.2 for edm."""
+    consistency: tuple[Annotated[float, POSITIVE], ...] = ()
+    """Tune --init-from to predict the end of its own path, for samples in one or two network calls: the stages of
+    consistency tuning, of equal length, such as 2 3 4. Stage s makes the predictions at times t and (1 - 2^-s) t agree."""
+    teacher_guidance: Annotated[float, NON_NEGATIVE] = 1.0
+    """Guidance of that path, with the weights of --init-from."""
+    teacher_guidance_interval: tuple[int, int] | None = None
+    """First and last timestep at which that guidance is applied; by default all."""
 
 
 @dataclass(frozen=True)
@@ -210,6 +217,17 @@ class DiffusionRunConfig(Config):
         super().check()
         if self.train.lora_rank and not self.init_from:
             raise UserError(f"--train.lora-rank is {self.train.lora_rank}: it needs trained weights, add --init-from")
+        if self.train.consistency and not self.init_from:
+            raise UserError("--train.consistency needs a trained network: add --init-from")
+        if self.train.consistency and (self.train.learn_logvar or getattr(self.model, "self_condition", False)):
+            raise UserError(
+                "--train.consistency works without --train.learn-logvar and --model.self-condition: leave them out"
+            )
+        (first, last), most = self.train.teacher_guidance_interval or (0, 0), self.diffusion.num_timesteps - 1
+        if not 0 <= first <= last <= most:
+            raise UserError(
+                f"--train.teacher-guidance-interval is {first} {last}: give two timesteps in 0..{most}, the lower first"
+            )
         for length in self.train.ema_lengths:
             try:
                 power_of_length(length)

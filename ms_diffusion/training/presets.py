@@ -59,6 +59,26 @@ CLASS = PixelConfig(
     ),
 )
 LONG = replace(CLASS.train, warmup_steps=500, ema_decay=0.999, timestep_sampling="antithetic")
+LARGE = replace(CLASS, model=replace(CLASS.model, dim=64, init_dim=64), train=replace(LONG, total_steps=22_000, lr=1.5e-3))
+# Consistency tuning of a trained run, by default the bundled one, for samples in one or two network calls
+FAST = replace(
+    LARGE,
+    init_from="fashion-mnist-large",
+    train=replace(
+        LONG,
+        total_steps=6000,
+        lr=5e-4,
+        warmup_steps=50,
+        ema_decay=0.998,
+        label_dropout=0.0,
+        sample_guidance=1.0,
+        sample_guidance_interval=None,
+        sample_steps=2,
+        consistency=(2, 3, 4),
+        teacher_guidance=2.0,
+        teacher_guidance_interval=(150, 750),
+    ),
+)
 EMOJI = replace(LONG, total_steps=4500, warmup_steps=300, save_every=500)
 
 # From images of 32 x 32 pixels to latents of 8 x 8 x 2 numbers, and the diffusion of these latents.
@@ -107,9 +127,8 @@ PRESETS: dict[str, Config] = {  # PRESETS["mine"] = config adds a preset
     ),
     "fashion-mnist-resnet": PixelConfig(model=UnetConfig(dim=32, use_convnext=False)),
     "fashion-mnist-class": CLASS,
-    "fashion-mnist-large": replace(
-        CLASS, model=replace(CLASS.model, dim=64, init_dim=64), train=replace(LONG, total_steps=22_000, lr=1.5e-3)
-    ),
+    "fashion-mnist-large": LARGE,
+    "fashion-mnist-fast": FAST,
     **{name: replace(SCURVE, data=PointsDataConfig(name)) for name in TOYS},
     "scurve-seed": SCURVE_SEED,
     "scurve-flow": SCURVE_FLOW,

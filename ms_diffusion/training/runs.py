@@ -157,7 +157,7 @@ class Run:
             against_num: How many of them; by default `num`.
             inception: File of InceptionV3's weights, to use its features in place of the bundled classifier's.
             options: Fields of `Sampling`; by default dpmpp_2m in 20 steps."""
-        sampling = sampling_from({"sampler": "dpmpp_2m", "steps": 20} | options)
+        sampling = sampling_from(options)
         reference = self.reference(Features(inception), num, against, against_num)
         return reference.score(*self.task.samples_to_score(self, sampling, num, reference))
 

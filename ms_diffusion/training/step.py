@@ -36,6 +36,16 @@ class WarmupCosine(nn.learning_rate_schedule.LearningRateSchedule):
         return self.lr * warmup * 0.5 * (1 + ops.cos(math.pi * progress))
 
 
+def copy_network(net: nn.Cell, name: str) -> nn.Cell:
+    """A copy of the network whose parameters need no gradient, and have `name` before their names."""
+    # It recomputes nothing, and the cells that MindSpore has for that cannot be copied
+    recomputing = [cell._recompute_cell for _, cell in net.cells_and_names() if cell._recompute_cell is not None]
+    copied = copy.deepcopy(net, {id(cell): None for cell in recomputing})
+    for source, parameter in zip(net.get_parameters(), copied.get_parameters(), strict=True):
+        parameter.name, parameter.requires_grad = f"{name}.{source.name}", False
+    return copied
+
+
 class EMA:
     """An exponential moving average of a network's weights; `.net` is the copy of the network that has them.
 
@@ -49,14 +59,9 @@ class EMA:
     def __init__(self, net: nn.Cell, decay: float = 0.999, length: float | None = None):
         self.decay, self.power = decay, None if length is None else power_of_length(length) + 1
         self.name = "ema" if length is None else f"ema-{length:g}"
-        # An average recomputes nothing, and the cells that MindSpore has for that cannot be copied
-        recomputing = [cell._recompute_cell for _, cell in net.cells_and_names() if cell._recompute_cell is not None]
-        self.net = copy.deepcopy(net, {id(cell): None for cell in recomputing})
+        self.net = copy_network(net, self.name)
         self.sources = ms.ParameterTuple(net.get_parameters())
         self.averages = ms.ParameterTuple(self.net.get_parameters())
-        for source, average in zip(self.sources, self.averages, strict=True):
-            average.name = f"{self.name}.{source.name}"
-            average.requires_grad = False
         self.targets, self.followed = self.averages, self.sources  # what the step moves, and towards what
 
     def use(self, pack: Pack) -> None:

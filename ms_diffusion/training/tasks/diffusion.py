@@ -12,21 +12,22 @@ from mindspore import Parameter, Tensor, nn, ops
 
 from ...convert import listed
 from ...models.layers import Masks
-from ...process import GaussianDiffusion
+from ...process import GaussianDiffusion, at, predict
 from ...randomness import (
     ImportanceTimesteps,
     Random,
     antithetic_timesteps,
     log_normal_timesteps,
+    nearer_timesteps,
     offset_noise,
     uniform_timesteps,
 )
-from ...runtime import check_interrupted, gather
+from ...runtime import UserError, check_interrupted, gather
 from ...sampling import Generator, Sampling
 from ..checkpoint import Checkpoint, readable
 from ..lora import LowRank
 from ..pack import make_pack
-from ..step import EMA, make_optimizer, make_train_step
+from ..step import EMA, copy_network, make_optimizer, make_train_step
 from .base import Arrays, Logged, Task, load_initial_weights, set_precision
 
 
@@ -41,6 +42,7 @@ class DiffusionTask(Task):
     null_label: Any = None  # the label or token for "no condition"; None where the network has no such condition
     self_condition = False
     has_codebook = False
+    teacher: nn.Cell | None = None  # that consistency tuning learns from
     quantize: Callable | None = None  # x_0 -> the nearest vectors of the codebook
     cond_fields: tuple[str, ...] = ()  # names of the network's conditions, in its order
 
@@ -57,12 +59,15 @@ class DiffusionTask(Task):
 
     def make_networks(self, device: str) -> None:
         config, train = self.config, self.config.train
+        if train.teacher_guidance != 1 and self.null_label is None:
+            raise UserError("--train.teacher-guidance needs classes or captions, which this run has not: leave it out")
         self.net, self.diffusion = self.build()
         T = self.diffusion.num_timesteps
         self.loaded = load_initial_weights(config, self.run_dir, self.net)
-        self.preview_sampling = Sampling(sampler="ddpm", steps=train.sample_steps).resolve(self)
+        self.preview_sampling = Sampling().resolve(self, "ddpm", train.sample_steps)
 
         loss_scaler = set_precision(config.precision, self.net)
+        self.teacher = copy_network(self.net, "teacher").set_train(False) if train.consistency else None
         self.ema, extra_emas = EMA(self.net, train.ema_decay), [EMA(self.net, length=each) for each in train.ema_lengths]
         self.average = self.generator(self.ema.net, self.diffusion)
         self.net.set_train()  # after the averages are copied, which stay in evaluation mode
@@ -74,6 +79,8 @@ class DiffusionTask(Task):
         self.importance = ImportanceTimesteps(T) if train.timestep_sampling == "importance" else None
         self.step_options = {"extra_emas": extra_emas, "loss_scaler": loss_scaler}
         kept = {"extra_parameters": self.importance.parameters if self.importance else [], **self.step_options}
+        if self.teacher is not None:
+            kept["extra_parameters"] = [*kept["extra_parameters"], *self.teacher.get_parameters()]
         if self.low_rank:
             kept["extra_parameters"] = [*kept["extra_parameters"], *self.low_rank.bases]
             kept["extra_files"] = {"lora": self.low_rank.adapters}
@@ -115,18 +122,42 @@ class DiffusionTask(Task):
     def make_loss(self) -> Callable:
         """The loss of a batch, whose fields are the function's parameters."""
         net, diffusion, logvar, to_x_start = self.net, self.diffusion, self.logvar, self.make_x_start()
+        guided = None if self.teacher is None else self.make_guided()
 
-        def loss_fn(x_start, t, noise, weights=None, latent_noise=None, self_cond_mask=None,
+        def loss_fn(x_start, t, noise, weights=None, latent_noise=None, self_cond_mask=None, r=None,
                 labels=None, tokens=None, context=None, cond_image=None):  # fmt: skip
             cond = () if labels is None else (labels,)
             cond = cond if tokens is None else cond + (tokens,)
             cond = cond if context is None else cond + (context,)
             cond = cond if cond_image is None else cond + (cond_image,)
             x_start = to_x_start(x_start, latent_noise)
-            losses = diffusion.losses(net, x_start, t, noise, cond, logvar, self_cond_mask)
+            if guided is None:
+                losses = diffusion.losses(net, x_start, t, noise, cond, logvar, self_cond_mask)
+            else:
+                losses = diffusion.consistency_losses(net, x_start, t, r, noise, cond, guided)
             return ops.mean(losses) if weights is None else (ops.mean(weights * losses), losses)
 
         return loss_fn
+
+    def make_guided(self) -> Callable:
+        """A function for the graph, (x_t, t, cond) -> the teacher's x_0 with its guidance."""
+        diffusion, teacher, train = self.diffusion, self.teacher, self.config.train
+        scale, (first, last) = train.teacher_guidance, train.teacher_guidance_interval or (0, diffusion.num_timesteps - 1)
+        t, null = np.arange(diffusion.num_timesteps), np.asarray(0 if self.null_label is None else self.null_label)
+        scales = Tensor(np.where((first <= t) & (t <= last), scale, 1).astype(np.float32))
+        null = Tensor(null.astype(np.float32 if null.dtype.kind == "f" else np.int32))
+
+        def plain(x_t, t, cond):
+            return diffusion.predict_start(predict(teacher, x_t, t, cond), x_t, t)
+
+        def guided(x_t, t, cond):
+            x_start = plain(x_t, t, cond)
+            if scale != 1:
+                uncond = plain(x_t, t, (ops.zeros_like(cond[0]) + null,) + cond[1:])
+                x_start = uncond + at(scales, t, x_t) * (x_start - uncond)
+            return ops.clamp(x_start, -1.0, 1.0) if diffusion.clip_denoised else x_start
+
+        return guided
 
     def draw_batch(self, x: np.ndarray, labels: np.ndarray, step: int) -> Arrays:
         train = self.config.train
@@ -135,6 +166,9 @@ class DiffusionTask(Task):
             batch["t"], batch["weights"] = self.importance.draw(rng, train.batch_size)
         else:
             batch["t"] = self.draw_timesteps(rng, train.batch_size)
+        if self.teacher is not None:
+            stages = train.consistency
+            batch["r"] = nearer_timesteps(batch["t"], stages[min(step * len(stages) // train.total_steps, len(stages) - 1)])
         batch["noise"] = offset_noise(rng, (train.batch_size, *self.shape), train.offset_noise)
         return batch | self.draw_conditions(rng, batch, labels)
 

@@ -215,7 +215,8 @@ class ImageTask(Images, DiffusionTask):
     def score(self, step: int) -> float:
         train = self.config.train
         steps = min(15, self.diffusion.num_timesteps)
-        x = self.draw(train.score_num, replace(self.preview_sampling, sampler="dpmpp_2m", steps=steps))
+        quick = {} if train.consistency else {"sampler": "dpmpp_2m", "steps": steps}
+        x = self.draw(train.score_num, replace(self.preview_sampling, **quick))
         if not np.isfinite(x).all():
             what = f"samples are not finite at step {step}"
             raise UserError(f"{what}: resume from the last checkpoint with a lower --train.lr")
@@ -332,7 +333,7 @@ class ImageTask(Images, DiffusionTask):
                 f"{run.name} is conditioned on images ({self.config.data.condition}): evaluate the .npz file that the "
                 "sample command writes"
             )
-        sampling = sampling.resolve(self)
+        sampling = sampling.resolve(self, "dpmpp_2m", 20)
         batch_size = min(sampling.batch_size or 100, num)
         sampling = replace(sampling, batch_size=batch_size)
         timesteps, cond = sampling.timesteps(run.diffusion), self.in_order(self.conditions(num))
