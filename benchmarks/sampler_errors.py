@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from ms_diffusion.commands.parse import parse
 from ms_diffusion.files import write
 from ms_diffusion.metrics.distances import sliced_wasserstein
+from ms_diffusion.process import Level
 from ms_diffusion.runtime import run_program
 from ms_diffusion.samplers import SAMPLERS, is_stochastic, sampling_timesteps
 from ms_diffusion.schedules import linear_beta_schedule
@@ -86,7 +87,9 @@ DATA = Mixture(
 def process(num_timesteps: int = 1000) -> SimpleNamespace:
     """What a sampler needs of a diffusion process, with the linear schedule."""
     alphas_cumprod = np.cumprod(1 - linear_beta_schedule(num_timesteps))
-    return SimpleNamespace(num_timesteps=num_timesteps, alphas_cumprod=alphas_cumprod, v_posterior=0.0)
+    levels = [*map(Level, np.sqrt(alphas_cumprod).tolist(), np.sqrt(1 - alphas_cumprod).tolist())]
+    tables = {"alphas_cumprod": alphas_cumprod, "level": levels.__getitem__}
+    return SimpleNamespace(num_timesteps=num_timesteps, v_posterior=0.0, **tables)
 
 
 def solve_ode(mixture: Mixture, x: np.ndarray, alpha_bar: float, alpha_bar_end: float, steps: int) -> np.ndarray:
