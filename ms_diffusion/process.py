@@ -62,6 +62,16 @@ class Level(NamedTuple):
             return math.inf if self.alpha else -math.inf
         return math.log(self.alpha / self.sigma)
 
+    @property
+    def ratio(self) -> float:
+        """sigma / alpha, the noise in the units of the data."""
+        return self.sigma / self.alpha if self.alpha else math.inf
+
+    @property
+    def time(self) -> float:
+        """The time from 0 (data) to 1 (noise) at which rectified flow has the same ratio."""
+        return self.sigma / (self.alpha + self.sigma)
+
     def variance_after(self, less: "Level") -> float:
         """The variance of the noise that the forward process adds on its way here from a level with less noise."""
         return self.sigma**2 - (self.alpha / less.alpha * less.sigma) ** 2

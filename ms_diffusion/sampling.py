@@ -10,10 +10,12 @@ import numpy as np
 from mindspore import nn
 
 from .denoiser import guide, make_denoiser, self_conditioned, with_label
-from .fields import AT_LEAST_1, FRACTION, NON_NEGATIVE, OneOf, check_fields
+from .fields import AT_LEAST_1, FRACTION, NON_NEGATIVE, POSITIVE, OneOf, check_fields
 from .process import GaussianDiffusion
 from .runtime import DEVICES, UserError, command
 from .samplers import SAMPLERS, SPACINGS, default_spacing, generate, sampler_options, sampling_timesteps
+
+SAMPLER_OPTIONS = ("eta", "v_posterior", "quantize_denoised", "s_churn", "s_tmin", "s_tmax", "s_noise")
 
 
 @dataclass(frozen=True)
@@ -23,13 +25,14 @@ class Sampling:
     seed: Annotated[int, NON_NEGATIVE] = 0
     """Seed. Sample i of a seed is the same whatever the number of samples and the batch size."""
     sampler: Annotated[str, OneOf(SAMPLERS)] = "ddim"
-    """ddpm is the ancestral sampler; the others are deterministic. dpmpp_2m and unipc need 10 to 15 steps."""
+    """ddpm, sde_dpmpp_2m and euler_ancestral add noise at each step; the others are deterministic. dpmpp_2m and unipc need
+    10 to 15 steps. euler is another name of ddim."""
     steps: Annotated[int, AT_LEAST_1] = 50
-    """Sampling steps, at most the number of timesteps. Each step calls the network once (heun: twice)."""
+    """Sampling steps, at most the number of timesteps. Each step calls the network once (heun and midpoint: twice)."""
     spacing: Literal[SPACINGS] | None = None
-    """Spacing of the timesteps; by default linspace for ddpm and ddim, logsnr for the others."""
-    eta: Annotated[float, FRACTION] = 0.0
-    """Noise of ddim, from 0 (none) to 1 (that of ddpm)."""
+    """Spacing of the timesteps; by default linspace for ddpm and ddim (euler), logsnr for the others."""
+    eta: Annotated[float, FRACTION] | None = None
+    """Noise of ddim and euler_ancestral, from 0 (none, as ddim by default) to 1 (that of ddpm, as euler_ancestral)."""
     v_posterior: Annotated[float, FRACTION] | None = None
     """Fraction of beta in ddpm's variance; by default the run's."""
     guidance: Annotated[float, NON_NEGATIVE] | None = None
@@ -40,8 +43,8 @@ class Sampling:
     guidance_interval: tuple[int, int] | None = None
     """First and last timestep at which guidance is applied; by default all, or the run's interval with its guidance."""
     quantize_denoised: bool = False
-    """In each step of ddpm, ddim or plms, take the nearest entries of the codebook in place of x_0. For latents of a VQ
-    autoencoder."""
+    """In each step of ddpm, ddim, euler_ancestral or plms, take the nearest entries of the codebook in place of x_0. For
+    latents of a VQ autoencoder."""
     batch_size: Annotated[int, AT_LEAST_1] | None = None
     """Samples per batch; by default 64 images, or all points."""
     weights: Literal["ema", "model"] = "ema"
@@ -50,6 +53,14 @@ class Sampling:
     """Length of another average, chosen after training, for a run with --train.ema-lengths: 0.1 is a tenth of the run."""
     device: Literal[DEVICES] = "auto"
     """Device: auto is Ascend, then GPU, then CPU."""
+    s_churn: Annotated[float, NON_NEGATIVE] = 0.0
+    """Noise that all steps of heun together add and remove (EDM, algorithm 2): 0 is none, 20 to 80 are usual."""
+    s_tmin: Annotated[float, NON_NEGATIVE] = 0.0
+    """Least sigma / alpha at which --s-churn adds noise."""
+    s_tmax: Annotated[float, POSITIVE] | None = None
+    """Largest sigma / alpha at which --s-churn adds noise; by default any."""
+    s_noise: Annotated[float, POSITIVE] = 1.0
+    """Standard deviation of the noise of --s-churn; slightly above 1 makes up for details that the network loses."""
 
     def resolve(self, task: Any) -> "Sampling":
         """These options with the defaults of the run of `task`, a `training.tasks.diffusion.DiffusionTask`, filled in.
@@ -80,11 +91,16 @@ class Sampling:
         if self.steps > num_timesteps:
             raise UserError(f"--steps is {self.steps}: choose from 1 to {num_timesteps}, the run's number of timesteps")
         known = sampler_options(SAMPLERS[self.sampler])
-        for name, option in {"eta": "eta", "v_posterior": "v_posterior", "quantize_denoised": "quantize"}.items():
+        for name in SAMPLER_OPTIONS:
+            option = name.removesuffix("_denoised")
             if option not in known and getattr(self, name) != getattr(Sampling, name):
                 takers = [key for key, sampler in SAMPLERS.items() if option in sampler_options(sampler)]
                 flag = name.replace("_", "-")
                 raise UserError(f"--{flag} is an option of {', '.join(takers)}, not of {self.sampler}: leave it out")
+        if not self.s_churn and (self.s_tmin, self.s_tmax, self.s_noise) != (0, None, 1):
+            raise UserError("--s-tmin, --s-tmax and --s-noise need --s-churn: set it to 40, for example")
+        if self.s_tmax is not None and self.s_tmax < self.s_tmin:
+            raise UserError(f"--s-tmin is {self.s_tmin:g}, above --s-tmax {self.s_tmax:g}: give the lower first")
         if self.guidance in (None, 1) and (self.guidance_rescale or self.guidance_interval):
             raise UserError("--guidance-rescale and --guidance-interval need --guidance: set it to 3, for example")
         (first, last), most = self.guidance_interval or (0, 0), num_timesteps - 1
@@ -94,7 +110,8 @@ class Sampling:
     def make_sampler(self) -> Callable:
         """The sampler with its options set."""
         sampler = SAMPLERS[self.sampler]
-        return partial(sampler, **{name: getattr(self, name) for name in sampler_options(sampler) if hasattr(self, name)})
+        given = {name: getattr(self, name, None) for name in sampler_options(sampler)}
+        return partial(sampler, **{name: value for name, value in given.items() if value is not None})
 
     def timesteps(self, diffusion: GaussianDiffusion) -> list[int]:
         """The timesteps of the sampler's steps, descending."""
