@@ -21,17 +21,21 @@ from matplotlib.figure import Figure
 from ms_diffusion.commands.parse import parse
 from ms_diffusion.files import write
 from ms_diffusion.metrics.distances import sliced_wasserstein
+from ms_diffusion.process import Level
 from ms_diffusion.runtime import run_program
 from ms_diffusion.samplers import SAMPLERS, is_stochastic, sampling_timesteps
 from ms_diffusion.schedules import linear_beta_schedule
 
 CALLS = (5, 8, 10, 15, 20, 30, 50, 100, 200)  # limits on the number of network calls
 ORDER_CALLS = (50, 100, 200)  # where errors fall as a power of the number of calls
-SOLVERS = {name: sampler for name, sampler in SAMPLERS.items() if not is_stochastic(sampler)}
+DDIM = ("euler", "euler_ancestral")  # other names of ddim with eta = 0 and 1
+SOLVERS = {name: sampler for name, sampler in SAMPLERS.items() if not is_stochastic(sampler) and name not in DDIM}
 STOCHASTIC = {
     "ddpm v=0": partial(SAMPLERS["ddpm"], v_posterior=0.0),
     "ddpm v=1": partial(SAMPLERS["ddpm"], v_posterior=1.0),
     "ddim eta=1": partial(SAMPLERS["ddim"], eta=1.0),
+    "sde_dpmpp_2m": SAMPLERS["sde_dpmpp_2m"],
+    "heun churn=4": partial(SAMPLERS["heun"], s_churn=4.0),
 }
 TEXTS = {
     "ode": """\
@@ -86,7 +90,9 @@ DATA = Mixture(
 def process(num_timesteps: int = 1000) -> SimpleNamespace:
     """What a sampler needs of a diffusion process, with the linear schedule."""
     alphas_cumprod = np.cumprod(1 - linear_beta_schedule(num_timesteps))
-    return SimpleNamespace(num_timesteps=num_timesteps, alphas_cumprod=alphas_cumprod, v_posterior=0.0)
+    levels = [*map(Level, np.sqrt(alphas_cumprod).tolist(), np.sqrt(1 - alphas_cumprod).tolist())]
+    tables = {"alphas_cumprod": alphas_cumprod, "level": levels.__getitem__}
+    return SimpleNamespace(num_timesteps=num_timesteps, v_posterior=0.0, **tables)
 
 
 def solve_ode(mixture: Mixture, x: np.ndarray, alpha_bar: float, alpha_bar_end: float, steps: int) -> np.ndarray:
@@ -207,12 +213,12 @@ def print_table(records: list[dict[str, Any]]) -> None:
         rows = [r for r in records if r["measure"] == measure]
         allowed = max((r["allowed"] for r in rows), key=len)
         print(TEXTS[measure].format(**rows[0]))
-        print(f"{'sampler':12}{'spacing':9}{''.join(f'{n:8} ' for n in allowed)}{last:>8}")
+        print(f"{'sampler':13}{'spacing':9}{''.join(f'{n:8} ' for n in allowed)}{last:>8}")
         least = [min(r["errors"][i] for r in rows if i < len(r["errors"])) for i in range(len(allowed))]
         for r in rows:
             cells = "".join(f"{e:8.2g}{'*' if e == best else ' '}" for e, best in zip(r["errors"], least, strict=False))
             end = f"{r['order']:.1f}" if last == "order" else r["reached"] or f"> {r['calls'][-1]}"
-            print(f"{r['sampler']:12}{r['spacing']:9}{cells:{9 * len(allowed)}}{end:>8}")
+            print(f"{r['sampler']:13}{r['spacing']:9}{cells:{9 * len(allowed)}}{end:>8}")
 
 
 def draw(records: list[dict[str, Any]], path: str | Path) -> None:

@@ -9,13 +9,16 @@ import onnxruntime
 from PIL import Image
 
 
-def predict(net, spec, values, a):
-    """x_0 (B, ...) from the network's prediction; a is the alpha_bar of t."""
+def predict(net, spec, values):
+    """x_0 (B, ...) from the network's prediction of x_0, of the noise, or of v = a x_0 + b noise."""
     (y,) = net.run(None, {each["name"]: values[each["name"]] for each in spec["denoiser"]["inputs"]})
-    x, alpha, sigma = values["x_t"], np.float32(a**0.5), np.float32((1 - a) ** 0.5)
-    if spec["objective"] == "v":
-        return alpha * x - sigma * y
-    return y if spec["objective"] == "x0" else (x - sigma * y) / alpha
+    if spec["objective"] == "x0":
+        return y
+    t = values["t"][0]
+    alpha, sigma = spec["alphas"][t], spec["sigmas"][t]
+    a, b = (slope[t] for slope in spec["slopes"]) if spec["objective"] == "v" else (0, 1)
+    turn = alpha * b - sigma * a
+    return np.float32(b / turn) * values["x_t"] - np.float32(sigma / turn) * y
 
 
 def sample(path, num=16, steps=50, seed=0, image=None):
@@ -29,16 +32,16 @@ def sample(path, num=16, steps=50, seed=0, image=None):
     uncond = {name: np.full_like(values, spec["null"]) for name, values in cond.items()}
     x = np.stack([np.random.default_rng((seed, i)).standard_normal(spec["shape"], np.float32) for i in range(num)])
     x_start, times = np.zeros_like(x), np.linspace(spec["num_timesteps"] - 1, 0, steps).round().astype(int)
-    alpha_bars = [*np.array(spec["alphas_cumprod"])[times], 1.0]
+    levels = [*((spec["alphas"][t], spec["sigmas"][t]) for t in times), (1, 0)]
 
-    for t, a, a_next in zip(times, alpha_bars, alpha_bars[1:], strict=False):
+    for t, (alpha, sigma), (alpha_next, sigma_next) in zip(times, levels, levels[1:], strict=False):
         values = {"x_t": x, "t": np.full(num, t, np.int32), "cond_image": image, "x_start": x_start}
-        x_start = predict(nets["denoiser"], spec, values | cond, a)
+        x_start = predict(nets["denoiser"], spec, values | cond)
         if scale != 1 and first <= t <= last:
-            x_start = scale * x_start + (1 - scale) * predict(nets["denoiser"], spec, values | uncond, a)
+            x_start = scale * x_start + (1 - scale) * predict(nets["denoiser"], spec, values | uncond)
         x_start = np.clip(x_start, -1, 1) if spec["clip"] else x_start
-        keep = ((1 - a_next) / (1 - a)) ** 0.5
-        x = np.float32(a_next**0.5 - keep * a**0.5) * x_start + np.float32(keep) * x
+        keep = sigma_next / sigma
+        x = np.float32(alpha_next - keep * alpha) * x_start + np.float32(keep) * x
 
     if "decoder" in nets:
         (x,) = nets["decoder"].run(None, {"latent": x / np.float32(spec["latent_scale"])})

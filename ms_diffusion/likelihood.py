@@ -141,9 +141,10 @@ def ode_log_likelihood(denoise_and_divergence: Callable[[np.ndarray, int], tuple
 
 
 def ode_timesteps(diffusion: GaussianDiffusion, steps: int) -> list[int]:
-    """At most `steps` ascending timesteps from 0 to T - 1, evenly spaced in log sigma and rounded."""
-    log_sigma = np.log(1 / diffusion.alphas_cumprod - 1) / 2  # over alpha
-    even = np.interp(np.linspace(log_sigma[0], log_sigma[-1], steps), log_sigma, np.arange(diffusion.num_timesteps))
+    """At most `steps` ascending timesteps from 0 to the last that holds data, evenly spaced in log sigma and rounded."""
+    alpha_bar = diffusion.alphas_cumprod[diffusion.alphas_cumprod > 0]
+    log_sigma = np.log(1 / alpha_bar - 1) / 2  # over alpha
+    even = np.interp(np.linspace(log_sigma[0], log_sigma[-1], steps), log_sigma, np.arange(len(alpha_bar)))
     return [int(t) for t in np.unique(np.round(even))]
 
 

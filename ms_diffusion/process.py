@@ -28,6 +28,7 @@ TABLES = 30  # float64 numbers of each timestep that a process keeps or computes
 OBJECTIVES = ("eps", "x0", "v")
 WEIGHTINGS = ("none", "min-snr", "p2", "velocity")
 HUBER = 0.00054  # c of the pseudo-Huber distance, per square root of the dimension (Song & Dhariwal 2023, section 3.3)
+ANCHOR = 0.05  # sigma / alpha up to which consistency tuning takes x_t / alpha for x_0
 BETA = Bounds(0, 1, low_open=True, high_open=True)
 Net = Callable[..., Tensor]
 Cond = Tensor | tuple[Tensor, ...] | None  # what a network is conditioned on, (B, ...) each
@@ -62,6 +63,16 @@ class Level(NamedTuple):
         if not (self.alpha and self.sigma):
             return math.inf if self.alpha else -math.inf
         return math.log(self.alpha / self.sigma)
+
+    @property
+    def ratio(self) -> float:
+        """sigma / alpha, the noise in the units of the data."""
+        return self.sigma / self.alpha if self.alpha else math.inf
+
+    @property
+    def time(self) -> float:
+        """The time from 0 (data) to 1 (noise) at which rectified flow has the same ratio."""
+        return self.sigma / (self.alpha + self.sigma)
 
     def variance_after(self, less: "Level") -> float:
         """The variance of the noise that the forward process adds on its way here from a level with less noise."""
@@ -173,9 +184,12 @@ class Process:
 
         self._alphas, self._sigmas = device(alphas), device(sigmas)
         self._alphas_before, self._sigmas_before = device(before), device(noise_before)  # at t - 1
+        own = ANCHOR**2 / (sigmas**2 + (ANCHOR * alphas) ** 2)
+        self._anchors = device(own * alphas), device(1 - own * alphas**2)
         self._log_variances = device(np.log(sigmas**2))
         with np.errstate(divide="ignore"):  # infinite at zero SNR, where the objective is not eps
             self._recip_alphas, self._recip_snr_roots = device(1 / alphas), device(sigmas / alphas)
+        self._path_weights = device(len(alphas) / np.arange(1, len(alphas) + 1) / max(math.log(len(alphas)), 1))
         self._slopes = [device(slope) for slope in self.slopes]
         self._start_of_v = device(self.slopes[1] / turn), device(sigmas / turn)
         self._posterior_mean_coef1 = device(self.posterior_mean_coef1)
@@ -269,11 +283,18 @@ class Process:
             simple = ops.gather_elements(self._simple_weights, 0, t) * simple
         return simple if self._elbo_weights is None else simple + ops.gather_elements(self._elbo_weights, 0, t) * error
 
+    def predict_end(self, net: Net, x_t: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
+        """The end of the path through x_t that consistency tuning learns: the network's x_0, and x_t / alpha near the data
+        (Song et al. 2023, "Consistency models", eq. 5)."""
+        x_start = self.predict_start(predict(net, x_t, t, cond), x_t, t)
+        return at(self._anchors[0], t, x_t) * x_t + at(self._anchors[1], t, x_t) * x_start
+
     def consistency_losses(self, net: Net, x_start: Tensor, t: Tensor, r: Tensor, noise: Tensor, cond: Cond = None,
             teacher: Callable[..., Tensor] | None = None) -> Tensor:  # fmt: skip
-        """The distance (B,) of the network's x_0 at x_t from its x_0 at x_r, which gets no gradient and lies on the same
-        path nearer to the data: the consistency of both, by finite differences (Geng et al. 2024, arXiv 2406.14548, eq. 9).
-        The distance is the pseudo-Huber one (Song & Dhariwal 2023, eq. 7), divided by the square root of the dimension.
+        """The distance (B,) of `predict_end` at x_t from that at x_r, which gets no gradient and lies on the same path,
+        nearer the data: consistency by finite differences (Geng et al. 2024, arXiv 2406.14548, eq. 9). The distance is the
+        pseudo-Huber one (Song & Dhariwal 2023, eq. 7) per square root of the dimension. It is weighted by T / (t + 1) /
+        log T, since a path takes that many of these steps around the time t.
 
         Args:
             r: (B,) int32, less than t; at -1 x_r is x_0 itself.
@@ -283,13 +304,12 @@ class Process:
         goal = x_start if teacher is None else ops.stop_gradient(teacher(x_t, t, cond))
         keep = at(self._sigmas_before, r + 1, x_t) / at(self._sigmas, t, x_t)
         x_r = (at(self._alphas_before, r + 1, x_t) - keep * at(self._alphas, t, x_t)) * goal + keep * x_t
-        above = ops.relu(r)
-        nearer = ops.stop_gradient(self.predict_start(predict(net, x_r, above, cond), x_r, above))
+        nearer = ops.stop_gradient(self.predict_end(net, x_r, ops.relu(r), cond))
         nearer = ops.where((r < 0).reshape((-1,) + (1,) * (x_t.ndim - 1)), goal, nearer)
         nearer = ops.clamp(nearer, -1.0, 1.0) if self.clip_denoised else nearer
-        apart = self.predict_start(predict(net, x_t, t, cond), x_t, t) - nearer
+        apart = self.predict_end(net, x_t, t, cond) - nearer
         square = ops.mean(ops.square(apart).reshape(x_t.shape[0], -1), 1)
-        return ops.sqrt(square + HUBER**2) - HUBER
+        return ops.gather_elements(self._path_weights, 0, t) * (ops.sqrt(square + HUBER**2) - HUBER)
 
     def p_losses(self, net: Net, x_start: Tensor, t: Tensor, noise: Tensor, *options: Any) -> Tensor:
         """The mean () of `losses`; `options` are its other arguments."""

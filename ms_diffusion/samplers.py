@@ -153,14 +153,48 @@ def sample_ddim(denoise: Denoiser, x: Array, diffusion: GaussianDiffusion, times
     return x
 
 
+def sample_euler_ancestral(denoise: Denoiser, x: Array, diffusion: GaussianDiffusion, timesteps: Timesteps = None,
+        randn_like: RandnLike = None, callback: Callback = None, eta: float = 1.0,
+        quantize: Quantize = None) -> Array:  # fmt: skip
+    """Ancestral sampling with Euler steps in sigma / alpha (Crowson, k-diffusion): to less noise than the next level has,
+    then up to it with new noise. In other words DDIM: both names stand for the same step, only eta is 1 by default."""
+    return sample_ddim(denoise, x, diffusion, timesteps, randn_like, callback, eta, quantize)
+
+
+def nearest_timestep(diffusion: GaussianDiffusion, timesteps: range, wanted: float, place: Callable) -> int:
+    """The timestep whose place(level) is nearest to `wanted`."""
+    return min(timesteps, key=lambda t: abs(place(diffusion.level(t)) - wanted))
+
+
+def churn(x: Array, t: int, diffusion: GaussianDiffusion, gamma: float, s_noise: float,
+        randn_like: RandnLike) -> tuple[Array, int]:  # fmt: skip
+    """x with noise added up to the timestep whose sigma / alpha is nearest to 1 + gamma times that of t, and this timestep
+    (Karras et al. 2022, algorithm 2, lines 4 to 6, rounded as in their code)."""
+    level = diffusion.level(t)
+    noisier = range(t, diffusion.num_timesteps)
+    raised = nearest_timestep(diffusion, noisier, (1 + gamma) * level.ratio, lambda level: level.ratio)
+    if raised == t:
+        return x, t
+    more = diffusion.level(raised)
+    return more.alpha / level.alpha * x + s_noise * math.sqrt(more.variance_after(level)) * randn_like(x), raised
+
+
 def sample_heun(denoise: Denoiser, x: Array, diffusion: GaussianDiffusion, timesteps: Timesteps = None,
-        randn_like: RandnLike = None, callback: Callback = None) -> Array:  # fmt: skip
+        randn_like: RandnLike = None, callback: Callback = None, s_churn: float = 0.0, s_tmin: float = 0.0,
+        s_tmax: float = math.inf, s_noise: float = 1.0) -> Array:  # fmt: skip
     """Heun's method in sigma / alpha (Karras et al. 2022, algorithm 1), order 2. The last step calls the network once, each
     other step twice.
 
+    With `s_churn`, which is spread over the steps, each step whose sigma / alpha is from s_tmin to s_tmax begins with new
+    noise, `s_noise` times as large as would be right (algorithm 2; at the first timestep there is no level above).
+
     Above sigma / alpha = 80 a step is DDIM's: Heun's would divide the mean of two eps by nearly 0."""
     steps = noise_levels(diffusion, timesteps)
+    gamma = min(s_churn / len(steps), math.sqrt(2) - 1)
     for i, t, level, following in steps:
+        if gamma and s_tmin <= level.ratio <= s_tmax:
+            x, t = churn(x, t, diffusion, gamma, s_noise, randn_like)
+            level = diffusion.level(t)
         x_start = denoise(x, t)
         new = ddim_step(x, x_start, level, following)
         if following.sigma and level.log_snr > -math.log(SIGMA_MAX):
@@ -202,18 +236,66 @@ def sample_plms(denoise: Denoiser, x: Array, diffusion: GaussianDiffusion, times
     return x
 
 
+def sample_midpoint(denoise: Denoiser, x: Array, diffusion: GaussianDiffusion, timesteps: Timesteps = None,
+        randn_like: RandnLike = None, callback: Callback = None) -> Array:  # fmt: skip
+    """The midpoint rule in the time of rectified flow, sigma / (alpha + sigma), order 2. The last step calls the network
+    once, each other step twice.
+
+    The point between is the timestep nearest to the middle of a step. The velocity is extrapolated from it to the middle, so
+    the order holds wherever it lies; where the steps are neighbours, the rule is Heun's."""
+    steps = noise_levels(diffusion, timesteps)
+    for i, t, level, following in steps:
+        x_start = denoise(x, t)
+        if following.sigma:
+            wanted, between = (level.time + following.time) / 2, range(steps[i + 1][1], t)
+            middle = nearest_timestep(diffusion, between, wanted, lambda level: level.time)
+            lower = diffusion.level(middle)
+            velocity = _velocity(x, x_start, level)
+            euler = ddim_step(x, x_start, level, lower)
+            share = (level.time - following.time) / (2 * (level.time - lower.time))
+            mean = (1 - share) * velocity + share * _velocity(euler, denoise(euler, middle), lower)
+            x_start = (x - level.sigma * mean) / (level.alpha + level.sigma)
+        x = ddim_step(x, x_start, level, following)
+        if callback:
+            callback(i, x, x_start)
+    return x
+
+
+def _velocity(x: Array, x_start: Array, level: Level) -> Array:
+    """noise - x_0, the velocity of x / (alpha + sigma) in the time of rectified flow."""
+    return (x - (level.alpha + level.sigma) * x_start) / level.sigma
+
+
+def _extrapolated(x_start: Array, last: tuple[float, Array] | None, level: Level, following: Level) -> Array:
+    """The x_0 of a step of DPM-Solver++(2M), from the x_0 at its start and (lambda, x_0) of the last step."""
+    if last is None or not following.sigma:
+        return x_start
+    r = (level.log_snr - last[0]) / (following.log_snr - level.log_snr)
+    return (1 + 0.5 / r) * x_start - 0.5 / r * last[1]
+
+
 def sample_dpmpp_2m(denoise: Denoiser, x: Array, diffusion: GaussianDiffusion, timesteps: Timesteps = None,
         randn_like: RandnLike = None, callback: Callback = None) -> Array:  # fmt: skip
     """DPM-Solver++(2M) (Lu et al. 2022, "DPM-Solver++", algorithm 2): x_0 is extrapolated from two calls, order 2."""
     last = None  # (lambda, x_0) of the previous step
     for i, t, level, following in noise_levels(diffusion, timesteps):
         x_start = denoise(x, t)
-        now, guess = level.log_snr, x_start
-        if last is not None and following.sigma:
-            r = (now - last[0]) / (following.log_snr - now)
-            guess = (1 + 0.5 / r) * x_start - 0.5 / r * last[1]
-        last = now, x_start
-        x = ddim_step(x, guess, level, following)
+        x = ddim_step(x, _extrapolated(x_start, last, level, following), level, following)
+        last = level.log_snr, x_start
+        if callback:
+            callback(i, x, x_start)
+    return x
+
+
+def sample_sde_dpmpp_2m(denoise: Denoiser, x: Array, diffusion: GaussianDiffusion, timesteps: Timesteps = None,
+        randn_like: RandnLike = None, callback: Callback = None) -> Array:  # fmt: skip
+    """SDE-DPM-Solver++(2M) (Lu et al. 2022, "DPM-Solver++", the solvers of diffusion SDEs): DDPM's step, with the posterior
+    variance, from an x_0 that is extrapolated from two calls."""
+    last = None  # (lambda, x_0) of the previous step
+    for i, t, level, following in noise_levels(diffusion, timesteps):
+        x_start = denoise(x, t)
+        x = ddpm_step(x, _extrapolated(x_start, last, level, following), level, following, 0.0, randn_like)
+        last = level.log_snr, x_start
         if callback:
             callback(i, x, x_start)
     return x
@@ -274,6 +356,8 @@ def sample_consistency(denoise: Denoiser, x: Array, diffusion: GaussianDiffusion
 # What a sampler prefers is an attribute of the function; the defaults are spacing "logsnr" and stochastic False
 vars(sample_ddpm).update(spacing="linspace", stochastic=True)
 vars(sample_ddim).update(spacing="linspace")
+vars(sample_euler_ancestral).update(stochastic=True)
+vars(sample_sde_dpmpp_2m).update(stochastic=True)
 vars(sample_consistency).update(spacing="trailing", stochastic=True)
 
 SAMPLERS: dict[str, Sampler] = {  # SAMPLERS["mine"] = function adds a sampler
@@ -283,6 +367,10 @@ SAMPLERS: dict[str, Sampler] = {  # SAMPLERS["mine"] = function adds a sampler
     "plms": sample_plms,
     "dpmpp_2m": sample_dpmpp_2m,
     "unipc": sample_unipc,
+    "sde_dpmpp_2m": sample_sde_dpmpp_2m,
+    "euler_ancestral": sample_euler_ancestral,
+    "midpoint": sample_midpoint,
+    "euler": sample_ddim,  # the same step: Euler's in sigma / alpha, and for rectified flow along the velocity
     "consistency": sample_consistency,
 }
 

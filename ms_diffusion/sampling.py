@@ -10,10 +10,14 @@ import numpy as np
 from mindspore import nn
 
 from .denoiser import guide, make_denoiser, self_conditioned, with_label
-from .fields import AT_LEAST_1, FRACTION, NON_NEGATIVE, OneOf, check_fields
+from .fields import AT_LEAST_1, FRACTION, NON_NEGATIVE, POSITIVE, OneOf, check_fields
 from .process import GaussianDiffusion
 from .runtime import DEVICES, UserError, command
 from .samplers import SAMPLERS, SPACINGS, default_spacing, generate, sampler_options, sampling_timesteps
+
+SAMPLER_OPTIONS = ("eta", "v_posterior", "quantize_denoised", "s_churn", "s_tmin", "s_tmax", "s_noise")
+
+SAMPLER, STEPS = "ddim", 50  # of whoever names none
 
 
 @dataclass(frozen=True)
@@ -23,15 +27,16 @@ class Sampling:
     seed: Annotated[int, NON_NEGATIVE] = 0
     """Seed. Sample i of a seed is the same whatever the number of samples and the batch size."""
     sampler: Annotated[str, OneOf(SAMPLERS)] | None = None
-    """ddpm is the ancestral sampler; ddim, heun, plms, dpmpp_2m and unipc are deterministic, and the last two need 10 to 15
-    steps; consistency is for runs with --train.consistency, and their default. By default ddim, and dpmpp_2m for scores."""
+    """ddpm, sde_dpmpp_2m and euler_ancestral add noise at each step; consistency is for runs with --train.consistency, and
+    their default; the others are deterministic. dpmpp_2m and unipc need 10 to 15 steps. euler is another name of ddim. By
+    default ddim, and dpmpp_2m for scores."""
     steps: Annotated[int, AT_LEAST_1] | None = None
-    """Sampling steps, at most the number of timesteps. Each step calls the network once (heun: twice). By default 50, and 20
-    for scores, or the --train.sample-steps of a run with --train.consistency."""
+    """Sampling steps, at most the number of timesteps. Each step calls the network once (heun and midpoint: twice). By
+    default 50, and 20 for scores, or the --train.sample-steps of a run with --train.consistency."""
     spacing: Literal[SPACINGS] | None = None
-    """Spacing of the timesteps; by default linspace for ddpm and ddim, logsnr for the others."""
-    eta: Annotated[float, FRACTION] = 0.0
-    """Noise of ddim, from 0 (none) to 1 (that of ddpm)."""
+    """Spacing of the timesteps; by default linspace for ddpm and ddim (euler), logsnr for the others."""
+    eta: Annotated[float, FRACTION] | None = None
+    """Noise of ddim and euler_ancestral, from 0 (none, as ddim by default) to 1 (that of ddpm, as euler_ancestral)."""
     v_posterior: Annotated[float, FRACTION] | None = None
     """Fraction of beta in ddpm's variance; by default the run's."""
     guidance: Annotated[float, NON_NEGATIVE] | None = None
@@ -42,8 +47,8 @@ class Sampling:
     guidance_interval: tuple[int, int] | None = None
     """First and last timestep at which guidance is applied; by default all, or the run's interval with its guidance."""
     quantize_denoised: bool = False
-    """In each step of ddpm, ddim or plms, take the nearest entries of the codebook in place of x_0. For latents of a VQ
-    autoencoder."""
+    """In each step of ddpm, ddim, euler_ancestral or plms, take the nearest entries of the codebook in place of x_0. For
+    latents of a VQ autoencoder."""
     batch_size: Annotated[int, AT_LEAST_1] | None = None
     """Samples per batch; by default 64 images, or all points."""
     weights: Literal["ema", "model"] = "ema"
@@ -52,12 +57,21 @@ class Sampling:
     """Length of another average, chosen after training, for a run with --train.ema-lengths: 0.1 is a tenth of the run."""
     device: Literal[DEVICES] = "auto"
     """Device: auto is Ascend, then GPU, then CPU."""
+    s_churn: Annotated[float, NON_NEGATIVE] = 0.0
+    """Noise that all steps of heun together add and remove (EDM, algorithm 2): 0 is none, 20 to 80 are usual."""
+    s_tmin: Annotated[float, NON_NEGATIVE] = 0.0
+    """Least sigma / alpha at which --s-churn adds noise."""
+    s_tmax: Annotated[float, POSITIVE] | None = None
+    """Largest sigma / alpha at which --s-churn adds noise; by default any."""
+    s_noise: Annotated[float, POSITIVE] = 1.0
+    """Standard deviation of the noise of --s-churn; slightly above 1 makes up for details that the network loses."""
 
-    def filled(self, sampler: str = "ddim", steps: int = 50) -> "Sampling":
-        """These options with this sampler and this number of steps where they say none."""
-        return replace(self, sampler=self.sampler or sampler, steps=self.steps or steps)
+    @property
+    def function(self) -> Callable:
+        """The sampler."""
+        return SAMPLERS[self.sampler or SAMPLER]
 
-    def resolve(self, task: Any, sampler: str = "ddim", steps: int = 50) -> "Sampling":
+    def resolve(self, task: Any, sampler: str = SAMPLER, steps: int = STEPS) -> "Sampling":
         """These options with the defaults of the run of `task`, a `training.tasks.diffusion.DiffusionTask`, filled in, and
         with this sampler and number of steps where neither they nor the run say any. Raises UserError if an option is out
         of range, or does not fit the run or another option."""
@@ -65,7 +79,7 @@ class Sampling:
         train, T = task.config.train, task.config.diffusion.num_timesteps
         if getattr(train, "consistency", ()) and self.sampler in (None, "consistency"):
             sampler, steps = "consistency", train.sample_steps
-        options = self.filled(sampler, steps)
+        options = replace(self, sampler=self.sampler or sampler, steps=self.steps or steps)
         if self.guidance is None:
             interval = self.guidance_interval or getattr(train, "sample_guidance_interval", None)
             options = replace(options, guidance=getattr(train, "sample_guidance", 1.0), guidance_interval=interval)
@@ -88,13 +102,19 @@ class Sampling:
         """Refuse options that do not fit each other or the number of timesteps."""
         if self.steps is not None and self.steps > num_timesteps:
             raise UserError(f"--steps is {self.steps}: choose from 1 to {num_timesteps}, the run's number of timesteps")
-        sampler = self.filled().sampler
-        known = sampler_options(SAMPLERS[sampler])
-        for name, option in {"eta": "eta", "v_posterior": "v_posterior", "quantize_denoised": "quantize"}.items():
+        known = sampler_options(self.function)
+        for name in SAMPLER_OPTIONS:
+            option = name.removesuffix("_denoised")
             if option not in known and getattr(self, name) != getattr(Sampling, name):
                 takers = [key for key, sampler in SAMPLERS.items() if option in sampler_options(sampler)]
                 flag = name.replace("_", "-")
-                raise UserError(f"--{flag} is an option of {', '.join(takers)}, not of {sampler}: leave it out")
+                raise UserError(
+                    f"--{flag} is an option of {', '.join(takers)}, not of {self.sampler or SAMPLER}: leave it out"
+                )
+        if not self.s_churn and (self.s_tmin, self.s_tmax, self.s_noise) != (0, None, 1):
+            raise UserError("--s-tmin, --s-tmax and --s-noise need --s-churn: set it to 40, for example")
+        if self.s_tmax is not None and self.s_tmax < self.s_tmin:
+            raise UserError(f"--s-tmin is {self.s_tmin:g}, above --s-tmax {self.s_tmax:g}: give the lower first")
         if self.guidance in (None, 1) and (self.guidance_rescale or self.guidance_interval):
             raise UserError("--guidance-rescale and --guidance-interval need --guidance: set it to 3, for example")
         (first, last), most = self.guidance_interval or (0, 0), num_timesteps - 1
@@ -103,16 +123,15 @@ class Sampling:
 
     def make_sampler(self) -> Callable:
         """The sampler with its options set."""
-        sampler = SAMPLERS[self.filled().sampler]
-        return partial(sampler, **{name: getattr(self, name) for name in sampler_options(sampler) if hasattr(self, name)})
+        given = {name: getattr(self, name, None) for name in sampler_options(self.function)}
+        return partial(self.function, **{name: value for name, value in given.items() if value is not None})
 
     def timesteps(self, diffusion: GaussianDiffusion) -> list[int]:
         """The timesteps of the sampler's steps, descending."""
-        options = self.filled()
-        spacing = default_spacing(SAMPLERS[options.sampler])
+        spacing = default_spacing(self.function)
         spacing = self.spacing or (diffusion.spacing if spacing == GaussianDiffusion.spacing else spacing)
         T, tables = diffusion.num_timesteps, (diffusion.alphas_cumprod, diffusion.steps_offset)
-        return sampling_timesteps(T, options.steps, spacing, *tables)
+        return sampling_timesteps(T, self.steps or STEPS, spacing, *tables)
 
 
 class Generator:

@@ -6,7 +6,7 @@ unscaled_linear is the exception, for comparison.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -55,7 +55,7 @@ def rescale_zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
     return 1 - np.append(root[0], root[1:] / root[:-1]) ** 2
 
 
-SCHEDULES: dict[str, Callable[..., np.ndarray]] = {
+SCHEDULES: dict[str, Callable[..., Any]] = {
     "linear": linear_beta_schedule,
     "unscaled_linear": unscaled_linear_beta_schedule,
     "cosine": cosine_beta_schedule,
@@ -92,4 +92,4 @@ def edm_path(T: int, sigma_data: float = 0.5, sigma_min: float = 0.002, sigma_ma
     return Path(alphas, sigmas, (-sigmas / sigma_data, sigma_data * alphas))
 
 
-PATHS: dict[str, Callable[..., Path]] = {"flow": flow_path, "edm": edm_path}
+PATHS: dict[str, Callable[..., Any]] = {"flow": flow_path, "edm": edm_path}

@@ -13,7 +13,7 @@ import mindspore as ms
 from mindspore import Tensor, nn, ops
 
 import ms_diffusion as md
-from ms_diffusion.process import HUBER, DiffusionConfig
+from ms_diffusion.process import ANCHOR, HUBER, DiffusionConfig
 from ms_diffusion.randomness import nearer_timesteps
 from ms_diffusion.runtime import UserError, compiled
 from ms_diffusion.samplers import SAMPLERS, sampling_timesteps
@@ -88,11 +88,13 @@ def test_the_loss_and_its_gradient(mode, batch, taught):
     goal = 0.5 * x_t + 0.25 if taught else x_start
     x_r = lower[0] * goal + lower[1] * (x_t - level[0] * goal) / level[1]
     t, r = (each.reshape(-1, 1, 1, 1) for each in (t, r))
-    nearer = np.where(r < 0, goal, w * x_r + c * r + b)
-    apart = w * x_t + c * t + b - nearer
+    skip, lower_skip = (ANCHOR**2 / ((sigma / alpha) ** 2 + ANCHOR**2) for alpha, sigma in (level, lower))
+    nearer = np.where(r < 0, goal, lower_skip * x_r / lower[0] + (1 - lower_skip) * (w * x_r + c * r + b))
+    apart = skip * x_t / level[0] + (1 - skip) * (w * x_t + c * t + b) - nearer
     distance = np.sqrt((apart**2).mean((1, 2, 3)) + HUBER**2)
-    assert float(loss.asnumpy()) == pytest.approx((distance - HUBER).sum(), rel=1e-5)
-    slope = ((apart * x_t).mean((1, 2, 3)) / distance).sum()
+    weight = T / (t.ravel() + 1) / np.log(T)
+    assert float(loss.asnumpy()) == pytest.approx((weight * (distance - HUBER)).sum(), rel=1e-5)
+    slope = (weight * (apart * (1 - skip) * x_t).mean((1, 2, 3)) / distance).sum()
     assert float(gradient[0].asnumpy().squeeze()) == pytest.approx(slope, rel=1e-4)
 
 

@@ -8,7 +8,7 @@ from runs import PIXELS, draw, picture, request, tree, untrained
 from ms_diffusion import images
 from ms_diffusion.data.fashion_mnist import load_fashion_mnist_mini
 from ms_diffusion.runtime import UserError
-from ms_diffusion.samplers import SAMPLERS
+from ms_diffusion.samplers import SAMPLERS, is_stochastic
 from ms_diffusion.training.config import override
 from ms_diffusion.training.runs import Run
 from ms_diffusion.training.tasks.edits import read_mask
@@ -162,7 +162,7 @@ def test_interpolation_leads_from_one_image_to_the_other(class_run, folder, caps
     np.testing.assert_allclose(one[0].astype(int), drawn[0], atol=1)
 
 
-@pytest.mark.parametrize("sampler", [name for name in SAMPLERS if name != "ddpm"])
+@pytest.mark.parametrize("sampler", [name for name, sampler in SAMPLERS.items() if not is_stochastic(sampler)])
 def test_interpolation_with_every_deterministic_sampler(class_run, folder, sampler):
     drawn, labels = draw(
         class_run, folder, "--interpolate", "test:0", "test:1", "--sampler", sampler, "--steps", 4, "--class", 2

@@ -18,6 +18,7 @@ from ms_diffusion import kernels, mindir
 from ms_diffusion.models.autoencoder import AutoencoderConfig, VQConfig
 from ms_diffusion.models.mlp import MLPConfig, ResidualMLPConfig
 from ms_diffusion.models.unet_ldm import UNetModelConfig
+from ms_diffusion.process import DiffusionConfig
 from ms_diffusion.runtime import UserError
 from ms_diffusion.training.config import override
 from ms_diffusion.training.presets import PRESETS
@@ -59,13 +60,22 @@ def assert_same_samples(run, folder, monkeypatch, file_format, num=5, image=None
     return record
 
 
-@pytest.mark.parametrize("file_format, model", [("onnx", ResidualMLPConfig(8, 1)), ("mindir", MLPConfig(8, 1000))])
-def test_points(tmp_path, monkeypatch, file_format, model):
+@pytest.mark.parametrize(
+    "file_format, preset, changes",
+    [
+        ("onnx", "scurve", {}),
+        ("mindir", "scurve", {"model": MLPConfig(8, 1000)}),
+        ("onnx", "scurve-flow", {}),
+        ("mindir", "scurve-flow", {"diffusion": DiffusionConfig(schedule="edm", objective="v", sigma_data=0.7)}),
+    ],
+    ids=["eps", "mindir", "flow", "edm"],
+)
+def test_points(tmp_path, monkeypatch, file_format, preset, changes):
     points = 3 + 2 * np.random.default_rng(0).standard_normal((50, 2)).astype(np.float32)
-    run = untrained(tmp_path / "run", replace(PRESETS["scurve"], model=model), noise=0.3)
+    run = untrained(tmp_path / "run", replace(PRESETS[preset], **{"model": ResidualMLPConfig(8, 1)} | changes), noise=0.3)
     np.savez(run / "points.npz", train=points, test=points)
     record = assert_same_samples(Run(run), tmp_path, monkeypatch, file_format)
-    assert record["shape"] == [2] and record["examples"] == {} and len(record["alphas_cumprod"]) == 1000
+    assert record["shape"] == [2] and record["examples"] == {} and len(record["alphas"]) == 1000
 
 
 FORMATS = pytest.mark.parametrize("file_format", ["onnx", "mindir"])

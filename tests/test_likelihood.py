@@ -21,8 +21,8 @@ from ms_diffusion.likelihood import (
     ode_timesteps,
 )
 from ms_diffusion.models.unet import UnetConfig
-from ms_diffusion.process import GaussianDiffusion
-from ms_diffusion.schedules import SCHEDULES, cosine_beta_schedule, linear_beta_schedule
+from ms_diffusion.process import GaussianDiffusion, Process
+from ms_diffusion.schedules import SCHEDULES, cosine_beta_schedule, edm_path, flow_path, linear_beta_schedule
 
 M, S = 0.3, 0.5  # the data's mean and standard deviation
 LEVELS = np.arange(256) / 127.5 - 1
@@ -266,6 +266,23 @@ def test_ode_on_the_schedules(schedule):
     exact = log_normal(x[:, 0], math.sqrt(alpha_bar) * M, alpha_bar * S**2 + 1 - alpha_bar)
     ours = ode_log_likelihood(exact_with_divergence(diffusion), diffusion, x, timesteps)
     np.testing.assert_allclose(ours, exact, atol=0.025)
+
+
+@pytest.mark.parametrize("path", [flow_path, edm_path])
+def test_ode_on_other_processes(path):
+    """Rectified flow ends at pure noise, from where the ODE cannot start: at the timestep before."""
+    process, x = Process(*path(1000)[:2]), np.linspace(-0.7, 1.3, 13).reshape(13, 1)
+    timesteps = ode_timesteps(process, 100)
+    assert timesteps[0] == 0 and timesteps[-1] == (998 if path is flow_path else 999)
+
+    def model(x, t):
+        alpha, sigma = process.level(t)
+        gain = alpha * S**2 / (alpha**2 * S**2 + sigma**2)
+        return M + gain * (x - alpha * M), np.full(len(x), gain)
+
+    alpha, sigma = process.level(0)
+    exact = log_normal(x[:, 0], alpha * M, alpha**2 * S**2 + sigma**2)
+    np.testing.assert_allclose(ode_log_likelihood(model, process, x, timesteps), exact, atol=0.025)
 
 
 def test_ode_on_a_mixture():

@@ -18,12 +18,11 @@ T = 9
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Folders of untrained runs of 9 timesteps; those of `classes` and `zero-snr` differ from `plain` as they are called."""
+    """Folders of untrained runs of 9 timesteps; that of `classes` differs from `plain` as it is called."""
     folder, plain = tmp_path_factory.mktemp("runs"), replace(PIXELS, diffusion=DiffusionConfig(T, "cosine", "x0"))
     configs = {
         "plain": plain,
         "classes": replace(plain, model=replace(UNET, num_classes=10)),
-        "zero-snr": replace(plain, diffusion=replace(plain.diffusion, zero_terminal_snr=True)),
         "upscale": replace(plain, data=replace(PIXELS.data, condition="lowres"), model=replace(UNET, cond_channels=1)),
         "self-condition": replace(plain, model=replace(UNET, self_condition=True)),
     }
@@ -106,7 +105,6 @@ def test_with_a_known_denoiser(runs, monkeypatch, method):
         ("plain", "--method ode --steps 10", "--steps is 10"),
         ("plain", "--split valid", "valid"),
         ("plain", "--nun 3", "--num"),
-        ("zero-snr", "--method ode --steps 2", "zero terminal SNR"),
         ("upscale", "", "image condition"),
         ("self-condition", "", "self-conditioning"),
         ("nowhere", "", "nowhere"),

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from helpers import diffusion_of
+from helpers import diffusion_of, process_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.integrate import solve_ivp
@@ -24,8 +24,11 @@ from ms_diffusion.samplers import (
     sample_ddim,
     sample_ddpm,
     sample_dpmpp_2m,
+    sample_euler_ancestral,
     sample_heun,
+    sample_midpoint,
     sample_plms,
+    sample_sde_dpmpp_2m,
     sample_unipc,
     sampler_options,
     sampling_timesteps,
@@ -35,7 +38,7 @@ from ms_diffusion.schedules import SCHEDULES, linear_beta_schedule, rescale_zero
 M, S = 0.3, 0.5  # the data's mean and standard deviation
 examples = settings(deadline=None, max_examples=100)
 every_sampler = pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
-ODE_SAMPLERS = {name: sampler for name, sampler in SAMPLERS.items() if name != "ddpm"}
+ODE_SAMPLERS = {name: sampler for name, sampler in SAMPLERS.items() if not is_stochastic(sampler)}
 every_ode_sampler = pytest.mark.parametrize("sampler", ODE_SAMPLERS.values(), ids=ODE_SAMPLERS)
 
 
@@ -296,6 +299,7 @@ def test_impossible_eta_is_refused(eta):
     [
         (sample_ddim, 1),
         (sample_heun, 2),
+        (sample_midpoint, 2),
         (sample_plms, 2),  # Adams-Bashforth's weights are for even steps of sigma / alpha; these are even in its logarithm
         (sample_dpmpp_2m, 2),
         (partial(sample_unipc, order=1), 2),  # the corrector adds one (Zhao et al. 2023, theorem 3.1)
@@ -328,6 +332,8 @@ def test_order(sampler, order, denoiser):
         sampler(denoiser(diffusion), x, diffusion, timesteps, callback=lambda i, x, _, states=states: states.append(x))
         errors.append(abs(states[n - 1] - exact).max())
     slope = -np.polyfit(np.log(steps), np.log(errors), 1)[0]
+    if sampler is sample_midpoint and denoiser is exact_denoiser:
+        order = 3  # for Gaussian data the midpoint rule's errors of order 2 cancel in this time
     assert slope == pytest.approx(order, abs=0.15 if order < 4 else 0.3)
 
 
@@ -360,8 +366,126 @@ def test_a_denoiser_that_knows_is_followed_exactly(sampler, spacing, zero_termin
 
     out = sampler(lambda x, t: x_start, line[0], diffusion, timesteps, randn_like, lambda i, x, _: states.append(x))
     np.testing.assert_allclose(out, x_start, atol=1e-12)
-    if sampler is not sample_ddpm:
+    if not is_stochastic(sampler):
         np.testing.assert_allclose(states[:-1], line[1:], atol=1e-12)
+
+
+# Those with noise
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
+def test_the_ancestral_euler_step_is_ddims(eta):
+    """Down to the noise sigma_down, then up with sigma_up, in y = x / alpha (k-diffusion's get_ancestral_step): the affine
+    map of DDIM with this eta."""
+    diffusion, timesteps = diffusion_of("linear", 100), [80, 55, 30, 10, 2]
+    s = [*ratio(diffusion.alphas_cumprod[timesteps]), 0.0]
+
+    def in_units_of_the_data(denoise, x, diffusion, timesteps, randn_like):
+        y = x * math.sqrt(1 + s[0] ** 2)
+        for i, t in enumerate(timesteps):
+            d = (y - denoise(y / math.sqrt(1 + s[i] ** 2), t)) / s[i]
+            up = min(s[i + 1], eta * s[i + 1] * math.sqrt(1 - (s[i + 1] / s[i]) ** 2))
+            y = y + d * (math.sqrt(s[i + 1] ** 2 - up**2) - s[i])
+            y = y + up * randn_like(y) if up else y
+        return y
+
+    theirs = affine_map(in_units_of_the_data, diffusion, timesteps)
+    for sampler in (sample_euler_ancestral, sample_ddim):
+        for found, expected in zip(affine_map(sampler, diffusion, timesteps, eta=eta), theirs, strict=True):
+            np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-12)
+    for found, default in zip(
+        affine_map(sample_euler_ancestral, diffusion), affine_map(sample_ddpm, diffusion), strict=True
+    ):
+        np.testing.assert_allclose(found, default, rtol=1e-9, atol=1e-12)
+
+
+def moments(sampler, steps, **options):
+    """Mean and variance of x_0 for x_T from q(x_T), in steps that are even in log(sigma / alpha)."""
+    diffusion = diffusion_of("linear", 100_000)
+    timesteps, alpha_bar = (
+        sampling_timesteps(100_000, steps, "logsnr", diffusion.alphas_cumprod),
+        diffusion.alphas_cumprod[-1],
+    )
+    b, A, C = affine_map(sampler, diffusion, timesteps, **options)
+    return b + A * math.sqrt(alpha_bar) * M, A**2 * variance_of(alpha_bar) + (C**2).sum()
+
+
+@pytest.mark.parametrize(
+    ("sampler", "order"), [(sample_euler_ancestral, 1), (sample_sde_dpmpp_2m, 2), (partial(sample_heun, s_churn=4.0), 2)]
+)
+def test_noise_leads_to_the_data_with_an_order(sampler, order):
+    """The variance that comes out of the data N(m, s^2) is s^2 but for an error that falls like steps^-order."""
+    steps = np.array([40, 80, 160])
+    means, variances = zip(*(moments(sampler, n) for n in steps), strict=True)
+    np.testing.assert_allclose(means, M, atol=1e-3)
+    slope = -np.polyfit(np.log(steps), np.log(np.abs(np.array(variances) - S**2)), 1)[0]
+    assert slope == pytest.approx(order, abs=0.3)
+    assert abs(variances[-1] - S**2) < (0.02 if order == 1 else 6e-4)
+
+
+def test_churn_by_hand():
+    """A step of algorithm 2 of Karras et al. 2022: up to s_hat, the nearest of the levels, then Heun's step from there."""
+    ratios = 0.1 * 1.1 ** np.arange(60)
+    diffusion, timesteps = process_of(1 / (1 + ratios**2)), [50, 30, 12]
+    z, states, calls = 0.7, [], []
+
+    def denoise(x, t):
+        calls.append(t)
+        return exact_denoiser(diffusion)(x, t)
+
+    x = np.linspace(-2, 2, 13)
+    sample_heun(denoise, x, diffusion, timesteps, lambda x: z, lambda i, x, _: states.append(x), s_churn=0.9, s_noise=1.1)
+    assert calls == [53, 30, 33, 12, 15]  # 1.3 = 1.1^2.75
+
+    def slope(y, t):
+        return (y - exact_denoiser(diffusion)(y / math.sqrt(1 + ratios[t] ** 2), t)) / ratios[t]
+
+    y = x * math.sqrt(1 + ratios[50] ** 2) + math.sqrt(ratios[53] ** 2 - ratios[50] ** 2) * 1.1 * z
+    h, first = ratios[30] - ratios[53], slope(y, 53)
+    y = y + h * (first + slope(y + h * first, 30)) / 2
+    np.testing.assert_allclose(states[0], y / math.sqrt(1 + ratios[30] ** 2), rtol=1e-9)
+
+
+def test_where_churn_adds_noise():
+    """From s_tmin to s_tmax, by at most the root of 2; none at the first timestep, and none at all by default."""
+    ratios = 0.1 * 1.1 ** np.arange(60)
+    diffusion = process_of(1 / (1 + ratios**2))
+
+    def calls(**options):
+        seen = []
+        sample_heun(lambda x, t: seen.append(t) or x, np.ones(2), diffusion, [59, 40, 20, 3], np.zeros_like, **options)
+        return seen[::2]
+
+    assert calls() == calls(s_churn=0.0) == [59, 40, 20, 3]
+    assert calls(s_churn=1000) == [59, 44, 24, 7]
+    assert calls(s_churn=1000, s_tmin=ratios[20], s_tmax=ratios[40] + 1e-9) == [59, 44, 24, 3]
+    assert calls(s_churn=1000, s_tmax=0.5) == [59, 40, 20, 7]
+
+
+# The midpoint rule
+
+
+def test_midpoint_of_rectified_flow_by_hand():
+    """x + (s' - s) v((s + s') / 2) with the velocity v = (x - x_0) / s, where the middle is a timestep."""
+    s = np.arange(1, 21) / 20
+    levels = [*map(Level, 1 - s, s)]
+    diffusion, states, calls = SimpleNamespace(num_timesteps=20, level=levels.__getitem__), [], []
+
+    def denoise(x, t):
+        calls.append(t)
+        return np.tanh(x) * (1 - s[t])
+
+    def velocity(x, t):
+        return (x - np.tanh(x) * (1 - s[t])) / s[t]
+
+    x = np.linspace(-2, 2, 13)
+    out = sample_midpoint(denoise, x, diffusion, [19, 9, 3], None, lambda i, x, _: states.append(x))
+    assert calls == [19, 14, 9, 6, 3]
+    for i, (t, middle, following) in enumerate(((19, 14, 9), (9, 6, 3))):
+        h = (following - t) / 20
+        x = x + h * velocity(x + h / 2 * velocity(x, t), middle)
+        np.testing.assert_allclose(states[i], x, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(out, np.tanh(x) * (1 - s[3]), rtol=1e-9)
 
 
 # Quantized x_0
@@ -422,10 +546,13 @@ def test_quantized_x_0_with_the_noise_of_the_network(sampler, options):
 
 def test_samplers_describe_themselves():
     options = {name: sampler_options(sampler) for name, sampler in SAMPLERS.items() if sampler_options(sampler)}
-    known = {"ddpm": {"v_posterior", "quantize"}, "ddim": {"eta", "quantize"}, "plms": {"quantize"}, "unipc": {"order"}}
-    assert options == known
-    assert {name for name, sampler in SAMPLERS.items() if is_stochastic(sampler)} == {"ddpm"}
-    assert {name for name, sampler in SAMPLERS.items() if default_spacing(sampler) == "linspace"} == {"ddpm", "ddim"}
+    noise, churn = {"eta", "quantize"}, {"s_churn", "s_tmin", "s_tmax", "s_noise"}
+    known = {"ddpm": {"v_posterior", "quantize"}, "plms": {"quantize"}, "unipc": {"order"}, "heun": churn}
+    assert options == known | {"ddim": noise, "euler": noise, "euler_ancestral": noise}
+    stochastic = {name for name, sampler in SAMPLERS.items() if is_stochastic(sampler)}
+    assert stochastic == {"ddpm", "sde_dpmpp_2m", "euler_ancestral"}
+    even = {name for name, sampler in SAMPLERS.items() if default_spacing(sampler) == "linspace"}
+    assert even == {"ddpm", "ddim", "euler"}
     for sampler in SAMPLERS.values():  # also with self-conditioning
         wrapped = self_conditioned(sampler)
         for describe in (sampler_options, default_spacing, is_stochastic):
@@ -452,12 +579,14 @@ def test_one_step_gives_the_denoisers_answer(sampler):
 
 @every_sampler
 def test_the_callback_sees_each_step_in_order(sampler):
-    """Heun calls the network twice a step but in the last, PLMS in its first; but once where sigma / alpha is above 80."""
+    """Heun calls the network twice a step but in the last, PLMS in its first; but once where sigma / alpha is above 80. The
+    midpoint rule calls it twice a step but in the last."""
     alpha_bar = 1 / (1 + np.array([1000.0, 81, 79, 2, 0.1]) ** 2)
     levels = [*map(Level, np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar)), DATA]
     diffusion = SimpleNamespace(num_timesteps=5, v_posterior=0.0, level=levels[4::-1].__getitem__)
     timesteps, events = [4, 3, 2, 1, 0], []
     calls = {sample_heun: [[4], [3], [2, 1], [1, 0], [0]], sample_plms: [[4], [3], [2, 1], [1], [0]]}
+    calls[sample_midpoint] = [[4, 3], [3, 2], [2, 1], [1, 0], [0]]
 
     def denoise(x, t):
         events.append((t, x))
@@ -474,7 +603,9 @@ def test_the_callback_sees_each_step_in_order(sampler):
         (_, x_given), *_, (_, x_next, x_start) = events[: len(called) + 1]
         del events[: len(called) + 1]
         assert i == 0 or x_given is x
-        if i == 0 or sampler not in calls:  # the network's answer; those two report the x_0 that they made of it
+        if len(called) == 1 and (
+            i == 0 or sampler not in calls
+        ):  # the network's answer; those three report the x_0 that they made of it
             np.testing.assert_array_equal(x_start, 0.5 * x_given)
         else:
             np.testing.assert_allclose(x_next, ddim_step(x, x_start, *levels[i : i + 2]))

@@ -11,16 +11,20 @@ import numpy as np
 import pytest
 from helpers import process_of
 
+from ms_diffusion.process import Process
 from ms_diffusion.samplers import (
     sample_ddim,
     sample_ddpm,
     sample_dpmpp_2m,
+    sample_euler_ancestral,
     sample_heun,
+    sample_midpoint,
     sample_plms,
+    sample_sde_dpmpp_2m,
     sample_unipc,
     sampling_timesteps,
 )
-from ms_diffusion.schedules import SCHEDULES
+from ms_diffusion.schedules import SCHEDULES, flow_path
 
 # diffusers hands torch tensors to NumPy 2
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn:DeprecationWarning")
@@ -109,6 +113,7 @@ def run_scheduler(scheduler, x, steps, **options):
 
 CLIP, SIGMAS = {"clip_sample": False}, {"timestep_spacing": "trailing", "final_sigmas_type": "zero"}
 DPMPP = SIGMAS | {"algorithm_type": "dpmsolver++", "solver_type": "midpoint", "lower_order_final": True}
+SDE = DPMPP | {"algorithm_type": "sde-dpmsolver++"}
 
 
 @pytest.mark.parametrize(
@@ -119,6 +124,8 @@ DPMPP = SIGMAS | {"algorithm_type": "dpmsolver++", "solver_type": "midpoint", "l
         ("PNDM", {"skip_prk_steps": True, "set_alpha_to_one": True}, sample_plms),
         ("DPMSolverMultistep", DPMPP | {"solver_order": 1}, sample_ddim),
         ("DPMSolverMultistep", DPMPP | {"solver_order": 2}, sample_dpmpp_2m),
+        ("DPMSolverMultistep", SDE | {"solver_order": 1}, sample_ddpm),
+        ("DPMSolverMultistep", SDE | {"solver_order": 2}, sample_sde_dpmpp_2m),
         *(("UniPCMultistep", SIGMAS | {"solver_order": n}, partial(sample_unipc, order=n)) for n in (1, 2, 3)),
     ],
 )
@@ -132,6 +139,9 @@ def test_samplers_agree_with_diffusers(schedulers, name, config, sampler, steps)
         options = {"generator": torch.Generator().manual_seed(0)} | getattr(sampler, "keywords", {})
         noise.manual_seed(0)
         diffusion.v_posterior = float(config.get("variance_type") == "fixed_large")
+    if "sde" in config.get("algorithm_type", ""):  # torch draws the same numbers in float32 and float64
+        options = {"generator": torch.Generator().manual_seed(0)}
+        noise.manual_seed(0)
     theirs, timesteps = run_scheduler(schedulers(f"{name}Scheduler", diffusion, **config), x, steps, **options)
     assert len(timesteps) == steps
 
@@ -156,6 +166,78 @@ def test_samplers_give_what_diffusers_gave(sampler, golden, atol):
     diffusion, timesteps = stable_diffusion(100), sampling_timesteps(100, 8, "trailing")
     ours = sampler(eps_denoiser(diffusion), np.linspace(-2, 2, 5), diffusion, timesteps)
     np.testing.assert_allclose(ours, golden, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("steps", [2, 3, 5, 20])
+def test_ancestral_euler_steps_agree_with_diffusers(schedulers, steps):
+    """Its samples are y = x / alpha."""
+    import torch
+
+    diffusion, x = stable_diffusion(100), np.linspace(-2, 2, 13)[:, None]
+    scheduler = schedulers("EulerAncestralDiscreteScheduler", diffusion, timestep_spacing="trailing")
+    scheduler.set_timesteps(steps)
+    timesteps = scheduler.timesteps.int().tolist()
+    s = ratio(diffusion.alphas_cumprod[timesteps])
+    scheduler.sigmas = torch.tensor([*s, 0.0])
+    y, generator = torch.from_numpy(x * math.sqrt(1 + s[0] ** 2)), torch.Generator().manual_seed(0)
+    for i, t in enumerate(scheduler.timesteps):
+        output = torch.from_numpy(eps(y.numpy() / math.sqrt(1 + s[i] ** 2), timesteps[i]))
+        scheduler.scale_model_input(y, t)
+        y = scheduler.step(output, t, y, generator=generator).prev_sample
+    noise = torch.Generator().manual_seed(0)
+    ours = sample_euler_ancestral(
+        eps_denoiser(diffusion), x, diffusion, timesteps, lambda x: torch.randn(x.shape, generator=noise).numpy()
+    )
+    np.testing.assert_allclose(ours, y.numpy(), rtol=1e-5, atol=1e-5)
+
+
+def velocity(x, s):
+    return 0.6 * np.sin(x + s) - 0.3 * x
+
+
+def flow(T, shift=1.0):
+    """The process, and the denoiser x_0 = x - s v of `velocity`."""
+    process = Process(*flow_path(T, shift)[:2])
+    return process, lambda x, t: x - process.sigmas[t] * velocity(x, process.sigmas[t])
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("steps", [1, 2, 5, 20])
+def test_flow_agrees_with_diffusers(schedulers, shift, steps):
+    """FlowMatchEulerDiscreteScheduler: its times, and its Euler steps along the velocity."""
+    import diffusers
+    import torch
+
+    process, denoise = flow(1000, shift)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(1000, shift=shift)
+    np.testing.assert_allclose(scheduler.sigmas.numpy()[::-1], process.sigmas, rtol=1e-6)
+    timesteps = sampling_timesteps(1000, steps, "trailing")
+    scheduler.set_timesteps(sigmas=(np.array(timesteps) + 1) / 1000)
+    np.testing.assert_allclose(scheduler.sigmas.numpy(), [*process.sigmas[timesteps], 0], rtol=1e-6)
+    x = np.linspace(-2, 2, 13)[:, None]
+    y = torch.from_numpy(x)
+    for i, t in enumerate(scheduler.timesteps):
+        y = scheduler.step(torch.from_numpy(velocity(y.numpy(), process.sigmas[timesteps[i]])), t, y).prev_sample
+    np.testing.assert_allclose(sample_ddim(denoise, x, process, timesteps), y.numpy(), rtol=1e-5, atol=1e-5)
+
+
+def test_flow_agrees_with_flow_matching():
+    """The path of facebookresearch/flow_matching (its time is 1 - s), and its midpoint rule up to the last step."""
+    paths = pytest.importorskip("flow_matching.path.scheduler")
+    solvers, torch = pytest.importorskip("flow_matching.solver"), pytest.importorskip("torch")
+    process, denoise = flow(1000)
+    (alphas, sigmas), slopes = (process.alphas, process.sigmas), flow_path(1000).slopes
+    theirs = paths.CondOTScheduler()(torch.from_numpy(1 - sigmas))
+    for ours, name in ((alphas, "alpha_t"), (sigmas, "sigma_t"), (-slopes[0], "d_alpha_t"), (-slopes[1], "d_sigma_t")):
+        np.testing.assert_allclose(ours, np.broadcast_to(getattr(theirs, name).numpy(), 1000), rtol=1e-6, err_msg=name)
+
+    timesteps, states = list(range(999, 99, -100)), []
+    x = np.linspace(-2, 2, 13)[:, None]
+    sample_midpoint(denoise, x, process, timesteps, None, lambda i, x, _: states.append(x))
+    solver = solvers.ODESolver(lambda x, t: torch.from_numpy(-velocity(x.numpy(), 1 - float(t))))
+    grid = torch.tensor(1 - sigmas[timesteps])
+    y = solver.sample(torch.from_numpy(x), step_size=None, method="midpoint", time_grid=grid)
+    np.testing.assert_allclose(states[-2], y.numpy(), rtol=1e-5, atol=1e-5)
 
 
 def test_timesteps_are_what_diffusers_gave():

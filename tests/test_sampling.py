@@ -84,7 +84,11 @@ POINTS = task_of(None, DiffusionTrainConfig())
         (CLASSES, {"steps": T + 1}, f"--steps is {T + 1}"),
         (POINTS, {"steps": T + 1}, f"--steps is {T + 1}"),
         *((CLASSES, {"eta": eta}, "--eta is") for eta in (-0.1, 1.1, float("nan"))),
-        *((CLASSES, {"eta": 0.5, "sampler": name}, "--eta is an option of ddim") for name in SAMPLERS if name != "ddim"),
+        *((CLASSES, {"eta": 0.5, "sampler": name}, "--eta is an option of ddim") for name in ("ddpm", "heun", "unipc")),
+        (CLASSES, {"s_churn": 9.0}, "--s-churn is an option of heun, not of ddim"),
+        (CLASSES, {"s_churn": -1.0, "sampler": "heun"}, "--s-churn is -1"),
+        (CLASSES, {"s_noise": 1.01, "sampler": "heun"}, "need --s-churn"),
+        (CLASSES, {"s_churn": 9.0, "s_tmin": 2.0, "s_tmax": 1.0, "sampler": "heun"}, "--s-tmin is 2, above --s-tmax 1"),
         (CLASSES, {"v_posterior": 2.0, "sampler": "ddpm"}, "--v-posterior is 2"),
         (CLASSES, {"v_posterior": 0.0}, "--v-posterior is an option of ddpm"),
         *((CLASSES, {"guidance": scale}, "--guidance is") for scale in (-1.0, float("nan"), float("inf"))),
@@ -105,7 +109,7 @@ POINTS = task_of(None, DiffusionTrainConfig())
         (task_of(sample_guidance=3.0, sample_guidance_interval=(0, T)), {}, "--guidance-interval"),
         (CLASSES, {"device": "tpu"}, "--device is 'tpu'"),
         (CLASSES, {"quantize_denoised": True}, "--quantize-denoised is for runs on latents of a VQ autoencoder"),
-        (CLASSES, {"quantize_denoised": True, "sampler": "unipc"}, "is an option of ddpm, ddim, plms, not of unipc"),
+        (CLASSES, {"quantize_denoised": True, "sampler": "unipc"}, "is an option of ddpm, ddim, .*, not of unipc"),
     ],
     ids=str,
 )
@@ -117,7 +121,9 @@ def test_what_does_not_fit_is_refused(task, options, flag):
 def test_a_sampler_gets_its_own_options(monkeypatch):
     assert Sampling(eta=0.5).make_sampler().keywords == {"eta": 0.5}
     assert Sampling(sampler="ddpm", v_posterior=0.3).make_sampler().keywords == {"v_posterior": 0.3}
-    assert Sampling(sampler="heun").make_sampler().keywords == {}
+    assert Sampling().make_sampler().keywords == Sampling(sampler="euler_ancestral").make_sampler().keywords == {}
+    churn = {"s_churn": 40.0, "s_tmin": 0.05, "s_tmax": 50.0, "s_noise": 1.003}
+    assert Sampling(sampler="heun", **churn).make_sampler().keywords == churn
 
     def mine(denoise, x, diffusion, timesteps=None, randn_like=None, callback=None, eta=0.0, other=1):
         return denoise(x, timesteps[0]) + eta
@@ -132,7 +138,7 @@ def test_a_sampler_gets_its_own_options(monkeypatch):
 
 def test_the_spacing_is_the_samplers_unless_one_is_chosen():
     for name in SAMPLERS:
-        own = {"ddpm": "linspace", "ddim": "linspace", "consistency": "trailing"}.get(name, "logsnr")
+        own = {"ddpm": "linspace", "ddim": "linspace", "euler": "linspace", "consistency": "trailing"}.get(name, "logsnr")
         for spacing in (None, *SPACINGS):
             expected = sampling_timesteps(T, 6, spacing or own, DIFFUSION.alphas_cumprod)
             assert Sampling(sampler=name, steps=6, spacing=spacing).timesteps(DIFFUSION) == expected

@@ -182,7 +182,9 @@ def describe(run: Run) -> tuple[dict[str, Any], dict[str, tuple[Any, list[Input]
     description |= {
         "shape": task.shape,
         "num_timesteps": diffusion.num_timesteps,
-        "alphas_cumprod": diffusion.alphas_cumprod.tolist(),
+        "alphas": diffusion.alphas.tolist(),
+        "sigmas": diffusion.sigmas.tolist(),
+        "slopes": [slope.tolist() for slope in diffusion.slopes],
         "objective": diffusion.objective,
         "clip": diffusion.clip_denoised,
         "v_posterior": diffusion.v_posterior,

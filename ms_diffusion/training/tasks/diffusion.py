@@ -142,6 +142,7 @@ class DiffusionTask(Task):
     def make_guided(self) -> Callable:
         """A function for the graph, (x_t, t, cond) -> the teacher's x_0 with its guidance."""
         diffusion, teacher, train = self.diffusion, self.teacher, self.config.train
+        assert teacher is not None
         scale, (first, last) = train.teacher_guidance, train.teacher_guidance_interval or (0, diffusion.num_timesteps - 1)
         t, null = np.arange(diffusion.num_timesteps), np.asarray(0 if self.null_label is None else self.null_label)
         scales = Tensor(np.where((first <= t) & (t <= last), scale, 1).astype(np.float32))

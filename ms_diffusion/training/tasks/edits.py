@@ -97,8 +97,10 @@ def check(task: Any, request: Request) -> None:
         raise UserError(f"--resample is {request.resample}: it must be at least 1, with --inpaint")
     if request.resample > 1 and sampling.sampler != "ddpm":
         raise UserError(f"--resample needs the steps of ddpm, not of {sampling.sampler}: add --sampler ddpm")
-    if request.interpolate and (is_stochastic(SAMPLERS[sampling.sampler]) or sampling.eta or sampling.steps < 2):
-        raise UserError("--interpolate needs a deterministic sampler (not ddpm, and --eta 0) and at least 2 --steps")
+    noisy = [name for name, sampler in SAMPLERS.items() if is_stochastic(sampler)]
+    if request.interpolate and (sampling.sampler in noisy or sampling.eta or sampling.s_churn or sampling.steps < 2):
+        refused = f"not {', '.join(noisy)}; no --eta, no --s-churn"
+        raise UserError(f"--interpolate needs a deterministic sampler ({refused}) and at least 2 --steps")
 
 
 def show_conditions(task: Any, request: Request, made: Plan) -> None:

@@ -217,7 +217,7 @@ class LatentTask(ImageTask):
 
     def preview(self, step: int) -> Path:
         num, path = self.config.train.sample_num, self.run_dir / "samples" / f"denoise-row-{step:07d}.png"
-        row = DenoiseRow(min(ROWS, num), self.preview_sampling.steps)
+        row = DenoiseRow(min(ROWS, num), len(self.preview_sampling.timesteps(self.diffusion)))
         drawn = super().preview(step, row)
         if self.rank == 0:
             row.save(path, self.decode, num)
