@@ -6,6 +6,7 @@ from ..data.captions import LENGTH, WORDS
 from ..data.points import TOYS
 from ..models.autoencoder import AutoencoderConfig, VQConfig
 from ..models.context import LatentUnetConfig
+from ..models.dit import DiTConfig
 from ..models.mlp import MLPConfig, ResidualMLPConfig
 from ..models.unet import UnetConfig
 from ..process import DiffusionConfig
@@ -61,6 +62,9 @@ CLASS = PixelConfig(
 LONG = replace(CLASS.train, warmup_steps=500, ema_decay=0.999, timestep_sampling="antithetic")
 EMOJI = replace(LONG, total_steps=4500, warmup_steps=300, save_every=500)
 
+# A transformer on patches of 4 x 4 pixels, whose training step takes about as long as that of CLASS
+DIT = replace(CLASS, model=DiTConfig(hidden_size=192, depth=6, num_heads=6, patch_size=4, num_classes=10))
+
 # From images of 32 x 32 pixels to latents of 8 x 8 x 2 numbers, and the diffusion of these latents.
 # The autoencoder's losses are sums over an image, hence the large clip_norm.
 AUTOENCODER = AutoencoderRunConfig(
@@ -110,6 +114,7 @@ PRESETS: dict[str, Config] = {  # PRESETS["mine"] = config adds a preset
     "fashion-mnist-large": replace(
         CLASS, model=replace(CLASS.model, dim=64, init_dim=64), train=replace(LONG, total_steps=22_000, lr=1.5e-3)
     ),
+    "fashion-mnist-dit": DIT,
     **{name: replace(SCURVE, data=PointsDataConfig(name)) for name in TOYS},
     "scurve-seed": SCURVE_SEED,
     "scurve-flow": SCURVE_FLOW,
