@@ -362,9 +362,7 @@ class Attention(nn.Cell):
 
         def shape(x, settings):
             if len(x) != 3 or x[2] % (3 * heads):
-                raise ValueError(
-                    f"attention of {heads} heads takes an input (B, N, 3 heads d), not one of shape {tuple(x)}"
-                )
+                raise ValueError(f"attention of {heads} heads takes an input (B, N, 3 heads d), not one of shape {tuple(x)}")
             return [*x[:2], x[2] // 3]
 
         self.forward = Operator("attention", shape)
@@ -380,7 +378,7 @@ class Attention(nn.Cell):
 def rows_shape(x: list, *per_image: list) -> list:
     """The shape of x (B N, d), which must fit shapes (B, d)."""
     for each in per_image:
-        if len(x) != 2 or len(each) != 2 or each[1] != x[1] or each != per_image[0] or x[0] % each[0]:
+        if len(x) != 2 or len(each) != 2 or each[1] != x[1] or each != per_image[0] or x[0] % max(each[0], 1):
             raise ValueError(f"rows of shape {tuple(x)} do not fit what is given for each image, {tuple(each)}")
     return x
 

@@ -82,8 +82,8 @@ class LinearAttention(nn.Cell):
 
 
 class TokenAttention(nn.Cell):
-    """Multi-head self-attention within each `n` tokens (Vaswani et al. 2017, eq. 1): (B n, dim) -> the same. `new_order`: the
-    numbers of qkv are ordered (q k v, head, d)."""
+    """Multi-head self-attention within each `n` tokens (Vaswani et al. 2017, eq. 1): (B n, dim) -> the same. In the
+    `new_order` the numbers of qkv are ordered (q k v, head, d)."""
 
     new_order = True
 

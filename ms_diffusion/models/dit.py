@@ -201,6 +201,11 @@ class DiT(nn.Cell):
             elif isinstance(cell, Embedding):
                 cell.weight.set_data(Tensor(rng.normal(0, 0.02, cell.weight.shape).astype(np.float32)))
 
+    def has_positions(self, table: np.ndarray) -> bool:
+        """Whether a table (1, N, dim) holds the positions of a square image."""
+        side = round(np.sqrt(table.size / self.dim))
+        return table.shape == (1, side**2, self.dim) and np.allclose(table[0], positions(side, side, self.dim), atol=1e-4)
+
     def construct(self, x: Tensor, t: Tensor, *cond: Tensor) -> Tensor:
         # Condition. t is cast once, here: the gradient breaks where an integer t is used in both indexing and arithmetic.
         emb = self.t_embedder.mlp(self.t_frequencies(ops.cast(t, ms.float32)))  #        (B, dim)
