@@ -17,7 +17,6 @@ import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 
 from .files import read_json, shown, write
-from .models.dit import DiT
 from .names import home, is_average, joined_qkv, names_in_files, plain, prefix_of, unlike
 from .runtime import UserError
 from .weight_files import WRAPPERS, flat, read_weights
@@ -163,7 +162,7 @@ def load_pretrained(
         and not name.startswith(f"{start}cond_stage_model.transformer.to_logits.")  # x-transformers' unused head
         and not (a.dtype.kind in "biu" and a.ndim == 0)  # counters, such as num_batches_tracked
         and not name.endswith("quantize.used")  # a remap, which a configuration has
-        and not (isinstance(net, DiT) and name == f"{start}pos_embed" and net.has_positions(a))
+        and not (name == f"{start}pos_embed" and hasattr(net, "has_positions") and net.has_positions(a))
     }
 
     reshaped = [name for name, p in parameters.items() if name in weights and ones_differ(weights[name].shape, p.shape)]

@@ -63,7 +63,11 @@ LONG = replace(CLASS.train, warmup_steps=500, ema_decay=0.999, timestep_sampling
 EMOJI = replace(LONG, total_steps=4500, warmup_steps=300, save_every=500)
 
 # A transformer on patches of 4 x 4 pixels, whose training step takes about as long as that of CLASS
-DIT = replace(CLASS, model=DiTConfig(hidden_size=160, depth=6, num_heads=5, patch_size=4, num_classes=10))
+DIT = replace(
+    CLASS,
+    model=DiTConfig(hidden_size=160, depth=6, num_heads=5, patch_size=4, num_classes=10),
+    train=replace(CLASS.train, lr=1e-3),
+)
 
 # From images of 32 x 32 pixels to latents of 8 x 8 x 2 numbers, and the diffusion of these latents.
 # The autoencoder's losses are sums over an image, hence the large clip_norm.
