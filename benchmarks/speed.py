@@ -19,7 +19,7 @@ from ms_diffusion.commands import benchmark
 from ms_diffusion.commands.benchmark import SAMPLES, WORKS, PointsWork, work_of
 from ms_diffusion.commands.parse import parse
 from ms_diffusion.data.batches import load_images, make_dataset
-from ms_diffusion.models.attention import Attention, LinearAttention
+from ms_diffusion.models.attention import Attention, LinearAttention, TokenAttention
 from ms_diffusion.runtime import UserError, run_program, set_device
 from ms_diffusion.training.config import Config, config_from_record
 from ms_diffusion.training.presets import PRESETS
@@ -121,16 +121,22 @@ def count_operations(config: Any) -> int:
             pixels, heads = int(np.prod(inputs[0].shape[2:])), cell.heads
             width = cell.to_qkv.weight.shape[0] // 3  # heads times channels a head
             total += 4 * pixels * width * (pixels if isinstance(cell, Attention) else width // heads)
+        elif isinstance(cell, TokenAttention):
+            tokens, width = inputs[0].shape
+            total += 4 * tokens * width * tokens
+        elif isinstance(cell, nn.Dense):
+            total += 2 * cell.weight.size * inputs[0].shape[0]
         else:
             shape = inputs[0].shape if isinstance(cell, nn.Conv2dTranspose) else output.shape
             total += 2 * cell.weight.size * int(np.prod(shape[2:], dtype=int))
 
     net = config.model.build()
     for _, cell in net.cells_and_names():
-        if isinstance(cell, nn.Conv2d | nn.Conv2dTranspose | nn.Dense | Attention | LinearAttention):
+        if isinstance(cell, nn.Conv2d | nn.Conv2dTranspose | nn.Dense | Attention | LinearAttention | TokenAttention):
             cell.register_forward_hook(count)
     size = config.data.size
-    net(Tensor(np.zeros((1, config.model.channels, size, size), np.float32)), Tensor(np.zeros(1, np.int32)))
+    labels = [Tensor(np.zeros(1, np.int32))] * (config.model.num_classes is not None)
+    net(Tensor(np.zeros((1, config.model.channels, size, size), np.float32)), Tensor(np.zeros(1, np.int32)), *labels)
     return total
 
 

@@ -1,7 +1,7 @@
 """The networks in PyTorch: the tests compare ours with them, `torch_work` trains them for the speed comparison.
 
 The U-Net has the architecture and the state-dict paths of Rogge & Rasul, "The Annotated Diffusion Model" (Hugging Face blog,
-2022), `MLP` those of the S-curve experiment.
+2022), `DiT` those of Peebles & Xie 2023, `MLP` those of the S-curve experiment.
 """
 
 import math
@@ -211,6 +211,124 @@ class Unet(nn.Module):
             x = double(attention(block2(block1(x, emb), emb)))
         x = self.final_conv(torch.cat([x, first], dim=1) if self.final_skip else x)
         return F.pixel_shuffle(x, self.patch_size) if self.patch_size > 1 else x
+
+
+class DiTAttention(nn.Module):
+    """Softmax attention between all tokens, by PyTorch's own kernel."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, h, N, d)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class DiTMlp(nn.Module):
+    def __init__(self, dim, inner):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(dim, inner), nn.Linear(inner, dim)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class Modulated(nn.Module):
+    """A layer with a modulation in `parts` parts, each (B, 1, dim)."""
+
+    def __init__(self, dim, parts):
+        super().__init__()
+        self.parts = parts
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, parts * dim))
+
+    def modulation(self, emb):
+        return self.adaLN_modulation(emb)[:, None].chunk(self.parts, dim=-1)
+
+    def norm(self, x, shift, scale):
+        return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+
+
+class DiTBlock(Modulated):
+    def __init__(self, dim, heads, mlp_ratio):
+        super().__init__(dim, 6)
+        self.attn = DiTAttention(dim, heads)
+        self.mlp = DiTMlp(dim, int(dim * mlp_ratio))
+
+    def forward(self, x, emb):
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(emb)
+        x = x + gate1 * self.attn(self.norm(x, shift1, scale1))
+        return x + gate2 * self.mlp(self.norm(x, shift2, scale2))
+
+
+class DiTFinalLayer(Modulated):
+    def __init__(self, dim, dim_out):
+        super().__init__(dim, 2)
+        self.linear = nn.Linear(dim, dim_out)
+
+    def forward(self, x, emb):
+        return self.linear(self.norm(x, *self.modulation(emb)))
+
+
+class DiT(nn.Module):
+    """(B, channels, H, W) and float timesteps (B,) -> (B, out_dim, H, W); conditions as in `models.dit.DiT`. A caption is
+    embedded by `text_emb`, which the caller sets."""
+
+    def __init__(
+        self,
+        hidden_size=192,
+        depth=6,
+        num_heads=6,
+        mlp_ratio=4.0,
+        patch_size=2,
+        channels=1,
+        out_dim=None,
+        num_classes=None,
+        vocab_size=0,
+        max_length=0,
+        text_dim=128,
+        cond_channels=0,
+        self_condition=False,
+    ):
+        super().__init__()
+        self.patch_size, self.text_emb, dim = patch_size, None, hidden_size
+        self.t_embedder, self.x_embedder = nn.Module(), nn.Module()
+        self.t_embedder.mlp = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.y_embedder = None
+        if num_classes is not None:
+            self.y_embedder = nn.Module()
+            self.y_embedder.embedding_table = nn.Embedding(num_classes + 1, dim)
+        channels_in = channels + cond_channels + channels * self_condition
+        self.x_embedder.proj = nn.Conv2d(channels_in, dim, patch_size, stride=patch_size)
+        self.blocks = nn.ModuleList(DiTBlock(dim, num_heads, mlp_ratio) for _ in range(depth))
+        self.final_layer = DiTFinalLayer(dim, patch_size**2 * (out_dim or channels))
+
+    def positions(self, rows, columns, device):
+        """The sines and cosines of each token's column, then those of its row, (1, N, dim)."""
+        quarter = self.x_embedder.proj.out_channels // 4
+        frequencies = torch.exp(-math.log(10000) * torch.arange(quarter, dtype=torch.float64) / quarter)
+        y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+        angles = [torch.outer(place.flatten().double(), frequencies) for place in (x, y)]
+        table = torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], dim=1)
+        return table.float().to(device)[None]
+
+    def forward(self, x, t, *cond):
+        frequencies = torch.exp(-math.log(10000) * torch.arange(128, dtype=torch.float64) / 128)
+        angles = torch.outer(t, frequencies.to(t))
+        emb = self.t_embedder.mlp(torch.cat([angles.cos(), angles.sin()], dim=1))
+        for embed in (self.y_embedder and self.y_embedder.embedding_table, self.text_emb):
+            if embed is not None:
+                emb = emb + embed(cond[0])
+                cond = cond[1:]
+        x = self.x_embedder.proj(torch.cat([x, *cond], dim=1))
+        rows, columns = x.shape[2:]
+        x = x.flatten(2).transpose(1, 2) + self.positions(rows, columns, x.device)
+        for block in self.blocks:
+            x = block(x, emb)
+        x = self.final_layer(x, emb).unflatten(-1, (self.patch_size**2, -1))  # (B, N, p p, C)
+        return F.pixel_shuffle(x.permute(0, 3, 2, 1).flatten(1, 2).unflatten(-1, (rows, columns)), self.patch_size)
 
 
 class MLP(nn.Module):

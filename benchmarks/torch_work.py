@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .torch_peer import MLP, ResidualMLP, Unet
+from .torch_peer import MLP, DiT, ResidualMLP, Unet
 
 
 class Trainer:
@@ -56,21 +56,23 @@ class ImageWork(Trainer):
     """A training step, a forward pass, DDIM sampling of size x size images."""
 
     def __init__(self, model: dict, size: int, batch_size: int, device: str = "cpu"):
-        super().__init__(Unet, model, device)
+        super().__init__(DiT if "hidden_size" in model else Unet, model, device)
         betas = torch.linspace(1e-4, 0.02, 1000, device=self.device)
         self.alphas_cumprod = torch.cumprod(1 - betas, 0)
         shape = (batch_size, model["channels"], size, size)
         self.x, self.noise = torch.rand(shape, device=self.device) * 2 - 1, torch.randn(shape, device=self.device)
         self.t = torch.randint(0, len(betas), (batch_size,), device=self.device)
+        classes = model["num_classes"]
+        self.labels = [] if classes is None else [torch.randint(0, classes, (batch_size,), device=self.device)]
 
     def step(self) -> float:
         alpha_bar = self.alphas_cumprod[self.t].view(-1, 1, 1, 1)
         x_t = alpha_bar.sqrt() * self.x + (1 - alpha_bar).sqrt() * self.noise
-        return self.update(F.smooth_l1_loss(self.net(x_t, self.t.float()), self.noise))
+        return self.update(F.smooth_l1_loss(self.net(x_t, self.t.float(), *self.labels), self.noise))
 
     @torch.no_grad()
     def forward(self) -> torch.Tensor:
-        return self.net(self.x, self.t.float()).cpu()
+        return self.net(self.x, self.t.float(), *self.labels).cpu()
 
     @torch.no_grad()
     def sample(self, steps: int) -> torch.Tensor:
@@ -79,7 +81,7 @@ class ImageWork(Trainer):
         for i, t in enumerate(timesteps):
             alpha_bar = self.alphas_cumprod[t]
             next_alpha_bar = self.alphas_cumprod[timesteps[i + 1]] if i + 1 < steps else torch.ones_like(alpha_bar)
-            eps = self.net(x, torch.full((len(x),), float(t), device=self.device))
+            eps = self.net(x, torch.full((len(x),), float(t), device=self.device), *self.labels)
             x_start = ((x - (1 - alpha_bar).sqrt() * eps) / alpha_bar.sqrt()).clamp(-1, 1)
             eps = (x - alpha_bar.sqrt() * x_start) / (1 - alpha_bar).sqrt()
             x = next_alpha_bar.sqrt() * x_start + (1 - next_alpha_bar).sqrt() * eps

@@ -25,6 +25,7 @@ TABLES = [  # title, dataclass, prefix of its flags, base class with a table of 
     ("train: points", md.PointsDataConfig, "--data."),
     ("train: diffusion", md.DiffusionConfig, "--diffusion."),
     ("train: U-Net (images)", md.UnetConfig, "--model."),
+    ("train: DiT (images, preset fashion-mnist-dit)", md.DiTConfig, "--model."),
     ("train: U-Net (latents)", md.LatentUnetConfig, "--model."),
     ("train: autoencoder", md.AutoencoderConfig, "--model."),
     ("train: VQ autoencoder, in addition", md.VQConfig, "--model.", md.AutoencoderConfig),

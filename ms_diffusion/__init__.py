@@ -48,6 +48,7 @@ if TYPE_CHECKING:  # the public names; below, the same lines say where each is f
     from .models.context import (BERTEmbedder as BERTEmbedder, ClassEmbedder as ClassEmbedder, LatentUnet as LatentUnet,
         LatentUnetConfig as LatentUnetConfig, SpatialRescaler as SpatialRescaler, TextEncoder as TextEncoder)
     from .models.discriminator import NLayerDiscriminator as NLayerDiscriminator
+    from .models.dit import DiT as DiT, DiTConfig as DiTConfig
     from .models.inception import InceptionV3 as InceptionV3, load_inception as load_inception
     from .models.layers import (Downsample as Downsample, PreNorm as PreNorm, Residual as Residual,
         SinusoidalPositionEmbeddings as SinusoidalPositionEmbeddings, Upsample as Upsample)

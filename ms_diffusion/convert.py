@@ -103,7 +103,8 @@ class LoadReport:
 def load_pretrained(
     net: nn.Cell, path: str | Path, part: str | None = None, ignore_keys: Keys = (), partial: bool = False, ema: bool = False
 ) -> LoadReport:
-    """Load weights of CompVis latent-diffusion, of diffusers, or of ours into an AutoencoderKL, a UNetModel or a LatentUnet.
+    """Load weights of CompVis latent-diffusion, of diffusers, or of ours into an AutoencoderKL, a UNetModel or a LatentUnet,
+    or those of facebookresearch/DiT into a DiT, which computes its positions: the same ones in the file are left out.
 
     The file, see ``load_torch_state_dict``, contains one network or a LatentDiffusion. From a LatentDiffusion each network
     takes its part: first_stage_model, model.diffusion_model, and cond_stage_model for a LatentUnet. A file of diffusers may
@@ -161,6 +162,7 @@ def load_pretrained(
         and not name.startswith(f"{start}cond_stage_model.transformer.to_logits.")  # x-transformers' unused head
         and not (a.dtype.kind in "biu" and a.ndim == 0)  # counters, such as num_batches_tracked
         and not name.endswith("quantize.used")  # a remap, which a configuration has
+        and not (name == f"{start}pos_embed" and hasattr(net, "has_positions") and net.has_positions(a))
     }
 
     reshaped = [name for name, p in parameters.items() if name in weights and ones_differ(weights[name].shape, p.shape)]

@@ -19,15 +19,17 @@ from ms_diffusion.training.presets import PRESETS
 MODELS = pytest.mark.parametrize("model", [MLPConfig(8, 60), ResidualMLPConfig(8, 1, 1, 60)], ids=["MLP", "residual"])
 
 
-@pytest.mark.parametrize("name", ["quick", "fashion-mnist", "fashion-mnist-resnet"])
+@pytest.mark.parametrize("name", ["quick", "fashion-mnist", "fashion-mnist-resnet", "fashion-mnist-dit"])
 def test_operations_are_those_that_pytorch_counts(name):
-    torch = pytest.importorskip("torch")
+    pytest.importorskip("torch")
+    from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    from benchmarks.torch_peer import Unet
+    from benchmarks import torch_work
 
-    with FlopCounterMode(display=False) as counter:
-        Unet(**asdict(PRESETS[name].model))(torch.zeros(1, 1, 28, 28), torch.zeros(1))
+    work = torch_work.ImageWork(asdict(PRESETS[name].model), 28, 1)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # others are not counted on the CPU
+        work.forward()
     assert count_operations(PRESETS[name]) == counter.get_total_flops()
 
 

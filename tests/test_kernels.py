@@ -20,7 +20,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 import mindspore as ms
-from mindspore import Tensor, nn, ops
+from mindspore import Parameter, Tensor, nn, ops
 
 from ms_diffusion import kernels
 from ms_diffusion.files import private_folder, process_folder, temporary_path
@@ -135,6 +135,38 @@ def linear_attention(heads):
     return formula
 
 
+def softmax_attention(heads):
+    def formula(qkv):
+        b, n, c = qkv.shape
+        q, k, v = qkv.reshape(b, n, 3, heads, -1).transpose(2, 0, 3, 1, 4)
+        scores = np.exp(q @ k.swapaxes(2, 3) / math.sqrt(q.shape[3]))
+        return (scores / scores.sum(-1, keepdims=True) @ v).swapaxes(1, 2).reshape(b, n, c // 3)
+
+    return formula
+
+
+def gelu_tanh(x):
+    return x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2
+
+
+class OfImages(nn.Cell):
+    """x (6, dim) -> layer(x, ...), with `count` parameters (2, dim), of two images of three rows."""
+
+    def __init__(self, layer, count, dim):
+        super().__init__()
+        self.layer, self.count = layer, count
+        self.first, self.second = [Parameter(Tensor(np.zeros((2, dim), np.float32)), name) for name in ("first", "second")]
+        self.second.requires_grad = count == 2
+
+    def construct(self, x):
+        return self.layer(x, self.first, self.second) if self.count == 2 else self.layer(x, 2 * x, self.first)
+
+
+def ada_norm(x, scale, shift):
+    normal = (x - x.mean(1, keepdims=True)) / np.sqrt(x.var(1, keepdims=True) + 0.01)
+    return normal * (1 + scale.repeat(3, 0)) + shift.repeat(3, 0)
+
+
 class ScaledNorm(nn.Cell):
     """x -> norm(x), scaled and shifted by the means of x, which differ between the images."""
 
@@ -216,6 +248,11 @@ CASES = {  # name -> (layer, formula, shape of x)
     "ReLU, linear": (lambda: layers.Linear(40, 70, "relu"), linear(relu), (3, 40)),
     "SiLU, linear": (lambda: layers.Linear(9, 2, "silu"), linear(silu), (2, 9)),
     "linear, shortcut": (lambda: Shortcut(5, "silu"), lambda x, *rest: linear(silu)(x, *rest) + x, (3, 5)),
+    "GELU, linear": (lambda: layers.Linear(9, 2, "gelu-tanh"), linear(gelu_tanh), (3, 9)),
+    "adaptive norm": (lambda: OfImages(layers.AdaLayerNorm(0.01), 2, 19), ada_norm, (6, 19)),
+    "gated sum": (lambda: OfImages(layers.GatedSum(), 1, 19), lambda x, gate: x + 2 * x * gate.repeat(3, 0), (6, 19)),
+    "softmax attention": (lambda: kernels.Attention(2), softmax_attention(2), (2, 7, 18)),
+    "softmax attention, 60 tokens": (lambda: kernels.Attention(1), softmax_attention(1), (1, 60, 9)),
     "attention, 4 heads": (lambda: kernels.LinearAttention(4), linear_attention(4), (1, 60, 5, 4)),
     "attention, 32 wide": (lambda: kernels.LinearAttention(2), linear_attention(2), (1, 192, 1, 5)),
 }
@@ -478,6 +515,9 @@ MISFITS = {
     "norm, axes": (lambda: layers.GroupNorm(1, 4), (1, 4, 8), "shape"),
     "linear": (lambda: layers.Linear(3, 2), (4, 5), "3 inputs"),
     "heads": (lambda: kernels.LinearAttention(4), (1, 30, 4, 4), "4 heads"),
+    "softmax, heads": (lambda: kernels.Attention(4), (1, 5, 30), "4 heads"),
+    "rows": (lambda: OfImages(layers.AdaLayerNorm(0.01), 2, 4), (3, 4), "each image"),
+    "rows of a sum": (lambda: OfImages(layers.GatedSum(), 1, 4), (6, 5), "each image"),
 }
 
 

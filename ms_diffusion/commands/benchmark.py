@@ -61,10 +61,11 @@ class ImageWork(Work):
         data = random_images(batch_size, config.data.size, config.model.channels)
         super().__init__(config.with_data(data.images)[0], batch_size, data)
         self.batch, net = self.draw_batch(), self.task.net
-        self.num, self.inputs = batch_size, (Tensor(self.batch["x_start"]), Tensor(self.batch["t"]))
+        self.num = batch_size
+        self.inputs = [Tensor(self.batch[name]) for name in ("x_start", "t", *self.task.cond_fields)]
 
-        def forward(x, t):
-            return predict(net, x, t)
+        def forward(x, t, *cond):
+            return predict(net, x, t, cond)
 
         self.predict = compiled(forward)
 
@@ -77,7 +78,7 @@ class ImageWork(Work):
         return self.predict(*self.inputs).asnumpy()
 
     def sample(self, steps: int) -> np.ndarray:
-        return self.task.draw(self.num, Sampling(sampler="ddim", steps=steps), self.num)
+        return self.task.draw(self.num, Sampling(sampler="ddim", steps=steps, guidance=1.0), self.num)
 
 
 class PointsWork(Work):

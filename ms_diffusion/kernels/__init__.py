@@ -1,4 +1,4 @@
-"""The library's own CPU kernels for what MindSpore's run slowly: convolution, linear layers, norms, linear attention, Adam.
+"""The library's own CPU kernels for what MindSpore's run slowly: convolution, linear layers, norms, attention, Adam.
 
 All are float32. `kernels.cc` and its headers are compiled on first use with the machine's C++ compiler ($CXX, c++, g++ or
 clang++). The library is kept in the `kernels` folder of `files.cache_folder()`, one file for each source, CPU and MindSpore
@@ -306,7 +306,7 @@ class Linear(nn.Cell):
 
     def __init__(self, activation: str | None = None):
         super().__init__()
-        self.settings = Tensor([(None, "relu", "silu").index(activation)], ms.int32)
+        self.settings = Tensor([(None, "relu", "silu", "gelu-tanh").index(activation)], ms.int32)
 
         def shape(x, w, bias, *rest):
             if len(x) != 2 or x[1] != w[1]:
@@ -350,6 +350,74 @@ class LinearAttention(nn.Cell):
 
     def bprop(self, qkv, out, dout):
         return (self.gradient(dout, qkv, self.settings),)
+
+
+class Attention(nn.Cell):
+    """qkv (B, N, 3 heads d), in the order (q k v, head, d) -> softmax attention of each image (B, N, heads d). The gradient
+    computes the weights (N, N) again instead of keeping them."""
+
+    def __init__(self, heads: int):
+        super().__init__()
+        self.settings = Tensor([heads], ms.int32)
+
+        def shape(x, settings):
+            if len(x) != 3 or x[2] % (3 * heads):
+                raise ValueError(f"attention of {heads} heads takes an input (B, N, 3 heads d), not one of shape {tuple(x)}")
+            return [*x[:2], x[2] // 3]
+
+        self.forward = Operator("attention", shape)
+        self.gradient = Operator("attention_gradient", lambda dy, x, s: x)
+
+    def construct(self, qkv: Tensor) -> Tensor:
+        return self.forward(qkv, self.settings)
+
+    def bprop(self, qkv, out, dout):
+        return (self.gradient(dout, qkv, self.settings),)
+
+
+def rows_shape(x: list, *per_image: list) -> list:
+    """The shape of x (B N, d), which must fit shapes (B, d)."""
+    for each in per_image:
+        if len(x) != 2 or len(each) != 2 or each[1] != x[1] or each != per_image[0] or x[0] % max(each[0], 1):
+            raise ValueError(f"rows of shape {tuple(x)} do not fit what is given for each image, {tuple(each)}")
+    return x
+
+
+class AdaLayerNorm(nn.Cell):
+    """(x (B N, d), scale (B, d), shift (B, d)) -> layer norm of x times (1 + scale), plus shift."""
+
+    def __init__(self, eps: float):
+        super().__init__()
+        self.settings = Tensor([eps], ms.float32)
+        self.forward = Operator("ada_norm", lambda x, a, b, s: rows_shape(x, a, b))
+        self.gradient = Operator("ada_norm_gradient", lambda dy, x, a, s: (x, a, a), 3)
+
+    def construct(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        return self.forward(x, scale, shift, self.settings)
+
+    def bprop(self, x, scale, shift, out, dout):
+        return self.gradient(dout, x, scale, self.settings)
+
+
+class GatedSum(nn.Cell):
+    """(x (B N, d), y (B N, d), gate (B, d)) -> x + gate y."""
+
+    def __init__(self):
+        super().__init__()
+
+        def shape(x, y, gate):
+            if x != y:
+                raise ValueError(f"a sum takes numbers of one shape, not of {tuple(x)} and {tuple(y)}")
+            return rows_shape(x, gate)
+
+        self.forward = Operator("gated_sum", shape)
+        self.gradient = Operator("gated_sum_gradient", lambda dy, y, gate: (y, gate), 2)
+
+    def construct(self, x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+        return self.forward(x, y, gate)
+
+    def bprop(self, x, y, gate, out, dout):
+        return (dout, *self.gradient(dout, y, gate))
 
 
 def adam(optimizer: nn.Adam, clip_norm: float, ema=None) -> Callable:

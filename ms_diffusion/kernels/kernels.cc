@@ -4,6 +4,7 @@
 // dimensions, their shapes, their types, stream, unused), inputs first, outputs last. It returns 0, 1 where a tensor is
 // neither float32 nor int32, or 2 after an exception, such as too little memory.
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -15,6 +16,7 @@
 #include "optimizer.h"
 #include "pool.h"
 #include "simd.h"
+#include "transformer.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -191,6 +193,55 @@ OPERATOR(linear_attention_gradient) {
     float* dq = a.out(3) + first;
     linear_attention_gradient(head, a.in(0) + out, q, q + part, q + 2 * part, dq, dq + part, dq + 2 * part);
   });
+}
+
+// f(head, offset of its image's output, offset of the head in a row of it) for each image and head of qkv (b, n, 3 heads d)
+template <class F>
+void each_sequence(const Arguments& a, int qkv, long heads, F f) {
+  const long n = a.size(qkv, 1), d = a.size(qkv, 2) / (3 * heads);
+  const Tokens head(n, d, heads);
+  parallel_for(a.size(qkv, 0) * heads, [&](long begin, long end) {
+    for (long i = begin; i < end; ++i) f(head, i / heads * n * heads * d, i % heads * d);
+  });
+}
+
+// qkv (b, n, 3 heads d), {heads} -> out (b, n, heads d)
+OPERATOR(attention) {
+  each_sequence(a, 0, a.settings(1)[0], [&](const Tokens& head, long image, long first) {
+    attention(head, a.in(0) + 3 * image + first, a.out(2) + image + first);
+  });
+}
+
+// dout, qkv, {heads} -> dqkv
+OPERATOR(attention_gradient) {
+  each_sequence(a, 1, a.settings(2)[0], [&](const Tokens& head, long image, long first) {
+    const long at = 3 * image + first;
+    attention_gradient(head, a.in(0) + image + first, a.in(1) + at, a.out(3) + at);
+  });
+}
+
+// x (b n, d), scale and shift (b, d), {eps} -> y
+OPERATOR(ada_norm) {
+  const long images = a.size(1, 0), n = a.size(0, 0) / std::max(images, 1L);
+  ada_norm(images, n, a.size(0, 1), *a.in(3), a.in(0), a.in(1), a.in(2), a.out(4));
+}
+
+// dy, x, scale, {eps} -> dx, dscale, dshift
+OPERATOR(ada_norm_gradient) {
+  const long images = a.size(2, 0), n = a.size(1, 0) / std::max(images, 1L);
+  ada_norm_gradient(images, n, a.size(1, 1), *a.in(3), a.in(0), a.in(1), a.in(2), a.out(4), a.out(5), a.out(6));
+}
+
+// x and y (b n, d), gate (b, d) -> x + gate y
+OPERATOR(gated_sum) {
+  const long images = a.size(2, 0), n = a.size(0, 0) / std::max(images, 1L);
+  gated_sum(images, n, a.size(0, 1), a.in(0), a.in(1), a.in(2), a.out(3));
+}
+
+// dout, y, gate -> dy, dgate
+OPERATOR(gated_sum_gradient) {
+  const long images = a.size(2, 0), n = a.size(0, 0) / std::max(images, 1L);
+  gated_sum_gradient(images, n, a.size(0, 1), a.in(0), a.in(1), a.in(2), a.out(3), a.out(4));
 }
 
 // {n, beta1, beta2, eps, clip norm, n times whether the parameter has an average}, loss, learning rate, decay of the averages,

@@ -53,20 +53,25 @@ void product(long m, long n, long k, const float* a, B b, Use use) {
 }
 
 // The function that is applied to a linear layer's input. `choose` calls f with it as a constant, so that no loop tests it.
-enum class InputActivation { NONE, RELU, SILU };
+enum class InputActivation { NONE, RELU, SILU, GELU_TANH };
 template <class F>
 void choose(int activation, F f) {
   if (activation == 1) return f(std::integral_constant<InputActivation, InputActivation::RELU>());
   if (activation == 2) return f(std::integral_constant<InputActivation, InputActivation::SILU>());
+  if (activation == 3) return f(std::integral_constant<InputActivation, InputActivation::GELU_TANH>());
   f(std::integral_constant<InputActivation, InputActivation::NONE>());
 }
 template <InputActivation A>
 float activate(float x) {
-  return A == InputActivation::RELU ? std::max(x, 0.f) : A == InputActivation::SILU ? silu(x) : x;
+  if (A == InputActivation::RELU) return std::max(x, 0.f);
+  if (A == InputActivation::SILU) return silu(x);
+  return A == InputActivation::GELU_TANH ? gelu_tanh(x) : x;
 }
 template <InputActivation A>
 float derivative(float x) {
-  return A == InputActivation::RELU ? (x > 0 ? 1.f : 0.f) : A == InputActivation::SILU ? silu_derivative(x) : 1.f;
+  if (A == InputActivation::RELU) return x > 0 ? 1.f : 0.f;
+  if (A == InputActivation::SILU) return silu_derivative(x);
+  return A == InputActivation::GELU_TANH ? gelu_tanh_derivative(x) : 1.f;
 }
 
 // y (n, o) = activate(x) (n, c) w (o, c)^T + bias (o) + residual (n, o), or without a residual (nullptr)

@@ -79,4 +79,13 @@ inline float silu_derivative(float x) {
   return s * (1.f + x * (1.f - s));
 }
 
+// GELU with a tanh in place of the error function: x (1 + tanh(u)) / 2 = x sigmoid(2 u), u = sqrt(2 / pi) (x + 0.044715 x^3)
+inline float gelu_tanh(float x) {
+  return x / (1.f + exponential(-1.59576912f * (x + 0.044715f * x * x * x)));
+}
+inline float gelu_tanh_derivative(float x) {
+  const float s = 1.f / (1.f + exponential(-1.59576912f * (x + 0.044715f * x * x * x)));
+  return s + x * s * (1.f - s) * 1.59576912f * (1.f + 0.134145f * x * x);
+}
+
 }  // namespace kernels

@@ -6,7 +6,7 @@ import mindspore as ms
 from mindspore import Tensor, nn, ops
 
 from .. import kernels
-from .layers import GroupNorm, chunk, conv2d
+from .layers import GroupNorm, Linear, chunk, conv2d
 
 LOWEST = float(np.finfo(np.float32).min)  # a score that softmax makes 0
 
@@ -79,3 +79,24 @@ class LinearAttention(nn.Cell):
         k = ops.softmax(k, -1)  #                                    (B, h, d, N), over the positions
         out = matmul_t(matmul_t(v, k), q)  #                         (B, h, d, d) times q^T
         return self.to_out(out.reshape(b, -1, height, width))
+
+
+class TokenAttention(nn.Cell):
+    """Multi-head self-attention within each `n` tokens (Vaswani et al. 2017, eq. 1): (B n, dim) -> the same. In the
+    `new_order` the numbers of qkv are ordered (q k v, head, d)."""
+
+    new_order = True
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.heads, self.scale = heads, (dim // heads) ** -0.5
+        self.qkv, self.proj = Linear(dim, 3 * dim), Linear(dim, dim)
+        self.kernel = kernels.Attention(heads) if kernels.available() else None
+
+    def construct(self, x: Tensor, n: int) -> Tensor:
+        qkv = ops.cast(self.qkv(x), ms.float32).reshape(-1, n, 3 * x.shape[-1])
+        if self.kernel is not None:
+            return self.proj(self.kernel(qkv).reshape(x.shape))
+        q, k, v = [heads_first(part, self.heads) for part in chunk(qkv, 3, -1)]  # (B, h, n, d)
+        out = matmul(softmax(matmul_t(q * self.scale, k)), v)  #                     (B, h, n, d)
+        return self.proj(out.transpose(0, 2, 1, 3).reshape(x.shape))

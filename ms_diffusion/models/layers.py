@@ -115,8 +115,14 @@ class Conv2dTranspose(nn.Conv2dTranspose):
         return ops.bias_add(self.conv2d_transpose(x, weight, size), bias)
 
 
+def gelu_tanh(x: Tensor) -> Tensor:
+    """GELU by its approximation with a tanh (Hendrycks & Gimpel 2016, section 2)."""
+    return F.gelu(x, approximate="tanh") if ascend() else ops.gelu(x, approximate="tanh")
+
+
 class Linear(nn.Dense):
-    """``torch.nn.Linear`` of f(x), with the `activation` f ("relu", "silu" or None), plus `addend`; one pass on the CPU.
+    """``torch.nn.Linear`` of f(x), with the `activation` f ("relu", "silu", "gelu-tanh" or None), plus `addend`; one pass on
+    the CPU.
 
     x (B, ..., c_in), addend (B, c_out) or None -> (B, ..., c_out), computed in `compute_type`.
     """
@@ -126,7 +132,7 @@ class Linear(nn.Dense):
         super().__init__(c_in, c_out, has_bias=bias)
         self.compute_type = ms.float32
         self.weight_slot = self.bias_slot = None
-        self.before = {None: None, "relu": ops.relu, "silu": ops.silu}[activation]
+        self.before = {None: None, "relu": ops.relu, "silu": ops.silu, "gelu-tanh": gelu_tanh}[activation]
         self.kernel = kernels.Linear(activation) if kernels.available() and bias else None
 
     def construct(self, x: Tensor, addend: Tensor | None = None) -> Tensor:
@@ -307,6 +313,47 @@ class Masks(nn.Cell):
         uniform = np.split(np.stack([rng.random(per_row[-1], np.float32) for rng in generators]), per_row[:-1], 1)
         kept = [(u >= cell.p).reshape(-1) / np.float32(1 - cell.p) for u, cell in zip(uniform, self.layers, strict=True)]
         ops.assign(self.values, Tensor(np.concatenate(kept)))
+
+
+def of_images(x: Tensor, per_image: Tensor) -> Tensor:
+    """The rows of each image: x (B N, dim), per_image (B, dim) -> (B, N, dim)."""
+    return x.reshape(per_image.shape[0], -1, x.shape[-1])
+
+
+class AdaLayerNorm(nn.Cell):
+    """Layer normalisation over the last axis without weights, then a scale and a shift for each image, in float32 (Peebles &
+    Xie 2023, section 3.2): x (B N, dim), scale and shift (B, dim) -> norm(x) (1 + scale) + shift."""
+
+    def __init__(self, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.kernel = kernels.AdaLayerNorm(eps) if kernels.available() else None
+
+    def construct(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        x, scale, shift = ops.cast(x, ms.float32), ops.cast(scale, ms.float32), ops.cast(shift, ms.float32)
+        if self.kernel is not None:
+            return self.kernel(x, scale, shift)
+        if ascend():
+            normal = F.layer_norm(x, x.shape[-1:], None, None, self.eps)
+        else:
+            centred = x - x.mean(-1, keep_dims=True)
+            normal = centred * ops.rsqrt(ops.square(centred).mean(-1, keep_dims=True) + self.eps)
+        y = of_images(normal, scale) * (1 + scale).expand_dims(1) + shift.expand_dims(1)
+        return y.reshape(x.shape)
+
+
+class GatedSum(nn.Cell):
+    """x + gate y in float32, with a gate for each image: x and y (B N, dim), gate (B, dim) -> (B N, dim)."""
+
+    def __init__(self):
+        super().__init__()
+        self.kernel = kernels.GatedSum() if kernels.available() else None
+
+    def construct(self, x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+        x, y, gate = ops.cast(x, ms.float32), ops.cast(y, ms.float32), ops.cast(gate, ms.float32)
+        if self.kernel is not None:
+            return self.kernel(x, y, gate)
+        return x + (of_images(y, gate) * gate.expand_dims(1)).reshape(x.shape)
 
 
 def freeze(net: nn.Cell) -> nn.Cell:

@@ -11,13 +11,13 @@ import numpy as np
 import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 
-from ..models.attention import Attention, LinearAttention
+from ..models.attention import Attention, LinearAttention, TokenAttention
 from ..models.layers import CONVOLUTIONS_AND_LINEAR, freeze, read
 from ..models.unet_ldm import AttentionBlock, CrossAttention
 from ..randomness import Stream
 from ..runtime import UserError
 
-ATTENTION = (Attention, LinearAttention, AttentionBlock, CrossAttention)
+ATTENTION = (Attention, LinearAttention, TokenAttention, AttentionBlock, CrossAttention)
 Targets = Literal["attention", "all"]
 
 

@@ -6,6 +6,7 @@ from ..data.captions import LENGTH, WORDS
 from ..data.points import TOYS
 from ..models.autoencoder import AutoencoderConfig, VQConfig
 from ..models.context import LatentUnetConfig
+from ..models.dit import DiTConfig
 from ..models.mlp import MLPConfig, ResidualMLPConfig
 from ..models.unet import UnetConfig
 from ..process import DiffusionConfig
@@ -67,19 +68,26 @@ FAST = replace(
     train=replace(
         LONG,
         total_steps=6000,
-        lr=5e-4,
+        lr=1e-4,
         warmup_steps=50,
         ema_decay=0.998,
         label_dropout=0.0,
         sample_guidance=1.0,
         sample_guidance_interval=None,
         sample_steps=2,
-        consistency=(2, 3, 4),
+        consistency=(1, 2, 3),
         teacher_guidance=2.0,
         teacher_guidance_interval=(150, 750),
     ),
 )
 EMOJI = replace(LONG, total_steps=4500, warmup_steps=300, save_every=500)
+
+# A transformer on patches of 4 x 4 pixels, whose training step takes about as long as that of CLASS
+DIT = replace(
+    CLASS,
+    model=DiTConfig(hidden_size=160, depth=6, num_heads=5, patch_size=4, num_classes=10),
+    train=replace(CLASS.train, lr=1e-3),
+)
 
 # From images of 32 x 32 pixels to latents of 8 x 8 x 2 numbers, and the diffusion of these latents.
 # The autoencoder's losses are sums over an image, hence the large clip_norm.
@@ -129,6 +137,7 @@ PRESETS: dict[str, Config] = {  # PRESETS["mine"] = config adds a preset
     "fashion-mnist-class": CLASS,
     "fashion-mnist-large": LARGE,
     "fashion-mnist-fast": FAST,
+    "fashion-mnist-dit": DIT,
     **{name: replace(SCURVE, data=PointsDataConfig(name)) for name in TOYS},
     "scurve-seed": SCURVE_SEED,
     "scurve-flow": SCURVE_FLOW,

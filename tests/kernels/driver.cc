@@ -17,7 +17,7 @@ using Operator = int(int, void**, int*, int64_t**, const char**, void*, void*);
 extern "C" {
 Operator conv, conv_gradient, norm_conv, norm_conv_gradient, conv_transpose, conv_transpose_gradient, linear,
     linear_gradient, group_norm, group_norm_gradient, gelu, gelu_gradient, silu, silu_gradient, linear_attention,
-    linear_attention_gradient, adam;
+    linear_attention_gradient, attention, attention_gradient, ada_norm, ada_norm_gradient, gated_sum, gated_sum_gradient, adam;
 void set_threads(int);
 int get_threads();
 int self_test();
@@ -166,6 +166,13 @@ const Function GELU{[](double x) { return x * cdf(x); },
 const Function SILU{[](double x) { return x * sigmoid(x); },
                     [](double x) { return sigmoid(x) * (1 + x * (1 - sigmoid(x))); }};
 
+double tanh_of(double x) { return std::tanh(std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x)); }
+const Function GELU_TANH{[](double x) { return x * (1 + tanh_of(x)) / 2; },
+                         [](double x) {
+                           const double t = tanh_of(x), u = std::sqrt(2 / M_PI) * (1 + 3 * 0.044715 * x * x);
+                           return (1 + t) / 2 + x * (1 - t * t) * u / 2;
+                         }};
+
 struct GroupNorm {
   long n, c, pixels, groups, activation;
   bool own;  // weight and bias (n, c)
@@ -305,7 +312,7 @@ void check_norm(const GroupNorm& z, long h) {
 }
 
 void check_linear(long n, long c, long o, int activation, bool with_residual) {
-  const Function f = activation == 0 ? IDENTITY : activation == 1 ? RELU : SILU;
+  const Function f = activation == 0 ? IDENTITY : activation == 1 ? RELU : activation == 2 ? SILU : GELU_TANH;
   Tensor x = normal({n, c}), weight = normal({o, c}), bias = normal({o}), residual = normal({n, o}), dy = normal({n, o});
   Tensor y = output({n, o}), dx = output({n, c}), dw = output({o, c}), db = output({o}), settings = ints({activation});
   const Doubles xs = x.doubles(), ws = weight.doubles(), dys = dy.doubles();
@@ -384,6 +391,82 @@ void check_attention(long images, long heads, long d, long h, long w) {
   compare("linear_attention", out, wanted);
   expect(call(linear_attention_gradient, {&dout, &qkv, &settings, &dqkv}) == 0, "linear_attention_gradient fails");
   compare("linear_attention dqkv", dqkv, gradient);
+}
+
+void check_softmax_attention(long images, long heads, long d, long n) {
+  const long width = heads * d, step = 3 * width;
+  const double root = std::sqrt(static_cast<double>(d));
+  Tensor qkv = normal({images, n, step}), dout = normal({images, n, width});
+  Tensor out = output(dout.shape), dqkv = output(qkv.shape), settings = ints({static_cast<int32_t>(heads)});
+  Doubles wanted(images * n * width), gradient(images * n * step);
+  for (long i = 0; i < images * heads; ++i) {
+    const long first = i / heads * n * step + i % heads * d, to = i / heads * n * width + i % heads * d;
+    const auto part = [&](long which) {
+      return [&, which](long r, long c) { return static_cast<double>(qkv.floats[first + r * step + which * width + c]); };
+    };
+    const auto q = part(0), k = part(1), v = part(2);
+    const auto dy = [&](long r, long c) { return static_cast<double>(dout.floats[to + r * width + c]); };
+    Doubles p = product(n, d, n, q, [&](long c, long r) { return k(r, c) / root; });
+    for (long r = 0; r < n; ++r) softmax(&p[r * n], n, 1);
+    Doubles dp = product(n, d, n, dy, [&](long c, long r) { return v(r, c); });
+    for (long r = 0; r < n; ++r) softmax_gradient(&p[r * n], &dp[r * n], n, 1);
+    const auto at = [n](const Doubles& a) { return [&a, n](long r, long s) { return a[r * n + s]; }; };
+    const auto transposed = [n](const Doubles& a) { return [&a, n](long r, long s) { return a[s * n + r]; }; };
+    const Doubles y = product(n, n, d, at(p), v), dq = product(n, n, d, at(dp), k);
+    const Doubles dk = product(n, n, d, transposed(dp), q), dv = product(n, n, d, transposed(p), dy);
+    for (long r = 0; r < n; ++r)
+      for (long c = 0; c < d; ++c) {
+        wanted[to + r * width + c] = y[r * d + c];
+        double* all = &gradient[first + r * step + c];
+        all[0] = dq[r * d + c] / root, all[width] = dk[r * d + c] / root, all[2 * width] = dv[r * d + c];
+      }
+  }
+  expect(call(attention, {&qkv, &settings, &out}) == 0, "attention fails");
+  compare("attention", out, wanted);
+  expect(call(attention_gradient, {&dout, &qkv, &settings, &dqkv}) == 0, "attention_gradient fails");
+  compare("attention dqkv", dqkv, gradient);
+}
+
+// Norms and sums of rows (images n, d) with a scale, shift or gate (images, d)
+void check_rows(long images, long n, long d) {
+  const double eps = 0.01, count = static_cast<double>(d);
+  Tensor x = normal({images * n, d}), other = normal(x.shape), dy = normal(x.shape), y = output(x.shape), dx = output(x.shape);
+  Tensor scale = normal({images, d}), shift = normal({images, d}), dscale = output({images, d}), dshift = output({images, d});
+  Tensor settings = constant({eps});
+  Doubles wanted(x.size()), wanted_dx(x.size()), da(images * d), db(images * d);
+  Doubles sums(x.size()), dother(x.size()), dgate(images * d);
+  for (long i = 0; i < images * n; ++i) {
+    double mean = 0, variance = 0, mean_slope = 0, mean_product = 0;
+    const auto a = [&](long c) { return i / n * d + c; };
+    for (long c = 0; c < d; ++c) mean += x.floats[i * d + c] / count;
+    for (long c = 0; c < d; ++c) variance += std::pow(x.floats[i * d + c] - mean, 2) / count;
+    const auto normalised = [&](long c) { return (x.floats[i * d + c] - mean) / std::sqrt(variance + eps); };
+    const auto slope = [&](long c) { return dy.floats[i * d + c] * (1. + scale.floats[a(c)]); };
+    for (long c = 0; c < d; ++c) {
+      wanted[i * d + c] = normalised(c) * (1. + scale.floats[a(c)]) + shift.floats[a(c)];
+      da[a(c)] += dy.floats[i * d + c] * normalised(c);
+      db[a(c)] += dy.floats[i * d + c];
+      mean_slope += slope(c) / count;
+      mean_product += slope(c) * normalised(c) / count;
+      const double o = other.floats[i * d + c], g = scale.floats[a(c)], t = dy.floats[i * d + c];
+      sums[i * d + c] = x.floats[i * d + c] + o * g;
+      dother[i * d + c] = t * g;
+      dgate[a(c)] += t * o;
+    }
+    for (long c = 0; c < d; ++c)
+      wanted_dx[i * d + c] = (slope(c) - mean_slope - normalised(c) * mean_product) / std::sqrt(variance + eps);
+  }
+  expect(call(ada_norm, {&x, &scale, &shift, &settings, &y}) == 0, "ada_norm fails");
+  compare("ada_norm", y, wanted, 1e-4);
+  expect(call(ada_norm_gradient, {&dy, &x, &scale, &settings, &dx, &dscale, &dshift}) == 0, "ada_norm_gradient fails");
+  compare("ada_norm dx", dx, wanted_dx, 1e-3);
+  compare("ada_norm dscale", dscale, da, 1e-4);
+  compare("ada_norm dshift", dshift, db, 1e-4);
+  expect(call(gated_sum, {&x, &other, &scale, &y}) == 0, "gated_sum fails");
+  compare("gated_sum", y, sums);
+  expect(call(gated_sum_gradient, {&dy, &other, &scale, &dx, &dscale}) == 0, "gated_sum_gradient fails");
+  compare("gated_sum dy", dx, dother);
+  compare("gated_sum dgate", dscale, dgate);
 }
 
 // Every second parameter, or the others, or all, have an average; with a loss that is not finite nothing changes.
@@ -473,9 +556,11 @@ int main(int argc, char** argv) {
       check_conv({n, groups * uniform(1, 12), h, w, groups * uniform(1, 20), k, s, p, groups}, round % 5 == 0);
     const long norm_groups = uniform(1, 4), rows = uniform(1, 9);
     check_norm({n, norm_groups * uniform(1, 5), rows * uniform(1, 9), norm_groups, round % 3, round % 2 == 0, 0.01}, rows);
-    check_linear(n ? uniform(1, 30) : 0, uniform(1, 70), uniform(1, 70), round % 3, round % 2 == 0);
+    check_linear(n ? uniform(1, 30) : 0, uniform(1, 70), uniform(1, 70), round % 4, round % 3 == 0);
     check_elementwise(uniform(1, 100));
     check_attention(n, uniform(1, 3), uniform(1, 34), uniform(1, 9), uniform(1, 9));
+    check_softmax_attention(n, uniform(1, 3), uniform(1, 34), uniform(1, 130));
+    check_rows(n, uniform(1, 9), uniform(1, 70));
     check_adam(uniform(1, 5), static_cast<int>(round % 3), round % 4 != 0);
     check_errors();
   }

@@ -1,4 +1,4 @@
-"""Images in pixel space: the annotated U-Net, with classes, image conditions and edits."""
+"""Images in pixel space: the annotated U-Net or a transformer, with classes, image conditions and edits."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from ...data.conditions import condition_channels
+from ...models.dit import DiTConfig
 from ...models.unet import UnetConfig
 from ...randomness import Random
 from ...runtime import UserError
@@ -19,7 +20,7 @@ class PixelConfig(ImageData, DiffusionRunConfig):
     """A run of images in pixel space."""
 
     data: DataConfig = field(default_factory=DataConfig)
-    model: UnetConfig = field(default_factory=UnetConfig)
+    model: UnetConfig | DiTConfig = field(default_factory=UnetConfig)
     train: ImageTrainConfig = field(default_factory=ImageTrainConfig)
 
     kind = "pixels"
@@ -40,7 +41,7 @@ class PixelConfig(ImageData, DiffusionRunConfig):
 
 
 class PixelTask(ImageTask):
-    """A U-Net on images."""
+    """A U-Net or a transformer on images."""
 
     config: PixelConfig
 
