@@ -96,6 +96,9 @@ class TrainConfig:
     """Number of newest checkpoints to keep."""
     sample_num: Annotated[int, AT_LEAST_1] = 64
     """Images or points in a preview."""
+    weight_decay: Annotated[float, NON_NEGATIVE] = 0.0
+    """Decoupled weight decay (AdamW). Biases, norms and other parameters with one axis do not decay, nor does the
+    discriminator of an autoencoder."""
 
 
 @dataclass(frozen=True)

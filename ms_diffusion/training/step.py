@@ -138,6 +138,11 @@ def _adam(powers, lr, betas, eps, parameter, moment1, moment2, gradient):
     return adam(parameter, moment1, moment2, powers[0], powers[1], lr, betas[0], betas[1], eps, gradient)
 
 
+def _decay_first(lr: Tensor, parameter: Tensor, rate: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient, after the parameter has decayed at this rate."""
+    return ops.depend(gradient, ops.assign(parameter, parameter * (1 - lr * rate)))
+
+
 def _move_average(weight: Tensor, after: Tensor, average: Tensor, source: Tensor) -> Tensor:
     """Move the average by `weight` towards the value that `source` has once `after` is computed."""
     return ops.assign(average, ops.lerp(average, ops.depend(source, after), weight))
@@ -218,10 +223,22 @@ def make_undo(parameters: Sequence[Parameter]) -> tuple[Callable[[], Any], Calla
     return (compiled(remember), compiled(undo)) if parameters else (lambda: (), lambda *losses: ())
 
 
+def decay_rates(trained: Sequence[Parameter], weight_decay: float, pack: Pack | None) -> ms.ParameterTuple:
+    """What each trained parameter decays by, of its shape: 0 for those with less than two axes. With a pack, that of its
+    buffer comes first."""
+    rates = [np.full(p.shape, weight_decay if p.ndim > 1 else 0.0, np.float32) for p in trained]
+    if pack is not None and pack.count:
+        rates = [np.concatenate([rate.reshape(-1) for rate in rates[: pack.count]]), *rates[pack.count :]]
+    return ms.ParameterTuple(
+        [Parameter(Tensor(rate), name=f"weight_decay.{i}", requires_grad=False) for i, rate in enumerate(rates)]
+    )
+
+
 def make_train_step(loss_fn: Callable[..., Any], optimizer: nn.Optimizer, ema: EMA | None = None, *, clip_norm: float = 1.0,
         loss_scaler: ms.amp.LossScaler | None = None, world_size: int = 1, has_aux: bool = False,
         extra_emas: Sequence[EMA] = (), steps_per_call: int = 1,
-        pack: Pack | None = None, low_rank: LowRank | None = None) -> Callable[..., tuple[Tensor, ...]]:  # fmt: skip
+        pack: Pack | None = None, low_rank: LowRank | None = None,
+        weight_decay: float = 0.0) -> Callable[..., tuple[Tensor, ...]]:  # fmt: skip
     """Compile `step(*values, **batch) -> (loss (), gradient norm ())`: the gradients of `loss_fn`, clipping, Adam, EMA.
 
     A step whose loss or gradients are not finite is skipped: it changes nothing, and its loss is NaN.
@@ -240,6 +257,9 @@ def make_train_step(loss_fn: Callable[..., Any], optimizer: nn.Optimizer, ema: E
             the losses (K,) and the last gradient norm. For small networks on the CPU, whose steps take less than a call.
         pack: buffers that are trained in place of the network's parameters.
         low_rank: updates that the optimizer trains; a step adds them to the network's weights.
+        weight_decay: before Adam's step, parameters are multiplied by 1 - learning rate * weight_decay (AdamW; Loshchilov &
+            Hutter 2019, algorithm 2). Only those with two or more axes are: weights of convolutions, linear layers and
+            embeddings, but no biases and none of the norms' parameters.
 
     Raises ValueError if steps_per_call is above 1 together with loss_scaler, has_aux, extra_emas or low_rank."""
     if steps_per_call > 1 and (loss_scaler is not None or has_aux or extra_emas or low_rank):
@@ -248,7 +268,7 @@ def make_train_step(loss_fn: Callable[..., Any], optimizer: nn.Optimizer, ema: E
     emas, within = [*([] if ema is None else [ema]), *extra_emas], None if low_rank else ema
     moves_all = within is None or {id(p) for p in within.sources} <= {id(p) for p in optimizer.parameters}  # none is frozen
     is_fused = pack is None and moves_all and kernels.adam_available()
-    fused = kernels.adam(optimizer, clip_norm, within) if is_fused else None
+    fused = kernels.adam(optimizer, clip_norm, within, weight_decay) if is_fused else None
     now, later = ([], emas) if low_rank else (emas, extra_emas if fused else [])  # moved in the step's graph, and after it
     trained, state = optimizer.parameters, (optimizer.parameters, optimizer.moment1, optimizer.moment2)
     if pack is not None:
@@ -259,6 +279,7 @@ def make_train_step(loss_fn: Callable[..., Any], optimizer: nn.Optimizer, ema: E
         for average in emas:
             average.follow(low_rank.moved)
     parameters, moment1, moment2 = state
+    rates = decay_rates(trained, weight_decay, pack) if weight_decay and not fused else None
     sizes = (*(p.size for p in parameters), 1)
 
     def scaled_loss(*batch):
@@ -299,6 +320,8 @@ def make_train_step(loss_fn: Callable[..., Any], optimizer: nn.Optimizer, ema: E
         gradients = each(partial(_if_finite, finite), each(partial(ops.mul, shrink), gradients))
         lr, betas = _if_finite(finite, lr), (ops.where(finite, betas[0], 1.0), ops.where(finite, betas[1], 1.0))
         kept = ops.where(finite, powers[0], optimizer.beta1_power), ops.where(finite, powers[1], optimizer.beta2_power)
+        if rates is not None:
+            gradients = each(partial(_decay_first, lr), parameters, rates, gradients)
         done = each(partial(_adam, powers, lr, betas, optimizer.eps), parameters, moment1, moment2, gradients)
         loss = ops.depend(_nan_unless(finite, loss), done)
         ops.assign(optimizer.beta1_power, kept[0])

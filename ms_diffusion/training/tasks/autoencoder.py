@@ -168,6 +168,7 @@ class AutoencoderTask(Images, Task):
         self.packs = [each for each in (pack, d_pack) if each]
         self.to_device = to_device(bool(self.packs))
         generator = {"has_aux": True, "pack": pack, "loss_scaler": self.scaler, **options}
+        generator |= {"weight_decay": train.weight_decay}
         self.likelihood_step = make_train_step(likelihood, self.optimizer, self.ema, **generator)
         if discriminator:
             self.weigh = compiled(weigh)

@@ -106,6 +106,7 @@ class DiffusionTask(Task):
             counts = [getattr(train, f"{name}_every", 0) for name in ("log", "sample", "save", "score")]
             self.steps_per_call = math.gcd(train.steps_per_call, self.start_step, train.total_steps, *counts)
         options |= {"steps_per_call": self.steps_per_call, "pack": pack, "low_rank": low_rank}
+        options |= {"weight_decay": train.weight_decay}
         self.train_step = make_train_step(self.make_loss(), self.optimizer, self.ema, **options)
 
     def make_x_start(self) -> Callable:
