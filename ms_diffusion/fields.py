@@ -9,8 +9,8 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Container, Iterable
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Container, Iterable, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
 from numbers import Integral, Real
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -19,7 +19,7 @@ import numpy as np
 from .runtime import UserError
 
 T = TypeVar("T")
-MOST_VALUES = 100  # of one field
+MOST_VALUES = 100  # of one field without an AtMost
 LARGEST = 2**63 - 1  # of whole numbers, on the device and in NumPy
 
 
@@ -58,6 +58,13 @@ class NotEmpty:
 NOT_EMPTY = NotEmpty()
 
 
+@dataclass(frozen=True)
+class AtMost:
+    """A tuple with up to so many values."""
+
+    values: int
+
+
 class Colour:
     """A colour by its name or its numbers, as PIL and CSS have them."""
 
@@ -90,9 +97,13 @@ class OneOf:
 
     registry: Iterable[str]
     extra: tuple[str, ...] = ()
+    elsewhere: Mapping[str, str] = field(default_factory=dict)
+    """Names that other libraries have, and what to write for them."""
 
     def problem(self, value: Any) -> str | None:
         names = [*self.registry, *self.extra]
+        if value not in names and isinstance(value, str) and value in self.elsewhere:
+            return f"here it is called {self.elsewhere[value]}"
         return None if value in names else f"choose one of {', '.join(names)}"
 
 
@@ -100,21 +111,22 @@ def check_fields(config: Any, prefix: str = "--") -> None:
     """Hold every field of a dataclass, and of the dataclasses in it, to its type, its `Bounds` and its `OneOf`. Raises
     UserError for the first value that does not fit, by the flag that sets it; by the field's name without `prefix`."""
     hints = typing.get_type_hints(type(config), include_extras=True)
-    for field in fields(config):
-        value = getattr(config, field.name)
+    for each in fields(config):
+        value = getattr(config, each.name)
         if is_dataclass(value):
-            check_fields(value, f"{prefix}{field.name}.")
-        elif problem := find_problem(value, hints[field.name]):
-            name = field.name.replace("_", "-") if prefix.startswith("--") else field.name
+            check_fields(value, f"{prefix}{each.name}.")
+        elif problem := find_problem(value, hints[each.name]):
+            name = each.name.replace("_", "-") if prefix.startswith("--") else each.name
             raise UserError(f"{prefix}{name} is {value!r:.200}: {problem}")
 
 
-def find_problem(value: Any, hint: Any) -> str | None:
+def find_problem(value: Any, hint: Any, most: int = MOST_VALUES) -> str | None:
     """What is wrong with a value of this type, or None."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         checks = [m for m in args[1:] if isinstance(m, Bounds | OneOf | NotEmpty | Matches | Colour)]
-        return find_problem(value, args[0]) or next(filter(None, (c.problem(value) for c in checks)), None)
+        most = next((m.values for m in args[1:] if isinstance(m, AtMost)), most)
+        return find_problem(value, args[0], most) or next(filter(None, (c.problem(value) for c in checks)), None)
     if origin in (typing.Union, types.UnionType):
         problems = [find_problem(value, arg) for arg in args]
         return None if None in problems else problems[0]
@@ -123,8 +135,8 @@ def find_problem(value: Any, hint: Any) -> str | None:
     if origin is tuple:
         if not isinstance(value, tuple):
             return "give several values"
-        if len(value) > MOST_VALUES:
-            return f"give at most {MOST_VALUES} values"
+        if len(value) > most:
+            return f"give at most {most} values"
         items = args[:1] * len(value) if args[-1] is ... else args
         if len(items) != len(value):
             return f"give {len(items)} values"
@@ -162,7 +174,7 @@ def from_record(cls: type[T], record: dict[str, Any], obsolete: Container[str] =
     else where an object is expected. The values are not checked (`check_fields`)."""
     if not isinstance(record, dict):
         raise ValueError(f"{path or 'it'} is not an object")
-    names = {field.name for field in fields(cls)}  # type: ignore[arg-type]
+    names = {each.name for each in fields(cls)}  # type: ignore[arg-type]
     if unknown := [key for key in record if key not in names and path + key not in obsolete]:
         raise ValueError(f"unknown field {path}{unknown[0].encode('unicode_escape').decode():.100}")
     hints = typing.get_type_hints(cls)

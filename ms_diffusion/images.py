@@ -169,10 +169,14 @@ def save_gif(
 
 
 def save_loss_curve(
-    path: str | Path, steps: Sequence[int], losses: Sequence[float], scores: Sequence[tuple[int, float]] = ()
+    path: str | Path,
+    steps: Sequence[int],
+    losses: Sequence[float],
+    scores: Sequence[tuple[int, float]] = (),
+    held: Sequence[tuple[int, float, float]] = (),
 ) -> None:
     """Write a PNG of the loss over the step, raw and smoothed; `scores` are pairs (step, FID), on an axis at the right. Of a
-    long curve, means of neighbours are drawn."""
+    long curve, means of neighbours are drawn. `held` are (step, loss of held-out data, the same with averaged weights)."""
     from matplotlib.figure import Figure  # takes a second to import
 
     gc.collect()  # the last figure, 2 MB of objects that refer to each other: a run draws one at each checkpoint
@@ -185,7 +189,12 @@ def save_loss_curve(
         width = len(losses) // 10
         smooth = np.convolve(losses, np.ones(width) / width, "valid")
         axes.plot(steps[width - 1 :], smooth, label=f"mean of {width}")
-    scale = "log" if min(losses) > 0 else "linear"  # a learned variance can make the loss negative
+    if held:
+        times, values, averaged = zip(*held, strict=True)
+        axes.plot(times, values, ".-", color="C3", alpha=0.3, label="held-out data")
+        axes.plot(times, averaged, ".-", color="C3", label="held-out data, average")
+    lowest = min([*losses, *(loss for row in held for loss in row[1:])])
+    scale = "log" if lowest > 0 else "linear"  # a learned variance can make the loss negative
     axes.set(xlabel="step", ylabel="loss", yscale=scale)
     axes.legend()
     if scores:

@@ -4,6 +4,7 @@ x (B, ...): float32 data in [-1, 1], or noised data, of any shape; t (B,): int32
 """
 
 import inspect
+import json
 import math
 import warnings
 from collections import ChainMap
@@ -16,11 +17,11 @@ import numpy as np
 import mindspore as ms
 from mindspore import Tensor, ops
 
-from .fields import AT_LEAST_1, FRACTION, NON_NEGATIVE, POSITIVE, Bounds, OneOf, check_fields
-from .files import check_memory
+from .fields import AT_LEAST_1, FRACTION, NON_NEGATIVE, POSITIVE, AtMost, Bounds, OneOf, check_fields
+from .files import check_memory, load_npy, read_bytes
 from .losses import LOSSES
-from .runtime import allow_numpy_2
-from .schedules import PATHS, SCHEDULES, Path, rescale_zero_terminal_snr
+from .runtime import UserError, allow_numpy_2
+from .schedules import ELSEWHERE, GIVEN, PATHS, SCHEDULES, Path, rescale_zero_terminal_snr
 
 allow_numpy_2()
 
@@ -30,6 +31,9 @@ WEIGHTINGS = ("none", "min-snr", "p2", "velocity")
 HUBER = 0.00054  # c of the pseudo-Huber distance, per square root of the dimension (Song & Dhariwal 2023, section 3.3)
 ANCHOR = 0.05  # sigma / alpha up to which consistency tuning takes x_t / alpha for x_0
 BETA = Bounds(0, 1, low_open=True, high_open=True)
+MOST_BETAS = 100_000  # of a file
+MAPS: list[Any] = [SCHEDULES, PATHS, GIVEN]
+KNOWN: ChainMap[str, Callable[..., Any]] = ChainMap(*MAPS)  # of these registries, also what is added to them later
 Net = Callable[..., Tensor]
 Cond = Tensor | tuple[Tensor, ...] | None  # what a network is conditioned on, (B, ...) each
 
@@ -316,6 +320,24 @@ class Process:
         return ops.mean(self.losses(net, x_start, t, noise, *options))
 
 
+def read_betas(path: str) -> tuple[float, ...]:
+    """The betas in a file: a list in .json, an array in .npy, or numbers in text. Raises UserError if there are none."""
+    try:
+        if path.endswith(".npy"):
+            values = load_npy(path)
+        else:
+            text = read_bytes(path).decode()
+            values = json.loads(text) if path.endswith(".json") else text.replace(",", " ").split()
+        betas = tuple(map(float, np.asarray(values, np.float64).tolist()))
+    except OSError as e:
+        raise UserError(f"--diffusion.betas-file {path!r:.200} cannot be read: {e.strerror}") from e
+    except (ValueError, TypeError, RecursionError) as e:
+        raise UserError(f"--diffusion.betas-file {path!r:.200} must hold a list of numbers between 0 and 1") from e
+    if not betas or not all(0 < beta <= 1 for beta in betas):
+        raise UserError(f"--diffusion.betas-file {path!r:.200} must hold numbers between 0 and 1, one for each timestep")
+    return betas
+
+
 class GaussianDiffusion(Process):
     """Denoising diffusion (Ho et al. 2020), in the notation of the latent-diffusion reference: alpha = sqrt(alpha_bar) and
     sigma = sqrt(1 - alpha_bar), where alpha_bar is the product of 1 - beta so far.
@@ -345,9 +367,10 @@ class DiffusionConfig:
 
     num_timesteps: Annotated[int, AT_LEAST_1] = 1000
     """T, the number of diffusion steps."""
-    schedule: Annotated[str, OneOf(ChainMap(SCHEDULES, PATHS))] = "linear"
-    """Noise schedule: linear, unscaled_linear, cosine, quadratic, sigmoid or sqrt_linear; flow, the straight line of
-    rectified flow; edm, the noise levels and the preconditioning of EDM. The last two need objective v or x0."""
+    schedule: Annotated[str, OneOf(KNOWN, elsewhere=ELSEWHERE)] = "linear"
+    """Noise schedule: linear, unscaled_linear, cosine, quadratic, sigmoid or sqrt_linear (which latent diffusion calls
+    linear); betas, those of betas_file; flow, the straight line of rectified flow; edm, the noise levels and the
+    preconditioning of EDM. The last two need objective v or x0."""
     objective: Annotated[str, OneOf(OBJECTIVES)] = "eps"
     """What the network predicts: eps, x0 or v."""
     loss: Annotated[str, OneOf(LOSSES)] = "huber"
@@ -373,6 +396,21 @@ class DiffusionConfig:
     """Of the times of flow, towards the noise: 3 for many pixels (Esser et al. 2024); by default 1, none."""
     sigma_data: Annotated[float, POSITIVE] | None = None
     """Standard deviation of the data, for edm; by default 0.5."""
+    cosine_s: Annotated[float, POSITIVE] | None = None
+    """The offset s of cosine, which keeps the first betas from being too small; by default 0.008."""
+    max_beta: Annotated[float, BETA] | None = None
+    """Largest beta, to which larger ones are clipped; by default 0.999."""
+    betas_file: str | None = None
+    """File of betas, .json, .txt or .npy, one for each timestep. It sets schedule, num_timesteps and betas."""
+    betas: Annotated[tuple[Annotated[float, Bounds(0, 1, low_open=True)], ...], AtMost(MOST_BETAS)] = ()
+    """The betas of a file, which the run keeps."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.betas_file, str):  # what the file says takes its place, so that nothing needs it later
+            betas = read_betas(self.betas_file)
+            given = {"betas": betas, "num_timesteps": len(betas), "schedule": "betas", "betas_file": None}
+            for name, value in given.items():
+                object.__setattr__(self, name, value)
 
     def build(self, clip_denoised: bool = True) -> Process:
         """The process. Pass clip_denoised=False for data outside [-1, 1], such as latents.
@@ -381,8 +419,11 @@ class DiffusionConfig:
         if self.zero_terminal_snr and self.num_timesteps < 2:
             raise ValueError("zero_terminal_snr needs num_timesteps of at least 2")
         check_memory(TABLES * 8 * self.num_timesteps, f"a process of {self.num_timesteps} timesteps")
-        schedule, names = (SCHEDULES | PATHS)[self.schedule], ("beta_start", "beta_end", "shift", "sigma_data")
-        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        names = "beta_start", "beta_end", "shift", "sigma_data", "cosine_s", "max_beta", "betas"
+        schedule = KNOWN[self.schedule]
+        given = {name: value for name in names if (value := getattr(self, name)) not in (None, ())}
+        if "cosine_s" in given and self.schedule == "cosine":
+            given["s"] = given.pop("cosine_s")
         if wrong := [name for name in given if name not in inspect.signature(schedule).parameters]:
             raise ValueError(f"the schedule {self.schedule} has no {' and '.join(wrong)}: leave it out")
         made = schedule(self.num_timesteps, **given)

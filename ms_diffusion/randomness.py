@@ -24,6 +24,7 @@ class Stream(IntEnum):
     POINTS_TEST = 2**31 + 1  # its test points
     POINTS_SPLIT = 2**31 + 2  # the split of a file's points into training and test points
     LORA = 2**31 + 3  # (seed, LORA): the first factors of low-rank updates
+    VALIDATION = 2**31 + 4  # (seed, VALIDATION): held-out data, and what is drawn for them; (..., 0): which of the data
 
 
 BLOCK = 256  # rows of a batch that share a generator

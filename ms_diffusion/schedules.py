@@ -5,19 +5,19 @@ The schedules with a range of betas are defined for T = 1000 and scaled by 1000 
 unscaled_linear is the exception, for comparison.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 
-def _scaled(values: np.ndarray) -> np.ndarray:
-    return np.minimum(values * (1000 / len(values)), 0.999)
+def _scaled(values: np.ndarray, max_beta: float) -> np.ndarray:
+    return np.minimum(values * (1000 / len(values)), max_beta)
 
 
-def linear_beta_schedule(T: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> np.ndarray:
+def linear_beta_schedule(T: int, beta_start: float = 1e-4, beta_end: float = 0.02, max_beta: float = 0.999) -> np.ndarray:
     """Ho et al. 2020, section 4."""
-    return _scaled(np.linspace(beta_start, beta_end, T))
+    return _scaled(np.linspace(beta_start, beta_end, T), max_beta)
 
 
 def unscaled_linear_beta_schedule(T: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> np.ndarray:
@@ -25,25 +25,34 @@ def unscaled_linear_beta_schedule(T: int, beta_start: float = 1e-4, beta_end: fl
     return np.linspace(beta_start, beta_end, T)
 
 
-def quadratic_beta_schedule(T: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> np.ndarray:
-    """Linear in the square root of beta ("quad" in the code of DDPM and DDIM)."""
-    return _scaled(np.linspace(beta_start**0.5, beta_end**0.5, T) ** 2)
+def quadratic_beta_schedule(T: int, beta_start: float = 1e-4, beta_end: float = 0.02, max_beta: float = 0.999) -> np.ndarray:
+    """Linear in the square root of beta ("quad" in the code of DDPM and DDIM, "scaled_linear" in diffusers)."""
+    return _scaled(np.linspace(beta_start**0.5, beta_end**0.5, T) ** 2, max_beta)
 
 
-def sqrt_linear_beta_schedule(T: int, beta_start: float = 1.5e-3, beta_end: float = 0.0195) -> np.ndarray:
+def sqrt_linear_beta_schedule(
+    T: int, beta_start: float = 1.5e-3, beta_end: float = 0.0195, max_beta: float = 0.999
+) -> np.ndarray:
     """The schedule that latent diffusion calls "linear": quadratic, with its own range (Rombach et al. 2022, appendix E)."""
-    return quadratic_beta_schedule(T, beta_start, beta_end)
+    return quadratic_beta_schedule(T, beta_start, beta_end, max_beta)
 
 
-def sigmoid_beta_schedule(T: int, beta_start: float = 1e-4, beta_end: float = 0.02) -> np.ndarray:
+def sigmoid_beta_schedule(T: int, beta_start: float = 1e-4, beta_end: float = 0.02, max_beta: float = 0.999) -> np.ndarray:
     """A logistic curve over [-6, 6] (the annotated diffusion model; GeoDiff, Xu et al. 2022)."""
-    return _scaled(beta_start + (beta_end - beta_start) / (1 + np.exp(-np.linspace(-6, 6, T))))
+    return _scaled(beta_start + (beta_end - beta_start) / (1 + np.exp(-np.linspace(-6, 6, T))), max_beta)
 
 
-def cosine_beta_schedule(T: int, s: float = 0.008) -> np.ndarray:
-    """alpha_bar(t) = cos^2((t / T + s) / (1 + s) pi / 2), with beta at most 0.999 (Nichol & Dhariwal 2021, eq. 17)."""
+def cosine_beta_schedule(T: int, s: float = 0.008, max_beta: float = 0.999) -> np.ndarray:
+    """alpha_bar(t) = cos^2((t / T + s) / (1 + s) pi / 2), with beta at most max_beta (Nichol & Dhariwal 2021, eq. 17)."""
     alpha_bar = np.cos((np.arange(T + 1) / T + s) / (1 + s) * np.pi / 2) ** 2
-    return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
+    return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], max_beta)
+
+
+def given_betas(T: int, betas: Sequence[float] = ()) -> np.ndarray:
+    """Betas of one's own. Raises ValueError if there are not T of them."""
+    if len(betas) != T:
+        raise ValueError(f"{len(betas)} betas are given for {T} timesteps: give as many, by --diffusion.betas-file FILE")
+    return np.array(betas, np.float64)
 
 
 def rescale_zero_terminal_snr(betas: np.ndarray) -> np.ndarray:
@@ -62,6 +71,12 @@ SCHEDULES: dict[str, Callable[..., Any]] = {
     "quadratic": quadratic_beta_schedule,
     "sigmoid": sigmoid_beta_schedule,
     "sqrt_linear": sqrt_linear_beta_schedule,
+}
+GIVEN: dict[str, Callable[..., np.ndarray]] = {"betas": given_betas}
+# Names in diffusers -> what they are here
+ELSEWHERE = {
+    "scaled_linear": "quadratic; Stable Diffusion has it with --diffusion.beta-start 0.00085 --diffusion.beta-end 0.012",
+    "squaredcos_cap_v2": "cosine",
 }
 
 

@@ -27,6 +27,7 @@ from ms_diffusion.training.presets import PRESETS  # noqa: E402
 SMALL = {"total_steps": LAST, "batch_size": 4, "warmup_steps": 2, "log_every": 3, "save_every": 4, "sample_every": 4}
 SMALL |= {"sample_num": 4, "keep_checkpoints": 2}
 IMAGES = {**SMALL, "sample_steps": 2}
+HELD = {"validate_every": 4, "validate_num": 8, "weight_decay": 0.1}
 FIRST = {"model.ch": 8, "model.ch_mult": (1, 2, 2), "model.groups": 4, "disc_start": 2, "disc_channels": 8, "disc_layers": 1}
 NET = {"model_channels": 8, "groups": 4, "num_head_channels": 8, "attention_resolutions": (2,), "context_dim": 8}
 MINI = {"data.name": "fashion-mnist-mini"}
@@ -36,7 +37,7 @@ AUTOENCODER = override(PRESETS["autoencoder"], **SMALL, **FIRST, **MINI)
 KINDS = {
     "pixels": override(FLIPPED, **IMAGES, offset_noise=0.1, ema_lengths=(0.05, 0.1), learn_logvar=True),
     "scored": override(PIXELS, **IMAGES | {"keep_checkpoints": 1}, score_every=4, score_num=200),
-    "classes": override(CLASSES, **IMAGES, timestep_sampling="antithetic"),
+    "classes": override(CLASSES, **IMAGES, **HELD, timestep_sampling="antithetic"),
     "lora": override(  # of the run of classes; other embeddings of classes are trained whole
         CLASSES,
         **IMAGES,
@@ -49,10 +50,10 @@ KINDS = {
     ),
     "importance": override(PIXELS, **IMAGES, timestep_sampling="importance", num_timesteps=4),
     "fp16": override(PIXELS, **IMAGES, precision="fp16"),
-    "points": override(PRESETS["scurve"], **SMALL, steps_per_call=2, sample_steps=2, **{"data.num": 200}),
+    "points": override(PRESETS["scurve"], **SMALL, **HELD, steps_per_call=2, sample_steps=2, **{"data.num": 200}),
     "autoencoder": AUTOENCODER,
-    "actnorm": override(AUTOENCODER, disc_norm="act", **{"model.dropout": 0.2}),
-    "latents": override(PRESETS["latent"], **IMAGES, **NET, **MINI, **{"model.dropout": 0.2}),
+    "actnorm": override(AUTOENCODER, **HELD, disc_norm="act", accumulate=2, **{"model.dropout": 0.2}),
+    "latents": override(PRESETS["latent"], **IMAGES, **HELD, **NET, **MINI, **{"model.dropout": 0.2}),
     "text": override(PRESETS["latent-text"], **IMAGES, **NET, **MINI),
 }
 # The others are killed in step 7. `update` comes after the score is logged, and before the checkpoint says so

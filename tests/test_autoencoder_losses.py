@@ -243,7 +243,9 @@ def test_losses_of_a_training_like_pytorch(mode, batch, kind, conditional, dista
     peer = Peer(config, [*parameters, *d_parameters], 1 + conditional, train, distance)
 
     make = compiled if mode == "graph" else lambda fn: fn
-    likelihood, adversarial, weigh, d_loss = autoencoder_losses(net, discriminator, objective, distance, train)
+    likelihood, adversarial, last_gradients, weigh, d_loss = autoencoder_losses(
+        net, discriminator, objective, distance, train
+    )
     likelihood_step = make(ms.value_and_grad(likelihood, None, parameters, has_aux=True))
     adversarial_step = make(ms.value_and_grad(adversarial, None, parameters, has_aux=True))
     d_step, weigh = make(ms.value_and_grad(d_loss, None, d_parameters, has_aux=True)), make(weigh)
@@ -255,7 +257,7 @@ def test_losses_of_a_training_like_pytorch(mode, batch, kind, conditional, dista
         noise, t_noise = ([noise], [t_noise]) if net.needs_noise else ([None], [])
         t_weight, t_loss, t_numbers, t_reconstruction, t_gradients = peer.autoencoder_step(t_x, t_noise, t_cond, started)
         if started:
-            weight = weigh(x, *noise, *cond)
+            weight = weigh(*last_gradients(x, *noise, *cond))
             assert_close(number(weight), t_weight)
             assert number(weight) < 0.99e4 * train.disc_weight  # it is not cut
             (loss, (reconstruction, numbers)), gradients = adversarial_step(x, *noise, weight, *cond)

@@ -200,7 +200,22 @@ def test_the_presets_are_what_they_are_called():
         assert PRESETS[name] == replace(PRESETS["scurve"], data=PointsDataConfig(name))
     assert PRESETS["scurve-seed"].data == PointsDataConfig("scurve") and PRESETS["scurve-seed"].model == MLPConfig()
     points = [name for name, config in PRESETS.items() if isinstance(config, PointsConfig)]
-    assert points == [*TOYS, "scurve-seed"]
+    assert points == [*TOYS, "scurve-seed", "scurve-exact", "scurve-flow"]
+
+
+def test_the_exact_preset_is_the_experiments():
+    """As in its code: torch.sigmoid(torch.linspace(-6, 6, 100)) * (0.5e-2 - 1e-5) + 1e-5, and points divided by 10."""
+    config = PRESETS["scurve-exact"]
+    with pytest.warns(UserWarning, match="x_T still holds data"):
+        betas = config.diffusion.build().betas
+    np.testing.assert_allclose(betas, 1e-5 + (0.5e-2 - 1e-5) / (1 + np.exp(-np.linspace(-6, 6, 100))), rtol=1e-9)
+    task, x = config.task(), np.float32([[1, -2], [0, 0.5]])
+    data, _ = task.load_data()
+    np.testing.assert_allclose(data, task.points[0] / 10, rtol=1e-6)
+    np.testing.assert_allclose(task.decode(x / 10), x, rtol=1e-6)
+    train = config.train
+    assert (train.lr, train.batch_size, train.timestep_sampling) == (1e-3, 128, "antithetic")
+    assert not train.lr_decay and not train.warmup_steps and not train.ema_decay and config.diffusion.loss == "l2"
 
 
 # The sample command

@@ -1,8 +1,9 @@
 """Schedules, losses and GaussianDiffusion, held to float64 formulas of the papers, to Bayes' rule and to known numbers."""
 
 import inspect
+import json
 import math
-from dataclasses import fields
+from dataclasses import asdict, fields
 
 import numpy as np
 import pytest
@@ -109,6 +110,46 @@ def test_unscaled_schedule_leaves_data_in_x_T():
     np.testing.assert_allclose(betas, [1e-4 + i / 199 * 0.0199 for i in range(200)], rtol=1e-12)
     assert math.prod(1 - betas) == pytest.approx(0.132, abs=0.002)
     np.testing.assert_array_equal(unscaled_linear_beta_schedule(1000), linear_beta_schedule(1000))
+
+
+def test_options_of_schedules():
+    T, s = 50, 0.1
+    alpha_bar = np.cos((np.arange(T + 1) / T + s) / (1 + s) * np.pi / 2) ** 2
+    wanted = np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.3)
+    found = DiffusionConfig(T, "cosine", cosine_s=s, max_beta=0.3).build().betas
+    np.testing.assert_allclose(found, wanted, rtol=1e-12)
+    assert found.max() == 0.3
+    betas = DiffusionConfig(T, "linear", max_beta=0.2).build().betas
+    np.testing.assert_allclose(betas, np.minimum(20 * np.linspace(1e-4, 0.02, T), 0.2), rtol=1e-12)
+    for wrong in ({"cosine_s": 0.1}, {"schedule": "unscaled_linear", "max_beta": 0.5}, {"schedule": "betas"}):
+        with pytest.raises(ValueError, match="has no cosine_s|has no max_beta|0 betas are given"):
+            DiffusionConfig(**wrong).build()
+
+
+def test_betas_of_a_file(tmp_path):
+    """In each format; the configuration is whole without the file."""
+    betas = linear_beta_schedule(200)
+    np.save(tmp_path / "b.npy", betas)
+    (tmp_path / "b.json").write_text(json.dumps(betas.tolist()))
+    (tmp_path / "b.txt").write_text("\n".join(map(repr, betas.tolist())))
+    for path in list(tmp_path.iterdir()):
+        config = DiffusionConfig(betas_file=str(path))
+        path.unlink()
+        assert (config.schedule, config.num_timesteps, config.betas_file) == ("betas", 200, None)
+        kept = DiffusionConfig(**json.loads(json.dumps(asdict(config))) | {"betas": tuple(config.betas)})
+        np.testing.assert_array_equal(kept.build().betas, betas)
+    for text in ("", "[]", "[0.1, 2]", '["a"]', '{"a": 1}', "0.1", "[[0.1]]", "[NaN]"):
+        (tmp_path / "b.json").write_text(text)
+        with pytest.raises(UserError, match="--diffusion.betas-file .*b.json must hold"):
+            DiffusionConfig(betas_file=str(tmp_path / "b.json"))
+    with pytest.raises(UserError, match="cannot be read"):
+        DiffusionConfig(betas_file=str(tmp_path / "no.npy"))
+
+
+@pytest.mark.parametrize(("name", "ours"), [("scaled_linear", "quadratic"), ("squaredcos_cap_v2", "cosine")])
+def test_names_of_schedules_in_diffusers(name, ours):
+    with pytest.raises(UserError, match=f"--?schedule is '{name}': here it is called {ours}"):
+        DiffusionConfig(schedule=name).build()
 
 
 def test_schedule_gives_published_numbers():

@@ -11,12 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mindspore as ms
-from mindspore import Parameter, Tensor, ops
+from mindspore import Parameter, Tensor, nn, ops
 
 from ms_diffusion import kernels
+from ms_diffusion.models import layers
 from ms_diffusion.models.mlp import ResidualMLPConfig
 from ms_diffusion.process import DiffusionConfig
 from ms_diffusion.runtime import compiled
+from ms_diffusion.training.pack import Pack
 from ms_diffusion.training.step import EMA, WarmupCosine, make_optimizer, make_train_step
 
 LR, WARMUP, STEPS, CLIP, DECAY = 0.05, 2, 6, 1.0, 0.3  # the warm-up of the decay, (1 + n) / (10 + n), passes 0.3 at step 3
@@ -115,6 +117,43 @@ def test_steps_equal_pytorch():
 
     np.testing.assert_allclose(run(step, batches())[0], losses, rtol=1e-4)
     for found, wanted in zip(values(net.get_parameters()), (weight, bias), strict=True):
+        np.testing.assert_allclose(found, wanted.detach().numpy(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("how", ["kernels", "operators", "packed"])
+def test_weight_decay_is_that_of_pytorch(how, monkeypatch):
+    """AdamW, with the biases in a group without decay. A step that is skipped decays nothing."""
+    torch = pytest.importorskip("torch")
+    if how == "operators":
+        monkeypatch.setattr(kernels, "available", lambda: False)
+    elif how == "kernels" and not kernels.available():
+        pytest.skip("needs a C++ compiler")
+    net = nn.SequentialCell(layers.Linear(3, 5), layers.Linear(5, 2, "silu"))
+    layers.name_and_initialise(net, seed=0)
+    optimizer = make_optimizer(net, LR, WARMUP, STEPS)
+    peer = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.SiLU(), torch.nn.Linear(5, 2))
+    with torch.no_grad():
+        for p, value in zip(peer.parameters(), values(optimizer.parameters), strict=True):
+            p.copy_(torch.from_numpy(value))
+    decayed, others = ([p for p in peer.parameters() if (p.ndim > 1) == is_weight] for is_weight in (True, False))
+    adam = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.7}, {"params": others, "weight_decay": 0.0}], lr=1.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(adam, learning_rate)
+    pack = Pack(net, optimizer) if how == "packed" else None
+    step = make_train_step(squared_error(net), optimizer, EMA(net, DECAY), weight_decay=0.7, pack=pack, clip_norm=CLIP)
+    for i, (x, y) in enumerate(batches()):
+        loss = torch.square(peer(torch.from_numpy(x)) - torch.from_numpy(y)).mean()
+        adam.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(peer.parameters(), CLIP)
+        adam.step()
+        schedule.step()
+        assert float(step(x, y)[0]) == pytest.approx(loss.item(), rel=1e-4)
+        if i == 2:
+            assert math.isnan(float(step(x, y * np.float32("nan"))[0]))
+    if pack:
+        assert pack.count == 4
+        pack.write_back()
+    for found, wanted in zip(values(optimizer.parameters), peer.parameters(), strict=True):
         np.testing.assert_allclose(found, wanted.detach().numpy(), rtol=1e-4, atol=1e-5)
 
 

@@ -177,9 +177,9 @@ def test_ctrl_c_in_a_process_saves_and_the_same_command_continues(tmp_path):
 class ToyTask(Task):
     """A task without a network to speak of: its losses and scores are given, its preview is an empty file."""
 
-    def __init__(self, config, losses=lambda step: 1.0, scores=()):
+    def __init__(self, config, losses=lambda step: 1.0, scores=(), held=()):
         super().__init__(config)
-        self.losses, self.scores, self.previews = losses, dict(scores), []
+        self.losses, self.scores, self.held, self.previews = losses, dict(scores), dict(held), []
 
     def make_networks(self, device):
         train, net = self.config.train, nn.Dense(2, 2)
@@ -193,7 +193,7 @@ class ToyTask(Task):
         return {"labels": labels, "step": np.array(step)}
 
     def advance(self, batch, step):
-        assert batch["step"] == step and len(set(batch["labels"])) == self.config.train.batch_size
+        assert batch["step"] == step and len(set(batch["labels"])) == self.config.train.rows_per_step
         ops.assign_add(self.optimizer.global_step, Tensor([1], ms.int32))
         return Tensor(np.float32(self.losses(step))), Tensor(np.float32(1)), {("other",): Tensor(np.float32(step))}
 
@@ -207,11 +207,18 @@ class ToyTask(Task):
     def score(self, step):
         return self.scores[step]
 
+    def make_validation(self):
+        return self.held
 
-def loop(run, losses=lambda step: 1.0, scores=(), stop=None, on_save=None, **values):
+    def validate(self, step):
+        return {"val_loss": 2 * self.held[step], "val_loss_ema": self.held[step]}
+
+
+def loop(run, losses=lambda step: 1.0, scores=(), stop=None, on_save=None, held=(), **values):
     """Train a ToyTask of 6 steps; the task and what train_task returns."""
     short = {"total_steps": 6, "batch_size": 8, "log_every": 1, "save_every": 2, "sample_every": 4, "sample_steps": 2}
-    task = ToyTask(override(PRESETS["quick"], **short | values), losses, scores)
+    short = {name: value for name, value in short.items() if name != "total_steps" or "epochs" not in values}
+    task = ToyTask(override(PRESETS["quick"], **short | values), losses, scores, held)
     return task, train_task(task, run, "CPU", stop or threading.Event(), on_save)
 
 
@@ -258,6 +265,52 @@ def test_a_run_killed_after_its_score_was_logged_logs_it_once(tmp_path, monkeypa
     loop(tmp_path, scores=scores, **options)
     assert [(row["step"], row["fid"]) for row in metrics(tmp_path) if "fid" in row] == [*scores.items()]
     assert fids(tmp_path) == scores
+
+
+def held_losses(run):
+    return {row["step"]: (row["val_loss"], row["val_loss_ema"]) for row in metrics(run) if "val_loss" in row}
+
+
+@pytest.mark.parametrize(
+    ("held", "scores", "kept"),
+    [((5, 3, 4), {}, [4, 6]), ((5, 4, 3), {}, [6]), ((3, 4, 5), {4: 2.0, 6: 3.0}, [4, 6]), ((3, 4, 5), {6: 3.0}, [6])],
+    ids=str,
+)
+def test_the_loss_of_held_out_data(tmp_path, held, scores, kept):
+    """It says which checkpoint is the best, but where there is an FID. A killed run has the same rows."""
+    held, options = dict(zip((2, 4, 6), held, strict=True)), {"keep_checkpoints": 1, "save_every": 100, "validate_every": 2}
+    loop(tmp_path, held=held, scores=scores, **options)
+    assert held_losses(tmp_path) == {step: (2 * loss, loss) for step, loss in held.items()}
+    assert [int(name[5:]) for name in sorted(os.listdir(tmp_path / "checkpoints"))] == kept
+    for step in kept:
+        state = read_state(checkpoint(tmp_path, step))
+        assert (state["val_loss_ema"], state["fid"]) == (held[step], scores.get(step)) and not state["unfinished"]
+
+
+def test_a_run_killed_after_its_validation_was_logged_logs_it_once(tmp_path, monkeypatch):
+    held, options = {4: 3.0, 8: 2.0}, {"total_steps": 8, "save_every": 4, "sample_every": 100, "validate_every": 4}
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoint, "update", lambda *_, **__: exec("raise KeyError"))
+        with pytest.raises(KeyError):
+            loop(tmp_path, held=held, **options)
+    loop(tmp_path, held=held, **options)
+    assert held_losses(tmp_path) == {4: (6, 3), 8: (4, 2)} and [row["step"] for row in metrics(tmp_path)].count(4) == 2
+
+
+def test_the_length_in_epochs(tmp_path):
+    """64 data in batches of 8 on one device; a run goes on for more of them."""
+    task, end = loop(tmp_path, epochs=0.5)
+    assert end[0] == 4 and Config.from_json(tmp_path / "config.json").train.total_steps == 4
+    assert metrics(tmp_path)[-1]["epoch"] == 0.5 and metrics(tmp_path)[-1]["lr"] < task.config.train.lr
+    assert loop(tmp_path, epochs=2)[1][0] == 16
+    assert loop(tmp_path / "parts", epochs=2, batch_size=4, accumulate=4)[1][0] == 8
+
+
+def test_two_lengths_are_refused(tmp_path):
+    words = "--train.epochs and --train.total-steps both say how long to train"
+    assert_refused(call("train", "--train.epochs", 2, "--train.total_steps=5", "--run-dir", tmp_path / "run"), words)
+    with pytest.raises(UserError, match=words):
+        override(PRESETS["quick"], epochs=2, **{"train.total_steps": 5})
 
 
 @pytest.mark.parametrize("falls", [True, False])

@@ -14,7 +14,7 @@ from ..fields import OneOf
 from ..runtime import DEVICES, UserError, command
 from ..training.checkpoint import best_checkpoint, read_state
 from ..training.compvis import from_compvis
-from ..training.config import RENAMED, Config
+from ..training.config import RENAMED, Config, check_one_length
 from ..training.loop import train_task
 from ..training.presets import PRESETS
 from ..training.tasks.base import Task
@@ -52,6 +52,7 @@ class Args(Generic[C]):
 def parse_args(argv: Sequence[str]) -> Args:
     """The command line over the preset, or the configuration file, that it names."""
     argv = rename_flags(argv, RENAMED)
+    check_one_length(argument for argument in argv if argument.startswith("--train."))
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", nargs="?", const="")
     first.add_argument("--config", nargs="?", const="")
@@ -89,7 +90,7 @@ def main(argv: Sequence[str]) -> int:
     uploads = modelarts.Uploads(run_dir, args.train_url, args.upload_minutes)
     try:
         step, preview = train_task(task, run_dir, device, runtime.STOP, uploads.ask)
-        total = config.train.total_steps
+        total = task.config.train.total_steps
         code = 130 if preview is None else 0
         if task.rank == 0:
             uploads.ask(run_dir)
@@ -109,7 +110,9 @@ def report(task: Task, run_dir: Path, preview: Path | None) -> None:
     if task.start_step >= total > 0:
         print(f"{run_dir} is finished: raise --train.total-steps to train on, or choose another --run-dir for a new run")
     if best := best_checkpoint(run_dir):
-        print(f"best FID    {read_state(best)['fid']:.2f}, in {best}")
+        state = read_state(best)
+        fid = state.get("fid")
+        print(f"best loss   {state['val_loss_ema']:.4f}, in {best}" if fid is None else f"best FID    {fid:.2f}, in {best}")
     if preview:
         print(f"samples     {preview}")
     if total:

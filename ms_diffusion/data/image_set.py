@@ -1,7 +1,7 @@
 """What is known of the images of a data set."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,12 @@ class ImageSet:
 
     def __iter__(self) -> Iterator[np.ndarray]:
         return iter((self.images, self.labels))
+
+    def take(self, chosen: np.ndarray) -> "ImageSet":
+        """The images with these numbers (n,), and their captions alone."""
+        table, ids = self.captions, self.caption_ids
+        captions = {} if table is None or ids is None else table_of([table[i] for i in ids[chosen]])
+        return replace(self, images=self.images[chosen], labels=self.labels[chosen], **captions)
 
 
 def table_of(captions: Sequence[tuple[str, ...]]) -> dict[str, Any]:

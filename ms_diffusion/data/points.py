@@ -211,9 +211,11 @@ class Normalizer:
     scale: float
 
     @classmethod
-    def of(cls, points: np.ndarray) -> "Normalizer":
+    def of(cls, points: np.ndarray, scale: float | None = None) -> "Normalizer":
         """The center is the middle of the range of points (N, 2), the scale half of the range's longer side. UserError if
-        all points are equal."""
+        all points are equal. With a scale, the center is 0."""
+        if scale is not None:
+            return cls(np.zeros(2), scale)
         low, high = (np.asarray(end, np.float64) for end in (points.min(0), points.max(0)))
         scale = float((high - low).max() / 2)
         if not scale > 0:

@@ -420,10 +420,10 @@ class GatedSum(nn.Cell):
         return (dout, *self.gradient(dout, y, gate))
 
 
-def adam(optimizer: nn.Adam, clip_norm: float, ema=None) -> Callable:
+def adam(optimizer: nn.Adam, clip_norm: float, ema=None, weight_decay: float = 0.0) -> Callable:
     """A function update(loss, gradients) -> the loss () and the gradients' norm (): it clips the norm at `clip_norm`, then
-    takes `nn.Adam`'s step, then moves the averages of `ema`. Where the loss, the norm or the learning rate is not finite,
-    it returns NaN and changes nothing.
+    decays the parameters with two or more axes, then takes `nn.Adam`'s step, then moves the averages of `ema`. Where the
+    loss, the norm or the learning rate is not finite, it returns NaN and changes nothing.
 
     MindSpore needs ten operators for each parameter, this function one for all. The operator declares that it changes inputs
     in place: otherwise MindSpore passes it copies beside another such operator, for example a batch norm in training."""
@@ -432,7 +432,8 @@ def adam(optimizer: nn.Adam, clip_norm: float, ema=None) -> Callable:
     averages = [average_of[id(p)] for p in parameters if id(p) in average_of]  # a learned variance has none
     n, has_average = len(parameters), [float(id(p) in average_of) for p in parameters]
     constants = [float(c) for c in (n, optimizer.beta1, optimizer.beta2, optimizer.eps, clip_norm)]
-    constants = Tensor(np.array([*constants, *has_average], np.float32))
+    decays = [weight_decay * (p.ndim > 1) for p in parameters]
+    constants = Tensor(np.array([*constants, *has_average, *decays], np.float32))
     operator = Operator("adam", lambda *inputs: ((), ()), 2)
     written = [False] * 4 + [True] * (3 + 3 * n) + [False] * n + [True] * len(averages)
     operator.set_signatures([make_sig(f"x{i}", sig_rw.RW_WRITE if w else sig_rw.RW_READ) for i, w in enumerate(written)])

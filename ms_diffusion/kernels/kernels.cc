@@ -244,7 +244,7 @@ OPERATOR(gated_sum_gradient) {
   gated_sum_gradient(images, n, a.size(0, 1), a.in(0), a.in(1), a.in(2), a.out(3), a.out(4));
 }
 
-// {n, beta1, beta2, eps, clip norm, n times whether the parameter has an average}, loss, learning rate, decay of the averages,
+// {n, beta1, beta2, eps, clip norm, n times whether the parameter has an average, n weight decays}, loss, learning rate, decay of the averages,
 // the powers of beta1 and beta2, the number of steps, n parameters, n first moments, n second moments, n gradients, the
 // averages -> the loss, norm of the gradients; both are NaN, and nothing else changes, where the loss, the norm or the rate is
 // not finite
@@ -253,10 +253,11 @@ OPERATOR(adam) {
   const float* settings = a.in(0);
   const int n = static_cast<int>(settings[0]), out = a.tensors - 2;
   AdamState state{settings[1], settings[2], settings[3], settings[4], *a.in(1), *a.in(2), *a.in(3),
-                  a.out(4),    a.out(5),    {},          {},          {},       {},       {},       {}};
+                  a.out(4),    a.out(5),    {},          {},          {},       {},       {},       {},       {}};
   int average = FIRST + 4 * n;  // the input that is the next parameter's average
   for (int i = FIRST; i < FIRST + n; ++i) {
     state.sizes.push_back(a.elements(i));
+    state.weight_decays.push_back(settings[5 + n + i - FIRST]);
     state.parameters.push_back(a.out(i));
     state.first_moments.push_back(a.out(i + n));
     state.second_moments.push_back(a.out(i + 2 * n));

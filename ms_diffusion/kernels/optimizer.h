@@ -17,12 +17,14 @@ struct AdamState {
   float loss, rate, decay;           // the step's loss; the learning rate; the decay of the averages
   float *beta1_power, *beta2_power;  // beta1 and beta2 to the power of the number of steps; this step multiplies them
   std::vector<long> sizes;           // of each parameter
+  std::vector<float> weight_decays;  // of each parameter; 0 for none
   std::vector<float*> parameters, first_moments, second_moments, averages;  // averages: null where there is none
   std::vector<const float*> gradients;
 };
 
-// Scales the gradients to a norm of at most clip_norm, takes the step of nn.Adam, and moves the averages:
-// average += (1 - decay) (parameter - average). All in place. Returns the norm of the gradients before the scaling, or NaN
+// Scales the gradients to a norm of at most clip_norm, decays the parameters, parameter -= rate weight_decay parameter
+// (Loshchilov & Hutter 2019), takes the step of nn.Adam, and moves the averages: average += (1 - decay) (parameter - average).
+// All in place. Returns the norm of the gradients before the scaling, or NaN
 // where the loss, the norm or the rate is not finite: then nothing changes.
 inline float adam(const AdamState& state) {
   const long count = static_cast<long>(state.sizes.size());
@@ -59,13 +61,14 @@ inline float adam(const AdamState& state) {
     share(t, [&](long i, long from, long to) {
       float *p = state.parameters[i], *m = state.first_moments[i], *v = state.second_moments[i];
       float* average = state.averages[i];
+      const float kept = 1 - state.rate * state.weight_decays[i];
       const float* gradient = state.gradients[i];
 #pragma omp simd
       for (long j = from; j < to; ++j) {
         const float g = gradient[j] * shrink;
         m[j] += (1 - beta1) * (g - m[j]);
         v[j] += (1 - beta2) * (g * g - v[j]);
-        p[j] -= rate * m[j] / (std::sqrt(v[j]) + eps);
+        p[j] = kept * p[j] - rate * m[j] / (std::sqrt(v[j]) + eps);
       }
       if (average)
 #pragma omp simd

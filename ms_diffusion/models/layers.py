@@ -290,10 +290,13 @@ class Dropout(nn.Cell):
 
 class Masks(nn.Cell):
     """What each `Dropout` of `net` multiplies a batch (batch_size, C, *size) by, in one parameter, which is none of `net`.
-    Make them before `net` is compiled, and `draw` them before each step. Without dropout they do nothing."""
+    Make them before `net` is compiled, and `draw` them before each step. Without dropout they do nothing.
 
-    def __init__(self, net: nn.Cell, batch_size: int, size: tuple[int, ...]):
+    A step of several parts has batches of batch_size one after another: `use` chooses that of a part."""
+
+    def __init__(self, net: nn.Cell, batch_size: int, size: tuple[int, ...], parts: int = 1):
         super().__init__()
+        self.parts, self.drawn = parts, [np.zeros(0, np.float32)]
         self.layers = tuple(cell for _, cell in net.cells_and_names() if isinstance(cell, Dropout) and cell.p)
         self.shapes = tuple((batch_size, cell.channels, *(n >> cell.level for n in size)) for cell in self.layers)
         self.sizes = tuple(math.prod(shape) for shape in self.shapes)
@@ -308,11 +311,20 @@ class Masks(nn.Cell):
         """The masks of a step: of each row of the batch of all ranks its own, whichever rank has it."""
         if not self.layers:
             return
-        rows, per_row = self.shapes[0][0], np.cumsum([size // self.shapes[0][0] for size in self.sizes])
+        rows, per_row = self.parts * self.shapes[0][0], np.cumsum([size // self.shapes[0][0] for size in self.sizes])
         generators = [np.random.default_rng((seed, Stream.DROPOUT, rank * rows + i, step)) for i in range(rows)]
-        uniform = np.split(np.stack([rng.random(per_row[-1], np.float32) for rng in generators]), per_row[:-1], 1)
+        uniform = np.stack([rng.random(per_row[-1], np.float32) for rng in generators])
+        self.drawn = [self.kept(np.split(part, per_row[:-1], 1)) for part in np.split(uniform, self.parts)]
+        self.use(0)
+
+    def kept(self, uniform: list[np.ndarray]) -> np.ndarray:
         kept = [(u >= cell.p).reshape(-1) / np.float32(1 - cell.p) for u, cell in zip(uniform, self.layers, strict=True)]
-        ops.assign(self.values, Tensor(np.concatenate(kept)))
+        return np.concatenate(kept)
+
+    def use(self, part: int) -> None:
+        """The masks of a part of the step that `draw` was called for."""
+        if self.layers:
+            ops.assign(self.values, Tensor(self.drawn[part]))
 
 
 def of_images(x: Tensor, per_image: Tensor) -> Tensor:

@@ -36,6 +36,8 @@ Arrays = dict[str, np.ndarray]
 Problems = Mapping[Path, UserError]  # what is wrong with spoilt checkpoints
 
 NAME = re.compile(r"step-(\d+)(\.old)?")
+SCORES = ("fid", "val_loss_ema")  # which say what checkpoint is the best: the first that there is; less is better
+NO_SCORE = len(SCORES), 0.0
 LARGEST_WEIGHT = 1e10  # a network with larger ones has diverged
 
 Hash = Annotated[str, Matches("[0-9a-f]{64}")]
@@ -44,6 +46,8 @@ FIELDS: dict[str, Any] = {
     "step": Annotated[int, NON_NEGATIVE],
     "sha256": dict[Annotated[str, Matches(r"\w[\w.-]*")], Hash],
     "fid": float | None,
+    "val_loss": float,
+    "val_loss_ema": float,
     "losses": dict[Literal["total", "steps", "skipped", "in_a_row"], float],
     "unfinished": bool,
     "latent_scale": Annotated[float, POSITIVE],
@@ -90,7 +94,7 @@ class Checkpoint:
 
     def save(self, step: int, **state: Any) -> Path:
         """Write the checkpoint of `step`, with `state` (JSON values) in its state.json, and return its folder. Then delete
-        all but it, the `keep` newest checkpoints and the one whose state has the lowest "fid".
+        all but it, the `keep` newest checkpoints and the best (`best_checkpoint`).
 
         Raises UserError if the disk is full or not writable, or a value is not finite, or a weight is beyond 1e10, because
         training has diverged; earlier checkpoints are unchanged."""
@@ -248,9 +252,17 @@ def readable(run_dir: str | os.PathLike) -> dict[Path, State]:
 
 
 def best_checkpoint(run_dir: str | os.PathLike) -> Path | None:
-    """The checkpoint with the lowest FID, the first among equals; None if none has an FID."""
-    scores = {folder: state["fid"] for folder, state in readable(run_dir).items() if state.get("fid") is not None}
+    """The checkpoint with the lowest FID, or the lowest `val_loss_ema` where none has an FID; the first among equals. None
+    if none has a score."""
+    scores = {folder: score for folder, state in readable(run_dir).items() if (score := score_of(state)) < NO_SCORE}
     return min(scores, key=scores.__getitem__, default=None)
+
+
+def score_of(state: State) -> tuple[int, float]:
+    """What orders checkpoints by what their state.json says, the best first: the number of the score in `SCORES`, and the
+    score."""
+    found = ((i, state[name]) for i, name in enumerate(SCORES) if state.get(name) is not None)
+    return next(found, NO_SCORE)
 
 
 class Unreadable(UserError):

@@ -315,11 +315,13 @@ def latent_run(section: Section, batch_size: int, lr: float, folder: Path) -> Co
     process = {"num_timesteps": T, "schedule": SCHEDULES[schedule], "objective": section.take("parameterization", "eps")}
     process |= {"loss": section.take("loss_type", "l2"), "v_posterior": section.take("v_posterior", 0.0)}
     process |= section.rename({name: name for name in ("original_elbo_weight", "l_simple_weight")})
-    section.only(cosine_s=8e-3)
+    offset = section.take("cosine_s", 8e-3, float)
     ends = section.take("linear_start", 1e-4, float), section.take("linear_end", 2e-2, float)
     if schedule != "cosine":  # their schedules are not scaled with the number of timesteps, and sqrt_linear of ours is
         factor = T / 1000 if schedule == "linear" else 1
         process |= {"beta_start": factor * ends[0], "beta_end": factor * ends[1]}
+    elif offset != 8e-3:
+        process["cosine_s"] = offset
 
     scale = section.take("scale_factor", 1.0, float)
     by_std = section.take("scale_by_std", False, bool)

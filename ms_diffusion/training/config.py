@@ -1,7 +1,7 @@
 """What configures a run: fields with their ranges, shared by all kinds. Each kind adds its own in `tasks/`."""
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -73,7 +73,7 @@ class TrainConfig:
     total_steps: Annotated[int, Bounds(0, 2**31 - 1)] = 20000  # which the optimizer counts in int32
     """Number of training steps."""
     batch_size: Annotated[int, AT_LEAST_1] = 128
-    """Images or points per step on each device."""
+    """Images or points per step on each device; see also accumulate."""
     lr: Annotated[float, POSITIVE] = 1e-3
     """Peak learning rate of Adam, reached after the warm-up."""
     lr_decay: bool = True
@@ -96,6 +96,23 @@ class TrainConfig:
     """Number of newest checkpoints to keep."""
     sample_num: Annotated[int, AT_LEAST_1] = 64
     """Images or points in a preview."""
+    weight_decay: Annotated[float, NON_NEGATIVE] = 0.0
+    """Decoupled weight decay (AdamW). Biases, norms and other parameters with one axis do not decay, nor does the
+    discriminator of an autoencoder."""
+    accumulate: Annotated[int, AT_LEAST_1] = 1
+    """K: each step sums the gradients of K batches. It is a step of K times batch_size in the memory of one batch."""
+
+    validate_every: Annotated[int, NON_NEGATIVE] = 0
+    """Steps between two losses of held-out data; without FID scores, the checkpoint with the lowest is kept. 0 is never."""
+    validate_num: Annotated[int, AT_LEAST_1] = 1000
+    """Held-out images or points in such a loss."""
+    epochs: Annotated[float, POSITIVE] | None = None
+    """Length in passes over the data, in place of total_steps, which is computed from it."""
+
+    @property
+    def rows_per_step(self) -> int:
+        """Images or points per step on each device."""
+        return self.batch_size * self.accumulate
 
 
 @dataclass(frozen=True)
@@ -289,6 +306,13 @@ def name_kind(record: dict[str, Any]) -> dict[str, Any]:
 MIGRATIONS: tuple[Callable[[dict[str, Any]], dict[str, Any]], ...] = (name_kind,)
 
 
+def check_one_length(names: Iterable[str]) -> None:
+    """Refuse two lengths of a run among the names of fields, or flags, that a user gives."""
+    names = {name.split("=")[0].split(".")[-1].replace("-", "_") for name in names}
+    if {"epochs", "total_steps"} <= names:
+        raise UserError("--train.epochs and --train.total-steps both say how long to train: leave out one of them")
+
+
 def override(config: Config, **values: Any) -> Config:
     """The configuration with other values: override(config, lr=1e-3, total_steps=100), or by section, {"data.size": 32}.
     A name without its section is looked for in train, then data, model, diffusion and the run's own fields. Raises UserError
@@ -299,6 +323,7 @@ def override(config: Config, **values: Any) -> Config:
         for f in fields(getattr(config, section) if section else config):
             owners[f"{section}.{f.name}" if section else f.name] = section
             owners.setdefault(f.name, section)
+    check_one_length(values)
     for name, value in values.items():
         name = RENAMED.get(name, name)
         if name not in owners:

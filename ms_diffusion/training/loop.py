@@ -31,7 +31,7 @@ from ..runtime import (
     ranks,
     set_device,
 )
-from .checkpoint import best_checkpoint, read_config, read_state
+from .checkpoint import best_checkpoint, read_config, read_state, score_of
 from .config import Config, override
 from .presets import PRESETS
 from .runs import Run
@@ -99,7 +99,7 @@ class Training:
         self.check_lock, self.on_save, state = check_lock, on_save, task.state or {}
         self.asked_to_stop = StopOfAnyRank(stop, self.start)
         self.may_give_up = stop.is_set if task.world_size == 1 else lambda: False  # ranks cannot leave one by one
-        self.steps_per_epoch = max(len(task.data) // (self.train.batch_size * task.world_size), 1)
+        self.steps_per_epoch = max(len(task.data) // (self.train.rows_per_step * task.world_size), 1)
         self.saved, self.preview, self.is_finished = self.start if task.state else -1, None, False
         self.losses = Losses(**state.get("losses", {}))
         self.metrics = Metrics(self.run_dir / "metrics.jsonl", self.start) if task.rank == 0 else None
@@ -163,7 +163,7 @@ class Training:
         names = [name for group in extras for name in group]
         numbers = [numbers.asnumpy().reshape(-1) for numbers in extras.values()]
         means = gather(np.concatenate(numbers)).mean(0).tolist() if names else []  # over the ranks
-        rate = losses.steps * self.train.batch_size * task.world_size / seconds
+        rate = losses.steps * self.train.rows_per_step * task.world_size / seconds
         skipped = f", {losses.skipped} steps skipped" if losses.skipped else ""
         bar.set_postfix_str(f"loss {losses.mean():.4f}, {rate:.0f} {task.unit}/s{skipped}")
         if self.metrics:
@@ -200,7 +200,7 @@ class Training:
         task.write_back()
         self.metrics.sync()
         record = {"epoch": step // self.steps_per_epoch, "seed": train.seed, "fid": None, "losses": self.losses.state()}
-        record |= {"batch_size": train.batch_size, "world_size": task.world_size, "config": task.config.to_record()}
+        record |= {"batch_size": train.rows_per_step, "world_size": task.world_size, "config": task.config.to_record()}
         record |= {"unfinished": self.is_due(step), **task.checkpoint_record(), **scores}
         task.checkpoint.save(step, **record)
         if not (self.run_dir / "config.json").exists():  # the folder was removed or renamed
@@ -211,12 +211,13 @@ class Training:
             self.on_save(self.run_dir)
 
     def is_due(self, step: int) -> bool:
-        """Whether a preview or a score belongs to a step."""
-        train = self.train
-        return step > 0 and (step % train.sample_every == 0 or step == train.total_steps or self.task.is_scored(step))
+        """Whether a preview, a score or a loss of held-out data belongs to a step."""
+        task, train = self.task, self.train
+        is_drawn = step % train.sample_every == 0 or step == train.total_steps
+        return step > 0 and (is_drawn or task.is_scored(step) or task.is_validated(step))
 
     def finish(self, step: int, bar: ProgressBar) -> None:
-        """Make the preview and the score of a step, and save the step if its score is the best so far."""
+        """Make the preview and the scores of a step, and save the step if its score is the best so far."""
         task, train = self.task, self.train
         if step % train.sample_every == 0 or step == train.total_steps:
             bar.set_postfix_str("sampling")
@@ -225,11 +226,14 @@ class Training:
         if task.is_scored(step):
             bar.set_postfix_str("scoring")
             scores = {"fid": task.score(step)}
+        if task.is_validated(step):
+            bar.set_postfix_str("validating")
+            scores |= task.validate(step)
         if self.metrics and self.check_lock:
             is_best = False
             if scores:
                 best = best_checkpoint(self.run_dir)
-                is_best = best is None or scores["fid"] < read_state(best)["fid"]
+                is_best = best is None or score_of(scores) < score_of(read_state(best))
                 if {"step": step, **scores} not in self.metrics.rows:  # or was logged before the run was killed here
                     self.metrics.append(step=step, **scores)
             if self.saved == step:
@@ -345,8 +349,9 @@ class Metrics:
     def draw(self, path: Path) -> None:
         steps, losses = ([row[key] for row in self.rows if "loss" in row] for key in ("step", "loss"))
         scores = [(row["step"], row["fid"]) for row in self.rows if "fid" in row]
+        held = [(row["step"], row["val_loss"], row["val_loss_ema"]) for row in self.rows if "val_loss" in row]
         if steps:
-            save_loss_curve(path, steps, losses, scores)
+            save_loss_curve(path, steps, losses, scores, held)
 
 
 def parse_rows(content: bytes) -> list[dict[str, Any]]:

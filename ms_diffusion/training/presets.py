@@ -50,6 +50,15 @@ SCURVE_SEED = replace(
     train=replace(SCURVE.train, total_steps=316_000, batch_size=128, lr=1e-3, sample_every=79_000, save_every=79_000),
 )
 
+# That experiment to the letter: points divided by 10, betas from 1e-5 to 5e-3 in 100 steps (which `sigmoid` scales by 10),
+# Adam at a constant rate, no average
+SCURVE_EXACT = replace(
+    SCURVE_SEED,
+    data=PointsDataConfig(scale=10.0),
+    diffusion=replace(SCURVE_SEED.diffusion, beta_start=1e-6, beta_end=5e-4),
+    train=replace(SCURVE_SEED.train, lr_decay=False, warmup_steps=0, ema_decay=0.0),
+)
+
 # Class-conditional, on all images without flips, since shoes face left
 CLASS = PixelConfig(
     data=DataConfig(flip=False),
@@ -140,6 +149,7 @@ PRESETS: dict[str, Config] = {  # PRESETS["mine"] = config adds a preset
     "fashion-mnist-dit": DIT,
     **{name: replace(SCURVE, data=PointsDataConfig(name)) for name in TOYS},
     "scurve-seed": SCURVE_SEED,
+    "scurve-exact": SCURVE_EXACT,
     "scurve-flow": SCURVE_FLOW,
     # Colour pictures with captions: python -m benchmarks.make_emoji data/emoji
     "emoji": PixelConfig(

@@ -139,8 +139,18 @@ def _nan_unless(finite: Tensor, value: Tensor) -> Tensor:
     return ops.where(finite, value, math.nan)
 
 
+def _add_share(first: Tensor, share: float, total: Tensor, value: Tensor) -> Tensor:
+    """Add this share of a value to the total, which the first one begins."""
+    return ops.assign(total, ops.where(first, share * value, total + share * value))
+
+
 def _adam(powers, lr, betas, eps, parameter, moment1, moment2, gradient):
     return adam(parameter, moment1, moment2, powers[0], powers[1], lr, betas[0], betas[1], eps, gradient)
+
+
+def _decay_first(lr: Tensor, parameter: Tensor, rate: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient, after the parameter has decayed at this rate."""
+    return ops.depend(gradient, ops.assign(parameter, parameter * (1 - lr * rate)))
 
 
 def _move_average(weight: Tensor, after: Tensor, average: Tensor, source: Tensor) -> Tensor:
@@ -223,10 +233,37 @@ def make_undo(parameters: Sequence[Parameter]) -> tuple[Callable[[], Any], Calla
     return (compiled(remember), compiled(undo)) if parameters else (lambda: (), lambda *losses: ())
 
 
+def rows_of(value: Any, part: int, parts: int) -> Any:
+    """The rows of one of `parts` equal parts of a batch's field (B, ...). What has no rows, such as a weight (), is the same
+    in all parts."""
+    if not getattr(value, "shape", ()):
+        return value
+    rows = value.shape[0] // parts
+    return value[part * rows : (part + 1) * rows]
+
+
+def stack_parts(*parts: Any) -> Any:
+    """Tensors, or tuples of them, of each part of a batch -> the same with a first axis for the parts."""
+    return tuple(map(stack_parts, *parts)) if isinstance(parts[0], tuple) else ops.stack(parts)
+
+
+def decay_rates(trained: Sequence[Parameter], weight_decay: float, pack: Pack | None) -> ms.ParameterTuple:
+    """What each trained parameter decays by, of its shape: 0 for those with less than two axes. With a pack, that of its
+    buffer comes first."""
+    rates = [np.full(p.shape, weight_decay if p.ndim > 1 else 0.0, np.float32) for p in trained]
+    if pack is not None and pack.count:
+        rates = [np.concatenate([rate.reshape(-1) for rate in rates[: pack.count]]), *rates[pack.count :]]
+    return ms.ParameterTuple(
+        [Parameter(Tensor(rate), name=f"weight_decay.{i}", requires_grad=False) for i, rate in enumerate(rates)]
+    )
+
+
 def make_train_step(loss_fn: Callable[..., Any], optimizer: nn.Optimizer, ema: EMA | None = None, *, clip_norm: float = 1.0,
         loss_scaler: ms.amp.LossScaler | None = None, world_size: int = 1, has_aux: bool = False,
         extra_emas: Sequence[EMA] = (), steps_per_call: int = 1,
-        pack: Pack | None = None, low_rank: LowRank | None = None) -> Callable[..., tuple[Tensor, ...]]:  # fmt: skip
+        pack: Pack | None = None, low_rank: LowRank | None = None,
+        weight_decay: float = 0.0, accumulate: int = 1,
+        before_part: Callable[[int], Any] | None = None) -> Callable[..., tuple[Tensor, ...]]:  # fmt: skip
     """Compile `step(*values, **batch) -> (loss (), gradient norm ())`: the gradients of `loss_fn`, clipping, Adam, EMA.
 
     A step whose loss or gradients are not finite is skipped: it changes nothing, and its loss is NaN.
@@ -245,15 +282,23 @@ def make_train_step(loss_fn: Callable[..., Any], optimizer: nn.Optimizer, ema: E
             the losses (K,) and the last gradient norm. For small networks on the CPU, whose steps take less than a call.
         pack: buffers that are trained in place of the network's parameters.
         low_rank: updates that the optimizer trains; a step adds them to the network's weights.
+        weight_decay: before Adam's step, parameters are multiplied by 1 - learning rate * weight_decay (AdamW; Loshchilov &
+            Hutter 2019, algorithm 2). Only those with two or more axes are: weights of convolutions, linear layers and
+            embeddings, but no biases and none of the norms' parameters.
+        accumulate: K > 1 sums the gradients of K equal parts of a batch, one after another, so that a step takes the memory
+            of a part; fields without an axis are the same in all parts. Where loss_fn is a mean over the rows, the step is
+            that of the whole batch, to rounding. Each aux gets a first axis, (K, ...).
+        before_part: before_part(k) is called before part k of such a step.
 
-    Raises ValueError if steps_per_call is above 1 together with loss_scaler, has_aux, extra_emas or low_rank."""
-    if steps_per_call > 1 and (loss_scaler is not None or has_aux or extra_emas or low_rank):
-        raise ValueError("steps_per_call above 1 works without loss_scaler, has_aux, extra_emas, low_rank: set it to 1")
+    Raises ValueError if steps_per_call is above 1 together with loss_scaler, has_aux, extra_emas, low_rank or accumulate."""
+    if steps_per_call > 1 and (loss_scaler is not None or has_aux or extra_emas or low_rank or accumulate > 1):
+        others = "loss_scaler, has_aux, extra_emas, low_rank, accumulate"
+        raise ValueError(f"steps_per_call above 1 works without {others}: set it to 1")
     fields = inspect.signature(loss_fn)
     emas, within = [*([] if ema is None else [ema]), *extra_emas], None if low_rank else ema
     moves_all = within is None or {id(p) for p in within.sources} <= {id(p) for p in optimizer.parameters}  # none is frozen
     is_fused = pack is None and moves_all and kernels.adam_available()
-    fused = kernels.adam(optimizer, clip_norm, within) if is_fused else None
+    fused = kernels.adam(optimizer, clip_norm, within, weight_decay) if is_fused else None
     now, later = ([], emas) if low_rank else (emas, extra_emas if fused else [])  # moved in the step's graph, and after it
     trained, state = optimizer.parameters, (optimizer.parameters, optimizer.moment1, optimizer.moment2)
     if pack is not None:
@@ -264,6 +309,7 @@ def make_train_step(loss_fn: Callable[..., Any], optimizer: nn.Optimizer, ema: E
         for average in emas:
             average.follow(low_rank.moved)
     parameters, moment1, moment2 = state
+    rates = decay_rates(trained, weight_decay, pack) if weight_decay and not fused else None
     sizes = (*(p.size for p in parameters), 1)
 
     def scaled_loss(*batch):
@@ -274,8 +320,9 @@ def make_train_step(loss_fn: Callable[..., Any], optimizer: nn.Optimizer, ema: E
 
     def step(*batch):
         (loss, aux), gradients = loss_and_gradients(*batch)
-        if pack is not None:
-            gradients = pack.join(gradients)
+        return take(loss, aux, gradients if pack is None else pack.join(gradients))
+
+    def take(loss, aux, gradients):
         if loss_scaler is not None:
             loss = loss_scaler.unscale(loss)
         if world_size > 1:
@@ -304,6 +351,8 @@ def make_train_step(loss_fn: Callable[..., Any], optimizer: nn.Optimizer, ema: E
         gradients = each(partial(_if_finite, finite), each(partial(ops.mul, shrink), gradients))
         lr, betas = _if_finite(finite, lr), (ops.where(finite, betas[0], 1.0), ops.where(finite, betas[1], 1.0))
         kept = ops.where(finite, powers[0], optimizer.beta1_power), ops.where(finite, powers[1], optimizer.beta2_power)
+        if rates is not None:
+            gradients = each(partial(_decay_first, lr), parameters, rates, gradients)
         done = each(partial(_adam, powers, lr, betas, optimizer.eps), parameters, moment1, moment2, gradients)
         loss = ops.depend(_nan_unless(finite, loss), done)
         ops.assign(optimizer.beta1_power, kept[0])
@@ -314,6 +363,20 @@ def make_train_step(loss_fn: Callable[..., Any], optimizer: nn.Optimizer, ema: E
     def fused_update(loss, gradients):
         """The same by one operator of the CPU."""
         return fused(loss, gradients if loss_scaler is None else loss_scaler.unscale(gradients))
+
+    if accumulate > 1:
+        zeros = [*(np.zeros(p.shape, np.float32) for p in parameters), np.float32(0)]
+        places = [Parameter(Tensor(zero), name=f"sum.{i}", requires_grad=False) for i, zero in enumerate(zeros)]
+        sums, loss_sum, is_first = ms.ParameterTuple(places[:-1]), places[-1], (Tensor(True), Tensor(False))
+
+    def add_part(first, *batch):
+        (loss, aux), gradients = loss_and_gradients(*batch)
+        add = partial(_add_share, first, 1 / accumulate)
+        done = each(add, sums, gradients if pack is None else pack.join(gradients))
+        return ops.depend(add(loss_sum, loss), done), aux
+
+    def take_sums(aux):
+        return take(loss_sum, aux, sums)
 
     merge = low_rank.make_merge() if low_rank else None
     moves_now, moves_later = [[_mover(ema, optimizer.global_step) for ema in group] for group in (now, later)]
@@ -340,16 +403,26 @@ def make_train_step(loss_fn: Callable[..., Any], optimizer: nn.Optimizer, ema: E
             loss = ops.depend(loss, merge())
         return move_averages(moves_later, loss, ops.isfinite(loss))
 
-    train = compiled(repeat if steps_per_call > 1 else step) if pack is None else in_one_copy(step)
+    whole = step if accumulate == 1 else add_part
+    train = compiled(repeat if steps_per_call > 1 else whole) if pack is None else in_one_copy(whole)
+    take_all = compiled(take_sums)
     count = (Tensor(steps_per_call, ms.int32),) if steps_per_call > 1 else ()
     # A graph of its own: in one with the fused update MindSpore would update copies
     after = compiled(finish) if later or low_rank else None
+
+    def in_parts(args):
+        aux = []
+        for k in range(accumulate):
+            if before_part is not None:
+                before_part(k)
+            aux.append(train(is_first[min(k, 1)], *(rows_of(value, k, accumulate) for value in args))[1])
+        return take_all(stack_parts(*aux))
 
     def train_step(*values: Tensor, **batch: Tensor) -> tuple[Tensor, ...]:
         bound = fields.bind(*values, **batch)
         bound.apply_defaults()
         args = [Tensor(value) if pack is None and isinstance(value, np.ndarray) else value for value in bound.args]
-        out = train(*count, *args)
+        out = train(*count, *args) if accumulate == 1 else in_parts(args)
         if after is not None:
             after(out[0])
         return out

@@ -469,12 +469,14 @@ void check_rows(long images, long n, long d) {
   compare("gated_sum dgate", dscale, dgate);
 }
 
-// Every second parameter, or the others, or all, have an average; with a loss that is not finite nothing changes.
+// Two of three parameters decay; every second one, or the others, or all, have an average. With a loss that is not finite nothing changes.
 void check_adam(long count, int averaged, bool finite) {
   const double beta1 = 0.9, beta2 = 0.99, eps = 1e-3, clip = 2, lr = 0.1, decay = 0.7;
   const auto has_average = [&](long i) { return averaged == 2 || i % 2 == averaged; };
+  const auto weight_decay = [](long i) { return i % 3 ? 0.2 : 0.; };
   std::vector<double> constants{static_cast<double>(count), beta1, beta2, eps, clip};
   for (long i = 0; i < count; ++i) constants.push_back(has_average(i));
+  for (long i = 0; i < count; ++i) constants.push_back(weight_decay(i));
   Tensor settings = constant(constants), rate = constant({lr}), keep = constant({decay});
   Tensor loss = constant({finite ? 3. : NAN}), loss_out = output({});
   Tensor power1 = constant({beta1}), power2 = constant({beta2}), steps = ints({4}), norm = output({});
@@ -499,6 +501,7 @@ void check_adam(long count, int averaged, bool finite) {
       double &p = wanted[i][j], &m = wanted[count + i][j], &v = wanted[2 * count + i][j];
       m = beta1 * m + (1 - beta1) * g;
       v = beta2 * v + (1 - beta2) * g * g;
+      p *= 1 - lr * weight_decay(i);
       p -= lr * std::sqrt(1 - beta2 * beta2) / (1 - beta1 * beta1) * m / (std::sqrt(v) + eps);
       if (has_average(i)) wanted[average][j] += (1 - decay) * (p - wanted[average][j]);
     }

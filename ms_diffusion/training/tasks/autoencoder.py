@@ -12,6 +12,7 @@ from mindspore import Parameter, Tensor, nn, ops
 
 from ... import images
 from ...fields import AT_LEAST_1, DEPTH, NON_NEGATIVE, POSITIVE, Bounds
+from ...images import to_float
 from ...latent import FirstStage
 from ...losses import (
     D_LOSSES,
@@ -37,13 +38,15 @@ from ...models.classifier import load_classifier
 from ...models.discriminator import NORMS, NLayerDiscriminator
 from ...models.layers import Masks, RankMean
 from ...models.lpips import classifier_distance, load_lpips
+from ...randomness import Stream
 from ...runtime import UserError, command, compiled, ranks
 from ...sampling import Sampling
 from ..checkpoint import Checkpoint
 from ..config import Config, DataConfig, TrainConfig
 from ..pack import make_pack
 from ..runs import Run
-from ..step import EMA, make_optimizer, make_train_step, make_undo, to_device
+from ..step import EMA, make_optimizer, make_train_step, make_undo, rows_of, stack_parts, to_device
+from ..validation import Validation, in_batches_of
 from .base import Arrays, Logged, Request, Scored, Task, load_initial_weights, set_precision
 from .images import ImageData, Images, check_image_size
 
@@ -114,6 +117,9 @@ class AutoencoderRunConfig(ImageData, Config):
             raise UserError(f"--model.out-channels is {found}: reconstructions have the images' channels: leave it out")
         if train.disc_weight and data.size // 2**train.disc_layers < 3:
             raise UserError(f"--train.disc-layers is {train.disc_layers}: too many for images of {data.size} pixels")
+        if train.accumulate > 1 and train.disc_weight and train.disc_norm == "batch":
+            what = f"--train.accumulate is {train.accumulate}: the discriminator's batch norms would see parts of the batch"
+            raise UserError(f"{what}: add --train.disc-norm act, or set --train.disc-weight to 0")
         if bool(train.vgg) != bool(train.lpips):
             raise UserError("LPIPS needs both --train.vgg and --train.lpips")
 
@@ -159,18 +165,20 @@ class AutoencoderTask(Images, Task):
     def prepare(self) -> None:
         """The steps, compiled when first called: the first without the discriminator, until disc_start."""
         train, net, discriminator = self.config.train, self.net, self.discriminator
-        self.masks = Masks(net, train.batch_size, (self.config.data.size,) * 2)
-        options = {"clip_norm": train.clip_norm, "world_size": self.world_size}
-        losses = autoencoder_losses(net, discriminator, self.objective, perceptual_distance(self.config), train)
-        likelihood, adversarial, weigh, d_loss = losses
+        self.masks = Masks(net, train.batch_size, (self.config.data.size,) * 2, train.accumulate)
+        options = {"clip_norm": train.clip_norm, "world_size": self.world_size, "accumulate": train.accumulate}
+        self.distance = perceptual_distance(self.config)
+        losses = autoencoder_losses(net, discriminator, self.objective, self.distance, train)
+        likelihood, adversarial, last_gradients, weigh, d_loss = losses
         pack = make_pack(net, self.optimizer)
         d_pack = make_pack(discriminator, self.d_optimizer) if discriminator else None
         self.packs = [each for each in (pack, d_pack) if each]
         self.to_device = to_device(bool(self.packs))
         generator = {"has_aux": True, "pack": pack, "loss_scaler": self.scaler, **options}
+        generator |= {"weight_decay": train.weight_decay, "before_part": self.masks.use}
         self.likelihood_step = make_train_step(likelihood, self.optimizer, self.ema, **generator)
         if discriminator:
-            self.weigh = compiled(weigh)
+            self.weigh = by_parts(last_gradients, weigh, train.accumulate, self.masks.use)
             self.adversarial_step = make_train_step(adversarial, self.optimizer, self.ema, **generator)
             options |= {"pack": d_pack, "loss_scaler": self.d_scaler}
             self.discriminator_step = make_train_step(d_loss, self.d_optimizer, has_aux=True, **options)
@@ -187,16 +195,39 @@ class AutoencoderTask(Images, Task):
         logged: Logged = {(p.name,): p for p in self.objective.parameters}
         if not self.discriminator or step < train.disc_start:
             loss, norm, (_, numbers) = self.likelihood_step(x, *noise)
-            return loss, norm, logged | {self.objective.logged: numbers}
+            return loss, norm, logged | {self.objective.logged: self.mean_of_parts(numbers)}
         if train.disc_norm == "act":
             self.discriminator.initialise(x)
         self.remember()
         weight = self.weigh(x, *noise)
         loss, norm, (reconstruction, numbers) = self.adversarial_step(x, *noise, weight=weight)
-        d_loss, _, logits = self.discriminator_step(x, reconstruction)
+        d_loss, _, logits = self.discriminator_step(x, reconstruction.reshape(x.shape))
         self.undo(loss, d_loss)
+        numbers, logits = self.mean_of_parts(numbers), self.mean_of_parts(logits)
         logged |= {(*self.objective.logged, "g_loss", "disc_factor"): numbers, ("d_weight",): weight}
         return loss, norm, logged | {("disc_loss",): d_loss, ("logits_real", "logits_fake"): logits}
+
+    def make_validation(self) -> Validation:
+        """The error of reconstructions, pixels and perception (`rec_loss`)."""
+        train, x = self.config.train, to_float(self.held_images().images)
+        batch, rng = {"x": x}, np.random.default_rng((train.seed, Stream.VALIDATION))
+        if self.net.needs_noise:
+            batch["noise"] = rng.standard_normal((len(x), *self.latent_shape), np.float32)
+        return Validation(self.ema.net, self.make_held_loss, in_batches_of(train.batch_size, batch))
+
+    def make_held_loss(self, net: Any) -> Callable:
+        train, objective = self.config.train, OBJECTIVES[type(net)](net, self.config.train)
+        likelihood = autoencoder_losses(net, None, objective, self.distance, train)[0]
+
+        def loss_fn(x, noise=None):
+            numbers = likelihood(x, noise)[1][1]
+            return numbers[1]
+
+        return loss_fn
+
+    def mean_of_parts(self, numbers: Tensor) -> Tensor:
+        """What a step returns of numbers (n,) to log -> (n,): the mean over the parts that --train.accumulate makes."""
+        return numbers if self.config.train.accumulate == 1 else numbers.mean(0)
 
     def preview(self, step: int) -> Path:
         self.write_back()
@@ -271,18 +302,19 @@ def autoencoder_losses(
     objective: Objective,
     distance: Callable | None,
     train: AutoencoderTrainConfig,
-) -> tuple[Callable, Callable, Callable, Callable]:
+) -> tuple[Callable, Callable, Callable, Callable, Callable]:
     """The losses of an autoencoder `net` and its discriminator, and the weight between them (losses.py).
 
     For images x and their reconstructions (B, C, H, W), and noise with the shape of the latents:
 
         likelihood(x, noise) -> (loss (), (reconstruction, numbers (n,)))
         adversarial(x, noise, weight) -> the same, with disc_factor times weight times the generator's loss
-        weigh(x, noise) -> that weight (), a constant to the loss
+        last_gradients(x, noise) -> the gradients of the likelihood and of the generator's loss by the decoder's last layer
+        weigh(*those) -> that weight (), a constant to the loss
         d_loss(x, reconstruction) -> (the discriminator's loss (), mean logits of x and of the reconstruction (2,))
 
-    All but the first take the condition (B, C', H, W) of a conditional discriminator as last argument. `objective.logged`
-    names the numbers; to those of the second, the generator's loss and disc_factor are added.
+    All but the first and weigh take the condition (B, C', H, W) of a conditional discriminator as last argument.
+    `objective.logged` names the numbers; to those of the second, the generator's loss and disc_factor are added.
 
     Args:
         discriminator: Takes C + C' channels; None if only the likelihood is used.
@@ -327,17 +359,39 @@ def autoencoder_losses(
     nll_gradient, g_gradient = ms.grad(nll_at, None, last_layer), ms.grad(g_loss_at, None, last_layer)
     of_all_ranks = RankMean()
 
-    def weigh(x, noise=None, cond=None):  # by the gradients at the decoder's last layer alone
+    def last_gradients(x, noise=None, cond=None):
         h = net.decoder.features(net.post_quant_conv(latent(x, noise)[0]))
-        gradients = of_all_ranks(nll_gradient(h, x)[0]), of_all_ranks(g_gradient(h, cond)[0])
-        return adaptive_weight(*gradients, train.disc_weight)
+        return nll_gradient(h, x)[0], g_gradient(h, cond)[0]
+
+    def weigh(of_nll, of_g_loss):
+        return adaptive_weight(of_all_ranks(of_nll), of_all_ranks(of_g_loss), train.disc_weight)
 
     def d_loss(x, reconstruction, cond=None):
         real, fake = judge(x, cond), judge(reconstruction, cond)
         loss = discriminator_loss(real, fake, train.disc_factor, D_LOSSES[train.disc_loss])
         return loss, ops.stack((real.mean(), fake.mean()))
 
-    return likelihood, adversarial, weigh, d_loss
+    return likelihood, adversarial, last_gradients, weigh, d_loss
+
+
+def by_parts(gradients: Callable, weigh: Callable, parts: int, before_part: Callable[[int], Any]) -> Callable:
+    """A function of a batch's fields: `weigh` of the mean gradients over `parts` equal parts of the batch."""
+
+    def whole(*batch):
+        return weigh(*gradients(*batch))
+
+    if parts == 1:
+        return compiled(whole)
+    of_part, finish = compiled(gradients), compiled(weigh)
+
+    def mean_and_weigh(*batch):
+        found = []
+        for k in range(parts):
+            before_part(k)
+            found.append(of_part(*(rows_of(value, k, parts) for value in batch)))
+        return finish(*(each.mean(0) for each in stack_parts(*found)))
+
+    return mean_and_weigh
 
 
 def perceptual_distance(config: AutoencoderRunConfig) -> Callable | None:

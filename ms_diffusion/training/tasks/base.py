@@ -23,10 +23,12 @@ from ...process import GaussianDiffusion
 from ...randomness import Random, Stream, of_step
 from ...runtime import UserError, command, on_ascend, ranks
 from ...sampling import Sampling
-from ..checkpoint import Checkpoint, checkpoints, read_config
+from ..checkpoint import Checkpoint, checkpoints, read_config, readable
 from ..config import Config
 from ..pack import Pack
 from ..runs import Run, is_run, open_run
+from ..step import EMA
+from ..validation import Validation
 
 Arrays = dict[str, np.ndarray]
 Logged = dict[tuple[str, ...], Tensor]  # numbers (n,) to log, or one (), by their names
@@ -80,6 +82,8 @@ class Task:
     run_dir: Any = None  # the folder of the run, once there is one
     checkpoint: Checkpoint
     optimizer: nn.Optimizer
+    ema: EMA
+    validation: Validation
 
     def __init__(self, config: Config, data: np.ndarray | None = None):
         self.config, self.given_data = config, data
@@ -103,16 +107,22 @@ class Task:
         """Make everything that training needs, and restore the newest checkpoint, whose state goes into `.state`.
         Bad input is refused here, before anything is written."""
         self.run_dir, self.rank, self.world_size = run_dir, rank, world_size
+        loaded = self.load_data() if self.config.train.epochs else None
+        if loaded:
+            self.set_length(len(loaded[0]))  # which the networks' optimizers have to know
         self.make_networks(device)
-        self.data, self.labels = self.load_data()
+        self.data, self.labels = loaded or self.load_data()
         if rank == 0:
             check_values(self.data, self.noun)
         self.check_data()
         self.state = self.checkpoint.load_latest()
         self.note_other_data()
         self.keep_batch()
-        check_enough(self.data, self.config.train.batch_size if self.config.train.total_steps else 1, world_size)
+        check_enough(self.data, self.config.train.rows_per_step if self.config.train.total_steps else 1, world_size)
         self.prepare()
+        train = self.config.train
+        if train.validate_every and (self.start_step < train.total_steps or (self.state or {}).get("unfinished")):
+            self.validation = self.make_validation()
 
     def note_other_data(self) -> None:
         """Say so where a run goes on with other data than it had, such as a folder in which images were added."""
@@ -126,14 +136,27 @@ class Task:
                 file=sys.stderr,
             )
 
+    def set_length(self, num: int) -> None:
+        """Compute total_steps for --train.epochs passes over `num` data."""
+        train, latest = self.config.train, next(reversed(readable(self.run_dir).values()), None)
+        rows = self.kept_batch(latest) or train.rows_per_step * self.world_size
+        steps = max(round(train.epochs * (num // rows)), 1)
+        self.config = replace(self.config, train=replace(train, total_steps=steps))
+
+    def kept_batch(self, state: dict[str, Any] | None) -> int | None:
+        """The batch of all ranks that a run had, if the user has not changed --train.batch-size."""
+        if not state or "world_size" not in state or state["config"]["train"]["batch_size"] != self.config.train.batch_size:
+            return None
+        return state["batch_size"] * state["world_size"]
+
     def keep_batch(self) -> None:
         """Where a run goes on with another number of ranks, and the user has not changed --train.batch-size, let the ranks
         share the batch that it had. Raises UserError if they cannot."""
         state, train = self.state, self.config.train
-        if not state or "world_size" not in state or state["config"]["train"]["batch_size"] != train.batch_size:
+        if not state or not (total := self.kept_batch(state)):
             return
-        total, before = state["batch_size"] * state["world_size"], state["world_size"]
-        size, rest = divmod(total, self.world_size)
+        before = state["world_size"]
+        size, rest = divmod(total, self.world_size * train.accumulate)
         if rest:
             raise UserError(
                 f"the batch of this run, {total}, cannot be divided by {self.world_size} ranks: choose another number of "
@@ -170,8 +193,8 @@ class Task:
         train, count = self.config.train, self.steps_per_call
         if self.start_step >= train.total_steps:
             return
-        options = (train.batch_size, train.total_steps, self.start_step, train.seed, self.flip, self.rank, self.world_size)
-        rows = make_dataset(self.data, self.labels, *options, count)
+        options = (train.total_steps, self.start_step, train.seed, self.flip, self.rank, self.world_size)
+        rows = make_dataset(self.data, self.labels, train.rows_per_step, *options, count)
         for i, (x, labels) in enumerate(rows.create_tuple_iterator(num_epochs=1, output_numpy=True)):
             step = self.start_step + i * count
             if count == 1:
@@ -183,7 +206,7 @@ class Task:
     def random(self, step: int) -> Random:
         """The generator of a step's timesteps, noise and conditions."""
         train = self.config.train
-        return of_step(train.seed, Stream.NOISE, step, train.batch_size, self.rank, self.world_size)
+        return of_step(train.seed, Stream.NOISE, step, train.rows_per_step, self.rank, self.world_size)
 
     def draw_batch(self, x: np.ndarray, labels: np.ndarray, step: int) -> Arrays:
         """What the compiled step takes, from data x (B, ...) and labels (B,)."""
@@ -209,6 +232,25 @@ class Task:
     def score(self, step: int) -> float:
         """FID of a few samples, which all ranks draw together."""
         raise NotImplementedError
+
+    def is_validated(self, step: int) -> bool:
+        """Whether a loss of held-out data belongs to this step."""
+        train = self.config.train
+        return bool(train.validate_every) and step > 0 and (step % train.validate_every == 0 or step == train.total_steps)
+
+    def make_validation(self) -> Validation:
+        """The loss of held-out data."""
+        raise NotImplementedError
+
+    def validate(self, step: int) -> dict[str, float]:
+        """The loss of held-out data with the weights and with their average, which all ranks compute together."""
+        self.write_back()
+        return {"val_loss": self.validation(self.ema.sources), "val_loss_ema": self.validation(self.ema.averages)}
+
+    def choose_held(self, num: int) -> np.ndarray:
+        """Which of `num` held-out samples the loss is of."""
+        train = self.config.train
+        return np.random.default_rng((train.seed, Stream.VALIDATION, 0)).permutation(num)[: train.validate_num]
 
     def checkpoint_record(self) -> dict[str, Any]:
         """Additional content of a checkpoint's state.json."""

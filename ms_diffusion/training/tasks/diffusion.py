@@ -11,11 +11,13 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
 from ...convert import listed
+from ...images import to_float
 from ...models.layers import Masks
 from ...process import GaussianDiffusion, at, predict
 from ...randomness import (
     ImportanceTimesteps,
     Random,
+    Stream,
     antithetic_timesteps,
     log_normal_timesteps,
     nearer_timesteps,
@@ -28,6 +30,7 @@ from ..checkpoint import Checkpoint, readable
 from ..lora import LowRank
 from ..pack import make_pack
 from ..step import EMA, copy_network, make_optimizer, make_train_step
+from ..validation import Validation, even_timesteps, in_batches_of
 from .base import Arrays, Logged, Task, load_initial_weights, set_precision
 
 
@@ -107,21 +110,24 @@ class DiffusionTask(Task):
         train, options, low_rank = self.config.train, self.step_options, self.low_rank
         pack = make_pack(low_rank.updates if low_rank else self.net, self.optimizer)
         self.packs = [] if pack is None else [pack]
-        self.masks = Masks(self.net, train.batch_size, self.shape[1:])
+        self.masks = Masks(self.net, train.batch_size, self.shape[1:], train.accumulate)
         need_host = low_rank or options["has_aux"] or options["extra_emas"] or options["loss_scaler"] or self.masks.layers
+        need_host = need_host or train.accumulate > 1
         if pack is None and not need_host:  # a loop in the graph keeps its state on the CPU; a card would copy it each time
-            counts = [getattr(train, f"{name}_every", 0) for name in ("log", "sample", "save", "score")]
+            counts = [getattr(train, f"{name}_every", 0) for name in ("log", "sample", "save", "score", "validate")]
             self.steps_per_call = math.gcd(train.steps_per_call, self.start_step, train.total_steps, *counts)
         options |= {"steps_per_call": self.steps_per_call, "pack": pack, "low_rank": low_rank}
+        options |= {"weight_decay": train.weight_decay, "accumulate": train.accumulate, "before_part": self.masks.use}
         self.train_step = make_train_step(self.make_loss(), self.optimizer, self.ema, **options)
 
     def make_x_start(self) -> Callable:
         """A function for the graph, from a batch's x_start and latent_noise to the x_0 that is diffused."""
         return lambda x_start, latent_noise: x_start
 
-    def make_loss(self) -> Callable:
-        """The loss of a batch, whose fields are the function's parameters."""
-        net, diffusion, logvar, to_x_start = self.net, self.diffusion, self.logvar, self.make_x_start()
+    def make_loss(self, net: nn.Cell | None = None) -> Callable:
+        """The loss of a batch, whose fields are the function's parameters; by default of the network that is trained."""
+        predictor: nn.Cell = self.net if net is None else net
+        diffusion, logvar, to_x_start = self.diffusion, self.logvar, self.make_x_start()
         guided = None if self.teacher is None else self.make_guided()
 
         def loss_fn(x_start, t, noise, weights=None, latent_noise=None, self_cond_mask=None, r=None,
@@ -132,9 +138,9 @@ class DiffusionTask(Task):
             cond = cond if cond_image is None else cond + (cond_image,)
             x_start = to_x_start(x_start, latent_noise)
             if guided is None:
-                losses = diffusion.losses(net, x_start, t, noise, cond, logvar, self_cond_mask)
+                losses = diffusion.losses(predictor, x_start, t, noise, cond, logvar, self_cond_mask)
             else:
-                losses = diffusion.consistency_losses(net, x_start, t, r, noise, cond, guided)
+                losses = diffusion.consistency_losses(predictor, x_start, t, r, noise, cond, guided)
             return ops.mean(losses) if weights is None else (ops.mean(weights * losses), losses)
 
         return loss_fn
@@ -164,14 +170,29 @@ class DiffusionTask(Task):
         train = self.config.train
         rng, batch = self.random(step), {"x_start": x}
         if self.importance:
-            batch["t"], batch["weights"] = self.importance.draw(rng, train.batch_size)
+            batch["t"], batch["weights"] = self.importance.draw(rng, len(x))
         else:
-            batch["t"] = self.draw_timesteps(rng, train.batch_size)
-        if self.teacher is not None:
-            stages = train.consistency
+            batch["t"] = self.draw_timesteps(rng, len(x))
+        if stages := train.consistency:
             batch["r"] = nearer_timesteps(batch["t"], stages[min(step * len(stages) // train.total_steps, len(stages) - 1)])
-        batch["noise"] = offset_noise(rng, (train.batch_size, *self.shape), train.offset_noise)
+        batch["noise"] = offset_noise(rng, (len(x), *self.shape), train.offset_noise)
         return batch | self.draw_conditions(rng, batch, labels)
+
+    def held_out(self) -> "DiffusionTask":
+        """This task with held-out `data` and `labels`, those of `choose_held`."""
+        raise NotImplementedError
+
+    def make_validation(self) -> Validation:
+        """The loss that is trained, at evenly spaced timesteps."""
+        train, held = self.config.train, self.held_out()
+        x = to_float(held.data) if held.data.dtype == np.uint8 else held.data
+        rng = np.random.default_rng((train.seed, Stream.VALIDATION))
+        batch = {"x_start": x, "t": even_timesteps(rng, self.diffusion.num_timesteps, len(x))}
+        if train.consistency:
+            batch["r"] = nearer_timesteps(batch["t"], train.consistency[-1])
+        batch["noise"] = offset_noise(rng, (len(x), *self.shape), train.offset_noise)
+        batch |= held.draw_conditions(rng, batch, held.labels)
+        return Validation(self.ema.net, self.make_loss, in_batches_of(train.batch_size, batch))
 
     def draw_timesteps(self, rng: Random, n: int) -> np.ndarray:
         train, T = self.config.train, self.diffusion.num_timesteps
@@ -193,7 +214,8 @@ class DiffusionTask(Task):
         self.masks.draw(self.config.train.seed, step, self.rank)
         loss, norm, *aux = self.train_step(**batch)
         if self.importance:
-            t, losses = gather(np.stack([np.float32(batch["t"]), aux[0].asnumpy()])).swapaxes(0, 1)  # of all ranks
+            losses = aux[0].asnumpy().reshape(-1)
+            t, losses = gather(np.stack([np.float32(batch["t"]), losses])).swapaxes(0, 1)  # of all ranks
             self.importance.update(t.astype(np.int32).ravel(), losses.ravel())
         return loss, norm, {}
 

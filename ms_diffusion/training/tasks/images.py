@@ -1,7 +1,9 @@
 """What runs of pixels and of latents share: images, classes, previews and scores, and the grids of the sample command."""
 
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -68,6 +70,7 @@ class Images:
 
     config: Any
     given_data: Any
+    choose_held: Callable[[int], np.ndarray]
 
     def load_data(self) -> tuple[np.ndarray, np.ndarray]:
         image_set = self.load_set("train")
@@ -80,6 +83,17 @@ class Images:
             given = self.given_data
             return given if isinstance(given, ImageSet) else ImageSet(*given)
         return load_image_set(data.name, data.dir, split, *self.image_format(), **data.options())
+
+    def held_images(self) -> ImageSet:
+        """The test images that the loss of held-out data is of. Raises UserError if the data were given as arrays."""
+        data = self.config.data
+        if self.given_data is not None or data.name == "arrays":
+            raise UserError("--train.validate-every needs a data set with test images, which arrays are not: set it to 0")
+        if data.name == "image-folder" and not data.validation and ranks()[0] == 0:
+            what = "no images are held back, so val_loss is of training images"
+            print(f"note: {what}: set --data.validation to 0.1 or so", file=sys.stderr)
+        image_set = self.load_set("test")
+        return image_set.take(self.choose_held(len(image_set.images)))
 
     def image_format(self) -> tuple[int, int]:
         return self.config.data.size, self.config.model.channels
@@ -185,6 +199,13 @@ class ImageTask(Images, DiffusionTask):
         if self.rank == 0:
             keep(self.run_dir, self.labelling)
         super().prepare()
+
+    def held_out(self) -> "ImageTask":
+        held, image_set = copy(self), self.held_images()
+        held.labelling = self.make_labelling(image_set)
+        held.data = held.originals = image_set.images
+        held.labels = held.labelling.ids(image_set)
+        return held
 
     def draw_labels(self, rng: Random, ids: np.ndarray) -> Arrays:
         """The class or caption of images, or none, by its name in a batch."""

@@ -192,8 +192,18 @@ class LatentTask(ImageTask):
             self.save_start(path.parent)
         if "context" in self.cond_fields:
             self.keep_text_encoder()
-        if "cond_image" in self.cond_fields:  # which is made of the images, whose numbers the batches have then
+        self.number_images()
+
+    def number_images(self) -> None:
+        """Where an image condition is made of the images, let their numbers take the place of the labels in a batch."""
+        if "cond_image" in self.cond_fields:
             self.ids, self.labels = self.labels, np.arange(len(self.labels), dtype=np.int32)
+
+    def held_out(self) -> "LatentTask":
+        held: Any = super().held_out()
+        held.data = self.first_stage.cached_moments(held.originals, self.config.data.dir)
+        held.number_images()
+        return held
 
     def save_start(self, folder: Path) -> None:
         """Write what the process begins and ends with: pictures of noise, and of a few images with more and more noise.
@@ -374,6 +384,6 @@ def scale_of(encoded: np.ndarray, train: ImageTrainConfig, world_size: int = 1, 
     """1 / the standard deviation of the latents of a first batch of all ranks (Rombach et al. 2022, appendix G), where
     sample(encoded, noise) makes a latent of what the encoder gives."""
     rng = np.random.default_rng((train.seed, Stream.NOISE))
-    batch = encoded[rng.permutation(len(encoded))[: train.batch_size * world_size]]
+    batch = encoded[rng.permutation(len(encoded))[: train.rows_per_step * world_size]]
     noise = rng.standard_normal((len(batch), batch.shape[1] // 2, *batch.shape[2:]), np.float32)
     return float(1 / sample(Tensor(batch), Tensor(noise)).asnumpy().std())

@@ -1,5 +1,6 @@
 """Points in the plane: a network that learns in seconds, and pictures of the whole way from noise to data."""
 
+from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ from mindspore import Tensor
 
 from ... import plots2d
 from ...data.points import POINTS_FILE, TOYS, Normalizer, load_points, read_saved_points
-from ...fields import AT_LEAST_1, OneOf
+from ...fields import AT_LEAST_1, POSITIVE, OneOf
 from ...files import check_output, write, write_json
 from ...metrics.distances import compare
 from ...models.mlp import MLPConfig, ResidualMLPConfig
@@ -40,6 +41,8 @@ class PointsDataConfig:
     """The points-file: .npy or .csv with two columns, or a folder that holds one such file."""
     num: Annotated[int, AT_LEAST_1] = 10_000
     """Number of points drawn for training; not used for a points-file."""
+    scale: Annotated[float, POSITIVE] | None = None
+    """Divide the points by this for the network; by default their range is mapped to [-1, 1]."""
 
 
 @dataclass(frozen=True)
@@ -82,8 +85,14 @@ class PointsTask(DiffusionTask):
         source = data.dir if self.given_data is None else self.given_data
         self.points = load_points(data.name, source, data.num, self.config.train.seed)
         train, self.test = self.points
-        self.normalizer = Normalizer.of(train)
+        self.normalizer = Normalizer.of(train, data.scale)
         return self.normalizer.normalize(train), np.zeros(len(train), np.int32)
+
+    def held_out(self) -> "PointsTask":
+        held, x = copy(self), self.normalizer.normalize(self.test)
+        held.data = x[self.choose_held(len(x))]
+        held.labels = np.zeros(len(held.data), np.int32)
+        return held
 
     def prepare(self) -> None:
         """Keep the points with the run, and refuse other points than those that it has."""
@@ -109,7 +118,7 @@ class PointsTask(DiffusionTask):
 
     def open(self, home: Path, state: dict[str, Any]) -> None:
         train, self.test = read_saved_points(home / "points.npz")
-        self.normalizer = Normalizer.of(train)
+        self.normalizer = Normalizer.of(train, self.config.data.scale)
 
     def decode(self, x: np.ndarray) -> np.ndarray:
         return self.normalizer.denormalize(x)
