@@ -184,7 +184,7 @@ def test_the_betas_are_those_of_the_original_at_any_number_of_timesteps(read):
 
 
 def test_a_schedule_without_a_range_has_no_ends():
-    with pytest.raises(ValueError, match="cosine has no range of betas: leave out beta_end"):
+    with pytest.raises(ValueError, match="the schedule cosine has no beta_end: leave it out"):
         DiffusionConfig(schedule="cosine", beta_end=0.01).build()
 
 
