@@ -58,11 +58,11 @@ CLASS = PixelConfig(
         total_steps=6000, batch_size=64, lr=2e-3, ema_decay=0.998, sample_guidance=2.0, sample_guidance_interval=(150, 750)
     ),
 )
-# The same on rectified flow: x_0 is predicted, and its error is that of the velocity; guided at the same noise as CLASS
+# The same on rectified flow, predicting its velocity; guided at the same noise as CLASS
 FLOW_GUIDANCE = (190, 710)
 CLASS_FLOW = replace(
     CLASS,
-    diffusion=DiffusionConfig(schedule="flow", objective="x0", loss="l2", weighting="velocity"),
+    diffusion=DiffusionConfig(schedule="flow", objective="v", loss="l2"),
     train=replace(CLASS.train, sample_guidance_interval=FLOW_GUIDANCE),
 )
 LONG = replace(CLASS.train, warmup_steps=500, ema_decay=0.999, timestep_sampling="antithetic")
