@@ -311,7 +311,7 @@ class DiffusionConfig:
 
     num_timesteps: Annotated[int, AT_LEAST_1] = 1000
     """T, the number of diffusion steps."""
-    schedule: Annotated[str, OneOf(ChainMap(SCHEDULES, PATHS))] = "linear"
+    schedule: Annotated[str, OneOf(ChainMap[str, Any](SCHEDULES, PATHS))] = "linear"
     """Noise schedule: linear, unscaled_linear, cosine, quadratic, sigmoid or sqrt_linear; flow, the straight line of
     rectified flow; edm, the noise levels and the preconditioning of EDM. The last two need objective v or x0."""
     objective: Annotated[str, OneOf(OBJECTIVES)] = "eps"
