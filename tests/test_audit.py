@@ -86,7 +86,7 @@ def test_a_graph_with_an_operator_that_ascend_and_cpu_lack(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("preset", ["scurve", "quick-upscale", "autoencoder", "latent-text"])
+@pytest.mark.parametrize("preset", ["scurve", "scurve-flow", "quick-upscale", "autoencoder", "latent-text"])
 def test_presets(preset):
     done = subprocess.run(
         [sys.executable, "-m", "ms_diffusion", "audit", "--preset", preset], capture_output=True, text=True

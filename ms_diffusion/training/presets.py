@@ -68,6 +68,13 @@ CLASS = PixelConfig(
         total_steps=6000, batch_size=64, lr=2e-3, ema_decay=0.998, sample_guidance=2.0, sample_guidance_interval=(150, 750)
     ),
 )
+# The same on rectified flow, predicting its velocity; guided at the same noise as CLASS
+FLOW_GUIDANCE = (190, 710)
+CLASS_FLOW = replace(
+    CLASS,
+    diffusion=DiffusionConfig(schedule="flow", objective="v", loss="l2"),
+    train=replace(CLASS.train, sample_guidance_interval=FLOW_GUIDANCE),
+)
 LONG = replace(CLASS.train, warmup_steps=500, ema_decay=0.999, timestep_sampling="antithetic")
 LARGE = replace(CLASS, model=replace(CLASS.model, dim=64, init_dim=64), train=replace(LONG, total_steps=22_000, lr=1.5e-3))
 # Consistency tuning of a trained run, by default the bundled one, for samples in one or two network calls
@@ -128,6 +135,11 @@ LATENT = LatentConfig(
     model=LatentUnetConfig(groups=8),
     train=replace(LONG, total_steps=10_000),
 )
+LATENT_FLOW = replace(
+    LATENT,
+    diffusion=DiffusionConfig(schedule="flow", objective="v", loss="l2"),
+    train=replace(LATENT.train, sample_guidance_interval=FLOW_GUIDANCE),
+)
 KL_F8 = AutoencoderTrainConfig(
     total_steps=500_000, batch_size=4, lr=1.8e-5, lr_decay=False, warmup_steps=0, clip_norm=1e9, adam_betas=(0.5, 0.9)
 )
@@ -144,6 +156,7 @@ PRESETS: dict[str, Config] = {  # PRESETS["mine"] = config adds a preset
     ),
     "fashion-mnist-resnet": PixelConfig(model=UnetConfig(dim=32, use_convnext=False)),
     "fashion-mnist-class": CLASS,
+    "fashion-mnist-flow": CLASS_FLOW,
     "fashion-mnist-large": LARGE,
     "fashion-mnist-fast": FAST,
     "fashion-mnist-dit": DIT,
@@ -177,6 +190,7 @@ PRESETS: dict[str, Config] = {  # PRESETS["mine"] = config adds a preset
         train=replace(KL_F8, disc_start=50_001, disc_lr=1.8e-5, disc_channels=64, disc_layers=3),
     ),
     "latent": LATENT,
+    "latent-flow": LATENT_FLOW,
     # From 8 x 8 pixels, and from an image with a hole and its class: concat and hybrid conditioning
     "latent-upscale": override(
         replace(LATENT, train=replace(LATENT.train, sample_guidance=1.0, sample_guidance_interval=None)),
