@@ -102,7 +102,7 @@ def test_labels(run):
         ({"stesp": 3}, "stesp"),
         ({"steps": 0}, "steps is 0"),
         ({"steps": 21}, "20"),
-        ({"sampler": "euler"}, "euler"),
+        ({"sampler": "eulr"}, "eulr"),
         ({"seed": -1}, "seed is -1"),
         ({"eta": 0.5, "sampler": "heun"}, "eta"),
         ({"guidance_interval": (0, 5), "guidance": 1.0}, "guidance"),

@@ -293,6 +293,7 @@ BAD_FILES += [
     '{"x": ' * 500 + "1" + "}" * 500,
     "\ud800",
     '{"data": NaN}',
+    '{"kind": "pixels", "diffusion": {"betas_file": "/dev/zero"}}',
 ]
 
 

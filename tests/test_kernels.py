@@ -583,7 +583,7 @@ def library():
 
 
 def test_the_number_of_threads_hardly_changes_results(library):
-    nets = [(drawn(build()), draw(13, *shape[1:])) for build, _, shape in CASES.values()]
+    nets = [(drawn(build()), draw(14, *shape[1:])) for build, _, shape in CASES.values()]
     library.set_threads(1)
     wanted = [answers(net, x) for net, x in nets]
     for count in (2, 5, 5):

@@ -451,7 +451,7 @@ NET_FLAGS += "--model.num-res-blocks 1 --model.attention-resolutions 2 --model.c
 def test_the_default_scale_makes_the_latents_of_a_batch_vary_by_1(autoencoder, tmp_path):
     moments = np.random.default_rng(0).standard_normal((300, 4, 8, 8)).astype(np.float32) * 3
     moments[:, 2:] = -30  # no variance
-    train_config = SimpleNamespace(seed=0, batch_size=200)
+    train_config = SimpleNamespace(seed=0, rows_per_step=200)
     assert scale_of(moments, train_config) == pytest.approx(1 / 3, rel=0.02)
 
 

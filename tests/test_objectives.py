@@ -453,9 +453,11 @@ def test_config_passes_every_field_on():
     base = DiffusionConfig(T, "cosine", "v", "l1", weighting="p2")
     changed = {"num_timesteps": 40, "schedule": "linear", "objective": "x0", "loss": "l2", "v_posterior": 0.5, "gamma": 0.7}
     changed |= {"zero_terminal_snr": True, "weighting": "none", "l_simple_weight": 0.5, "original_elbo_weight": 0.01}
+    changed |= {"cosine_s": 0.02, "max_beta": 0.5}
     ends = {"beta_start": 2e-4, "beta_end": 0.03}  # which the cosine has not
     paths = {"shift": "flow", "sigma_data": "edm"}
-    assert changed.keys() | ends.keys() | paths.keys() == {field.name for field in fields(DiffusionConfig)}
+    given = {"betas", "betas_file"}  # which test_process.py reads and builds
+    assert changed.keys() | ends.keys() | paths.keys() | given == {field.name for field in fields(DiffusionConfig)}
 
     def built(config):
         d = config.build()

@@ -144,7 +144,7 @@ def test_ddim_is_eulers_step_along_the_velocity(pair, x, x_start):
     assert ddim_step(x, x_start, Level(1 - s, s), DATA) == pytest.approx(x_start, abs=1e-9)
 
 
-@pytest.mark.parametrize("name", sorted(SAMPLERS))
+@pytest.mark.parametrize("name", sorted(SAMPLERS.keys() - {"consistency"}))  # which needs a network that is tuned for it
 @pytest.mark.parametrize("process", [FLOW, EDM], ids=list(PATHS))
 def test_samplers_reach_the_data(process, name):
     """Data N(1.5, 0.3^2): the exact map of the ODE is linear, and a sampler with noise has the right mean and variance."""

@@ -140,7 +140,7 @@ def test_betas_of_a_file(tmp_path):
         np.testing.assert_array_equal(kept.build().betas, betas)
     for text in ("", "[]", "[0.1, 2]", '["a"]', '{"a": 1}', "0.1", "[[0.1]]", "[NaN]"):
         (tmp_path / "b.json").write_text(text)
-        with pytest.raises(UserError, match="--diffusion.betas-file .*b.json must hold"):
+        with pytest.raises(UserError, match="--diffusion.betas-file .*b.json.* must hold"):
             DiffusionConfig(betas_file=str(tmp_path / "b.json"))
     with pytest.raises(UserError, match="cannot be read"):
         DiffusionConfig(betas_file=str(tmp_path / "no.npy"))
@@ -236,7 +236,7 @@ def test_config_refuses_values_by_flag(bad):
 
 def test_process_and_config_have_the_same_defaults():
     defaults = inspect.signature(GaussianDiffusion).parameters
-    shared = [field for field in fields(DiffusionConfig) if field.name in defaults]
+    shared = [field for field in fields(DiffusionConfig) if field.name in defaults and field.name != "betas"]
     assert len(shared) == 7
     assert all(field.default == defaults[field.name].default for field in shared)
     default, cosine = defaults["clip_denoised"].default, DiffusionConfig(20, "cosine")

@@ -550,7 +550,7 @@ def test_samplers_describe_themselves():
     known = {"ddpm": {"v_posterior", "quantize"}, "plms": {"quantize"}, "unipc": {"order"}, "heun": churn}
     assert options == known | {"ddim": noise, "euler": noise, "euler_ancestral": noise}
     stochastic = {name for name, sampler in SAMPLERS.items() if is_stochastic(sampler)}
-    assert stochastic == {"ddpm", "sde_dpmpp_2m", "euler_ancestral"}
+    assert stochastic == {"ddpm", "sde_dpmpp_2m", "euler_ancestral", "consistency"}
     even = {name for name, sampler in SAMPLERS.items() if default_spacing(sampler) == "linspace"}
     assert even == {"ddpm", "ddim", "euler"}
     for sampler in SAMPLERS.values():  # also with self-conditioning

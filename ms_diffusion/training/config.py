@@ -273,6 +273,8 @@ def config_from_record(record: Any) -> Config:
         kind, record = record.get("kind"), {key: value for key, value in record.items() if key not in ("version", "kind")}
         if kind not in list(Config.kinds):
             raise ValueError(f"unknown kind {kind!r:.200}: choose one of {', '.join(Config.kinds)}")
+        if isinstance(process := record.get("diffusion"), dict) and process.get("betas_file"):
+            raise ValueError("diffusion.betas_file names a file, where a run keeps the betas themselves")
         config = from_record(Config.kinds[kind], record)
         check_fields(config, "")
         return config
