@@ -194,7 +194,8 @@ class Process:
         with np.errstate(divide="ignore"):  # infinite at zero SNR, where the objective is not eps
             self._recip_alphas, self._recip_snr_roots = device(1 / alphas), device(sigmas / alphas)
         self._path_weights = device(len(alphas) / np.arange(1, len(alphas) + 1) / max(math.log(len(alphas)), 1))
-        self._slopes = [device(slope) for slope in self.slopes]
+        # A table that is another one is one gather in a graph
+        self._slopes = device(self.slopes[0]), self._alphas if slopes is None else device(self.slopes[1])
         self._start_of_v = device(self.slopes[1] / turn), device(sigmas / turn)
         self._posterior_mean_coef1 = device(self.posterior_mean_coef1)
         self._posterior_mean_coef2 = device(self.posterior_mean_coef2)
