@@ -194,8 +194,8 @@ class Process:
         with np.errstate(divide="ignore"):  # infinite at zero SNR, where the objective is not eps
             self._recip_alphas, self._recip_snr_roots = device(1 / alphas), device(sigmas / alphas)
         self._path_weights = device(len(alphas) / np.arange(1, len(alphas) + 1) / max(math.log(len(alphas)), 1))
-        # A table that is another one is one gather in a graph
-        self._slopes = device(self.slopes[0]), self._alphas if slopes is None else device(self.slopes[1])
+        # (-alpha', sigma'); where they are the tables (sigma, alpha), a graph gathers them once
+        self._slopes = (self._sigmas, self._alphas) if slopes is None else (device(-slopes[0]), device(slopes[1]))
         self._start_of_v = device(self.slopes[1] / turn), device(sigmas / turn)
         self._posterior_mean_coef1 = device(self.posterior_mean_coef1)
         self._posterior_mean_coef2 = device(self.posterior_mean_coef2)
@@ -237,7 +237,7 @@ class Process:
 
     def predict_v(self, x_start: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """v = alpha' x_0 + sigma' noise; by default alpha noise - sigma x_0 (Salimans & Ho 2022, section 4)."""
-        return at(self._slopes[1], t, x_start) * noise + at(self._slopes[0], t, x_start) * x_start
+        return at(self._slopes[1], t, x_start) * noise - at(self._slopes[0], t, x_start) * x_start
 
     def predict_start_from_v(self, x_t: Tensor, t: Tensor, v: Tensor) -> Tensor:
         """x_0 = (sigma' x_t - sigma v) / (alpha sigma' - alpha' sigma); by default alpha x_t - sigma v (Salimans & Ho 2022,
