@@ -142,6 +142,25 @@ class SpatialRescaler(nn.Cell):
         return self.channel_mapper(x)
 
 
+class PixelConditions:
+    """What the conditions of a network of images follow from: the fields that `UnetConfig` and `DiTConfig` share."""
+
+    num_classes: int | None
+    vocab_size: int
+    cond_channels: int
+
+    @property
+    def null_label(self) -> int | None:
+        """The label that means "no class", or the token that means "no caption"; None for an unconditional network."""
+        return 0 if self.vocab_size else self.num_classes
+
+    @property
+    def cond_fields(self) -> tuple[str, ...]:
+        """Names of the conditions that the network takes after t, in order."""
+        first = ("tokens",) if self.vocab_size else ("labels",) * (self.num_classes is not None)
+        return first + ("cond_image",) * (self.cond_channels > 0)
+
+
 class TextEmbedding(nn.Cell):
     """The mean of a `TextEncoder` over the tokens of a caption, for a time embedding: tokens (B, max_length) -> (B,
     dim_out). Tokens of 0, which pad a caption, do not count."""

@@ -14,7 +14,7 @@ from mindspore import Tensor, nn, ops
 
 from ..fields import AT_LEAST_1, DEPTH, NON_NEGATIVE, POSITIVE, Bounds, check_fields
 from .attention import TokenAttention
-from .context import TextEmbedding
+from .context import PixelConditions, TextEmbedding
 from .layers import (
     AdaLayerNorm,
     Embedding,
@@ -90,7 +90,7 @@ class FinalLayer(nn.Cell):
 
 
 @dataclass(frozen=True)
-class DiTConfig:
+class DiTConfig(PixelConditions):
     """Configuration of a DiT."""
 
     hidden_size: Annotated[int, Bounds(4)] = 192
@@ -119,17 +119,6 @@ class DiTConfig:
     """Channels of a conditioning image that is concatenated to x."""
     self_condition: bool = False
     """Concatenate the previous estimate of x_0 to x (Chen et al. 2022)."""
-
-    @property
-    def null_label(self) -> int | None:
-        """The label that means "no class", or the token that means "no caption"; None for an unconditional network."""
-        return 0 if self.vocab_size else self.num_classes
-
-    @property
-    def cond_fields(self) -> tuple[str, ...]:
-        """Names of the conditions that the network takes after t, in order."""
-        first = ("tokens",) if self.vocab_size else ("labels",) * (self.num_classes is not None)
-        return first + ("cond_image",) * (self.cond_channels > 0)
 
     @property
     def size_multiple(self) -> int:

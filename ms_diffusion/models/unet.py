@@ -14,7 +14,7 @@ from mindspore import Tensor, nn, ops
 from ..fields import AT_LEAST_1, NON_NEGATIVE, NOT_EMPTY, Bounds, check_fields
 from . import layers
 from .attention import Attention, LinearAttention
-from .context import TextEmbedding
+from .context import PixelConditions, TextEmbedding
 from .layers import GELU, Embedding, GroupNorm, Identity, Linear, SiLU, chunk, conv2d, name_and_initialise, norm_conv
 
 
@@ -78,7 +78,7 @@ class ConvNextBlock(nn.Cell):
 
 
 @dataclass(frozen=True)
-class UnetConfig:
+class UnetConfig(PixelConditions):
     """Configuration of a Unet."""
 
     dim: Annotated[int, Bounds(4)] = 28
@@ -117,17 +117,6 @@ class UnetConfig:
     """Channels of a conditioning image that is concatenated to x."""
     self_condition: bool = False
     """Concatenate the previous estimate of x_0 to x (Chen et al. 2022)."""
-
-    @property
-    def null_label(self) -> int | None:
-        """The label that means "no class", or the token that means "no caption"; None for an unconditional network."""
-        return 0 if self.vocab_size else self.num_classes
-
-    @property
-    def cond_fields(self) -> tuple[str, ...]:
-        """Names of the conditions that the network takes after t, in order."""
-        first = ("tokens",) if self.vocab_size else ("labels",) * (self.num_classes is not None)
-        return first + ("cond_image",) * (self.cond_channels > 0)
 
     @property
     def size_multiple(self) -> int:

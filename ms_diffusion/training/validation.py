@@ -1,6 +1,5 @@
 """The loss of held-out data, which shows when a network begins to learn its training data by heart."""
 
-import copy
 import inspect
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -10,6 +9,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
 from ..runtime import UserError, check_interrupted, compiled, gather, ranks
+from .step import copy_network
 
 Batch = dict[str, np.ndarray]
 
@@ -23,10 +23,8 @@ class Validation:
         batches: of equal size; noise and timesteps in them are fixed, so that losses of two steps can be compared."""
 
     def __init__(self, average: nn.Cell, make_loss: Callable[[nn.Cell], Callable], batches: Sequence[Batch]):
-        net = copy.deepcopy(average)
+        net = copy_network(average, "validated")
         self.parameters, self.batches, loss_fn = list(net.get_parameters()), batches, make_loss(net)
-        for p in self.parameters:
-            p.name = f"validated.{p.name}"
         self.fields, self.loss = inspect.signature(loss_fn), compiled(loss_fn)
 
     def __call__(self, weights: Iterable[Parameter]) -> float:
