@@ -80,6 +80,8 @@ def test_events_that_begin_late_or_are_removed(tmp_path):
     for step in (1, 2, 3):
         log.append(step=step, loss=1 / step)
         draw(tmp_path, step)
+    damaged = tmp_path / "samples" / "denoise-row-0000002.png"
+    damaged.write_bytes(b"no picture")
     log.events = Events(tmp_path, log.rows, 3, True)
     assert_same(tmp_path)
     log.events.path.unlink()

@@ -21,13 +21,13 @@ from ..runtime import UserError, command, one_line
 from ..training.config import Config
 from ..training.loop import loss_curves
 from ..training.presets import PRESETS
-from ..training.runs import WEIGHTS, bundled_models
+from ..training.runs import WEIGHTS, bundled_models, previews
 from .parse import parse
 from .runs import Summary, read, read_scores, show_scores, summarize
 from .train import command_of, flags_of, from_preset, values_of
 
 MOST = 24  # pictures of a kind, evenly spaced where a run has more
-SIZE = 4.4, 2.9  # inches of a curve, so that its letters can be read on a phone
+SIZE = 4.0, 2.7  # inches of a curve, so that its letters can be read on a phone
 COLOURS = "#3d8fd1", "#e8853a", "#3fa66b", "#dd5a52"  # which stand out on white and on black
 INK = "#010203"  # the colour of axes, which becomes that of the page's text
 IN_LOSS = {"step", "epoch", "skipped", "loss", "val_loss", "val_loss_ema"}  # drawn with the loss, or not at all
@@ -199,12 +199,9 @@ def svg(chart: Any) -> str:
 
 def pictures(path: Path) -> Iterator[tuple[str, list[str]]]:
     """The title and the pictures of each kind of preview, in the order of their steps."""
-    kinds: dict[str, list[tuple[int, Path]]] = {}
-    for file in (path / "samples").glob("*.png"):
-        kind, step = re.fullmatch(r"(.*?)(?:-(\d+))?", file.stem, re.DOTALL).groups()  # type: ignore[union-attr]
-        kinds.setdefault(kind, []).append((int(step or 0), file))
-    for kind in sorted(kinds, key=lambda kind: (kind not in PICTURES, [*PICTURES, kind].index(kind), kind)):
-        files = sorted(kinds[kind])
+    kinds = previews(path)
+    for kind in sorted(kinds, key=lambda kind: [*PICTURES, kind].index(kind)):
+        files = kinds[kind]
         chosen = np.unique(np.linspace(0, len(files) - 1, min(len(files), MOST)).round().astype(int))
         left_out = f" ({len(chosen)} of {len(files)})" if len(chosen) < len(files) else ""
         yield PICTURES.get(kind, kind) + left_out, [picture(*files[i]) for i in chosen]

@@ -4,8 +4,8 @@ is the record of a run.
 MindSpore's own SummaryRecord writes scalars in a field that TensorBoard does not know. tensorboard's EventFileWriter would
 import TensorFlow where it is installed, and start a thread; its records and messages alone do neither."""
 
+import contextlib
 import platform
-import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 from ..files import read_bytes
 from ..images import picture_size
 from ..runtime import UserError
+from .runs import previews
 
 PREFIX = "events.out.tfevents."
 VERSION = "brain.Event:2"  # what each file begins with
@@ -43,12 +44,12 @@ class Events:
     def __init__(self, run_dir: Path, rows: Sequence[dict[str, Any]], start: int, is_finished: bool):
         self.messages, self.summaries, self.writer = import_tensorboard()
         first = start if any(run_dir.glob(f"{PREFIX}*")) else 0
-        self.samples, self.path = run_dir / "samples", run_dir / f"{PREFIX}{time.time():.6f}.{platform.node()}"
+        self.run_dir, self.path = run_dir, run_dir / f"{PREFIX}{time.time():.6f}.{platform.node()}"
         self.write(step=first, session_log=self.messages.SessionLog(status=self.messages.SessionLog.START))
         for row in rows:
             if row["step"] >= first:
                 self.add(row)
-        for step in sorted({int(path.stem[-7:]) for path in self.samples.glob("*-" + 7 * "[0-9]" + ".png")}):
+        for step in sorted({step for files in previews(run_dir).values() for step, _ in files}):
             if first <= step < start + is_finished:
                 self.add_pictures(step)
 
@@ -57,13 +58,13 @@ class Events:
         self.summarize(row["step"], [{"tag": name, "simple_value": row[name]} for name in row if name != "step"])
 
     def add_pictures(self, step: int) -> None:
-        """Write the previews of a step, under `samples/` and their names without the step."""
+        """Write the previews of a step, each under `samples/` and its kind. What cannot be read is left out."""
         values = []
-        for path in sorted(self.samples.glob(f"*-{step:07d}.png")):
-            height, width = picture_size(path)
-            picture = {"height": height, "width": width, "colorspace": 3, "encoded_image_string": read_bytes(path)}
-            tag = f"samples/{re.sub('-[0-9]+$', '', path.stem)}"
-            values.append({"tag": tag, "image": self.summaries.Summary.Image(**picture)})
+        for kind, path in ((kind, path) for kind, files in previews(self.run_dir).items() for n, path in files if n == step):
+            with contextlib.suppress(OSError, ValueError, UserError):
+                (height, width), data = picture_size(path), read_bytes(path)
+                picture = {"height": height, "width": width, "colorspace": 3, "encoded_image_string": data}
+                values.append({"tag": f"samples/{kind}", "image": self.summaries.Summary.Image(**picture)})
         self.summarize(step, values)
 
     def summarize(self, step: int, values: list[dict[str, Any]]) -> None:
