@@ -5,13 +5,25 @@ import inspect
 from collections.abc import Iterator
 from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_origin, get_type_hints
 
 import tyro
 
 import ms_diffusion as md
-from ms_diffusion.commands import audit, benchmark, doctor, evaluate, export, likelihood, sample, train
-from ms_diffusion.fields import Bounds, OneOf, find_problem
+from ms_diffusion.commands import (
+    audit,
+    benchmark,
+    completion,
+    doctor,
+    evaluate,
+    export,
+    likelihood,
+    report,
+    runs,
+    sample,
+    train,
+)
+from ms_diffusion.fields import Bounds, OneOf, find_problem, unfold
 from ms_diffusion.training import config
 
 HEADER = """# Flags
@@ -35,6 +47,8 @@ TABLES = [  # title, dataclass, prefix of its flags, base class with a table of 
     ("train: training of diffusion models", config.DiffusionTrainConfig, "--train.", config.TrainConfig),
     ("train: training on images and latents", config.ImageTrainConfig, "--train.", config.DiffusionTrainConfig),
     ("train: training of autoencoders", md.AutoencoderTrainConfig, "--train.", config.TrainConfig),
+    ("runs", runs.Args, "--"),
+    ("report", report.Args, "--"),
     ("sample", sample.Args, "--"),
     ("evaluate", evaluate.Args, "--"),
     ("likelihood", likelihood.Args, "--"),
@@ -42,6 +56,7 @@ TABLES = [  # title, dataclass, prefix of its flags, base class with a table of 
     ("audit", audit.Args, "--"),
     ("doctor", doctor.Args, "--"),
     ("export", export.Args, "--"),
+    ("completion", completion.Args, "--"),
 ]
 
 
@@ -50,12 +65,6 @@ def field_docs(cls: type) -> dict[str, str]:
     body = [n for c in reversed(cls.__mro__) if is_dataclass(c) for n in ast.parse(inspect.getsource(c)).body[0].body]
     pairs = [(a, b) for a, b in zip(body, body[1:], strict=False) if type(a) is ast.AnnAssign and type(b) is ast.Expr]
     return {field.target.id: " ".join(ast.literal_eval(text.value).replace("|", "\\|").split()) for field, text in pairs}
-
-
-def unfold(hint: Any) -> list:
-    """A type, and all types, values and marks inside it; of a type variable, its bound."""
-    inner = [hint.__bound__] if isinstance(hint, TypeVar) else get_args(hint)
-    return [hint, *(part for each in inner for part in unfold(each))]
 
 
 def rows(cls: type, prefix: str, base: type | None = None, defaults: Any = None) -> Iterator[str]:

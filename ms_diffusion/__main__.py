@@ -6,18 +6,8 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from . import __version__, runtime, versions
+from .commands import COMMANDS
 from .runtime import UserError
-
-COMMANDS = {
-    "train": "train a run, or continue one",
-    "sample": "draw samples from a run, or edit images with it",
-    "evaluate": "score samples against real images",
-    "likelihood": "bits per dimension of images under a run",
-    "benchmark": "time training and sampling on this machine",
-    "doctor": "say whether this machine can train, and what to mend",
-    "audit": "list the primitives of a preset's graphs and how each device runs them",
-    "export": "write a run's networks as ONNX or MindIR, or their weights, for other programs",
-}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

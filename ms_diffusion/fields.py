@@ -159,6 +159,12 @@ def find_problem(value: Any, hint: Any, most: int = MOST_VALUES) -> str | None:
     return None if fits else f"it must be {kinds.get(hint, hint.__name__)}"
 
 
+def unfold(hint: Any) -> list[Any]:
+    """A type, and all types, values and marks inside it; of a type variable, its bound."""
+    inner = [hint.__bound__] if isinstance(hint, TypeVar) else typing.get_args(hint)
+    return [hint, *(part for each in inner for part in unfold(each))]
+
+
 def can_be_path(text: str) -> bool:
     try:
         return b"\0" not in os.fsencode(text)

@@ -7,7 +7,7 @@ import logging
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
@@ -168,21 +168,21 @@ def save_gif(
     write(path, lambda f: pictures[0].save(f, "GIF", save_all=True, append_images=pictures[1:], **options))
 
 
-def save_loss_curve(
-    path: str | Path,
+def loss_figure(
     steps: Sequence[int],
     losses: Sequence[float],
     scores: Sequence[tuple[int, float]] = (),
     held: Sequence[tuple[int, float, float]] = (),
-) -> None:
-    """Write a PNG of the loss over the step, raw and smoothed; `scores` are pairs (step, FID), on an axis at the right. Of a
-    long curve, means of neighbours are drawn. `held` are (step, loss of held-out data, the same with averaged weights)."""
+    size: tuple[float, float] = (6, 4),
+) -> Any:
+    """A figure of matplotlib, `size` inches wide and high: the loss over the step, raw and smoothed; `scores` are pairs
+    (step, FID), on an axis at the right. Of a long curve, means of neighbours are drawn. `held` are (step, loss of held-out
+    data, the same with averaged weights)."""
     from matplotlib.figure import Figure  # takes a second to import
 
     gc.collect()  # the last figure, 2 MB of objects that refer to each other: a run draws one at each checkpoint
-    group = -(-len(losses) // CURVE_POINTS)
-    steps, losses = steps[::group], [float(np.mean(losses[i : i + group])) for i in range(0, len(losses), group)]
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    steps, losses = thinned(steps, losses)
+    figure = Figure(figsize=size, layout="constrained")
     axes = figure.subplots()
     axes.plot(steps, losses, alpha=0.3, label="loss")
     if len(losses) >= 20:
@@ -201,4 +201,22 @@ def save_loss_curve(
         right = axes.twinx()
         right.plot(*zip(*scores, strict=True), "o-", color="C2")
         right.set(ylabel="FID", yscale="log")
+    return figure
+
+
+def thinned(steps: Sequence[int], values: Sequence[float]) -> tuple[Sequence[int], list[float]]:
+    """At most `CURVE_POINTS` steps and values of a curve: means of neighbours, where it has more."""
+    group = max(-(-len(values) // CURVE_POINTS), 1)
+    return steps[::group], [float(np.mean(values[i : i + group])) for i in range(0, len(values), group)]
+
+
+def save_loss_curve(
+    path: str | Path,
+    steps: Sequence[int],
+    losses: Sequence[float],
+    scores: Sequence[tuple[int, float]] = (),
+    held: Sequence[tuple[int, float, float]] = (),
+) -> None:
+    """Write a `loss_figure` as a PNG file."""
+    figure = loss_figure(steps, losses, scores, held)
     write(path, lambda f: figure.savefig(f, format="png", dpi=120))

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .files import create, is_running, machine, started, temporary_path
+from .files import create, is_running, machine, open_file, started, temporary_path
 from .runtime import UserError
 
 BEAT = 5.0  # seconds between two signs of life of a writer
@@ -188,6 +188,23 @@ def _is_same(descriptor: int, path: Path) -> bool:
 
 
 def _held(folder: Path, descriptor: int) -> UserError:
-    record = _read(descriptor)
-    holder = "{user}'s process {process} on {host}".format(**record) if "user" in record else "another process"
+    holder = _name(_read(descriptor))
     return UserError(f"{folder} is being written by {holder}: wait until it has ended, or use another --run-dir")
+
+
+def _name(record: dict[str, Any]) -> str:
+    return "{user}'s process {process} on {host}".format(**record) if "user" in record else "another process"
+
+
+def find_writer(folder: Path) -> str | None:
+    """Who writes to a folder, in words, as far as its lock file tells, which is only read; None if nobody does."""
+    try:
+        with open_file(folder / NAME) as file:
+            record, changed = _read(file.fileno()), os.fstat(file.fileno()).st_mtime
+    except OSError:
+        return None
+    if record.get("machine") == machine():
+        lives = is_running(record["process"], record["started"])
+    else:
+        lives = bool(record) and time.time() - changed < LOST
+    return _name(record) if lives else None

@@ -13,8 +13,11 @@ from ..runtime import UserError, command, initialise_ranks, one_line
 from ..training.pipeline import load
 from ..training.runs import BEST, FAST, WEIGHTS, bundled_models, default_run
 from ..training.tasks.base import Request
+from ..weight_files import read_weights
 from . import modelarts
 from .parse import parse
+
+LICENSE = "MIT license"  # of every bundled model, as of the package
 
 
 @dataclass
@@ -30,7 +33,7 @@ class Args(Request):
     """Height and width of the pictures of Stable Diffusion in pixels, or one number for both; by default those of its
     training."""
     list_: Annotated[bool, tyro.conf.arg(name="list")] = False
-    """List the bundled models and their scores."""
+    """List the bundled models: size, license and scores."""
     data_url: str | None = None
     """ModelArts: the run's folder, local or obs://."""
     train_url: str | None = None
@@ -67,6 +70,8 @@ def main(argv: Sequence[str]) -> int:
 def describe(name: str) -> str:
     """A line on a bundled model."""
     scores = json.loads((WEIGHTS / name / "evaluation.json").read_text())
-    size = (WEIGHTS / name / "ema.safetensors").stat().st_size / 1e6
+    file = WEIGHTS / name / "ema.safetensors"
+    size, parameters = file.stat().st_size / 1e6, sum(array.size for array in read_weights(file).values())
     fid, floor, accuracy = scores["samples"]["fid"], scores["floor"]["fid"], scores["samples"]["class_accuracy"]
-    return f"{size:.1f} MB, FID {fid:.2f} (real images: {floor:.2f}), class accuracy {accuracy:.1%}"
+    what = f"{parameters:,} parameters, {size:.1f} MB, {LICENSE}"
+    return f"{what}; FID {fid:.2f} (real images: {floor:.2f}), class accuracy {accuracy:.1%}"

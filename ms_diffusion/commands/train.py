@@ -3,9 +3,9 @@
 import argparse
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Generic, Literal, TypeVar
+from typing import Annotated, Any, Generic, Literal, TypeVar, get_type_hints
 
 import tyro
 
@@ -102,6 +102,54 @@ def main(argv: Sequence[str]) -> int:
         else:
             report(task, run_dir, preview)
     return code or (0 if arrived else 2)
+
+
+def from_preset(config: Config) -> tuple[str, dict[str, Any]] | None:
+    """The preset that a configuration is nearest to, and its values that differ from it, by the dotted names of their
+    fields. None if no preset has such a network."""
+    ours, found = values_of(config), {}
+    for name, preset in PRESETS.items():
+        if (type(preset), type(preset.model)) == (type(config), type(config.model)):
+            theirs = values_of(preset)
+            found[name] = {field: value for field, value in ours.items() if value != theirs[field]}
+    return min(found.items(), key=lambda item: len(item[1]), default=None)
+
+
+def values_of(config: Any, prefix: str = "") -> dict[str, Any]:
+    """The values of a configuration that flags set, by the dotted names of their fields."""
+    values, hints = {}, get_type_hints(type(config), include_extras=True)
+    for each in fields(config):
+        value, marks = getattr(config, each.name), getattr(hints[each.name], "__metadata__", ())
+        if is_dataclass(value) and tyro.conf.Suppress not in marks:
+            values |= values_of(value, f"{prefix}{each.name}.")
+        elif tyro.conf.Suppress not in marks:
+            values[prefix + each.name] = value
+    return values
+
+
+def flags_of(values: dict[str, Any]) -> list[str]:
+    """The command line that sets the fields of these dotted names."""
+    flags = []
+    for name, value in values.items():
+        section, dot, last = name.replace("_", "-").rpartition(".")
+        if isinstance(value, bool):
+            flags.append(f"--{section}{dot}{'' if value else 'no-'}{last}")
+        else:
+            flags += [f"--{section}{dot}{last}", *map(str, value if isinstance(value, tuple) else [value])]
+    return flags
+
+
+def command_of(config: Config, run_dir: str | Path) -> str | None:
+    """The command that trains a run of this configuration, or goes on with it. None if no command does: its data were given
+    from Python, or no preset has its network."""
+    found = from_preset(config)
+    if not found or config.data.name == "arrays":
+        return None
+    preset, values = found
+    if config.train.epochs is not None:
+        values.pop("train.total_steps", None)  # which is computed from them
+    flags = ["--preset", preset, "--run-dir", str(run_dir), *flags_of(values)]
+    return f"{command('train')} {shlex.join(flags)}"
 
 
 def report(task: Task, run_dir: Path, preview: Path | None) -> None:

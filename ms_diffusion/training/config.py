@@ -108,6 +108,8 @@ class TrainConfig:
     """Held-out images or points in such a loss."""
     epochs: Annotated[float, POSITIVE] | None = None
     """Length in passes over the data, in place of total_steps, which is computed from it."""
+    tensorboard: bool = False
+    """Write the numbers of metrics.jsonl and the previews for TensorBoard too, which must be installed."""
 
     @property
     def rows_per_step(self) -> int:

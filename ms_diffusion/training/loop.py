@@ -33,6 +33,7 @@ from ..runtime import (
 )
 from .checkpoint import best_checkpoint, read_config, read_state, score_of
 from .config import Config, override
+from .events import Events, import_tensorboard
 from .presets import PRESETS
 from .runs import Run
 from .tasks.base import Logged, Task
@@ -80,6 +81,8 @@ def train_task(task: Task, run_dir: Path, device: str, stop: threading.Event,
     `on_save`. Raises UserError if another process trains this run."""
     rank, world_size = initialise_ranks()
     task.config.check()
+    if task.config.train.tensorboard:
+        import_tensorboard()
     with sole_writer(run_dir) if rank == 0 else nullcontext() as check_lock:
         check_same_run(run_dir, task.config)
         task.start(run_dir, device, rank, world_size)
@@ -103,6 +106,9 @@ class Training:
         self.saved, self.preview, self.is_finished = self.start if task.state else -1, None, False
         self.losses = Losses(**state.get("losses", {}))
         self.metrics = Metrics(self.run_dir / "metrics.jsonl", self.start) if task.rank == 0 else None
+        if self.metrics and self.train.tensorboard:
+            is_finished = not state.get("unfinished")
+            self.metrics.events = Events(self.run_dir, self.metrics.rows, self.start, is_finished)
 
     def run(self) -> tuple[int, Path | None]:
         task, train, step, preview = self.task, self.train, self.start, None
@@ -219,7 +225,7 @@ class Training:
     def finish(self, step: int, bar: ProgressBar) -> None:
         """Make the preview and the scores of a step, and save the step if its score is the best so far."""
         task, train = self.task, self.train
-        if step % train.sample_every == 0 or step == train.total_steps:
+        if is_drawn := step % train.sample_every == 0 or step == train.total_steps:
             bar.set_postfix_str("sampling")
             self.preview = task.preview(step)
         scores = {}
@@ -236,6 +242,8 @@ class Training:
                 is_best = best is None or score_of(scores) < score_of(read_state(best))
                 if {"step": step, **scores} not in self.metrics.rows:  # or was logged before the run was killed here
                     self.metrics.append(step=step, **scores)
+            if self.metrics.events and is_drawn:
+                self.metrics.events.add_pictures(step)
             if self.saved == step:
                 self.check_lock()
                 task.checkpoint.update(step, unfinished=False, **scores)
@@ -320,7 +328,9 @@ def fixed_parts(config: Config) -> dict[str, Any]:
 
 class Metrics:
     """metrics.jsonl: a line of numbers every `log_every` steps. Lines after the step that a run resumes at are dropped, and
-    lines that cannot be read, such as one that a crash has cut."""
+    lines that cannot be read, such as one that a crash has cut. What is appended goes to `events` too, if there are any."""
+
+    events: Events | None = None
 
     def __init__(self, path: Path, start: int):
         self.path = path
@@ -333,11 +343,13 @@ class Metrics:
 
     def append(self, **row: float) -> None:
         self.rows.append(row)
-        if not self.path.exists():  # the folder was removed or renamed
+        if self.path.exists():
+            with open(self.path, "a") as f:
+                f.write(json.dumps(row) + "\n")
+        else:  # the folder was removed or renamed
             self.write()
-            return
-        with open(self.path, "a") as f:
-            f.write(json.dumps(row) + "\n")
+        if self.events:
+            self.events.add(row)
 
     def sync(self) -> None:
         """Wait until all lines are on the disk. If the file was removed, it is written again."""
@@ -347,11 +359,18 @@ class Metrics:
             os.fsync(f.fileno())
 
     def draw(self, path: Path) -> None:
-        steps, losses = ([row[key] for row in self.rows if "loss" in row] for key in ("step", "loss"))
-        scores = [(row["step"], row["fid"]) for row in self.rows if "fid" in row]
-        held = [(row["step"], row["val_loss"], row["val_loss_ema"]) for row in self.rows if "val_loss" in row]
-        if steps:
-            save_loss_curve(path, steps, losses, scores, held)
+        if curves := loss_curves(self.rows):
+            save_loss_curve(path, *curves)
+
+
+def loss_curves(rows: list[dict[str, Any]]) -> tuple[list, list, list, list] | None:
+    """What `images.loss_figure` draws of the rows of a metrics.jsonl: steps, losses, scores, and losses of held-out data.
+    None before the first loss."""
+    steps, losses = ([row[key] for row in rows if "loss" in row] for key in ("step", "loss"))
+    scores = [(row["step"], row["fid"]) for row in rows if "fid" in row]
+    both = [row for row in rows if {"val_loss", "val_loss_ema"} <= row.keys()]
+    held = [(row["step"], row["val_loss"], row["val_loss_ema"]) for row in both]
+    return (steps, losses, scores, held) if steps else None
 
 
 def parse_rows(content: bytes) -> list[dict[str, Any]]:

@@ -65,6 +65,17 @@ def is_run(path: str | Path | None) -> bool:
     return bool(path) and (str(path) in bundled_models() or any((folder / name).exists() for name in SIGNS))
 
 
+def previews(run_dir: Path) -> dict[str, list[tuple[int, Path]]]:
+    """The pictures that training has drawn: for each kind, such as "step" or "denoise-row", (step, path) in the order of the
+    steps. One without a step in its name is of step 0."""
+    kinds: dict[str, list[tuple[int, Path]]] = {}
+    for path in (run_dir / "samples").glob("*.png"):
+        kind, _, step = path.stem.rpartition("-")
+        kind, step = (kind, int(step)) if kind and step.isdecimal() else (path.stem, 0)
+        kinds.setdefault(kind, []).append((step, path))
+    return {kind: sorted(kinds[kind]) for kind in sorted(kinds)}
+
+
 class Run:
     """A trained run: `md.load("runs/mine")`, or what `md.train` returns. Raises UserError if there is no such run, or it
     cannot be read, or it keeps no averages.
