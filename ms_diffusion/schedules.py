@@ -52,7 +52,7 @@ def log_snr_beta_schedule(T: int, log_snr_max: float = 13.3, log_snr_min: float 
     """log(alpha^2 / sigma^2) falls evenly from log_snr_max to log_snr_min, as variational diffusion models do before they
     learn it (Kingma et al. 2021, arXiv 2107.00630, section 6 and appendix B). The plain loss of eps is then the variational
     bound of T steps, up to a factor: the schedule for likelihoods. At log_snr_max the 256 levels of a pixel are apart."""
-    alpha_bar = 1 / (1 + np.exp(-np.linspace(log_snr_max, log_snr_min, T)))
+    alpha_bar = 1 / (1 + np.exp(-np.linspace(log_snr_min, log_snr_max, T)[::-1]))
     return 1 - alpha_bar / np.append(1.0, alpha_bar[:-1])
 
 
