@@ -119,7 +119,7 @@ def test_a_spoilt_checkpoint_is_passed_over(tmp_path, capsys):
 
 
 def test_bundled_models(tmp_path, monkeypatch):
-    """They are listed with their scores, load, and denoise what is hardly noised; no run means the first of them."""
+    """They are listed with their scores, load, and denoise what is hardly noised; no run means one of them."""
     monkeypatch.chdir(tmp_path)
     listed = succeed("sample", "--list")
     for name in trained_runs.bundled_models():
@@ -134,12 +134,31 @@ def test_bundled_models(tmp_path, monkeypatch):
         assert abs(predicted - x_start).mean() < 0.2 * abs(x_t.asnumpy() / np.sqrt(a) - x_start).mean()
         for flags, words in ((["--weights", "model"], "model.safetensors"), (["--ema-length", 0.1], "--train.ema-lengths")):
             assert_refused(call("sample", name, *flags), words)
-    assert trained_runs.default_run() == trained_runs.bundled_models()[0]
+    assert {trained_runs.default_run(), trained_runs.default_run(fast=True)} == set(trained_runs.bundled_models())
     assert list(tmp_path.iterdir()) == []
 
     monkeypatch.setattr(trained_runs, "WEIGHTS", tmp_path / "nothing")
     assert succeed("sample", "--list").strip() == ""
     assert_refused(call("sample"), "no run")
+
+
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [
+        (["--num", 2, "--seed", 3, "--class", 4], trained_runs.FAST),
+        (["--num", 1, "--sampler", "consistency", "--steps", 1], trained_runs.FAST),
+        (["--num", 1, "--steps", 1], trained_runs.BEST),
+        (["--num", 1, "--guidance", 3, "--steps", 1], trained_runs.BEST),
+        (["--num", 1, "--init", "test:0", "--steps", 2], trained_runs.BEST),
+    ],
+)
+def test_no_run_means_a_bundled_model_that_can_do_it(tmp_path, monkeypatch, flags, name):
+    """The one of two network calls for plain samples, and says so; the best for all else. Pictures are those of its name."""
+    monkeypatch.chdir(tmp_path)
+    printed = succeed("sample", *flags, "--out", "without.png")
+    assert (trained_runs.FAST in printed) == (name == trained_runs.FAST)
+    succeed("sample", name, *flags, "--out", "with.png")
+    np.testing.assert_array_equal(picture("without.png")[0], picture("with.png")[0])
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import tyro
 
 from ..runtime import UserError, command, initialise_ranks, one_line
 from ..training.pipeline import load
-from ..training.runs import WEIGHTS, bundled_models, default_run
+from ..training.runs import BEST, FAST, WEIGHTS, bundled_models, default_run
 from ..training.tasks.base import Request
 from . import modelarts
 from .parse import parse
@@ -46,7 +46,8 @@ def main(argv: Sequence[str]) -> int:
         return 0
     if args.num is not None and args.num < 1:
         raise UserError(f"--num is {args.num}: it must be at least 1")
-    path = modelarts.fetch(args.data_url) if args.data_url and not args.run else Path(args.run or default_run())
+    name = args.run or (None if args.data_url else default_run(args.plain))
+    path = modelarts.fetch(args.data_url) if name is None else Path(name)
     run = load(path, args.sampling.weights, args.sampling.ema_length, args.sampling.device, args.size)
     folder = modelarts.output_folder(args.train_url) or (path if path.is_dir() else path.parent)
     clock = time.perf_counter()
@@ -56,6 +57,8 @@ def main(argv: Sequence[str]) -> int:
         return 0  # rank 0 has written
     what = run.task.noun if run.step is None else f"{run.task.noun} of step {run.step}"
     print(one_line(f"{what} in {seconds:.1f} s: {', '.join(map(str, written))}"))
+    if not args.run and name == FAST:
+        print(f"drawn by {FAST} in few network calls; the bundled model with the best scores: {command('sample')} {BEST}")
     for file in written:
         modelarts.publish(file, args.train_url and f"{args.train_url.rstrip('/')}/{file.name}")
     return 0

@@ -69,6 +69,13 @@ class Request:
     npz: str | None = None
     """Path of an .npz file: `images`, uint8 (N, H, W, C), and `labels`, int32 (N,); or `points`, float32 (N, 2)."""
 
+    @property
+    def plain(self) -> bool:
+        """Whether samples of a class are all that it asks for: no edit, no denoising to watch, no sampling of its own."""
+        edits = self.image or self.inpaint or self.interpolate or self.init or self.gif or self.denoise_row
+        plain = Sampling(self.sampling.seed, batch_size=self.sampling.batch_size, device=self.sampling.device)
+        return not edits and (self.sampling == plain or self.sampling.sampler == "consistency")
+
 
 class Task:
     """One kind of run: its data, networks, batches, step, previews and scores, and how a sample becomes a picture.
