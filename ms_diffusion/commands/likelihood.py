@@ -116,5 +116,6 @@ def main(argv: Sequence[str]) -> int:
     if not ode:
         print("of which prior {:.4f}, KL terms {:.4f}, decoder (t = 0) {:.4f}".format(*parts.mean(1)))
     print(f"{args.run} at step {run.step}, {args.weights} weights; {name}, {args.split} split, seed {args.seed}; ", end="")
-    print(f"{args.method}, {len(timesteps)} {'random ' * (args.steps is not None and not ode)}timesteps; {time.perf_counter() - clock:.1f} s")
+    kind = "random timesteps" if args.steps and not ode else "timesteps"
+    print(f"{args.method}, {len(timesteps)} {kind}; {time.perf_counter() - clock:.1f} s")
     return 0

@@ -119,8 +119,8 @@ class UnetConfig(PixelConditions):
     self_condition: bool = False
     """Concatenate the previous estimate of x_0 to x (Chen et al. 2022)."""
     fourier_features: Annotated[int, Bounds(0, 8)] = 0
-    """Concatenate sines and cosines of x to x, of this many periods: 1, 2, 4, ... of the 256 levels of a pixel (Kingma et al.
-    2021, section 5.3). They let the network find the level under little noise, for likelihoods."""
+    """Concatenate sines and cosines of x to x, of this many periods: 1, 2, 4, ... of the 256 levels of a pixel (Kingma et
+    al. 2021, arXiv 2107.00630, appendix C). They show the network small differences, which count in likelihoods."""
 
     @property
     def size_multiple(self) -> int:
