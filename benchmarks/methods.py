@@ -14,14 +14,15 @@ from ms_diffusion.plots2d import save_trajectories
 from ms_diffusion.samplers import SeededNoise
 
 FEW = 12  # paths that are shown
-EDM = {"diffusion.schedule": "edm", "timestep_sampling": "log-normal", "timestep_mean": -1.2, "timestep_std": 1.2}
-TUNED = {"consistency": (1, 2, 3, 4), "total_steps": 5000, "sample_steps": 1, "lr": 5e-4}
+FLOW = {"diffusion.shift": None}  # straight: times that are even
+EDM = {**FLOW, "diffusion.schedule": "edm", "timestep_sampling": "log-normal", "timestep_mean": -1.2, "timestep_std": 1.2}
+TUNED = {**FLOW, "consistency": (1, 2, 3, 4), "total_steps": 5000, "sample_steps": 1, "lr": 5e-4}
 # Title: (preset, run, settings, how it is sampled)
 METHODS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
     "DDPM: ddpm, 50 steps": ("scurve", "ddpm", {}, {"sampler": "ddpm", "steps": 50}),
     "its ODE: ddim, 50 steps": ("scurve", "ddpm", {}, {"sampler": "ddim", "steps": 50}),
     "EDM: heun, 18 steps": ("scurve-flow", "edm", EDM, {"sampler": "heun", "steps": 18, "spacing": "karras"}),
-    "flow: euler, 10 steps": ("scurve-flow", "flow", {}, {"sampler": "euler", "steps": 10, "spacing": "trailing"}),
+    "flow: euler, 10 steps": ("scurve-flow", "flow", FLOW, {"sampler": "euler", "steps": 10, "spacing": "trailing"}),
     "consistency: 1 step": ("scurve-flow", "tuned", TUNED, {"sampler": "consistency", "steps": 1}),
 }
 

@@ -36,7 +36,7 @@ class Bound:
 
 
 def bits_per_dim(denoise: Callable[[np.ndarray, int], np.ndarray], diffusion: GaussianDiffusion, x_start: np.ndarray,
-        rng: Random, callback: Callback = None) -> Bound:  # fmt: skip
+        rng: Random, callback: Callback = None, counts: np.ndarray | None = None) -> Bound:  # fmt: skip
     """The variational bound on -log p(x_0), estimated with one draw of each x_t (Ho et al. 2020, eqs. 5 and 13; evaluated as
     in Nichol & Dhariwal 2021). The reverse variance is the diffusion's; t = 0, where it may be 0, uses that of t = 1.
 
@@ -44,6 +44,8 @@ def bits_per_dim(denoise: Callable[[np.ndarray, int], np.ndarray], diffusion: Ga
         denoise: `(x_t, t) -> x_0`.
         x_start: images (B, ...).
         rng: draws the noise, starting with t = T - 1.
+        counts: how often the term of each timestep counts, (T,), by default once. Terms that do not count are not computed
+            (0 in the result); if the expectation of the counts is 1, that of the bound is unchanged (`random_terms`).
 
     Raises ValueError if x_start is not on the 256 levels."""
     x_start = np.asarray(x_start, np.float64)
@@ -55,8 +57,9 @@ def bits_per_dim(denoise: Callable[[np.ndarray, int], np.ndarray], diffusion: Ga
     p_variance = diffusion.posterior_variance.copy()
     p_variance[0] = p_variance[1] if T > 1 else diffusion.added[0]
 
-    nats, mse = np.empty((2, len(x_start), T))
-    for t in range(T - 1, -1, -1):
+    counts = np.ones(T) if counts is None else counts
+    nats, mse = np.zeros((2, len(x_start), T))
+    for t in np.flatnonzero(counts)[::-1].tolist():
         alpha, sigma = diffusion.level(t)
         x_t = alpha * x_start + sigma * rng.standard_normal(x_start.shape)
         predicted = np.asarray(denoise(x_t, t), np.float64)
@@ -69,10 +72,21 @@ def bits_per_dim(denoise: Callable[[np.ndarray, int], np.ndarray], diffusion: Ga
             nats[:, 0] = -_mean(log_level(x_start, predicted, math.sqrt(p_variance[0])))
         if callback:
             callback(t)
-    terms = nats / math.log(2)
+    terms = counts * nats / math.log(2)
     alpha_bar = diffusion.alphas_cumprod[-1]  # of x_T over its standard deviation for data of variance 1
     prior = (alpha_bar * (_mean(x_start**2) - 1) - math.log1p(-alpha_bar)) / (2 * math.log(2))
     return Bound(prior + terms.sum(1), terms, prior, mse)
+
+
+def random_terms(T: int, steps: int, rng: np.random.Generator) -> np.ndarray:
+    """Counts (T,) for `bits_per_dim`: 1 at t = 0 and, of each of steps - 1 equal parts of the other timesteps, the length
+    of the part at one of its timesteps. Raises ValueError if steps is not in [2, T]."""
+    if not 2 <= steps <= T:
+        raise ValueError(f"steps is {steps}: choose from 2 to {T}, the number of timesteps")
+    ends = np.round(np.linspace(1, T, steps)).astype(int)
+    counts = np.zeros(T)
+    counts[0], counts[rng.integers(ends[:-1], ends[1:])] = 1, np.diff(ends)
+    return counts
 
 
 def log_level(x: np.ndarray, mean: np.ndarray, std: float) -> np.ndarray:

@@ -48,6 +48,14 @@ def cosine_beta_schedule(T: int, s: float = 0.008, max_beta: float = 0.999) -> n
     return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], max_beta)
 
 
+def log_snr_beta_schedule(T: int, log_snr_max: float = 13.3, log_snr_min: float = -5.0) -> np.ndarray:
+    """log(alpha^2 / sigma^2) falls evenly from log_snr_max to log_snr_min, as variational diffusion models do before they
+    learn it (Kingma et al. 2021, arXiv 2107.00630, section 6 and appendix B). The plain loss of eps is then the variational
+    bound of T steps, up to a factor: the schedule for likelihoods. At log_snr_max the 256 levels of a pixel are apart."""
+    alpha_bar = 1 / (1 + np.exp(-np.linspace(log_snr_min, log_snr_max, T)[::-1]))
+    return 1 - alpha_bar / np.append(1.0, alpha_bar[:-1])
+
+
 def given_betas(T: int, betas: Sequence[float] = ()) -> np.ndarray:
     """Betas of one's own. Raises ValueError if there are not T of them."""
     if len(betas) != T:
@@ -71,6 +79,7 @@ SCHEDULES: dict[str, Callable[..., Any]] = {
     "quadratic": quadratic_beta_schedule,
     "sigmoid": sigmoid_beta_schedule,
     "sqrt_linear": sqrt_linear_beta_schedule,
+    "log_snr": log_snr_beta_schedule,
 }
 GIVEN: dict[str, Callable[..., np.ndarray]] = {"betas": given_betas}
 # Names in diffusers -> what they are here

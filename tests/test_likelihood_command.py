@@ -48,6 +48,22 @@ def test_the_bound(runs):
         assert words in protocol
 
 
+def test_random_timesteps_of_the_bound(runs, monkeypatch):
+    """Every batch has timesteps of its own, and the error is that of the means of batches."""
+    seen = []
+
+    def denoise(x_t, t):
+        seen.append((x_t.shape[0], t))
+        return x_t
+
+    monkeypatch.setattr(likelihood, "make_denoiser", lambda diffusion, net: denoise)
+    out = succeed("likelihood", runs / "plain", "--num", 40, "--batch-size", 2, "--steps", 3)
+    calls = [[t for _, t in seen[i : i + 3]] for i in range(0, 60, 3)]
+    assert len(seen) == 60 and all(high > low > last == 0 for high, low, last in calls)
+    assert {t for call in calls for t in call} == set(range(T))
+    assert numbers(out)[1] > 0 and "bound, 3 random timesteps" in out
+
+
 def test_the_ode(runs):
     bits, protocol = succeed("likelihood", runs / "plain", "--num", 2, "--method", "ode", "--steps", 3).splitlines()
     assert 0 < numbers(bits)[0] < 100 and "ode, 3 timesteps" in protocol
@@ -72,7 +88,8 @@ def test_with_a_known_denoiser(runs, monkeypatch, method):
 
     monkeypatch.setattr(likelihood, "make_denoiser", lambda diffusion, net: denoise)
     monkeypatch.setattr(likelihood, "make_divergence", lambda diffusion, net: divergence)
-    flags = ["--split", "train", "--num", 5, "--seed", 7, "--batch-size", 2, "--method", method, "--steps", 2]
+    flags = ["--split", "train", "--num", 5, "--seed", 7, "--batch-size", 2, "--method", method]
+    flags += ["--steps", 2] if method == "ode" else []
     out = succeed("likelihood", runs / "classes", *flags)
     calls = T if method == "bound" else 2
     assert [len(x) for x, _, _ in seen] == [2] * calls * 2 + [1] * calls
@@ -103,6 +120,7 @@ def test_with_a_known_denoiser(runs, monkeypatch, method):
         ("plain", "--num 501", "500 images"),
         ("plain", "--method ode --steps 1", "--steps is 1"),
         ("plain", "--method ode --steps 10", "--steps is 10"),
+        ("plain", "--steps 10", "--steps is 10"),
         ("plain", "--split valid", "valid"),
         ("plain", "--nun 3", "--num"),
         ("upscale", "", "image condition"),

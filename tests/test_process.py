@@ -60,7 +60,7 @@ def paper_betas(name, T):
     return [(math.sqrt(low) * (1 - p) + math.sqrt(high) * p) ** 2 for p in part]
 
 
-@pytest.mark.parametrize("name", sorted(SCHEDULES.keys() - {"cosine", "unscaled_linear"}))
+@pytest.mark.parametrize("name", sorted(SCHEDULES.keys() - {"cosine", "unscaled_linear", "log_snr"}))
 @examples
 @given(T=st.integers(2, 4000))
 def test_scaled_schedule_is_the_papers(name, T):
@@ -85,6 +85,13 @@ def test_cosine_schedule_is_the_papers(T):
     assert (betas[uncut:] == 0.999).all()
 
 
+@examples
+@given(T=st.integers(2, 4000))
+def test_log_snr_is_even(T):
+    alpha_bar = np.cumprod(1 - SCHEDULES["log_snr"](T))
+    np.testing.assert_allclose(np.log(alpha_bar / (1 - alpha_bar)), np.linspace(13.3, -5, T), atol=1e-8)
+
+
 @pytest.mark.parametrize("name", SCHEDULES)
 @examples
 @given(T=st.integers(1, 4000))
@@ -93,7 +100,7 @@ def test_schedule_lies_in_0_1_and_ends_in_noise(name, T):
     betas = SCHEDULES[name](T)
     assert betas.shape == (T,) and betas.dtype == np.float64
     assert (betas > 0).all() and (betas < 1).all()
-    assert (np.diff(betas) >= 0).all()
+    assert (np.diff(betas[name == "log_snr" :]) >= 0).all()  # the first beta of log_snr makes the first level
     if T > 1 and name != "unscaled_linear":
         assert math.prod(1 - betas) <= 0.01
 

@@ -212,6 +212,21 @@ def test_each_condition_counts():
             assert relative(outputs[i], outputs[j]) > 1e-3, (i, j)
 
 
+@pytest.mark.parametrize("patch_size", [1, 2])
+def test_fourier_features_are_sines_of_the_levels(patch_size):
+    """Of periods of 1 and 2 levels, between x and the conditions: as a network that gets them as a condition."""
+    options = {"channels": 2, "cond_channels": 1, "patch_size": patch_size}
+    net, other = small_unet(fourier_features=2, **options), small_unet(**(options | {"cond_channels": 9}))
+    load_into(other, {p.name: p.asnumpy() for p in net.get_parameters()})
+    rng = np.random.default_rng(0)
+    levels, image = rng.uniform(0, 255, (3, 2, 8, 8)), rng.standard_normal((3, 1, 8, 8)).astype(np.float32)
+    x, t = Tensor(np.float32(levels / 127.5 - 1)), Tensor(np.array([0, 5, 999], np.int32))
+    waves = [f(2 * math.pi * levels / period) for period in (1, 2) for f in (np.sin, np.cos)]
+    expected = other(x, t, Tensor(np.concatenate([*waves, image], 1).astype(np.float32))).asnumpy()
+    for run in (net, compiled(net)):
+        assert relative(run(x, t, Tensor(image)).asnumpy(), expected) < 1e-3  # levels are known to 1e-5 in float32
+
+
 def test_the_conditions_in_order():
     assert UnetConfig().cond_fields == () and UnetConfig().null_label is None
     assert UnetConfig(self_condition=True).cond_fields == ()

@@ -12,8 +12,15 @@ import tyro
 from mindspore import Tensor
 
 from ..denoiser import make_denoiser
-from ..fields import AT_LEAST_1, NON_NEGATIVE, check_fields
-from ..likelihood import bits_per_dim, dequantised_bits_per_dim, make_divergence, ode_log_likelihood, ode_timesteps
+from ..fields import AT_LEAST_1, NON_NEGATIVE, Bounds, check_fields
+from ..likelihood import (
+    bits_per_dim,
+    dequantised_bits_per_dim,
+    make_divergence,
+    ode_log_likelihood,
+    ode_timesteps,
+    random_terms,
+)
 from ..progress import ProgressBar
 from ..randomness import Random, RowsRandom
 from ..runtime import DEVICES, UserError, alone, command, gather, ranks
@@ -39,8 +46,9 @@ class Args:
     """Weights of the network: their moving average, or as trained."""
     method: Literal["bound", "ode"] = "bound"
     """The variational bound over all timesteps, or the probability-flow ODE."""
-    steps: int = 100
-    """Timesteps of the ODE, with two network calls each."""
+    steps: Annotated[int, Bounds(2)] | None = None
+    """Timesteps of the ODE, with two network calls each, by default 100. Or random timesteps of the bound for each batch,
+    whose result is right on average; by default all timesteps."""
     device: Literal[DEVICES] = "auto"
     """Device: auto is Ascend, then GPU, then CPU."""
     debug: bool = False
@@ -53,28 +61,33 @@ def main(argv: Sequence[str]) -> int:
     run = load(args.run, args.weights, device=args.device)
     pictures, conditions = run.task.likelihood_data(args.split)
     diffusion, name, ode = run.diffusion, run.config.data.name, args.method == "ode"
-    if ode and not 2 <= args.steps <= diffusion.num_timesteps:
-        most = diffusion.num_timesteps
-        raise UserError(f"--steps is {args.steps}: choose from 2 to {most}, the run's number of timesteps")
+    T = diffusion.num_timesteps
+    steps = args.steps or (min(100, T) if ode else T)
+    if not 2 <= steps <= T:
+        raise UserError(f"--steps is {steps}: choose from 2 to {T}, the run's number of timesteps")
     if args.num > len(pictures):
         raise UserError(f"--num is {args.num}: {name} has only {len(pictures)} images in its {args.split} split")
 
     rng = np.random.default_rng(args.seed)
     chosen = rng.permutation(len(pictures))[: args.num]
-    timesteps = ode_timesteps(diffusion, args.steps) if ode else range(diffusion.num_timesteps)
-    calls = 2 * len(timesteps) - 2 if ode else diffusion.num_timesteps
+    timesteps = ode_timesteps(diffusion, steps) if ode else range(steps)
+    calls = 2 * len(timesteps) - 2 if ode else steps
     rank, world_size = ranks()
     bar = ProgressBar(total=-(-args.num // args.batch_size) * calls, unit="call", desc=args.method, disable=rank > 0)
     graph: Callable = make_divergence(diffusion, run.net) if ode else make_denoiser(diffusion, run.net)
 
-    def evaluate(n: np.ndarray, cond: list[Tensor], rng: Random) -> list[np.ndarray]:
+    def evaluate(n: np.ndarray, cond: list[Tensor], rng: Random, counts: np.ndarray | None) -> list[np.ndarray]:
         """Images (B, C, H, W) of levels 0..255 -> the parts of their bits per dimension, (parts, B)."""
         if ode:
             x, probes = (n + rng.random(n.shape) - 0.5) / 127.5 - 1, rng.choice([-1.0, 1.0], n.shape)
             log_density = ode_log_likelihood(lambda x, t: graph(x, t, probes, *cond), diffusion, x, timesteps, watch)
             return [dequantised_bits_per_dim(log_density, n[0].size)]
         x = n / 127.5 - 1
-        bound = bits_per_dim(lambda x, t: graph(Tensor(np.float32(x)), t, *cond).asnumpy(), diffusion, x, rng, watch)
+
+        def denoise(x: np.ndarray, t: int) -> np.ndarray:
+            return graph(Tensor(np.float32(x)), t, *cond).asnumpy()
+
+        bound = bits_per_dim(denoise, diffusion, x, rng, watch, counts)
         return [bound.prior, bound.terms[:, 1:].sum(1), bound.terms[:, 0]]
 
     def watch(t: int) -> None:
@@ -86,18 +99,23 @@ def main(argv: Sequence[str]) -> int:
         share = -(-len(batch) // world_size)  # of each rank
         own = np.minimum(np.arange(rank * share, (rank + 1) * share), len(batch) - 1)
         cond = [Tensor(values) for values in run.task.in_order({k: v[batch[own]] for k, v in conditions.items()})]
+        counts = random_terms(T, steps, rng) if args.steps and not ode else None
         with alone():
-            found = evaluate(pictures[batch[own]].transpose(0, 3, 1, 2), cond, RowsRandom([(rng, len(batch), own)]))
+            rows = RowsRandom([(rng, len(batch), own)])
+            found = evaluate(pictures[batch[own]].transpose(0, 3, 1, 2), cond, rows, counts)
         batches.append(gather(np.stack(found)).swapaxes(0, 1).reshape(len(found), -1)[:, : len(batch)])
     bar.close()
     if rank:
         return 0
     parts = np.concatenate(batches, 1)
     bits = parts.sum(0)
-    error = bits.std(ddof=1) / math.sqrt(args.num) if args.num > 1 else math.nan
+    # The images of a batch share their random timesteps, so only whole batches are independent
+    independent = bits if ode or not args.steps else np.array([batch.sum(0).mean() for batch in batches])
+    error = independent.std(ddof=1) / math.sqrt(len(independent)) if len(independent) > 1 else math.nan
     print(f"{bits.mean():.4f} +- {error:.4f} bits per dimension, mean and standard error over {args.num} images")
     if not ode:
         print("of which prior {:.4f}, KL terms {:.4f}, decoder (t = 0) {:.4f}".format(*parts.mean(1)))
     print(f"{args.run} at step {run.step}, {args.weights} weights; {name}, {args.split} split, seed {args.seed}; ", end="")
-    print(f"{args.method}, {len(timesteps)} timesteps; {time.perf_counter() - clock:.1f} s")
+    kind = "random timesteps" if args.steps and not ode else "timesteps"
+    print(f"{args.method}, {len(timesteps)} {kind}; {time.perf_counter() - clock:.1f} s")
     return 0

@@ -3,6 +3,7 @@
 The blocks come first, then the network. Parameter paths are those of the PyTorch original.
 """
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -117,6 +118,9 @@ class UnetConfig(PixelConditions):
     """Channels of a conditioning image that is concatenated to x."""
     self_condition: bool = False
     """Concatenate the previous estimate of x_0 to x (Chen et al. 2022)."""
+    fourier_features: Annotated[int, Bounds(0, 8)] = 0
+    """Concatenate sines and cosines of x to x, of this many periods: 1, 2, 4, ... of the 256 levels of a pixel (Kingma et
+    al. 2021, arXiv 2107.00630, appendix C). They show the network small differences, which count in likelihoods."""
 
     @property
     def size_multiple(self) -> int:
@@ -173,7 +177,9 @@ class Unet(nn.Cell):
             self.text_emb = TextEmbedding(config.vocab_size, config.max_length, config.text_dim, time_dim)
 
         # Down: two blocks and linear attention per level, then half the size
+        self.periods = tuple(2.0**i / 127.5 for i in range(config.fourier_features))
         channels_in = config.channels * (2 if config.self_condition else 1) + config.cond_channels
+        channels_in += config.channels * 2 * len(self.periods)
         self.init_conv = conv2d(channels_in * self.patch_size**2, init_dim, 7, padding=3)
         self.downs = nn.CellList()
         for i, (c_in, c_out) in enumerate(levels):
@@ -208,8 +214,12 @@ class Unet(nn.Cell):
             cond = cond[1:]
 
         # Down
-        if len(cond) > 0:
-            x = ops.concat((x,) + cond, 1)
+        waves = ()
+        for period in self.periods:
+            phase = (x + 1.0) * (2 * math.pi / period)
+            waves += (ops.sin(phase), ops.cos(phase))
+        if len(cond) + len(waves) > 0:
+            x = ops.concat((x,) + waves + cond, 1)
         if self.patch_size > 1:
             x = ops.pixel_unshuffle(x, self.patch_size)
         first = self.init_conv(x)

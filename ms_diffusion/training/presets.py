@@ -41,8 +41,8 @@ SCURVE = PointsConfig(
     model=ResidualMLPConfig(),
     train=replace(REPORTS, total_steps=10_000, batch_size=256, steps_per_call=100, timestep_sampling="antithetic", lr=2e-3),
 )
-# Rectified flow: x_t = (1 - s) x_0 + s noise, and the network learns its velocity
-SCURVE_FLOW = replace(SCURVE, diffusion=DiffusionConfig(schedule="flow", objective="v", loss="l2"))
+# Rectified flow: x_t = (1 - s) x_0 + s noise, and the network learns its velocity. Points need more times near the data
+SCURVE_FLOW = replace(SCURVE, diffusion=DiffusionConfig(schedule="flow", objective="v", loss="l2", shift=0.5))
 SCURVE_SEED = replace(
     SCURVE,
     diffusion=replace(SCURVE.diffusion, num_timesteps=100),
@@ -97,6 +97,14 @@ FAST = replace(
     ),
 )
 EMOJI = replace(LONG, total_steps=4500, warmup_steps=300, save_every=500)
+
+# For likelihoods, without classes: the loss is the variational bound, and x comes with sines of 1 to 64 levels
+LIKELIHOOD = PixelConfig(
+    data=DataConfig(flip=False),
+    diffusion=DiffusionConfig(schedule="log_snr", objective="eps", loss="l2"),
+    model=replace(CLASS.model, num_classes=None, fourier_features=7),
+    train=ImageTrainConfig(total_steps=24_000, batch_size=32, lr=1.5e-3, warmup_steps=300, timestep_sampling="antithetic"),
+)
 
 # A transformer on patches of 4 x 4 pixels, whose training step takes about as long as that of CLASS
 DIT = replace(
@@ -160,6 +168,7 @@ PRESETS: dict[str, Config] = {  # PRESETS["mine"] = config adds a preset
     "fashion-mnist-large": LARGE,
     "fashion-mnist-fast": FAST,
     "fashion-mnist-dit": DIT,
+    "fashion-mnist-likelihood": LIKELIHOOD,
     **{name: replace(SCURVE, data=PointsDataConfig(name)) for name in TOYS},
     "scurve-seed": SCURVE_SEED,
     "scurve-exact": SCURVE_EXACT,
