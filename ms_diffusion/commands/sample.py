@@ -49,8 +49,11 @@ def main(argv: Sequence[str]) -> int:
         return 0
     if args.num is not None and args.num < 1:
         raise UserError(f"--num is {args.num}: it must be at least 1")
-    name = args.run or (None if args.data_url else default_run(args.plain))
-    path = modelarts.fetch(args.data_url) if name is None else Path(name)
+    if args.data_url and not args.run:
+        name, path = None, modelarts.fetch(args.data_url)
+    else:
+        name = args.run or default_run(args.plain)
+        path = Path(name)
     run = load(path, args.sampling.weights, args.sampling.ema_length, args.sampling.device, args.size)
     folder = modelarts.output_folder(args.train_url) or (path if path.is_dir() else path.parent)
     clock = time.perf_counter()
