@@ -1,7 +1,7 @@
 """The documentation site: sphinx-build -W --keep-going -c docs . docs/_build (CONTRIBUTING.md).
 
-The pages are plain Markdown, which a repository shows as well. docs/index.md is the navigation. The reference is made from the
-public names of `ms_diffusion`, and formulas become MathML here, so that a page needs nothing from another server.
+The pages are plain Markdown, which a repository shows as well. docs/index.md is the navigation. The reference is made from
+the public names of `ms_diffusion`, and formulas become MathML here, so that a page needs nothing from another server.
 """
 
 import re
@@ -65,7 +65,9 @@ def add_navigation(app, docname, source):
     if docname == root_doc:
         source[0] += navigation()
     elif docname == "docs/reference":
-        names = {module: ", ".join(f"{{py:obj}}`~ms_diffusion.{name}`" for name in names) for module, names in MODULES.items()}
+        names = {
+            module: ", ".join(f"{{py:obj}}`~ms_diffusion.{name}`" for name in names) for module, names in MODULES.items()
+        }
         source[0] += "".join(f"\n* [{module}](reference/{module}.rst): {listed}" for module, listed in names.items()) + "\n"
         source[0] += tree("", [f"/docs/reference/{module}" for module in names])
 
