@@ -82,5 +82,5 @@ def test_the_recipes_run(tmp_path):
         name = tmp_path / f"{i}.{language}"
         name.write_text(command + text if language == "bash" else text)
         program = ["bash", "-eu"] if language == "bash" else [sys.executable]
-        done = subprocess.run([*program, name], cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=600)
+        done = subprocess.run([*program, name], cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=1800)
         assert done.returncode == 0, f"{text}\n{done.stderr}"
