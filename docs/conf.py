@@ -94,8 +94,9 @@ def entry(name):
     value = getattr(md, name)
     strip_ranges(value)
     if isinstance(value, dict | tuple):
-        keys = ", ".join(f"``{key}``" for key in value)
-        return f".. py:data:: ms_diffusion.{name}\n\n   A table of names, to which your own may be added: {keys}.\n"
+        names = ", ".join(f"``{each}``" for each in value)
+        what = "A table, to which your own may be added" if isinstance(value, dict) else "The names"
+        return f".. py:data:: {name}\n   :module: ms_diffusion\n\n   {what}: {names}.\n"
     kind = "function" if not isinstance(value, type) else "exception" if issubclass(value, Exception) else "class"
     return f".. auto{kind}:: ms_diffusion.{name}\n"
 
@@ -141,6 +142,12 @@ def block_math(self, node):
     raise SkipNode
 
 
+def join_lines(app, docname, source):
+    """A line break between Chinese characters is no space."""
+    wide = "[\u3000-\u303f\u4e00-\u9fff\uff00-\uffef]"
+    source[0] = re.sub(f"(?<={wide})\n(?={wide})", "", source[0])
+
+
 def name_language(app, pagename, templatename, context, doctree):
     """A Chinese page says so, for its fonts and for screen readers."""
     if pagename.startswith("docs/zh/") or pagename.endswith("_zh"):
@@ -155,6 +162,7 @@ def write_front_page(app, exception):
 def setup(app):
     app.connect("builder-inited", write_reference)
     app.connect("source-read", add_navigation)
+    app.connect("source-read", join_lines)
     app.connect("autodoc-process-docstring", escape, priority=100)  # napoleon has 500
     app.connect("html-page-context", name_language)
     app.connect("build-finished", write_front_page)

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-import ms_diffusion as md  # before mindspore
-from mindspore import Tensor
+import ms_diffusion as md
+from ms_diffusion.runtime import on_device
 
 TIMES = (150, 450, 750)  # of the noised batch
 CAPTIONS = (
@@ -20,10 +20,11 @@ def columns() -> list[np.ndarray]:
     """Four rows of pictures (4, 28, 28), one for each stage."""
     images, labels = md.load_images("fashion-mnist-mini", None, "train", size=28, channels=1)
     rows = [int(np.flatnonzero(labels == label)[0]) for label in (0, 3, 8, 9)]
-    x_start, classes = md.to_float(images[rows]), Tensor(labels[rows])
+    x_start, classes = md.to_float(images[rows]), on_device(labels[rows])
     run = md.load("fashion-mnist-large")
     noise = np.random.default_rng(0).standard_normal(x_start.shape, dtype=np.float32)
-    noised = [run.diffusion.q_sample(Tensor(x_start), Tensor(np.full(4, t, np.int32)), Tensor(noise)) for t in TIMES]
+    timesteps = [on_device(np.full(4, t, np.int32)) for t in TIMES]
+    noised = [run.diffusion.q_sample(on_device(x_start), t, on_device(noise)) for t in timesteps]
     predicted = md.make_denoiser(run.diffusion, run.net)(noised[1], TIMES[1], classes).asnumpy()
     drawn = run.sample(4, sampler="dpmpp_2m", steps=15, labels=labels[rows], raw=True)
     floats = [x_start, *(x.asnumpy() for x in noised), predicted, drawn]
