@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = [*ROOT.glob("README*.md"), *(ROOT / "docs").glob("*.md")]
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "docs" / "zh").glob("*.md")]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_and_pictures_exist(page):
     text = page.read_text()
     targets = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'<img src="([^"]+)"', text)
@@ -27,6 +27,18 @@ def test_both_readmes_have_the_same_figures_commands_and_pictures():
     for pattern in (r"(?<![\w.])\d[\d,.]*\d", r"docs/[\w.-]+", r"^    python .*", r"`[^`\n]*[./-][^`\n]*`"):
         assert set(re.findall(pattern, english, re.MULTILINE)) == set(re.findall(pattern, chinese, re.MULTILINE))
     assert max(text.count("\n") for text in (english, chinese)) <= 150
+
+
+@pytest.mark.parametrize("page", [*(ROOT / "docs" / "zh").glob("*.md")], ids=lambda page: page.name)
+def test_chinese_pages_have_the_figures_commands_and_formulas_of_the_english(page):
+    english, chinese = ((ROOT / "docs" / page.name).read_text(), page.read_text())
+    fenced = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
+    for pattern in (r"(?<![\w.])\d[\d,.]*\d", r"`([^`]+)`", r"^\$\$\n[^$]*\$\$$"):
+        found = [re.findall(pattern, fenced.sub("", text), re.MULTILINE) for text in (chinese, english)]
+        chosen, known = ({" ".join(each.split()) for each in part if re.search(r"[\d./-]", each)} for part in found)
+        assert chosen <= known
+    commands = [re.findall(r"^(?:python|pip|ms-diffusion|msrun) [^#\n]*", text, re.MULTILINE) for text in (chinese, english)]
+    assert set(commands[0]) <= set(commands[1])
 
 
 def test_flags_are_those_of_the_dataclasses():
