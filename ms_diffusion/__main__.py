@@ -12,6 +12,7 @@ COMMANDS = {
     "train": "train a run, or continue one",
     "sample": "draw samples from a run, or edit images with it",
     "evaluate": "score samples against real images",
+    "app": "a page in the browser that draws and edits with a run",
     "likelihood": "bits per dimension of images under a run",
     "benchmark": "time training and sampling on this machine",
     "doctor": "say whether this machine can train, and what to mend",

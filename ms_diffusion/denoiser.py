@@ -32,6 +32,21 @@ def evaluation_mode(net: nn.Cell) -> Iterator[None]:
             cell.add_flags(training=True)
 
 
+def exact_denoiser(data: np.ndarray, diffusion: GaussianDiffusion) -> Denoiser:
+    """`denoise(x_t, t) -> E[x_0 | x_t]` for data (n, d), each as probable as the other: the denoiser that a network of these
+    data alone would learn if it could (Karras et al. 2022, eq. 57). numpy arrays, x_t (B, d)."""
+    data = np.asarray(data, np.float64)
+
+    def denoise(x_t: np.ndarray, t: int) -> np.ndarray:
+        alpha, sigma = diffusion.level(t)
+        mean = alpha * data
+        squares = (x_t**2).sum(1)[:, None] - 2 * x_t @ mean.T + (mean**2).sum(1)
+        weights = np.exp((squares.min(1, keepdims=True) - squares) / (2 * sigma**2))
+        return weights @ data / weights.sum(1, keepdims=True)
+
+    return denoise
+
+
 def make_denoiser(diffusion: GaussianDiffusion, net: nn.Cell, cond: Cond = None, clip: bool | None = None) -> Denoiser:
     """Compile `denoise(x_t, t, *cond) -> x_0` (B, ...), the network's prediction in evaluation mode.
 
