@@ -23,7 +23,7 @@ from ..data.points import TOYS, Normalizer
 from ..denoiser import exact_denoiser
 from ..fields import Bounds, check_fields
 from ..process import DiffusionConfig
-from ..runtime import DEVICES, Interrupted, UserError, command
+from ..runtime import DEVICES, STOP, Interrupted, UserError, command, defer_interrupts
 from ..samplers import SAMPLERS, default_spacing, sampling_timesteps
 from ..sampling import Sampling
 from ..training.pipeline import load
@@ -32,7 +32,6 @@ from ..training.tasks.base import Request
 from ..training.tasks.images import ImageTask
 from .parse import parse
 
-FRAMES = 25  # pictures of the way from noise, at most
 SCALE = 280  # pixels of a picture that is painted on
 OWN = "the run's own"  # of a sampler
 TURN = "each in turn"  # of classes
@@ -79,16 +78,16 @@ class Studio:
             self.runs[name] = run
 
     def watch(self, session: str, job: Callable[[Callable], Frame]) -> Iterator[Frame]:
-        """The frames that job(show) shows while it computes, as far as somebody looks, then what it returns. It ends early
-        by `stop(session)`, or when this iterator is closed."""
+        """The frames make() of job(show), which calls show(make) while it computes, as fast as they are taken; then what it
+        returns. It ends early by `stop(session)`, or when this iterator is closed."""
         stop, shown = threading.Event(), queue.Queue(1)
         self.stops[session] = stop
 
-        def show(*frame: Any) -> None:
+        def show(make: Callable[[], Frame]) -> None:
             if stop.is_set():
                 raise Interrupted
-            with suppress(queue.Full):
-                shown.put_nowait(frame)
+            if shown.empty():  # this thread alone fills it
+                shown.put(make())
 
         future = self.thread.submit(job, show)
         try:
@@ -111,10 +110,12 @@ class Studio:
         calls = len(plan.timesteps) * plan.calls_per_step
 
         def watch(i: int, x: Any, x_start: Any) -> None:
-            frame = None
-            if i % max(calls // FRAMES, 1) == 0:
-                frame = images.show_grid(images.to_uint8(task.decode(x_start.asnumpy())), plan.gif_columns, plan.scale)
-            show(frame, f"step {min(i + 1, calls)} of {calls}", None, None)
+            def make() -> Frame:
+                seen = images.to_uint8(task.decode(x_start.asnumpy()))
+                picture = images.show_grid(seen, plan.gif_columns, plan.scale)
+                return picture, f"step {min(i + 1, calls)} of {calls}", None, None
+
+            show(make)
 
         drawn = images.to_uint8(plan.paste(task.decode(task.draw_plan(run, plan, watch))))
         picture = images.show_grid(
@@ -129,9 +130,12 @@ class Studio:
 
     def plane(self, data: str, process: str, sampler: str, steps: int, seed: int, time: float, field: str,
             show: Callable) -> Frame:  # fmt: skip
-        """The way from noise to points in the plane, with the exact denoiser: (points, field, paths, what was done)."""
+        """The way from noise to points in the plane, with the exact denoiser: (points, what was done, field, paths)."""
         points = TOYS[data](np.random.default_rng(0), 1000).astype(np.float32)
-        normalizer, diffusion = Normalizer.of(points, None), DiffusionConfig(1000, SCHEDULES[process], "v", "l2").build(False)
+        normalizer, diffusion = (
+            Normalizer.of(points, None),
+            DiffusionConfig(1000, SCHEDULES[process], "v", "l2").build(False),
+        )
         denoise, decode = exact_denoiser(normalizer.normalize(points), diffusion), normalizer.denormalize
         rng, path = np.random.default_rng(seed), []
         spacing = "trailing" if process == "rectified flow" else default_spacing(SAMPLERS[sampler])
@@ -139,9 +143,7 @@ class Studio:
 
         def watch(i: int, x: np.ndarray, x_start: np.ndarray) -> None:
             path.append(decode(x))
-            calls = i + 1
-            picture = plots2d.points_image(path[-1], points) if i % max(steps // FRAMES, 1) == 0 else None
-            show(picture, None, None, f"step {min(calls, steps)} of {steps}")
+            show(lambda: (plots2d.points_image(path[-1], points), f"step {min(i + 1, steps)} of {steps}", None, None))
 
         def noise_like(x: np.ndarray) -> np.ndarray:
             return rng.standard_normal(x.shape)
@@ -162,7 +164,7 @@ class Studio:
         arrows = -noise / sigma if field == "score" else diffusion.slopes[0][t] * x_start + diffusion.slopes[1][t] * noise
         plots2d.save_score_field(drawn, [(noised, grid, arrows)], [f"{field} at t = {t}"], bounds)
         said = f"{data}, {process}, {sampler}, {steps} steps, seed {seed}; the denoiser is exact"
-        return plots2d.points_image(path[-1], points), Image.open(drawn), Image.open(paths), said
+        return plots2d.points_image(path[-1], points), said, Image.open(drawn), Image.open(paths)
 
 
 def page(studio: Studio) -> Any:
@@ -176,7 +178,7 @@ def page(studio: Studio) -> Any:
         try:
             yield from studio.watch(request.session_hash, job)
         except Interrupted:
-            yield (gr.skip(), "stopped", *[gr.skip()] * 2)
+            return
         except (UserError, ValueError) as e:
             raise gr.Error(str(e), print_exception=False) from e
 
@@ -221,13 +223,8 @@ def page(studio: Studio) -> Any:
 
     def plane(request: gr.Request, data: str, process: str, sampler: str, steps: float, seed: float, time: float,
             field: str) -> Iterator[Frame]:  # fmt: skip
-        def job(show: Callable) -> Frame:
-            picture, arrows, paths, said = studio.plane(
-                data, process, sampler, int(steps), int(seed), time, field, lambda *frame: show(frame[0], frame[3], None, None)
-            )
-            return picture, said, arrows, paths
-
-        yield from map(shown, watched(job, request))
+        numbers = int(steps), int(seed), time
+        yield from map(shown, watched(lambda show: studio.plane(data, process, sampler, *numbers, field, show), request))
 
     def test_image(name: str, number: float) -> np.ndarray:
         try:
@@ -238,14 +235,20 @@ def page(studio: Studio) -> Any:
         return np.asarray(Image.fromarray(picture.squeeze()).convert("RGB").resize((SCALE, SCALE), Image.Resampling.NEAREST))
 
     def describe(name: str) -> Frame:
-        """The fields that depend on the run: its classes, whether it takes a prompt."""
+        """The fields that depend on the run: its classes, whether it takes a prompt, a sampler and its steps."""
         labelling = studio.runs[name].task.labelling
         found = labelling.titles(np.arange(labelling.count)) if labelling.field == "labels" else None
         numbers = [str(i) for i in range(labelling.count)] if labelling.field == "labels" else []
         classes = gr.Dropdown(choices=[TURN, *(found or numbers)], value=TURN, visible=bool(numbers))
-        return classes, gr.Textbox(visible=labelling.field not in (None, "labels"))
+        is_fast = bool(getattr(studio.runs[name].config.train, "consistency", ()))
+        how = (OWN, 0) if is_fast else ("dpmpp_2m", 15)
+        return classes, gr.Textbox(visible=labelling.field not in (None, "labels")), *how
 
-    def stop(request: gr.Request) -> None:
+    def stop(request: gr.Request) -> str:
+        studio.stop(request.session_hash)
+        return "stopped"
+
+    def leave(request: gr.Request) -> None:
         studio.stop(request.session_hash)
 
     def paint() -> Any:
@@ -262,6 +265,7 @@ def page(studio: Studio) -> Any:
             elem_id="paint",
         )
 
+    result: dict[str, Any] = {"format": "png", "interactive": False, "show_label": False, "buttons": ["fullscreen"]}
     with gr.Blocks(title="ms_diffusion", analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
         gr.Markdown("## ms_diffusion\nDrawn on this machine, by the runs that the command named.")
         with gr.Tabs():
@@ -271,10 +275,10 @@ def page(studio: Studio) -> Any:
                     label = gr.Dropdown([TURN], value=TURN, label="Class", elem_id="class")
                     prompt = gr.Textbox(label="Prompt", visible=False, elem_id="prompt")
                     seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**31 - 1, elem_id="seed")
-                    num = gr.Slider(1, 64, 10, step=1, label="Number of pictures", elem_id="num")
+                    num = gr.Slider(1, 64, 20, step=1, label="Number of pictures", elem_id="num")
                     with gr.Accordion("Sampler", open=False):
                         sampler = gr.Dropdown([OWN, *SAMPLERS], value=OWN, label="Sampler", elem_id="sampler")
-                        steps = gr.Number(15, label="Steps; 0 is the run's own", precision=0, minimum=0, elem_id="steps")
+                        steps = gr.Number(0, label="Steps; 0 is the run's own", precision=0, minimum=0, elem_id="steps")
                         guidance = gr.Number(-1, label="Guidance; -1 is the run's own", minimum=-1, elem_id="guidance")
                     with gr.Tabs():
                         with gr.Tab("Draw"):
@@ -299,13 +303,11 @@ def page(studio: Studio) -> Any:
                             both = gr.Button("Take both", elem_id="both")
                             interpolate_button = gr.Button("Interpolate", variant="primary", elem_id="interpolate")
                 with gr.Column(scale=3, min_width=300):
-                    picture = gr.Image(label="Result", format="png", interactive=False, elem_id="picture")
+                    picture = gr.Image(elem_id="picture", **result)
                     status = gr.Markdown(elem_id="status")
                     with gr.Row():
                         stop_button = gr.Button("Stop", variant="stop", elem_id="stop")
-                        png, npz = (
-                            gr.DownloadButton(kind, elem_id=kind.lower(), min_width=80) for kind in ("PNG", "NPZ")
-                        )
+                        png, npz = (gr.DownloadButton(kind, elem_id=kind.lower(), min_width=80) for kind in ("PNG", "NPZ"))
             with gr.Tab("Plane"), gr.Row():
                 with gr.Column(scale=2, min_width=300):
                     toy = gr.Dropdown(list(TOYS), value="scurve", label="Points", elem_id="points")
@@ -319,42 +321,44 @@ def page(studio: Studio) -> Any:
                         plane_button = gr.Button("Draw", variant="primary", elem_id="plane-draw")
                         plane_stop = gr.Button("Stop", variant="stop")
                 with gr.Column(scale=3, min_width=300):
-                    cloud = gr.Image(label="Points", format="png", interactive=False, elem_id="plane")
+                    cloud = gr.Image(elem_id="plane", **result)
                     plane_status = gr.Markdown(elem_id="plane-status")
-                    arrows = gr.Image(label="Arrows", format="png", interactive=False, elem_id="arrows")
-                    paths = gr.Image(label="Paths", format="png", interactive=False, elem_id="paths")
+                    arrows = gr.Image(elem_id="arrows", **result)
+                    paths = gr.Image(elem_id="paths", **result)
 
         fields, results = [name, num, sampler, steps, guidance, seed, label, prompt], [picture, status, png, npz]
         # One at a time: those who come later wait, and are told how long
         alone: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "compute", "api_visibility": "private"}
         alone |= {"show_progress": "minimal"}
-        started = [
+        of_plane = [toy, process, way, plane_steps, plane_seed, time, field], [cloud, plane_status, arrows, paths]
+        quick: dict[str, Any] = {"queue": False, "api_visibility": "private"}
+        drawing = [
             draw_button.click(draw, fields, results, **alone),
             inpaint_button.click(inpaint, [editor, resample, *fields], results, **alone),
             interpolate_button.click(interpolate, [first, second, *fields], results, **alone),
-            plane_button.click(
-                plane,
-                [toy, process, way, plane_steps, plane_seed, time, field],
-                [cloud, plane_status, arrows, paths],
-                **alone,
-            ),
         ]
-        quick: dict[str, Any] = {"queue": False, "api_visibility": "private"}
-        for button in (stop_button, plane_stop):
-            button.click(stop, None, None, **quick)
-        blocks.unload(stop)
-        name.change(describe, name, [label, prompt], **quick)
-        blocks.load(describe, name, [label, prompt], **quick)
+        moving = plane_button.click(plane, *of_plane, **alone)
+        stop_button.click(stop, None, status, cancels=drawing, **quick)
+        plane_stop.click(stop, None, plane_status, cancels=[moving], **quick)
+        blocks.unload(leave)  # a page that is closed or loaded anew
+        name.change(describe, name, [label, prompt, sampler, steps], **quick)
+        blocks.load(describe, name, [label, prompt, sampler, steps], **quick)
         take.click(test_image, [name, test], editor, **quick)
         both.click(lambda name, *n: [test_image(name, i) for i in n], [name, *tests], [first, second], **quick)
-    assert started
     return blocks
 
 
 def main(argv: Sequence[str]) -> int:
     args = parse(Args, argv, prog=command("app"))
     check_fields(args)
-    os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"}
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1", "GRADIO_TEMP_DIR": folder}
+        serve(args, folder)
+    return 0
+
+
+def serve(args: Args, folder: str) -> None:
+    """Serve the page until Ctrl-C. Raises UserError if it cannot be."""
     try:
         import gradio as gr  # pyright: ignore[reportMissingImports]
         from starlette.middleware import Middleware  # pyright: ignore[reportMissingImports]
@@ -376,34 +380,36 @@ def main(argv: Sequence[str]) -> int:
 
             await self.app(scope, receive, add)
 
-    with tempfile.TemporaryDirectory() as folder:
-        studio = Studio(args.runs or bundled_models(), args.device, folder)
-        system = [gr.themes.Font("system-ui"), gr.themes.Font("sans-serif")]  # the default fonts would be fetched
-        theme = gr.themes.Default(font=system, font_mono=[gr.themes.Font("monospace")])
-        middleware = [Middleware(Policy), Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])]
-        try:
-            page(studio).launch(
-                server_name="127.0.0.1",
-                server_port=args.port,
-                share=False,
-                quiet=True,
-                prevent_thread_lock=True,
-                max_file_size="20mb",
-                allowed_paths=[folder],
-                footer_links=[],
-                ssr_mode=False,
-                pwa=False,
-                mcp_server=False,
-                enable_monitoring=False,
-                app_kwargs={"middleware": middleware},
-                theme=theme,
-                css=CSS,
-            )
-        except OSError as e:
-            raise UserError(f"port {args.port} cannot be opened ({e}): choose another --port") from e
-        url = f"http://127.0.0.1:{args.port}"
-        print(f"{url} (Ctrl-C ends it)", flush=True)
-        if args.browser:
-            webbrowser.open(url)
-        threading.Event().wait()
-    return 0
+    studio = Studio(args.runs or bundled_models(), args.device, folder)
+    system = [gr.themes.Font("system-ui"), gr.themes.Font("sans-serif")]  # the default fonts would be fetched
+    theme = gr.themes.Default(font=system, font_mono=[gr.themes.Font("monospace")])
+    middleware = [Middleware(Policy), Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])]
+    blocks = page(studio)
+    try:
+        blocks.launch(
+            server_name="127.0.0.1",
+            server_port=args.port,
+            share=False,
+            quiet=True,
+            prevent_thread_lock=True,
+            max_file_size="20mb",
+            footer_links=[],
+            ssr_mode=False,
+            pwa=False,
+            mcp_server=False,
+            enable_monitoring=False,
+            app_kwargs={"middleware": middleware},
+            theme=theme,
+            css=CSS,
+        )
+    except OSError as e:
+        raise UserError(f"port {args.port} cannot be opened ({e}): choose another --port") from e
+    url = f"http://127.0.0.1:{args.port}"
+    print(f"{url} (Ctrl-C ends it)", flush=True)
+    if args.browser:
+        webbrowser.open(url)
+    defer_interrupts("stopping")
+    STOP.wait()
+    for session in studio.stops:
+        studio.stop(session)
+    blocks.close()
