@@ -3,6 +3,7 @@ from any other, and sends nothing anywhere. Gradio makes it: `pip install 'ms_di
 
 import os
 import queue
+import socket
 import tempfile
 import threading
 import webbrowser
@@ -329,7 +330,7 @@ def page(studio: Studio) -> Any:
         fields, results = [name, num, sampler, steps, guidance, seed, label, prompt], [picture, status, png, npz]
         # One at a time: those who come later wait, and are told how long
         alone: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "compute", "api_visibility": "private"}
-        alone |= {"show_progress": "minimal"}
+        alone |= {"show_progress": "minimal", "trigger_mode": "multiple"}  # else a click right after Stop would be lost
         of_plane = [toy, process, way, plane_steps, plane_seed, time, field], [cloud, plane_status, arrows, paths]
         quick: dict[str, Any] = {"queue": False, "api_visibility": "private"}
         drawing = [
@@ -380,30 +381,33 @@ def serve(args: Args, folder: str) -> None:
 
             await self.app(scope, receive, add)
 
+    with socket.socket() as probe:  # before what takes long
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", args.port))
+        except OSError as e:
+            raise UserError(f"port {args.port} cannot be opened ({e.strerror}): choose another --port") from e
     studio = Studio(args.runs or bundled_models(), args.device, folder)
     system = [gr.themes.Font("system-ui"), gr.themes.Font("sans-serif")]  # the default fonts would be fetched
     theme = gr.themes.Default(font=system, font_mono=[gr.themes.Font("monospace")])
     middleware = [Middleware(Policy), Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])]
     blocks = page(studio)
-    try:
-        blocks.launch(
-            server_name="127.0.0.1",
-            server_port=args.port,
-            share=False,
-            quiet=True,
-            prevent_thread_lock=True,
-            max_file_size="20mb",
-            footer_links=[],
-            ssr_mode=False,
-            pwa=False,
-            mcp_server=False,
-            enable_monitoring=False,
-            app_kwargs={"middleware": middleware},
-            theme=theme,
-            css=CSS,
-        )
-    except OSError as e:
-        raise UserError(f"port {args.port} cannot be opened ({e}): choose another --port") from e
+    blocks.launch(
+        server_name="127.0.0.1",
+        server_port=args.port,
+        share=False,
+        quiet=True,
+        prevent_thread_lock=True,
+        max_file_size="20mb",
+        footer_links=[],
+        ssr_mode=False,
+        pwa=False,
+        mcp_server=False,
+        enable_monitoring=False,
+        app_kwargs={"middleware": middleware},
+        theme=theme,
+        css=CSS,
+    )
     url = f"http://127.0.0.1:{args.port}"
     print(f"{url} (Ctrl-C ends it)", flush=True)
     if args.browser:
