@@ -11,6 +11,7 @@ import tyro
 
 import ms_diffusion as md
 from ms_diffusion.commands import (
+    app,
     audit,
     benchmark,
     completion,
@@ -50,6 +51,7 @@ TABLES = [  # title, dataclass, prefix of its flags, base class with a table of 
     ("runs", runs.Args, "--"),
     ("report", report.Args, "--"),
     ("sample", sample.Args, "--"),
+    ("app", app.Args, "--"),
     ("evaluate", evaluate.Args, "--"),
     ("likelihood", likelihood.Args, "--"),
     ("benchmark", benchmark.Args, "--"),

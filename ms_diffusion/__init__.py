@@ -24,8 +24,9 @@ if TYPE_CHECKING:  # the public names; below, the same lines say where each is f
     from .data.captions import tokens as tokens
     from .data.conditions import condition_image as condition_image
     from .data.points import Normalizer as Normalizer, TOYS as TOYS, load_points as load_points
-    from .denoiser import (guide as guide, inpaint as inpaint, make_denoiser as make_denoiser,
-        self_conditioned as self_conditioned, with_label as with_label, with_self_conditioning as with_self_conditioning)
+    from .denoiser import (exact_denoiser as exact_denoiser, guide as guide, inpaint as inpaint,
+        make_denoiser as make_denoiser, self_conditioned as self_conditioned, with_label as with_label,
+        with_self_conditioning as with_self_conditioning)
     from .editing import invert_ddim as invert_ddim, sample_repaint as sample_repaint, slerp as slerp
     from .images import (save_gif as save_gif, save_grid as save_grid, save_loss_curve as save_loss_curve,
         to_float as to_float, to_uint8 as to_uint8)

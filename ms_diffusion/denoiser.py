@@ -12,7 +12,7 @@ import numpy as np
 
 from mindspore import Tensor, nn, ops
 
-from .process import Cond, GaussianDiffusion, as_tuple, predict
+from .process import Cond, GaussianDiffusion, Process, as_tuple, predict
 from .runtime import compiled, on_device
 
 Array = Any  # a mindspore.Tensor or a numpy array: the wrappers below work on both
@@ -30,6 +30,21 @@ def evaluation_mode(net: nn.Cell) -> Iterator[None]:
     finally:
         for cell in training:
             cell.add_flags(training=True)
+
+
+def exact_denoiser(data: np.ndarray, diffusion: Process) -> Denoiser:
+    """`denoise(x_t, t) -> E[x_0 | x_t]` for data (n, d), each as probable as the other: the denoiser that a network of these
+    data alone would learn if it could (Karras et al. 2022, eq. 57). numpy arrays, x_t (B, d)."""
+    data = np.asarray(data, np.float64)
+
+    def denoise(x_t: np.ndarray, t: int) -> np.ndarray:
+        alpha, sigma = diffusion.level(t)
+        mean = alpha * data
+        squares = (x_t**2).sum(1)[:, None] - 2 * x_t @ mean.T + (mean**2).sum(1)
+        weights = np.exp((squares.min(1, keepdims=True) - squares) / (2 * sigma**2))
+        return weights @ data / weights.sum(1, keepdims=True)
+
+    return denoise
 
 
 def make_denoiser(diffusion: GaussianDiffusion, net: nn.Cell, cond: Cond = None, clip: bool | None = None) -> Denoiser:

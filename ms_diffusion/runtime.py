@@ -357,6 +357,7 @@ def barrier() -> None:
 SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 STOP = threading.Event()  # set by the first of these signals after `defer_interrupts`
 _deferred, _ready = threading.Event(), threading.Event()
+_notice = ""
 _ready.set()
 _given_up = threading.local()
 
@@ -395,14 +396,17 @@ def catch_interrupts() -> None:
                 os._exit(130)
             STOP.set()
             if not asked:
-                say("stopping as soon as the run is saved; Ctrl-C ends at once, without saving")
+                say(_notice)
             asked = True
 
     threading.Thread(target=watch, daemon=True).start()
 
 
-def defer_interrupts() -> None:
-    """Let the signals of `catch_interrupts` set STOP from now on: the program looks at it and saves its work."""
+def defer_interrupts(notice: str = "stopping as soon as the run is saved; Ctrl-C ends at once, without saving") -> None:
+    """Let the signals of `catch_interrupts` set STOP from now on: the program looks at it and saves its work. `notice` is
+    what they say."""
+    global _notice
+    _notice = notice
     _deferred.set()
     _ready.wait()
 

@@ -11,6 +11,7 @@ from mindspore import Parameter, Tensor, nn, ops
 
 from ms_diffusion.denoiser import (
     evaluation_mode,
+    exact_denoiser,
     guide,
     inpaint,
     make_denoiser,
@@ -33,6 +34,25 @@ def normal(*shape, seed=0):
 
 def never(*args):
     raise AssertionError("called")
+
+
+# From the data
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "flow", "edm"])
+def test_the_exact_denoiser_is_the_mean_of_the_posterior(schedule):
+    """By Bayes' rule, point by point; under little noise it is the nearest point."""
+    rng, process = np.random.default_rng(0), DiffusionConfig(100, schedule, "v", "l2").build(clip_denoised=False)
+    data, x = rng.normal(size=(7, 2)), rng.normal(size=(13, 2))
+    denoise = exact_denoiser(data, process)
+    for t in (0, 40, 99):
+        alpha, sigma = process.level(t)
+        for found, each in zip(denoise(x, t), x, strict=True):
+            log_p = np.array([-((each - alpha * point) ** 2).sum() / (2 * sigma**2) for point in data])
+            p = np.exp(log_p - log_p.max())
+            np.testing.assert_allclose(found, (p[:, None] * data).sum(0) / p.sum(), rtol=1e-9, atol=1e-9)
+    alpha, _ = process.level(0)
+    np.testing.assert_allclose(denoise(alpha * (data + 0.01), 0), data, atol=0.01)
 
 
 # From the network

@@ -5,6 +5,7 @@ COMMANDS = {
     "runs": "list the runs below a folder, and how to continue them",
     "report": "write what a run has recorded as one HTML page",
     "sample": "draw samples from a run, or edit images with it",
+    "app": "serve a page in the browser that draws and edits with runs",
     "evaluate": "score samples against real images",
     "likelihood": "bits per dimension of images under a run",
     "benchmark": "time training and sampling on this machine",

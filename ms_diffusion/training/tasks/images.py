@@ -304,8 +304,7 @@ class ImageTask(Images, DiffusionTask):
                 row(i, x, x_start)
 
         with alone() if in_steps else nullcontext():
-            cond, how = self.in_order(plan.cond), (plan.start, plan.timesteps, plan.denoise, plan.sampler, plan.null)
-            drawn = run.generator.draw(sampling, plan.num, cond, watch, *how)
+            drawn = self.draw_plan(run, plan, watch)
             x = plan.paste(self.decode(drawn))
         bar.close()
         if rank:
@@ -321,6 +320,11 @@ class ImageTask(Images, DiffusionTask):
                 arrays["labels"] = plan.labels
             write(request.npz, lambda f: np.savez_compressed(f, **arrays))
         return [out, *(Path(path) for path in (request.gif, request.denoise_row, request.npz) if path)]
+
+    def draw_plan(self, run: Run, plan: Plan, callback: Callable | None = None) -> np.ndarray:
+        """The samples of a plan, x (num, *shape)."""
+        how = plan.start, plan.timesteps, plan.denoise, plan.sampler, plan.null
+        return run.generator.draw(plan.sampling, plan.num, self.in_order(plan.cond), callback, *how)
 
     def plan(self, run: Run, request: Request) -> Plan:
         """How to draw a request. Raises UserError if the request does not fit the run."""
