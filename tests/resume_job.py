@@ -48,13 +48,11 @@ KINDS = {
         init_partial=True,
         **{"model.num_classes": 12},
     ),
-    "importance": override(PIXELS, **IMAGES, timestep_sampling="importance", num_timesteps=4),
-    "fp16": override(PIXELS, **IMAGES, precision="fp16"),
+    "importance": override(PIXELS, **IMAGES, timestep_sampling="importance", num_timesteps=4, precision="fp16"),
     "points": override(PRESETS["scurve"], **SMALL, **HELD, steps_per_call=2, sample_steps=2, **{"data.num": 200}),
     "autoencoder": AUTOENCODER,
     "actnorm": override(AUTOENCODER, **HELD, disc_norm="act", accumulate=2, **{"model.dropout": 0.2}),
-    "latents": override(PRESETS["latent"], **IMAGES, **HELD, **NET, **MINI, **{"model.dropout": 0.2}),
-    "text": override(PRESETS["latent-text"], **IMAGES, **NET, **MINI),
+    "text": override(PRESETS["latent-text"], **IMAGES, **HELD, **NET, **MINI, **{"model.dropout": 0.2}),
 }
 # The others are killed in step 7. `update` comes after the score is logged, and before the checkpoint says so
 KILLED_IN = {"scored": ("update", 8), "classes": ("preview", 8), "importance": ("save", 8), "autoencoder": ("preview", 4)}
