@@ -5,6 +5,7 @@ MindSpore's own ONNX exporter (2.7 to 2.10) lacks GroupNorm and a dynamic batch;
 
 import contextlib
 import io
+import math
 from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from typing import Any
@@ -226,6 +227,19 @@ def total(g: OnnxGraph, node: Node, x: str, axis: Any, keep_dims: bool = False, 
     return g.add("ReduceSum", x, np.array(axis).reshape(-1), keepdims=int(keep_dims))
 
 
+def mean(g: OnnxGraph, node: Node, x: str, axis: Any, keep_dims: bool = False, *_: Any) -> str:
+    keep_dims = node["keep_dims"] if "keep_dims" in node.attributes else keep_dims
+    return g.add("ReduceMean", x, axes=np.array(axis).reshape(-1).tolist(), keepdims=int(keep_dims))
+
+
+def gelu(g: OnnxGraph, node: Node, x: str) -> str:
+    """MindSpore's GeLU is the approximation by tanh, which ONNX has from opset 20 on."""
+    cube = g.add("Mul", g.add("Mul", x, x), g.add("Mul", x, np.array(0.044715, np.float32)))
+    inner = g.add("Mul", g.add("Add", x, cube), np.array(math.sqrt(2 / math.pi), np.float32))
+    gate = g.add("Add", g.add("Tanh", inner), np.array(1, np.float32))
+    return g.add("Mul", g.add("Mul", x, np.array(0.5, np.float32)), gate)
+
+
 def argmin(g: OnnxGraph, node: Node, x: str, axis: int, *_: Any) -> str:
     return g.add("Cast", g.add("ArgMin", x, axis=axis, keepdims=0), to=6)  # int32
 
@@ -242,6 +256,9 @@ RULES: dict[str, Callable] = {
     "MatMul": matmul,
     "BatchMatMul": matmul,
     "MatMulExt": plain("MatMul"),
+    "GeLU": gelu,
+    "ReduceMean": mean,
+    "Rsqrt": lambda g, node, x: g.add("Reciprocal", g.add("Sqrt", x)),
     "Square": lambda g, node, x: g.add("Mul", x, x),
     "SumExt": total,
     "Argmin": argmin,

@@ -16,6 +16,7 @@ from mindspore import Tensor, nn, ops
 
 from ms_diffusion import kernels, mindir
 from ms_diffusion.models.autoencoder import AutoencoderConfig, VQConfig
+from ms_diffusion.models.dit import DiTConfig
 from ms_diffusion.models.mlp import MLPConfig, ResidualMLPConfig
 from ms_diffusion.models.unet_ldm import UNetModelConfig
 from ms_diffusion.process import DiffusionConfig
@@ -102,6 +103,14 @@ def test_images_with_classes_guidance_and_self_conditioning(tmp_path, monkeypatc
     record = assert_same_samples(run, tmp_path, monkeypatch, file_format, num=11)
     assert record["examples"] == {"labels": list(range(10))} and record["null"] == 10 and record["guidance"] == 2
     assert record["class_names"][9] == "ankle boot" and record["denoiser"]["inputs"][-1]["name"] == "x_start"
+
+
+@pytest.mark.slow
+@FORMATS
+def test_a_transformer(tmp_path, monkeypatch, file_format):
+    model = DiTConfig(hidden_size=16, depth=2, num_heads=2, patch_size=7, num_classes=10)
+    run = Run(untrained(tmp_path / "run", replace(PIXELS, model=model), noise=0.05))
+    assert_same_samples(run, tmp_path, monkeypatch, file_format)
 
 
 @pytest.mark.slow
