@@ -146,11 +146,12 @@ class Unet(nn.Module):
         vocab_size=0,
         max_length=0,
         text_dim=128,
+        fourier_features=0,
     ):
         super().__init__()
         if vocab_size:
             raise ValueError("captions are not implemented here: choose another network")
-        self.patch_size = patch_size
+        self.patch_size, self.fourier_features = patch_size, fourier_features
 
         def block(dim_in, dim_out, time_emb_dim=dim * 4 if with_time_emb else None):
             if use_convnext:
@@ -162,7 +163,7 @@ class Unet(nn.Module):
 
         widths = [dim * mult for mult in dim_mults]
         first = init_dim or dim // 3 * 2
-        channels_in = channels + cond_channels + channels * self_condition
+        channels_in = channels + cond_channels + channels * self_condition + channels * 2 * fourier_features
         self.init_conv = nn.Conv2d(channels_in * patch_size**2, first, 7, padding=3)
         self.time_mlp = None
         if with_time_emb:
@@ -195,8 +196,8 @@ class Unet(nn.Module):
         if self.label_emb is not None:
             emb = emb + self.label_emb(cond[0])
             cond = cond[1:]
-        if cond:
-            x = torch.cat([x, *cond], dim=1)
+        phases = [(x + 1) * (2 * math.pi * 127.5 / 2**i) for i in range(self.fourier_features)]
+        x = torch.cat([x, *(f(phase) for phase in phases for f in (torch.sin, torch.cos)), *cond], dim=1)
         if self.patch_size > 1:
             x = F.pixel_unshuffle(x, self.patch_size)
         x = self.init_conv(x)

@@ -134,23 +134,23 @@ def test_real_images_are_their_own_floor(folder):
 
 
 def test_what_a_report_of_a_bundled_model_is_for(class_run, tmp_path, monkeypatch):
-    """Its evaluation.json is what sample --list reads; no source means the first bundled model."""
+    """Its evaluation.json is what sample --list reads; no source means the best bundled model."""
     from ms_diffusion.commands import sample as sample_command
     from ms_diffusion.training import runs as trained_runs
 
-    weights = tmp_path / "weights"
+    weights, name = tmp_path / "weights", trained_runs.BEST
     newest = class_run.home / "checkpoints/step-0000006"
-    shutil.copytree(newest, weights / "stand-in", ignore=shutil.ignore_patterns("model.*"))
-    shutil.copy(class_run.home / "config.json", weights / "stand-in")
+    shutil.copytree(newest, weights / name, ignore=shutil.ignore_patterns("model.*"))
+    shutil.copy(class_run.home / "config.json", weights / name)
     for module in (trained_runs, sample_command):
         monkeypatch.setattr(module, "WEIGHTS", weights)
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
     before = tree(weights)
     out = succeed("evaluate", "--num", 160, "--steps", 1, "--batch-size", 80, "--guidance", 1)
-    assert out.splitlines()[-1] == "evaluation.json, evaluation.png" and "stand-in at step 6" in out
+    assert out.splitlines()[-1] == "evaluation.json, evaluation.png" and f"{name} at step 6" in out
     assert tree(weights) == before
-    shutil.copy("evaluation.json", weights / "stand-in")
+    shutil.copy("evaluation.json", weights / name)
     fid = json.loads(Path("evaluation.json").read_text())["samples"]["fid"]
     assert f"FID {fid:.2f}" in succeed("sample", "--list")
 

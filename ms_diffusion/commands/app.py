@@ -3,7 +3,6 @@ from any other, and sends nothing anywhere. Gradio makes it: `pip install 'ms_di
 
 import os
 import queue
-import socket
 import tempfile
 import threading
 import webbrowser
@@ -360,6 +359,8 @@ def main(argv: Sequence[str]) -> int:
 
 def serve(args: Args, folder: str) -> None:
     """Serve the page until Ctrl-C. Raises UserError if it cannot be."""
+    import socket
+
     try:
         import gradio as gr  # pyright: ignore[reportMissingImports]
         from starlette.middleware import Middleware  # pyright: ignore[reportMissingImports]
