@@ -162,8 +162,12 @@ def allow_numpy_2() -> None:
     operators."""
     from mindspore import Tensor
 
-    with contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(TypeError, SystemError, ImportError):
-        Tensor([0.0]).reshape("")
+    hook, sys.excepthook = sys.excepthook, lambda *_: None  # a notebook's would show the page in the cell
+    try:
+        with contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(TypeError, SystemError, ImportError):
+            Tensor([0.0]).reshape("")
+    finally:
+        sys.excepthook = hook
 
 
 def compiled(fn: Callable) -> Callable:
