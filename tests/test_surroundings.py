@@ -163,8 +163,8 @@ def test_a_memory_limit_of_a_cgroup(tmp_path, megabytes, works):
         assert_one_line(done, "MB of memory")
 
 
-def test_numpy_2_leaves_no_traceback_in_a_notebook(tmp_path):
+def test_numpy_2_leaves_no_traceback_in_a_notebook():
     """MindSpore's look-up of NumPy's C interface fails and is printed through sys.excepthook, which IPython replaces."""
-    code = "import sys; sys.excepthook = lambda *found: print(found); import ms_diffusion as md; md.runtime.set_device('cpu')"
+    code = "import sys; sys.excepthook = lambda *e: print(e); import ms_diffusion as md; md.runtime.set_device('cpu')"
     done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
