@@ -117,13 +117,11 @@ class Studio:
 
             show(make)
 
-        drawn = images.to_uint8(plan.paste(task.decode(task.draw_plan(run, plan, watch))))
-        picture = images.show_grid(
-            images.to_uint8(plan.arrange(images.to_float(drawn))), plan.columns, plan.scale, plan.captions
-        )
+        x = plan.paste(task.decode(task.draw_plan(run, plan, watch)))
+        picture = images.show_grid(images.to_uint8(plan.arrange(x)), plan.columns, plan.scale, plan.captions)
         path = self.folder / f"{next(self.files)}"
         picture.save(f"{path}.png")
-        np.savez_compressed(f"{path}.npz", images=drawn)
+        np.savez_compressed(f"{path}.npz", images=images.to_uint8(x))
         how = plan.sampling
         said = f"{name}, seed {how.seed}, {how.sampler}, {len(plan.timesteps)} steps, guidance {how.guidance:g}"
         return picture, said, f"{path}.png", f"{path}.npz"
@@ -132,10 +130,8 @@ class Studio:
             show: Callable) -> Frame:  # fmt: skip
         """The way from noise to points in the plane, with the exact denoiser: (points, what was done, field, paths)."""
         points = TOYS[data](np.random.default_rng(0), 1000).astype(np.float32)
-        normalizer, diffusion = (
-            Normalizer.of(points, None),
-            DiffusionConfig(1000, SCHEDULES[process], "v", "l2").build(False),
-        )
+        normalizer = Normalizer.of(points)
+        diffusion = DiffusionConfig(1000, SCHEDULES[process], "v", "l2").build(clip_denoised=False)
         denoise, decode = exact_denoiser(normalizer.normalize(points), diffusion), normalizer.denormalize
         rng, path = np.random.default_rng(seed), []
         spacing = "trailing" if process == "rectified flow" else default_spacing(SAMPLERS[sampler])
@@ -148,8 +144,7 @@ class Studio:
         def noise_like(x: np.ndarray) -> np.ndarray:
             return rng.standard_normal(x.shape)
 
-        level = diffusion.level(timesteps[0])
-        x = np.hypot(*level) * rng.standard_normal((1000, 2)) if process == "EDM" else rng.standard_normal((1000, 2))
+        x = rng.standard_normal((1000, 2))
         path.append(decode(x))
         SAMPLERS[sampler](denoise, x, diffusion, timesteps, noise_like, watch)
         drawn, paths = self.folder / f"{next(self.files)}.png", self.folder / f"{next(self.files)}.png"

@@ -61,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
     run = load(args.run, args.weights, device=args.device)
     pictures, conditions = run.task.likelihood_data(args.split)
     diffusion, name, ode = run.diffusion, run.config.data.name, args.method == "ode"
-    T = diffusion.num_timesteps
+    T, is_random = diffusion.num_timesteps, args.steps is not None and not ode
     steps = args.steps or (min(100, T) if ode else T)
     if not 2 <= steps <= T:
         raise UserError(f"--steps is {steps}: choose from 2 to {T}, the run's number of timesteps")
@@ -99,7 +99,7 @@ def main(argv: Sequence[str]) -> int:
         share = -(-len(batch) // world_size)  # of each rank
         own = np.minimum(np.arange(rank * share, (rank + 1) * share), len(batch) - 1)
         cond = [Tensor(values) for values in run.task.in_order({k: v[batch[own]] for k, v in conditions.items()})]
-        counts = random_terms(T, steps, rng) if args.steps and not ode else None
+        counts = random_terms(T, steps, rng) if is_random else None
         with alone():
             rows = RowsRandom([(rng, len(batch), own)])
             found = evaluate(pictures[batch[own]].transpose(0, 3, 1, 2), cond, rows, counts)
@@ -110,12 +110,12 @@ def main(argv: Sequence[str]) -> int:
     parts = np.concatenate(batches, 1)
     bits = parts.sum(0)
     # The images of a batch share their random timesteps, so only whole batches are independent
-    independent = bits if ode or not args.steps else np.array([batch.sum(0).mean() for batch in batches])
+    independent = np.array([batch.sum(0).mean() for batch in batches]) if is_random else bits
     error = independent.std(ddof=1) / math.sqrt(len(independent)) if len(independent) > 1 else math.nan
     print(f"{bits.mean():.4f} +- {error:.4f} bits per dimension, mean and standard error over {args.num} images")
     if not ode:
         print("of which prior {:.4f}, KL terms {:.4f}, decoder (t = 0) {:.4f}".format(*parts.mean(1)))
     print(f"{args.run} at step {run.step}, {args.weights} weights; {name}, {args.split} split, seed {args.seed}; ", end="")
-    kind = "random timesteps" if args.steps and not ode else "timesteps"
+    kind = "random timesteps" if is_random else "timesteps"
     print(f"{args.method}, {len(timesteps)} {kind}; {time.perf_counter() - clock:.1f} s")
     return 0
