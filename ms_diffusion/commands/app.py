@@ -69,7 +69,7 @@ class Studio:
 
     def __init__(self, names: Sequence[str], device: str, folder: str):
         self.thread, self.folder, self.files = ThreadPoolExecutor(1), Path(folder), count()
-        self.stops: dict[str, threading.Event] = {}  # by the session of a page
+        self.stops: dict[str | None, threading.Event] = {}  # of what is computed, by the session of its page
         self.runs: dict[str, Run] = {}
         for name in names:
             run = self.thread.submit(load, name, device=device).result()
@@ -77,7 +77,7 @@ class Studio:
                 raise UserError(f"{name} draws no images, so it has no place on this page: leave it out")
             self.runs[name] = run
 
-    def watch(self, session: str, job: Callable[[Callable], Frame]) -> Iterator[Frame]:
+    def watch(self, session: str | None, job: Callable[[Callable], Frame]) -> Iterator[Frame]:
         """The frames make() of job(show), which calls show(make) while it computes, as fast as they are taken; then what it
         returns. It ends early by `stop(session)`, or when this iterator is closed."""
         stop, shown = threading.Event(), queue.Queue(1)
@@ -97,10 +97,12 @@ class Studio:
             yield future.result()
         finally:
             stop.set()
+            if self.stops.get(session) is stop:
+                del self.stops[session]
 
-    def stop(self, session: str) -> None:
-        if session in self.stops:
-            self.stops[session].set()
+    def stop(self, session: str | None) -> None:
+        if event := self.stops.get(session):
+            event.set()
 
     def draw(self, name: str, request: Request, show: Callable) -> Frame:
         """A grid of what is asked for: (picture, what was done, path of the PNG, path of the .npz)."""
@@ -327,7 +329,7 @@ def page(studio: Studio) -> Any:
         alone |= {"show_progress": "minimal", "trigger_mode": "multiple"}  # else a click right after Stop would be lost
         of_plane = [toy, process, way, plane_steps, plane_seed, time, field], [cloud, plane_status, arrows, paths]
         quick: dict[str, Any] = {"queue": False, "api_visibility": "private"}
-        drawing = [
+        drawing: list[Any] = [
             draw_button.click(draw, fields, results, **alone),
             inpaint_button.click(inpaint, [editor, resample, *fields], results, **alone),
             interpolate_button.click(interpolate, [first, second, *fields], results, **alone),
@@ -357,7 +359,7 @@ def serve(args: Args, folder: str) -> None:
     import socket
 
     try:
-        import gradio as gr  # pyright: ignore[reportMissingImports]
+        from gradio.themes import Default, Font  # pyright: ignore[reportMissingImports]
         from starlette.middleware import Middleware  # pyright: ignore[reportMissingImports]
         from starlette.middleware.trustedhost import TrustedHostMiddleware  # pyright: ignore[reportMissingImports]
     except ImportError as e:
@@ -384,8 +386,8 @@ def serve(args: Args, folder: str) -> None:
         except OSError as e:
             raise UserError(f"port {args.port} cannot be opened ({e.strerror}): choose another --port") from e
     studio = Studio(args.runs or bundled_models(), args.device, folder)
-    system = [gr.themes.Font("system-ui"), gr.themes.Font("sans-serif")]  # the default fonts would be fetched
-    theme = gr.themes.Default(font=system, font_mono=[gr.themes.Font("monospace")])
+    system = [Font("system-ui"), Font("sans-serif")]  # the default fonts would be fetched
+    theme = Default(font=system, font_mono=[Font("monospace")])
     middleware = [Middleware(Policy), Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])]
     blocks = page(studio)
     blocks.launch(
@@ -410,6 +412,6 @@ def serve(args: Args, folder: str) -> None:
         webbrowser.open(url)
     defer_interrupts("stopping")
     STOP.wait()
-    for session in studio.stops:
+    for session in list(studio.stops):
         studio.stop(session)
     blocks.close()
