@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from ms_diffusion import __version__
+
 ROOT = Path(__file__).parents[1]
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "docs" / "zh").glob("*.md")]
 
@@ -44,3 +46,9 @@ def test_chinese_pages_have_the_figures_commands_and_formulas_of_the_english(pag
 def test_flags_are_those_of_the_dataclasses():
     made = runpy.run_path(str(ROOT / "docs" / "make_flags.py"))["render"]()
     assert made == (ROOT / "docs" / "flags.md").read_text(), "run python -m docs.make_flags"
+
+
+def test_the_newest_release_is_this_version():
+    titles = re.findall(r"^## (.+)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    released = [title.split()[0] for title in titles if title != "Unreleased"]
+    assert released[0] == __version__
