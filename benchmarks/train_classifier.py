@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import numpy as np
 from tqdm import tqdm
 
-from mindspore import Tensor, ops
+from mindspore import Tensor, nn, ops
 
 from ms_diffusion import images, runtime
 from ms_diffusion.commands.parse import parse
@@ -67,6 +67,27 @@ def accuracy(net, pictures, labels, batch_size: int = 500) -> float:
     return hits / len(pictures)
 
 
+def fit(net: nn.Cell, pictures: np.ndarray, labels: np.ndarray, epochs: int = 10, batch_size: int = 128, lr: float = 2e-3,
+        seed: int = 0, name: str = "classifier") -> None:  # fmt: skip
+    """Train `net` to name the class of `pictures` (N, H, W, C) uint8, and leave the averaged weights in it."""
+    per_epoch = len(pictures) // batch_size
+    steps = epochs * per_epoch
+    ema, optimizer = EMA(net, 0.998), make_optimizer(net, lr, per_epoch, steps)
+
+    def loss_fn(x, label):
+        return ops.cross_entropy(net(x), label)
+
+    step, losses = make_train_step(loss_fn, optimizer, ema), []
+    batches = make_dataset(pictures, labels, batch_size, steps, seed=seed)
+    with tqdm(batches.create_tuple_iterator(num_epochs=1, output_numpy=True), total=steps, unit="step", desc=name) as bar:
+        for i, (x, label) in enumerate(bar):
+            losses.append(step(Tensor(shift(np.random.default_rng((seed, i)), x)), Tensor(label))[0])
+            if (i + 1) % per_epoch == 0:
+                bar.set_postfix_str(f"loss {np.mean([loss.asnumpy() for loss in losses]):.3f}")
+                losses = []
+    load_into(net, {p.name: a.asnumpy() for p, a in zip(ema.sources, ema.averages, strict=True)})
+
+
 def main(argv: Sequence[str]) -> int:
     args = parse(Args, argv)
     check_fields(args)
@@ -76,26 +97,9 @@ def main(argv: Sequence[str]) -> int:
     device = runtime.set_device(args.device)
     pictures, labels = load_images(args.name, args.dir, "train", 28, 1)
     check_enough(pictures, args.batch_size, 1)
-    per_epoch = len(pictures) // args.batch_size
-    steps = args.epochs * per_epoch
-
-    net = Classifier(seed=args.seed)
-    ema, optimizer = EMA(net, 0.998), make_optimizer(net, args.lr, per_epoch, steps)
-
-    def loss_fn(x, label):
-        return ops.cross_entropy(net(x), label)
-
-    step, losses, clock = make_train_step(loss_fn, optimizer, ema), [], time.perf_counter()
-    batches = make_dataset(pictures, labels, args.batch_size, steps, seed=args.seed)
-    batches = batches.create_tuple_iterator(num_epochs=1, output_numpy=True)
-    with tqdm(batches, total=steps, unit="step", desc=f"classifier on {device}") as bar:
-        for i, (x, label) in enumerate(bar):
-            rng = np.random.default_rng((args.seed, i))
-            losses.append(step(Tensor(shift(rng, x)), Tensor(label))[0])
-            if (i + 1) % per_epoch == 0:
-                bar.set_postfix_str(f"loss {np.mean([loss.asnumpy() for loss in losses]):.3f}")
-                losses = []
-    load_into(net, {p.name: a.asnumpy().astype(np.float16) for p, a in zip(ema.sources, ema.averages, strict=True)})
+    net, clock = Classifier(seed=args.seed), time.perf_counter()
+    fit(net, pictures, labels, args.epochs, args.batch_size, args.lr, args.seed, f"classifier on {device}")
+    load_into(net, {p.name: p.asnumpy().astype(np.float16) for p in net.get_parameters()})  # what the file holds
     save_torch_state_dict(net, args.out, np.float16)
     share = accuracy(net, *load_images(args.name, args.dir, "test", 28, 1))
     print(f"{args.out}: {share:.2%} of the test images right; {time.perf_counter() - clock:.0f} s on {device}")

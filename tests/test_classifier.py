@@ -3,6 +3,7 @@
 import errno
 import functools
 import itertools
+import json
 import os
 import re
 from pathlib import Path
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 
 from mindspore import Tensor, nn, ops
 
-from benchmarks import train_classifier
+from benchmarks import judges, train_classifier
 from benchmarks.train_classifier import accuracy, shift
 from ms_diffusion import runtime
 from ms_diffusion.convert import load_torch_state_dict
@@ -437,3 +438,22 @@ def test_the_bar_is_shown_where_asked_for(counted, capsys, monkeypatch):
     monkeypatch.setattr(features, "bar", True)
     features(mini()[0][:4])
     assert "classifier: 100%" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_judges_tell_noise_from_images(capsys, tmp_path, monkeypatch):
+    """Two networks that a few steps have trained; the floor is other real images, and a file of the test images scores 0."""
+    splits = {split: load_images("fashion-mnist-mini", None, split, 28, 1) for split in ("train", "test")}
+    splits = {split: (found[0][:400], found[1][:400]) for split, found in splits.items()}
+    monkeypatch.setitem(DATASETS, "first-images", lambda folder, split, size, channels: splits[split])
+    noise = np.random.default_rng(0).integers(0, 256, (400, 28, 28, 1), dtype=np.uint8)
+    for name, pictures in {"noise": noise, "real": splits["test"][0]}.items():
+        np.savez(tmp_path / f"{name}.npz", images=pictures)
+    paths = [str(tmp_path / f"{name}.npz") for name in ("noise", "real")]
+    words = [*paths, *f"--name first-images --num 400 --epochs 2 --device cpu --json {tmp_path / 'scores.json'}".split()]
+    assert runtime.run_program(judges.main, words) == 0, capsys.readouterr().err
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    for name in judges.JUDGES:
+        floor, noise, real = (scores[name][each] for each in ("real training images", *paths))
+        assert scores[name]["accuracy"] > 0.2 and abs(real) < 1e-6 < floor < noise / 3
+    assert runtime.run_program(judges.main, [*paths, "--num", "401", "--name", "first-images"]) == 2
