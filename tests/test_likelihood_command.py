@@ -1,5 +1,6 @@
 """The command that measures the likelihood of images under a run."""
 
+import json
 import math
 import re
 from dataclasses import replace
@@ -35,9 +36,13 @@ def numbers(line):
     return [float(n) for n in re.findall(r"-?\d+\.\d+", line)]
 
 
-def test_the_bound(runs):
-    bits, parts, protocol = succeed("likelihood", runs / "plain", "--num", 2).splitlines()
+def test_the_bound(runs, tmp_path):
+    path = tmp_path / "new" / "result.json"
+    bits, parts, protocol = succeed("likelihood", runs / "plain", "--num", 2, "--json", path).splitlines()
     total, error = numbers(bits)
+    written = json.loads(path.read_text())
+    assert written["num"] == 2 and protocol.startswith(written["protocol"])
+    assert (written["bits_per_dim"], sum(written["parts"])) == pytest.approx((total, total), abs=1e-4)
     assert error > 0 and "2 images" in bits
     assert sum(numbers(parts)) == pytest.approx(total, abs=2e-4)
     for words in (

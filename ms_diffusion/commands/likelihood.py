@@ -13,6 +13,7 @@ from mindspore import Tensor
 
 from ..denoiser import make_denoiser
 from ..fields import AT_LEAST_1, NON_NEGATIVE, Bounds, check_fields
+from ..files import check_output, write_json
 from ..likelihood import (
     bits_per_dim,
     dequantised_bits_per_dim,
@@ -51,6 +52,8 @@ class Args:
     whose result is right on average; by default all timesteps."""
     device: Literal[DEVICES] = "auto"
     """Device: auto is Ascend, then GPU, then CPU."""
+    json: str | None = None
+    """Path of a file for the result; by default it is only printed."""
     debug: bool = False
     """Show the traceback of an error."""
 
@@ -58,6 +61,8 @@ class Args:
 def main(argv: Sequence[str]) -> int:
     args = parse(Args, argv, prog=command("likelihood"))
     check_fields(args)
+    if args.json:
+        check_output(args.json)
     run = load(args.run, args.weights, device=args.device)
     pictures, conditions = run.task.likelihood_data(args.split)
     diffusion, name, ode = run.diffusion, run.config.data.name, args.method == "ode"
@@ -115,7 +120,11 @@ def main(argv: Sequence[str]) -> int:
     print(f"{bits.mean():.4f} +- {error:.4f} bits per dimension, mean and standard error over {args.num} images")
     if not ode:
         print("of which prior {:.4f}, KL terms {:.4f}, decoder (t = 0) {:.4f}".format(*parts.mean(1)))
-    print(f"{args.run} at step {run.step}, {args.weights} weights; {name}, {args.split} split, seed {args.seed}; ", end="")
-    kind = "random timesteps" if is_random else "timesteps"
-    print(f"{args.method}, {len(timesteps)} {kind}; {time.perf_counter() - clock:.1f} s")
+    kind = f"{args.method}, {len(timesteps)} {'random timesteps' if is_random else 'timesteps'}"
+    what = f"{name}, {args.split} split, seed {args.seed}; {kind}"
+    protocol, seconds = f"{args.run} at step {run.step}, {args.weights} weights; {what}", time.perf_counter() - clock
+    print(f"{protocol}; {seconds:.1f} s")
+    if args.json:
+        record = {"protocol": protocol, "num": args.num, "bits_per_dim": bits.mean(), "standard_error": error}
+        write_json(args.json, record | {"parts": list(parts.mean(1)), "seconds": round(seconds, 1)})
     return 0

@@ -2,10 +2,10 @@
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -18,6 +18,13 @@ from . import modelarts
 from .parse import parse
 
 LICENSE = "MIT license"  # of every bundled model, as of the package
+SCORES: dict[str, Callable[[Any], str]] = {  # what a report beside a bundled model says in a few words
+    "evaluation.json": lambda report: (
+        f"FID {report['samples']['fid']:.2f} (real images: {report['floor']['fid']:.2f}), "
+        f"class accuracy {report['samples']['class_accuracy']:.1%}"
+    ),
+    "likelihood.json": lambda report: f"{report['bits_per_dim']:.2f} bits per dimension",
+}
 
 
 @dataclass
@@ -72,9 +79,9 @@ def main(argv: Sequence[str]) -> int:
 
 def describe(name: str) -> str:
     """A line on a bundled model."""
-    scores = json.loads((WEIGHTS / name / "evaluation.json").read_text())
     file = WEIGHTS / name / "ema.safetensors"
     size, parameters = file.stat().st_size / 1e6, sum(array.size for array in read_weights(file).values())
-    fid, floor, accuracy = scores["samples"]["fid"], scores["floor"]["fid"], scores["samples"]["class_accuracy"]
-    what = f"{parameters:,} parameters, {size:.1f} MB, {LICENSE}"
-    return f"{what}; FID {fid:.2f} (real images: {floor:.2f}), class accuracy {accuracy:.1%}"
+    said = [f"{parameters:,} parameters, {size:.1f} MB, {LICENSE}"]
+    for report in (path for path in map(file.with_name, SCORES) if path.exists()):
+        said.append(SCORES[report.name](json.loads(report.read_text())))
+    return "; ".join(said)
