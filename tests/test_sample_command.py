@@ -132,7 +132,7 @@ def test_bundled_models(tmp_path, monkeypatch):
         x_t = Tensor((np.sqrt(a) * x_start + np.sqrt(1 - a) * noise).astype(np.float32))
         predicted = run.net(x_t, Tensor([t, t]), *([label] if run.task.labelling.field else []))
         predicted = run.diffusion.predict_start(predicted, x_t, Tensor([t, t])).asnumpy()
-        assert abs(predicted - x_start).mean() < 0.2 * abs(x_t.asnumpy() / np.sqrt(a) - x_start).mean()
+        assert abs(predicted - x_start).mean() < 0.4 * abs(x_t.asnumpy() / np.sqrt(a) - x_start).mean()
         for flags, words in ((["--weights", "model"], "model.safetensors"), (["--ema-length", 0.1], "--train.ema-lengths")):
             assert_refused(call("sample", name, *flags), words)
     assert {trained_runs.default_run(), trained_runs.default_run(fast=True)} <= set(trained_runs.bundled_models())
