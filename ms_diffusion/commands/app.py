@@ -27,7 +27,7 @@ from ..runtime import DEVICES, STOP, Interrupted, UserError, command, defer_inte
 from ..samplers import SAMPLERS, default_spacing, sampling_timesteps
 from ..sampling import Sampling
 from ..training.pipeline import load
-from ..training.runs import Run, bundled_models
+from ..training.runs import BEST, Run, bundled_models
 from ..training.tasks.base import Request
 from ..training.tasks.images import ImageTask
 from .parse import parse
@@ -39,7 +39,8 @@ SCHEDULES = {"DDPM (cosine)": "cosine", "rectified flow": "flow", "EDM": "edm"}
 PLANE_SAMPLERS = tuple(name for name in SAMPLERS if name != "consistency")
 # A page of another site must not reach this one, nor this page any other
 POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'none'; form-action 'self'"
-CSS = ".gradio-container {max-width: 1100px !important; margin: auto} #picture img, #plane img {image-rendering: pixelated}"
+CSS = """.gradio-container {width: 100%; max-width: 1100px !important; margin: auto}
+#picture img, #plane img {image-rendering: pixelated}"""
 
 Frame = tuple[Any, ...]  # a value for each output of the page
 
@@ -264,11 +265,11 @@ def page(studio: Studio) -> Any:
 
     result: dict[str, Any] = {"format": "png", "interactive": False, "show_label": False, "buttons": ["fullscreen"]}
     with gr.Blocks(title="ms_diffusion", analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
-        gr.Markdown("## ms_diffusion\nDrawn on this machine, by the runs that the command named.")
+        gr.Markdown("## ms_diffusion\nDrawn on this machine, by the runs that the command named or the bundled models.")
         with gr.Tabs():
             with gr.Tab("Pictures"), gr.Row():
                 with gr.Column(scale=2, min_width=300):
-                    name = gr.Dropdown(names, value=names[-1], label="Run", visible=len(names) > 1)
+                    name = gr.Dropdown(names, value=names[0], label="Run", visible=len(names) > 1)
                     label = gr.Dropdown([TURN], value=TURN, label="Class", elem_id="class")
                     prompt = gr.Textbox(label="Prompt", visible=False, elem_id="prompt")
                     seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**31 - 1, elem_id="seed")
@@ -385,7 +386,8 @@ def serve(args: Args, folder: str) -> None:
             probe.bind(("127.0.0.1", args.port))
         except OSError as e:
             raise UserError(f"port {args.port} cannot be opened ({e.strerror}): choose another --port") from e
-    studio = Studio(args.runs or bundled_models(), args.device, folder)
+    # The best first, which the page begins with
+    studio = Studio(args.runs or sorted(bundled_models(), key=BEST.__ne__), args.device, folder)
     system = [Font("system-ui"), Font("sans-serif")]  # the default fonts would be fetched
     theme = Default(font=system, font_mono=[Font("monospace")])
     middleware = [Middleware(Policy), Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])]
