@@ -12,6 +12,7 @@ WRITTEN = {  # the pictures of each
     "01_two_dimensions": ("forward.png", "score.png", "paths.png"),
     "02_fashion_mnist": ("data.png", "forward.png", "loss.png", "samples.png", "denoise.gif"),
     "03_sampling_and_editing": ("guidance.png", "samplers.png", "denoise.gif", "inpainted.png", "interpolated.png"),
+    "04_latent_captions": ("latents.png", "between.png", "samples.png", "denoise.gif"),
     "06_own_pictures": ("data.png", "samples.png", "own.png", "tuned.png"),
 }
 
@@ -23,7 +24,7 @@ def test_all_are_known():
 def make_emoji(folder):
     """Pictures with captions in place of the emoji, which npm would fetch."""
     folder.mkdir(parents=True)
-    lines = [{"file_name": f"{i}.png", "text": [f"face {i}", "face"], "label": "Smileys & Emotion"} for i in range(24)]
+    lines = [{"file_name": f"{i}.png", "text": [f"face {i}", "face"], "label": "Smileys & Emotion"} for i in range(90)]
     for i, line in enumerate(lines):
         noise = np.random.default_rng(i).integers(0, 256, (64, 64, 4), np.uint8)
         Image.fromarray(noise).save(folder / line["file_name"])
