@@ -13,6 +13,7 @@ WRITTEN = {  # the pictures of each
     "02_fashion_mnist": ("data.png", "forward.png", "loss.png", "samples.png", "denoise.gif"),
     "03_sampling_and_editing": ("guidance.png", "samplers.png", "denoise.gif", "inpainted.png", "interpolated.png"),
     "04_latent_captions": ("latents.png", "between.png", "samples.png", "denoise.gif"),
+    "05_modelarts": ("samples.png", "modelarts/obs/out/loss.png"),
     "06_own_pictures": ("data.png", "samples.png", "own.png", "tuned.png"),
 }
 
