@@ -29,7 +29,7 @@ TABLES = 30  # float64 numbers of each timestep that a process keeps or computes
 OBJECTIVES = ("eps", "x0", "v")
 WEIGHTINGS = ("none", "min-snr", "p2", "velocity")
 HUBER = 0.00054  # c of the pseudo-Huber distance, per square root of the dimension (Song & Dhariwal 2023, section 3.3)
-ANCHOR = 0.05  # sigma / alpha up to which consistency tuning takes x_t / alpha for x_0
+ANCHOR = 0.1  # sigma / alpha up to which consistency tuning takes the x_0 of its teacher
 BETA = Bounds(0, 1, low_open=True, high_open=True)
 MOST_BETAS = 100_000  # of a file
 MAPS: list[Any] = [SCHEDULES, PATHS, GIVEN]
@@ -188,8 +188,7 @@ class Process:
 
         self._alphas, self._sigmas = device(alphas), device(sigmas)
         self._alphas_before, self._sigmas_before = device(before), device(noise_before)  # at t - 1
-        own = ANCHOR**2 / (sigmas**2 + (ANCHOR * alphas) ** 2)
-        self._anchors = device(own * alphas), device(1 - own * alphas**2)
+        self._is_end = device(noise_before <= ANCHOR * before)  # at t - 1
         self._log_variances = device(np.log(sigmas**2))
         with np.errstate(divide="ignore"):  # infinite at zero SNR, where the objective is not eps
             self._recip_alphas, self._recip_snr_roots = device(1 / alphas), device(sigmas / alphas)
@@ -288,18 +287,14 @@ class Process:
             simple = ops.gather_elements(self._simple_weights, 0, t) * simple
         return simple if self._elbo_weights is None else simple + ops.gather_elements(self._elbo_weights, 0, t) * error
 
-    def predict_end(self, net: Net, x_t: Tensor, t: Tensor, cond: Cond = None) -> Tensor:
-        """The end of the path through x_t that consistency tuning learns: the network's x_0, and x_t / alpha near the data
-        (Song et al. 2023, "Consistency models", eq. 5)."""
-        x_start = self.predict_start(predict(net, x_t, t, cond), x_t, t)
-        return at(self._anchors[0], t, x_t) * x_t + at(self._anchors[1], t, x_t) * x_start
-
     def consistency_losses(self, net: Net, x_start: Tensor, t: Tensor, r: Tensor, noise: Tensor, cond: Cond = None,
             teacher: Callable[..., Tensor] | None = None) -> Tensor:  # fmt: skip
-        """The distance (B,) of `predict_end` at x_t from that at x_r, which gets no gradient and lies on the same path,
-        nearer the data: consistency by finite differences (Geng et al. 2024, arXiv 2406.14548, eq. 9). The distance is the
-        pseudo-Huber one (Song & Dhariwal 2023, eq. 7) per square root of the dimension. It is weighted by T / (t + 1) /
-        log T, since a path takes that many of these steps around the time t.
+        """The distance (B,) of the network's x_0 at x_t from that at x_r, which gets no gradient and lies on the same path,
+        nearer the data: consistency by finite differences (Geng et al. 2024, arXiv 2406.14548, eq. 9). Where x_r is so near
+        the data that sigma / alpha is at most ANCHOR, the teacher's x_0 takes its place; a network without this anchor
+        could predict the same everywhere. The distance is the pseudo-Huber one (Song & Dhariwal 2023, eq. 7) per square
+        root of the dimension. It is weighted by T / (t + 1) / log T, since a path takes that many of these steps around
+        the time t.
 
         Args:
             r: (B,) int32, less than t; at -1 x_r is x_0 itself.
@@ -309,10 +304,10 @@ class Process:
         goal = x_start if teacher is None else ops.stop_gradient(teacher(x_t, t, cond))
         keep = at(self._sigmas_before, r + 1, x_t) / at(self._sigmas, t, x_t)
         x_r = (at(self._alphas_before, r + 1, x_t) - keep * at(self._alphas, t, x_t)) * goal + keep * x_t
-        nearer = ops.stop_gradient(self.predict_end(net, x_r, ops.relu(r), cond))
-        nearer = ops.where((r < 0).reshape((-1,) + (1,) * (x_t.ndim - 1)), goal, nearer)
+        from_r = ops.stop_gradient(self.predict_start(predict(net, x_r, ops.relu(r), cond), x_r, ops.relu(r)))
+        nearer = from_r + at(self._is_end, r + 1, x_t) * (goal - from_r)
         nearer = ops.clamp(nearer, -1.0, 1.0) if self.clip_denoised else nearer
-        apart = self.predict_end(net, x_t, t, cond) - nearer
+        apart = self.predict_start(predict(net, x_t, t, cond), x_t, t) - nearer
         square = ops.mean(ops.square(apart).reshape(x_t.shape[0], -1), 1)
         return ops.gather_elements(self._path_weights, 0, t) * (ops.sqrt(square + HUBER**2) - HUBER)
 

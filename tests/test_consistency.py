@@ -66,6 +66,7 @@ def test_the_loss_and_its_gradient(mode, batch, taught):
     t = rng.integers(1, T, batch).astype(np.int32)
     r = nearer_timesteps(t, 2)
     t[-1:], r[-1:] = 5, -1  # whose x_r is the data
+    t[1:2], r[1:2] = 9, 6  # where the teacher's x_0 is the end
     x_start, noise = rng.uniform(-1, 1, (2, batch, 1, 2, 3)).astype(np.float32)
     net = Affine(w, b, c)
 
@@ -88,13 +89,12 @@ def test_the_loss_and_its_gradient(mode, batch, taught):
     goal = 0.5 * x_t + 0.25 if taught else x_start
     x_r = lower[0] * goal + lower[1] * (x_t - level[0] * goal) / level[1]
     t, r = (each.reshape(-1, 1, 1, 1) for each in (t, r))
-    skip, lower_skip = (ANCHOR**2 / ((sigma / alpha) ** 2 + ANCHOR**2) for alpha, sigma in (level, lower))
-    nearer = np.where(r < 0, goal, lower_skip * x_r / lower[0] + (1 - lower_skip) * (w * x_r + c * r + b))
-    apart = skip * x_t / level[0] + (1 - skip) * (w * x_t + c * t + b) - nearer
+    nearer = np.where(lower[1] <= ANCHOR * lower[0], goal, w * x_r + c * r + b)
+    apart = w * x_t + c * t + b - nearer
     distance = np.sqrt((apart**2).mean((1, 2, 3)) + HUBER**2)
     weight = T / (t.ravel() + 1) / np.log(T)
     assert float(loss.asnumpy()) == pytest.approx((weight * (distance - HUBER)).sum(), rel=1e-5)
-    slope = (weight * (apart * (1 - skip) * x_t).mean((1, 2, 3)) / distance).sum()
+    slope = (weight * (apart * x_t).mean((1, 2, 3)) / distance).sum()
     assert float(gradient[0].asnumpy().squeeze()) == pytest.approx(slope, rel=1e-4)
 
 

@@ -83,7 +83,7 @@ FAST = replace(
     init_from="fashion-mnist-large",
     train=replace(
         LONG,
-        total_steps=4500,
+        total_steps=6300,
         lr=2e-4,
         warmup_steps=50,
         ema_decay=0.998,
