@@ -18,7 +18,7 @@ from mindspore import Tensor, nn, ops
 from ms_diffusion.commands.parse import parse
 from ms_diffusion.data.batches import load_images
 from ms_diffusion.fields import AT_LEAST_1, check_fields
-from ms_diffusion.files import write_json
+from ms_diffusion.files import in_batches, write_json
 from ms_diffusion.images import to_float
 from ms_diffusion.metrics.distances import frechet_distance, mean_and_covariance
 from ms_diffusion.metrics.scores import choose, read_npz
@@ -91,10 +91,10 @@ class Args:
     """Show the traceback of an error."""
 
 
-def gaussian(graph, pictures: np.ndarray, batch_size: int = 500) -> tuple[np.ndarray, np.ndarray]:
+def gaussian(graph, pictures: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean and covariance of the features of images (N, 28, 28, 1) uint8."""
-    parts = [graph(Tensor(to_float(pictures[i : i + batch_size]))).asnumpy() for i in range(0, len(pictures), batch_size)]
-    return mean_and_covariance(np.concatenate(parts))
+    (features,) = in_batches(lambda x: [graph(Tensor(to_float(x))).asnumpy()], pictures, 500)
+    return mean_and_covariance(features)
 
 
 def main(argv: Sequence[str]) -> int:

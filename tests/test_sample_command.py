@@ -132,10 +132,12 @@ def test_bundled_models(tmp_path, monkeypatch):
         x_t = Tensor((np.sqrt(a) * x_start + np.sqrt(1 - a) * noise).astype(np.float32))
         predicted = run.net(x_t, Tensor([t, t]), *([label] if run.task.labelling.field else []))
         predicted = run.diffusion.predict_start(predicted, x_t, Tensor([t, t])).asnumpy()
-        assert abs(predicted - x_start).mean() < 0.4 * abs(x_t.asnumpy() / np.sqrt(a) - x_start).mean()
+        most = 0.2 if name == trained_runs.BEST else 0.4  # those of few calls and of likelihoods keep more of the noise
+        assert abs(predicted - x_start).mean() < most * abs(x_t.asnumpy() / np.sqrt(a) - x_start).mean()
         for flags, words in ((["--weights", "model"], "model.safetensors"), (["--ema-length", 0.1], "--train.ema-lengths")):
             assert_refused(call("sample", name, *flags), words)
-    assert {trained_runs.default_run(), trained_runs.default_run(fast=True)} <= set(trained_runs.bundled_models())
+    defaults = {trained_runs.default_run(), trained_runs.default_run(fast=True)}
+    assert defaults == set(trained_runs.bundled_models()) - {"fashion-mnist-likelihood"}
     assert list(tmp_path.iterdir()) == []
 
     monkeypatch.setattr(trained_runs, "WEIGHTS", tmp_path / "nothing")
@@ -156,8 +158,6 @@ def test_bundled_models(tmp_path, monkeypatch):
 def test_no_run_means_a_bundled_model_that_can_do_it(tmp_path, monkeypatch, flags, name):
     """The one of two network calls for plain samples, and says so; the best for all else. Pictures are those of its name."""
     monkeypatch.chdir(tmp_path)
-    if name not in trained_runs.bundled_models():
-        pytest.skip(f"{name} is not bundled")
     printed = succeed("sample", *flags, "--out", "without.png")
     assert (trained_runs.FAST in printed) == (name == trained_runs.FAST)
     succeed("sample", name, *flags, "--out", "with.png")
