@@ -188,11 +188,13 @@ class Process:
 
         self._alphas, self._sigmas = device(alphas), device(sigmas)
         self._alphas_before, self._sigmas_before = device(before), device(noise_before)  # at t - 1
-        self._is_end = device(noise_before <= ANCHOR * before)  # at t - 1
+        is_end = noise_before <= ANCHOR * before
+        self._is_end = device(is_end)  # at t - 1
         self._log_variances = device(np.log(sigmas**2))
         with np.errstate(divide="ignore"):  # infinite at zero SNR, where the objective is not eps
             self._recip_alphas, self._recip_snr_roots = device(1 / alphas), device(sigmas / alphas)
-        self._path_weights = device(len(alphas) / np.arange(1, len(alphas) + 1) / max(math.log(len(alphas)), 1))
+        pace = 1 / np.maximum(np.arange(len(alphas)) + 1, is_end.sum())
+        self._path_weights = device(pace / pace.mean())
         # (-alpha', sigma'); where they are the tables (sigma, alpha), a graph gathers them once
         self._slopes = (self._sigmas, self._alphas) if slopes is None else (device(-slopes[0]), device(slopes[1]))
         self._start_of_v = device(self.slopes[1] / turn), device(sigmas / turn)
@@ -293,8 +295,8 @@ class Process:
         nearer the data: consistency by finite differences (Geng et al. 2024, arXiv 2406.14548, eq. 9). Where x_r is so near
         the data that sigma / alpha is at most ANCHOR, the teacher's x_0 takes its place; a network without this anchor
         could predict the same everywhere. The distance is the pseudo-Huber one (Song & Dhariwal 2023, eq. 7) per square
-        root of the dimension. It is weighted by T / (t + 1) / log T, since a path takes that many of these steps around
-        the time t.
+        root of the dimension. Its weight is in proportion to 1 / (t + 1), since a path takes that many of these steps
+        around the time t, but not more than where the teacher's x_0 begins; the mean weight is 1.
 
         Args:
             r: (B,) int32, less than t; at -1 x_r is x_0 itself.

@@ -49,7 +49,9 @@ KINDS = {
         **{"model.num_classes": 12},
     ),
     "importance": override(PIXELS, **IMAGES, timestep_sampling="importance", num_timesteps=4, precision="fp16"),
-    "points": override(PRESETS["scurve"], **SMALL, **HELD, steps_per_call=2, sample_steps=2, **{"data.num": 200}),
+    "points": override(
+        PRESETS["scurve"], **SMALL, **HELD, optimizer="muon", steps_per_call=2, sample_steps=2, **{"data.num": 200}
+    ),
     "autoencoder": AUTOENCODER,
     "actnorm": override(AUTOENCODER, **HELD, disc_norm="act", accumulate=2, **{"model.dropout": 0.2}),
     "text": override(PRESETS["latent-text"], **IMAGES, **HELD, **NET, **MINI, **{"model.dropout": 0.2}),

@@ -104,6 +104,8 @@ def test_what_the_presets_are():
         (PIXELS, {"matte": "no colour"}, "--data.matte", "no colour"),
         (PIXELS, {"matte": "#00000080"}, "--data.matte", "#00000080"),
         (PIXELS, {"validation": 1.0}, "--data.validation", "[0, 1)"),
+        (PIXELS, {"optimizer": "sgd"}, "--train.optimizer", "sgd"),
+        (PIXELS, {"optimizer": "muon", "lora_rank": 2, "init_from": "run"}, "--train.optimizer muon", "--train.lora-rank"),
         # pixels
         (PIXELS, {"data.size": 30}, "--data.size", "32"),
         (PIXELS, {"condition": "mask"}, "--data.condition mask", "--model.cond-channels 2"),

@@ -92,7 +92,9 @@ def test_the_loss_and_its_gradient(mode, batch, taught):
     nearer = np.where(lower[1] <= ANCHOR * lower[0], goal, w * x_r + c * r + b)
     apart = w * x_t + c * t + b - nearer
     distance = np.sqrt((apart**2).mean((1, 2, 3)) + HUBER**2)
-    weight = T / (t.ravel() + 1) / np.log(T)
+    ratios = np.append(0, process.sigmas / process.alphas)[:-1]  # at t - 1
+    pace = 1 / np.maximum(1 + np.arange(T), (ratios <= ANCHOR).sum())
+    weight = pace[t.ravel()] / pace.mean()
     assert float(loss.asnumpy()) == pytest.approx((weight * (distance - HUBER)).sum(), rel=1e-5)
     slope = (weight * (apart * x_t).mean((1, 2, 3)) / distance).sum()
     assert float(gradient[0].asnumpy().squeeze()) == pytest.approx(slope, rel=1e-4)

@@ -26,7 +26,7 @@ from ..process import DiffusionConfig
 from ..randomness import TIMESTEP_SAMPLING
 from ..runtime import UserError
 from .lora import Targets
-from .step import power_of_length
+from .step import OptimizerName, power_of_length
 
 # Fields that had another name once: flags and config.json files of then are still read
 RENAMED = {
@@ -110,6 +110,9 @@ class TrainConfig:
     """Length in passes over the data, in place of total_steps, which is computed from it."""
     tensorboard: bool = False
     """Write the numbers of metrics.jsonl and the previews for TensorBoard too, which must be installed."""
+    optimizer: OptimizerName = "adam"
+    """adam, or muon: weights of convolutions and linear layers move along their orthogonalised momentum, which needs fewer
+    but slower steps; the rest, and the discriminator of an autoencoder, is left to Adam."""
 
     @property
     def rows_per_step(self) -> int:
@@ -236,6 +239,8 @@ class DiffusionRunConfig(Config):
         super().check()
         if self.train.lora_rank and not self.init_from:
             raise UserError(f"--train.lora-rank is {self.train.lora_rank}: it needs trained weights, add --init-from")
+        if self.train.lora_rank and self.train.optimizer != "adam":
+            raise UserError("--train.optimizer muon is for whole weights: leave out it or --train.lora-rank")
         if self.train.consistency and not self.init_from:
             raise UserError("--train.consistency needs a trained network: add --init-from")
         if self.train.consistency and (self.train.learn_logvar or getattr(self.model, "self_condition", False)):

@@ -9,6 +9,7 @@ import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 
 from ..models.layers import split
+from .muon import Muon
 
 # HyperMap loops over all tensors: with list comprehensions the step compiled in 38 s instead of 5 (MindSpore 2.10).
 each = ops.HyperMap()
@@ -46,7 +47,8 @@ class Pack:
         members, count: The packed ones, and their number."""
 
     def __init__(self, net: nn.Cell, optimizer: nn.Adam):
-        wanted, slots = {id(p) for p in optimizer.parameters}, {}
+        by_adam = len(optimizer.parameters) - (optimizer.count if isinstance(optimizer, Muon) else 0)
+        wanted, slots = {id(p) for p in optimizer.parameters[:by_adam]}, {}  # Muon needs each matrix by itself
         for _, cell in net.cells_and_names():
             for name, p in cell.parameters_and_names(expand=False):
                 if id(p) in wanted and hasattr(cell, f"{name}_slot"):

@@ -5,7 +5,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -16,7 +16,10 @@ from .. import kernels
 from ..models.layers import split
 from ..runtime import compiled
 from .lora import LowRank
+from .muon import MOMENTUM, Muon, muon
 from .pack import Pack, each, flatten
+
+OptimizerName = Literal["adam", "muon"]
 
 
 class WarmupCosine(nn.learning_rate_schedule.LearningRateSchedule):
@@ -111,12 +114,14 @@ def average_after_training(steps: Sequence[int], lengths: Sequence[float], step:
 
 def make_optimizer(net: nn.Cell, lr: float, warmup_steps: int, total_steps: int, *,
         extra_parameters: Iterable[Parameter] = (), decay: bool = True,
-        adam_betas: tuple[float, float] = (0.9, 0.999)) -> nn.Adam:  # fmt: skip
+        adam_betas: tuple[float, float] = (0.9, 0.999), name: OptimizerName = "adam") -> nn.Adam:  # fmt: skip
     """Adam (Kingma & Ba 2014) with PyTorch's epsilon and `WarmupCosine`; it counts its steps in `global_step`.
-    `extra_parameters` are trained together with the network's."""
+    `extra_parameters` are trained together with the network's. With the name "muon", `Muon` moves the weights of the
+    network's convolutions and linear layers, and Adam the rest."""
     schedule = WarmupCosine(lr, warmup_steps, total_steps, decay)
+    options = {"learning_rate": schedule, "beta1": adam_betas[0], "beta2": adam_betas[1], "eps": 1e-8}
     parameters = [*net.trainable_params(), *extra_parameters]
-    return nn.Adam(parameters, learning_rate=schedule, beta1=adam_betas[0], beta2=adam_betas[1], eps=1e-8)
+    return Muon(net, parameters, **options) if name == "muon" else nn.Adam(parameters, **options)
 
 
 adam = ops.Adam()
@@ -264,7 +269,8 @@ def make_train_step(loss_fn: Callable[..., Any], optimizer: nn.Optimizer, ema: E
         pack: Pack | None = None, low_rank: LowRank | None = None,
         weight_decay: float = 0.0, accumulate: int = 1,
         before_part: Callable[[int], Any] | None = None) -> Callable[..., tuple[Tensor, ...]]:  # fmt: skip
-    """Compile `step(*values, **batch) -> (loss (), gradient norm ())`: the gradients of `loss_fn`, clipping, Adam, EMA.
+    """Compile `step(*values, **batch) -> (loss (), gradient norm ())`: the gradients of `loss_fn`, clipping, Adam or
+    Muon, EMA.
 
     A step whose loss or gradients are not finite is skipped: it changes nothing, and its loss is NaN.
 
@@ -297,7 +303,8 @@ def make_train_step(loss_fn: Callable[..., Any], optimizer: nn.Optimizer, ema: E
     fields = inspect.signature(loss_fn)
     emas, within = [*([] if ema is None else [ema]), *extra_emas], None if low_rank else ema
     moves_all = within is None or {id(p) for p in within.sources} <= {id(p) for p in optimizer.parameters}  # none is frozen
-    is_fused = pack is None and moves_all and kernels.adam_available()
+    by_muon = optimizer.count if isinstance(optimizer, Muon) else 0  # the last parameters
+    is_fused = pack is None and moves_all and not by_muon and kernels.adam_available()
     fused = kernels.adam(optimizer, clip_norm, within, weight_decay) if is_fused else None
     now, later = ([], emas) if low_rank else (emas, extra_emas if fused else [])  # moved in the step's graph, and after it
     trained, state = optimizer.parameters, (optimizer.parameters, optimizer.moment1, optimizer.moment2)
@@ -308,7 +315,10 @@ def make_train_step(loss_fn: Callable[..., Any], optimizer: nn.Optimizer, ema: E
     if low_rank is not None:
         for average in emas:
             average.follow(low_rank.moved)
-    parameters, moment1, moment2 = state
+    parameters = state[0]
+    by_adam = len(parameters) - by_muon
+    adam_state = [ms.ParameterTuple(values[:by_adam]) for values in state]
+    muon_state = [ms.ParameterTuple(values[by_adam:]) for values in state[:2]]
     rates = decay_rates(trained, weight_decay, pack) if weight_decay and not fused else None
     sizes = (*(p.size for p in parameters), 1)
 
@@ -353,7 +363,12 @@ def make_train_step(loss_fn: Callable[..., Any], optimizer: nn.Optimizer, ema: E
         kept = ops.where(finite, powers[0], optimizer.beta1_power), ops.where(finite, powers[1], optimizer.beta2_power)
         if rates is not None:
             gradients = each(partial(_decay_first, lr), parameters, rates, gradients)
-        done = each(partial(_adam, powers, lr, betas, optimizer.eps), parameters, moment1, moment2, gradients)
+        done = ()
+        if by_adam:
+            done = each(partial(_adam, powers, lr, betas, optimizer.eps), *adam_state, gradients[:by_adam])
+        if by_muon:
+            momentum = ops.where(finite, MOMENTUM, 1.0)
+            done = done + each(partial(muon, momentum, lr), *muon_state, gradients[by_adam:])
         loss = ops.depend(_nan_unless(finite, loss), done)
         ops.assign(optimizer.beta1_power, kept[0])
         ops.assign(optimizer.beta2_power, kept[1])

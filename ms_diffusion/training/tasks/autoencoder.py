@@ -144,7 +144,8 @@ class AutoencoderTask(Images, Task):
         self.objective = OBJECTIVES[type(net)](net, train)
         adam = {"decay": train.lr_decay, "adam_betas": train.adam_betas}
         schedule = train.lr, train.warmup_steps, train.total_steps
-        self.optimizer = make_optimizer(net, *schedule, extra_parameters=self.objective.parameters, **adam)
+        extra = self.objective.parameters
+        self.optimizer = make_optimizer(net, *schedule, extra_parameters=extra, name=train.optimizer, **adam)
         ema = EMA(net, train.ema_decay)
         net.set_train()
         if train.disc_weight:

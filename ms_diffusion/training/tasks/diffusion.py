@@ -77,7 +77,7 @@ class DiffusionTask(Task):
         self.low_rank = self.make_low_rank() if train.lora_rank else None
         self.logvar = Parameter(Tensor(np.zeros(T, np.float32)), name="logvar") if train.learn_logvar else None
         extra = [*(self.low_rank.adapters if self.low_rank else []), *([self.logvar] if train.learn_logvar else [])]
-        options = {"extra_parameters": extra, "decay": train.lr_decay}
+        options = {"extra_parameters": extra, "decay": train.lr_decay, "name": train.optimizer}
         self.optimizer = make_optimizer(self.net, train.lr, train.warmup_steps, train.total_steps, **options)
         self.importance = ImportanceTimesteps(T) if train.timestep_sampling == "importance" else None
         self.step_options = {"extra_emas": extra_emas, "loss_scaler": loss_scaler}
