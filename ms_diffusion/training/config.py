@@ -111,8 +111,8 @@ class TrainConfig:
     tensorboard: bool = False
     """Write the numbers of metrics.jsonl and the previews for TensorBoard too, which must be installed."""
     optimizer: OptimizerName = "adam"
-    """adam, or muon: weights of convolutions and linear layers move along their orthogonalised momentum, which needs fewer
-    but slower steps; the rest, and the discriminator of an autoencoder, is left to Adam."""
+    """adam, or muon, which needs fewer steps, each of them slower: it moves weights of convolutions and linear layers along
+    their orthogonalised momentum. Adam moves the rest, and the discriminator of an autoencoder."""
 
     @property
     def rows_per_step(self) -> int:
