@@ -83,8 +83,8 @@ FAST = replace(
     init_from="fashion-mnist-large",
     train=replace(
         LONG,
-        total_steps=6300,
-        lr=2e-4,
+        total_steps=12_600,
+        lr=3e-4,
         warmup_steps=50,
         ema_decay=0.998,
         label_dropout=0.0,
