@@ -21,7 +21,7 @@ from ms_diffusion.commands.parse import parse
 from ms_diffusion.data.batches import load_images, make_dataset
 from ms_diffusion.models.attention import Attention, LinearAttention, TokenAttention
 from ms_diffusion.runtime import UserError, run_program, set_device
-from ms_diffusion.training.config import Config, config_from_record
+from ms_diffusion.training.config import Config, config_from_record, override
 from ms_diffusion.training.presets import PRESETS
 
 from .workers import Worker, Workers, alternate, ratio, verdict
@@ -44,6 +44,8 @@ def make_ours(record: dict[str, Any], batch_size: int, device: str) -> benchmark
 
 def start_workers(config: Config, batch_size: int, device: str, peer: str = "none") -> Workers:
     """Our worker and, with --peer torch, PyTorch's; its oneDNN is not limited to AVX2, as `runtime` limits MindSpore's."""
+    if peer != "none":
+        config = override(config, optimizer="adam")  # as the peer trains
     call = (config.to_record(), batch_size, device)
     workers = Workers(mindspore=Worker("benchmarks.speed:make_ours", *call))
     if peer == "torch":

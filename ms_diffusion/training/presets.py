@@ -110,7 +110,7 @@ LIKELIHOOD = PixelConfig(
 DIT = replace(
     CLASS,
     model=DiTConfig(hidden_size=160, depth=6, num_heads=5, patch_size=4, num_classes=10),
-    train=replace(CLASS.train, lr=1e-3),
+    train=replace(CLASS.train, lr=6e-3, optimizer="muon"),
 )
 
 # From images of 32 x 32 pixels to latents of 8 x 8 x 2 numbers, and the diffusion of these latents.
