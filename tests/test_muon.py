@@ -15,8 +15,6 @@ from ms_diffusion.training.pack import Pack
 from ms_diffusion.training.step import EMA, make_optimizer, make_train_step
 
 LR, WARMUP, STEPS = 0.05, 2, 6
-
-
 SHAPES = [(4, 4), (7, 3), (3, 7), (5, 2, 3, 3), (1, 6), (6, 1)]
 
 

@@ -240,7 +240,7 @@ class DiffusionRunConfig(Config):
         if self.train.lora_rank and not self.init_from:
             raise UserError(f"--train.lora-rank is {self.train.lora_rank}: it needs trained weights, add --init-from")
         if self.train.lora_rank and self.train.optimizer != "adam":
-            raise UserError("--train.optimizer muon is for whole weights: leave out it or --train.lora-rank")
+            raise UserError("--train.optimizer muon trains whole weights: leave out --train.lora-rank, or train with adam")
         if self.train.consistency and not self.init_from:
             raise UserError("--train.consistency needs a trained network: add --init-from")
         if self.train.consistency and (self.train.learn_logvar or getattr(self.model, "self_condition", False)):

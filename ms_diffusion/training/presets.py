@@ -106,7 +106,7 @@ LIKELIHOOD = PixelConfig(
     train=ImageTrainConfig(total_steps=24_000, batch_size=32, lr=1.5e-3, warmup_steps=300, timestep_sampling="antithetic"),
 )
 
-# A transformer on patches of 4 x 4 pixels, whose training step takes about as long as that of CLASS
+# A transformer on patches of 4 x 4 pixels, which Adam trains much more slowly
 DIT = replace(
     CLASS,
     model=DiTConfig(hidden_size=160, depth=6, num_heads=5, patch_size=4, num_classes=10),
