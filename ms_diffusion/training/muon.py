@@ -36,6 +36,11 @@ class Muon(nn.Adam):
         self.count = len(found)
 
 
+def count_of(optimizer: nn.Optimizer) -> int:
+    """How many of the optimizer's parameters, the last ones, Muon moves."""
+    return optimizer.count if isinstance(optimizer, Muon) else 0
+
+
 def orthogonalise(x: Tensor) -> Tensor:
     """x (n, ...) as a matrix (n, m) with its singular values, but for those near 0, near 1: U S V^T -> about U V^T.
 

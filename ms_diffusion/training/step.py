@@ -16,7 +16,7 @@ from .. import kernels
 from ..models.layers import split
 from ..runtime import compiled
 from .lora import LowRank
-from .muon import MOMENTUM, Muon, muon
+from .muon import MOMENTUM, Muon, count_of, muon
 from .pack import Pack, each, flatten
 
 OptimizerName = Literal["adam", "muon"]
@@ -303,7 +303,7 @@ def make_train_step(loss_fn: Callable[..., Any], optimizer: nn.Optimizer, ema: E
     fields = inspect.signature(loss_fn)
     emas, within = [*([] if ema is None else [ema]), *extra_emas], None if low_rank else ema
     moves_all = within is None or {id(p) for p in within.sources} <= {id(p) for p in optimizer.parameters}  # none is frozen
-    by_muon = optimizer.count if isinstance(optimizer, Muon) else 0  # the last parameters
+    by_muon = count_of(optimizer)
     is_fused = pack is None and moves_all and not by_muon and kernels.adam_available()
     fused = kernels.adam(optimizer, clip_norm, within, weight_decay) if is_fused else None
     now, later = ([], emas) if low_rank else (emas, extra_emas if fused else [])  # moved in the step's graph, and after it
