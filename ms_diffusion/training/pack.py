@@ -8,11 +8,8 @@ import numpy as np
 import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 
-from ..models.layers import split
+from ..models.layers import each, split
 from .muon import count_of
-
-# HyperMap loops over all tensors: with list comprehensions the step compiled in 38 s instead of 5 (MindSpore 2.10).
-each = ops.HyperMap()
 
 
 def flatten(x: Tensor) -> Tensor:

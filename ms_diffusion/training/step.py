@@ -13,11 +13,11 @@ import mindspore as ms
 from mindspore import Parameter, Tensor, nn, ops
 
 from .. import kernels
-from ..models.layers import split
+from ..models.layers import each, split
 from ..runtime import compiled
 from .lora import LowRank
-from .muon import MOMENTUM, Muon, count_of, muon
-from .pack import Pack, each, flatten
+from .muon import MOMENTUM, Muon, count_of, make_muon
+from .pack import Pack, flatten
 
 OptimizerName = Literal["adam", "muon"]
 
@@ -318,7 +318,7 @@ def make_train_step(loss_fn: Callable[..., Any], optimizer: nn.Optimizer, ema: E
     parameters = state[0]
     by_adam = len(parameters) - by_muon
     adam_state = [ms.ParameterTuple(values[:by_adam]) for values in state]
-    muon_state = [ms.ParameterTuple(values[by_adam:]) for values in state[:2]]
+    move_matrices = make_muon(*(values[by_adam:] for values in state[:2])) if by_muon else None
     rates = decay_rates(trained, weight_decay, pack) if weight_decay and not fused else None
     sizes = (*(p.size for p in parameters), 1)
 
@@ -367,8 +367,7 @@ def make_train_step(loss_fn: Callable[..., Any], optimizer: nn.Optimizer, ema: E
         if by_adam:
             done = each(partial(_adam, powers, lr, betas, optimizer.eps), *adam_state, gradients[:by_adam])
         if by_muon:
-            momentum = ops.where(finite, MOMENTUM, 1.0)
-            done = done + each(partial(muon, momentum, lr), *muon_state, gradients[by_adam:])
+            done = done + move_matrices(ops.where(finite, MOMENTUM, 1.0), lr, gradients[by_adam:])
         loss = ops.depend(_nan_unless(finite, loss), done)
         ops.assign(optimizer.beta1_power, kept[0])
         ops.assign(optimizer.beta2_power, kept[1])
