@@ -26,9 +26,9 @@ Identity = nn.Identity  # x -> x
 # They exist on Ascend alone (MindSpore 2.10). In a graph the question is answered when it is compiled.
 ascend = ops.constexpr(on_ascend)
 split_with_size = SplitWithSize()
+HAS_SPLIT = not ms.__version__.startswith("2.7.")  # on the CPU; there 2.7 has that operator outside graphs alone
 # HyperMap loops over all tensors: with list comprehensions a training step compiled in 38 s instead of 5 (MindSpore 2.10).
 each = ops.HyperMap()
-HAS_SPLIT = not ms.__version__.startswith("2.7.")  # on the CPU; there 2.7 has that operator outside graphs alone
 
 
 def split(x: Tensor, sizes: tuple[int, ...], axis: int) -> tuple[Tensor, ...]:
