@@ -301,13 +301,18 @@ class Process:
         Args:
             r: (B,) int32, less than t; at -1 x_r is x_0 itself.
             teacher: teacher(x_t, t, cond) -> the x_0 that the path leads to, by default x_start. With that of a trained
-                network this is consistency distillation (Song et al. 2023, algorithm 2) with DDIM's step."""
-        x_t, cond = self.q_sample(x_start, t, noise), as_tuple(cond)
-        goal = x_start if teacher is None else ops.stop_gradient(teacher(x_t, t, cond))
+                network this is consistency distillation (Song et al. 2023, algorithm 2). The step to x_r is DDIM's with the
+                mean of the teacher's x_0 at both its ends (Heun's rule): with that of x_t alone, paths end too near the mean.
+        """
+        x_t, cond, s = self.q_sample(x_start, t, noise), as_tuple(cond), ops.relu(r)
         keep = at(self._sigmas_before, r + 1, x_t) / at(self._sigmas, t, x_t)
-        x_r = (at(self._alphas_before, r + 1, x_t) - keep * at(self._alphas, t, x_t)) * goal + keep * x_t
-        from_r = ops.stop_gradient(self.predict_start(predict(net, x_r, ops.relu(r), cond), x_r, ops.relu(r)))
-        nearer = from_r + at(self._is_end, r + 1, x_t) * (goal - from_r)
+        gain, is_end = at(self._alphas_before, r + 1, x_t) - keep * at(self._alphas, t, x_t), at(self._is_end, r + 1, x_t)
+        goal = x_start if teacher is None else ops.stop_gradient(teacher(x_t, t, cond))
+        x_r = gain * goal + keep * x_t
+        if teacher is not None:
+            x_r = x_r + 0.5 * gain * (ops.stop_gradient(teacher(x_r, s, cond)) - goal)
+        from_r = ops.stop_gradient(self.predict_start(predict(net, x_r, s, cond), x_r, s))
+        nearer = from_r + is_end * (goal - from_r)
         nearer = ops.clamp(nearer, -1.0, 1.0) if self.clip_denoised else nearer
         apart = self.predict_start(predict(net, x_t, t, cond), x_t, t) - nearer
         square = ops.mean(ops.square(apart).reshape(x_t.shape[0], -1), 1)
