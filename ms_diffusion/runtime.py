@@ -398,10 +398,10 @@ def catch_interrupts() -> None:
                 continue
             if asked and info.si_signo == signal.SIGINT:
                 os._exit(130)
-            STOP.set()
             if not asked:
-                say(_notice)
+                say(_notice)  # before STOP, which may let the process end at once
             asked = True
+            STOP.set()
 
     threading.Thread(target=watch, daemon=True).start()
 

@@ -84,14 +84,17 @@ def test_a_signal_ends_a_command_at_once(tmp_path):
     time.sleep(0.4)
     for number, process in processes.items():
         process.send_signal(number)
-        assert finish(process, 5) == (-number, "", "")
+    assert [finish(process, 5) for process in processes.values()] == [(-number, "", "") for number in SIGNALS]
 
 
 def test_while_a_run_trains_a_signal_asks_it_to_stop(tmp_path):
-    code = "runtime.defer_interrupts()\nready()\nassert runtime.STOP.wait(60)\nprint('saved')"
-    for number, process in start_each(code, tmp_path).items():
+    """And says so first, however slow its stream is."""
+    slow = "say = runtime.say\nruntime.say = lambda text: (time.sleep(0.2), say(text))\n"
+    code = slow + "runtime.defer_interrupts()\nready()\nassert runtime.STOP.wait(60)\nprint('saved')"
+    processes = start_each(code, tmp_path)
+    for number, process in processes.items():
         process.send_signal(number)
-        code, out, err = finish(process, 5)
+    for code, out, err in [finish(process, 5) for process in processes.values()]:
         assert (code, out) == (0, "saved\n") and len(err.splitlines()) == 1
 
 
