@@ -92,7 +92,7 @@ FAST = replace(
         sample_guidance_interval=None,
         sample_steps=2,
         consistency=(3, 4),
-        teacher_guidance=2.0,
+        teacher_guidance=1.75,
         teacher_guidance_interval=(150, 750),
     ),
 )
