@@ -302,8 +302,7 @@ class Process:
             r: (B,) int32, less than t; at -1 x_r is x_0 itself.
             teacher: teacher(x_t, t, cond) -> the x_0 that the path leads to, by default x_start. With that of a trained
                 network this is consistency distillation (Song et al. 2023, algorithm 2). The step to x_r is DDIM's with the
-                mean of the teacher's x_0 at both its ends (Heun's rule): with that of x_t alone, paths end too near the mean.
-        """
+                mean of the teacher's x_0 at both its ends (Heun): with that of x_t alone, paths end too near the mean."""
         x_t, cond, s = self.q_sample(x_start, t, noise), as_tuple(cond), ops.relu(r)
         keep = at(self._sigmas_before, r + 1, x_t) / at(self._sigmas, t, x_t)
         gain, is_end = at(self._alphas_before, r + 1, x_t) - keep * at(self._alphas, t, x_t), at(self._is_end, r + 1, x_t)

@@ -134,11 +134,11 @@ def test_real_images_are_their_own_floor(folder):
 
 
 def test_what_a_report_of_a_bundled_model_is_for(class_run, tmp_path, monkeypatch):
-    """Its evaluation.json is what sample --list reads; no source means the best bundled model."""
+    """Its evaluation.json is what sample --list reads; no source means the default one."""
     from ms_diffusion.commands import sample as sample_command
     from ms_diffusion.training import runs as trained_runs
 
-    weights, name = tmp_path / "weights", trained_runs.BEST
+    weights, name = tmp_path / "weights", trained_runs.DEFAULT
     newest = class_run.home / "checkpoints/step-0000006"
     shutil.copytree(newest, weights / name, ignore=shutil.ignore_patterns("model.*"))
     shutil.copy(class_run.home / "config.json", weights / name)

@@ -12,7 +12,7 @@ from test_runs_command import make
 
 from ms_diffusion.commands import report
 from ms_diffusion.training.config import override
-from ms_diffusion.training.runs import BEST
+from ms_diffusion.training.runs import DEFAULT
 
 EVIL = "<script>alert('$x$')<&\""
 VOID = {"meta", "img"}
@@ -118,6 +118,6 @@ def test_damaged_and_unfinished_runs(tmp_path):
 
 def test_a_bundled_model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    succeed("report", BEST)
-    assert f"<h1>{BEST}</h1>" in (tmp_path / "report.html").read_text()
+    succeed("report", DEFAULT)
+    assert f"<h1>{DEFAULT}</h1>" in (tmp_path / "report.html").read_text()
     assert "class accuracy" in read(tmp_path / "report.html").text

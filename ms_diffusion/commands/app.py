@@ -27,7 +27,7 @@ from ..runtime import DEVICES, STOP, Interrupted, UserError, command, defer_inte
 from ..samplers import SAMPLERS, default_spacing, sampling_timesteps
 from ..sampling import Sampling
 from ..training.pipeline import load
-from ..training.runs import BEST, Run, bundled_models
+from ..training.runs import DEFAULT, Run, bundled_models
 from ..training.tasks.base import Request
 from ..training.tasks.images import ImageTask
 from .parse import parse
@@ -387,7 +387,7 @@ def serve(args: Args, folder: str) -> None:
         except OSError as e:
             raise UserError(f"port {args.port} cannot be opened ({e.strerror}): choose another --port") from e
     # The best first, which the page begins with
-    studio = Studio(args.runs or sorted(bundled_models(), key=BEST.__ne__), args.device, folder)
+    studio = Studio(args.runs or sorted(bundled_models(), key=DEFAULT.__ne__), args.device, folder)
     system = [Font("system-ui"), Font("sans-serif")]  # the default fonts would be fetched
     theme = Default(font=system, font_mono=[Font("monospace")])
     middleware = [Middleware(Policy), Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])]

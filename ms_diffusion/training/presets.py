@@ -77,6 +77,11 @@ CLASS_FLOW = replace(
 )
 LONG = replace(CLASS.train, warmup_steps=500, ema_decay=0.999, timestep_sampling="antithetic")
 LARGE = replace(CLASS, model=replace(CLASS.model, dim=64, init_dim=64), train=replace(LONG, total_steps=22_000, lr=1.5e-3))
+XLARGE = replace(
+    LARGE,
+    model=replace(LARGE.model, dim=96, init_dim=96),
+    train=replace(LARGE.train, total_steps=9200, batch_size=128, optimizer="muon", lr=4e-3),
+)
 # Consistency tuning of a trained run, by default the bundled one, for samples in one or two network calls
 FAST = replace(
     LARGE,
@@ -166,6 +171,7 @@ PRESETS: dict[str, Config] = {  # PRESETS["mine"] = config adds a preset
     "fashion-mnist-class": CLASS,
     "fashion-mnist-flow": CLASS_FLOW,
     "fashion-mnist-large": LARGE,
+    "fashion-mnist-xlarge": XLARGE,
     "fashion-mnist-fast": FAST,
     "fashion-mnist-dit": DIT,
     "fashion-mnist-likelihood": LIKELIHOOD,
