@@ -386,7 +386,7 @@ def serve(args: Args, folder: str) -> None:
             probe.bind(("127.0.0.1", args.port))
         except OSError as e:
             raise UserError(f"port {args.port} cannot be opened ({e.strerror}): choose another --port") from e
-    # The best first, which the page begins with
+    # The default first, which the page begins with
     studio = Studio(args.runs or sorted(bundled_models(), key=DEFAULT.__ne__), args.device, folder)
     system = [Font("system-ui"), Font("sans-serif")]  # the default fonts would be fetched
     theme = Default(font=system, font_mono=[Font("monospace")])
