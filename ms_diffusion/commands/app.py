@@ -7,7 +7,7 @@ import tempfile
 import threading
 import webbrowser
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
@@ -70,7 +70,7 @@ class Studio:
 
     def __init__(self, names: Sequence[str], device: str, folder: str):
         self.thread, self.folder, self.files = ThreadPoolExecutor(1), Path(folder), count()
-        self.stops: dict[str | None, threading.Event] = {}  # of what is computed, by the session of its page
+        self.jobs: dict[str | None, tuple[threading.Event, Future]] = {}  # by session: what stops it, and its end
         self.runs: dict[str, Run] = {}
         for name in names:
             run = self.thread.submit(load, name, device=device).result()
@@ -82,7 +82,6 @@ class Studio:
         """The frames make() of job(show), which calls show(make) while it computes, as fast as they are taken; then what it
         returns. It ends early by `stop(session)`, or when this iterator is closed."""
         stop, shown = threading.Event(), queue.Queue(1)
-        self.stops[session] = stop
 
         def show(make: Callable[[], Frame]) -> None:
             if stop.is_set():
@@ -91,6 +90,7 @@ class Studio:
                 shown.put(make())
 
         future = self.thread.submit(job, show)
+        self.jobs[session] = stop, future
         try:
             while not future.done():
                 with suppress(queue.Empty):
@@ -98,12 +98,14 @@ class Studio:
             yield future.result()
         finally:
             stop.set()
-            if self.stops.get(session) is stop:
-                del self.stops[session]
+            if self.jobs.get(session) == (stop, future):
+                del self.jobs[session]
 
     def stop(self, session: str | None) -> None:
-        if event := self.stops.get(session):
-            event.set()
+        """Stop what is computed for a session, and wait until it has stopped: at its next step."""
+        if job := self.jobs.get(session):
+            job[0].set()
+            wait([job[1]])
 
     def draw(self, name: str, request: Request, show: Callable) -> Frame:
         """A grid of what is asked for: (picture, what was done, path of the PNG, path of the .npz)."""
@@ -242,12 +244,11 @@ def page(studio: Studio) -> Any:
         how = (OWN, 0) if is_fast else ("dpmpp_2m", 15)
         return classes, gr.Textbox(visible=labelling.field not in (None, "labels")), *how
 
-    def stop(request: gr.Request) -> str:
+    def stop(request: gr.Request) -> None:
         studio.stop(request.session_hash)
-        return "stopped"
 
-    def leave(request: gr.Request) -> None:
-        studio.stop(request.session_hash)
+    def stopped() -> str:
+        return "stopped"
 
     def paint() -> Any:
         return gr.ImageEditor(
@@ -336,9 +337,10 @@ def page(studio: Studio) -> Any:
             interpolate_button.click(interpolate, [first, second, *fields], results, **alone),
         ]
         moving = plane_button.click(plane, *of_plane, **alone)
-        stop_button.click(stop, None, status, cancels=drawing, **quick)
-        plane_stop.click(stop, None, plane_status, cancels=[moving], **quick)
-        blocks.unload(leave)  # a page that is closed or loaded anew
+        # What is said comes after the last step's own status, so it is an event of its own
+        stop_button.click(stop, cancels=drawing, **quick).then(stopped, None, status, **quick)
+        plane_stop.click(stop, cancels=[moving], **quick).then(stopped, None, plane_status, **quick)
+        blocks.unload(stop)  # a page that is closed or loaded anew
         name.change(describe, name, [label, prompt, sampler, steps], **quick)
         blocks.load(describe, name, [label, prompt, sampler, steps], **quick)
         take.click(test_image, [name, test], editor, **quick)
@@ -414,6 +416,6 @@ def serve(args: Args, folder: str) -> None:
         webbrowser.open(url)
     defer_interrupts("stopping")
     STOP.wait()
-    for session in list(studio.stops):
+    for session in list(studio.jobs):
         studio.stop(session)
     blocks.close()
