@@ -172,6 +172,11 @@ def can_be_path(text: str) -> bool:
         return False
 
 
+def as_value(value: Any) -> Any:
+    """A value as the fields of a dataclass hold it: a list, as JSON has and Python's users write, becomes a tuple."""
+    return tuple(value) if isinstance(value, list) else value
+
+
 def from_record(cls: type[T], record: dict[str, Any], obsolete: Container[str] = (), path: str = "") -> T:
     """An instance of the dataclass `cls` from a JSON object: lists become tuples, nested objects dataclasses.
 
@@ -196,6 +201,6 @@ def from_record(cls: type[T], record: dict[str, Any], obsolete: Container[str] =
                 problems.append(e)
         if problems:
             raise problems[0]
-        return tuple(value) if isinstance(value, list) else value
+        return as_value(value)
 
     return cls(**{name: read(name, value) for name, value in record.items() if name in names})

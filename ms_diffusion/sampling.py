@@ -10,7 +10,7 @@ import numpy as np
 from mindspore import nn
 
 from .denoiser import guide, make_denoiser, self_conditioned, with_label
-from .fields import AT_LEAST_1, FRACTION, NON_NEGATIVE, POSITIVE, OneOf, check_fields
+from .fields import AT_LEAST_1, FRACTION, NON_NEGATIVE, POSITIVE, OneOf, as_value, check_fields
 from .process import GaussianDiffusion
 from .runtime import DEVICES, UserError, command
 from .samplers import SAMPLERS, SPACINGS, default_spacing, generate, sampler_options, sampling_timesteps
@@ -227,4 +227,4 @@ def sampling_from(options: dict[str, Any]) -> Sampling:
     names = [field.name for field in fields(Sampling)]
     if unknown := [name for name in options if name not in names]:
         raise UserError(f"unknown option {unknown[0]!r}: choose from {', '.join(names)}")
-    return Sampling(**options)
+    return Sampling(**{name: as_value(value) for name, value in options.items()})

@@ -147,7 +147,9 @@ def test_values_that_fit_together():
     override(PIXELS, total_steps=0, init_from="weights.safetensors", init_ignore=("a.",), init_partial=True).check()
     override(PRESETS["quick-upscale"], lowres_size=14).check()
     override(AUTOENCODER, vgg="vgg.pth", lpips="lpips.pth", disc_weight=0.0, disc_layers=5).check()
-    override(POINTS, num_timesteps=1000, ema_lengths=(0.05, 0.1)).check()
+    lists = override(POINTS, num_timesteps=1000, ema_lengths=[0.05, 0.1])
+    lists.check()
+    assert lists == override(POINTS, num_timesteps=1000, ema_lengths=(0.05, 0.1))
     override(PIXELS, matte="#10Fa20", validation=0.1).check()
     override(PIXELS, score_every=2, **{"data.size": 28, "data.name": "image-folder"}).check()
 

@@ -12,7 +12,7 @@ from mindspore import Tensor
 from ms_diffusion.process import GaussianDiffusion
 from ms_diffusion.runtime import UserError
 from ms_diffusion.samplers import SAMPLERS, SPACINGS, SeededNoise, sampling_timesteps
-from ms_diffusion.sampling import Generator, Sampling, sample
+from ms_diffusion.sampling import Generator, Sampling, sample, sampling_from
 from ms_diffusion.schedules import cosine_beta_schedule
 from ms_diffusion.training.config import DiffusionTrainConfig, ImageTrainConfig
 
@@ -159,6 +159,11 @@ def test_guidance(scale):
     np.testing.assert_allclose(one_step(guidance=scale), expected, atol=1e-6)
     if scale == 1:
         np.testing.assert_array_equal(one_step(), one_step(guidance=1.0))
+
+
+def test_an_interval_may_be_a_list():
+    options = {"guidance": 2.0, "guidance_interval": [150, 750]}
+    assert sampling_from(options) == Sampling(guidance=2.0, guidance_interval=(150, 750))
 
 
 def test_guidance_in_an_interval():

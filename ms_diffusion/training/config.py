@@ -16,6 +16,7 @@ from ..fields import (
     POSITIVE,
     Bounds,
     OneOf,
+    as_value,
     check_fields,
     find_problem,
     from_record,
@@ -340,7 +341,7 @@ def override(config: Config, **values: Any) -> Config:
             raise UserError(f"unknown setting {name!r}" + (f": did you mean {close[0]!r}?" if close else ""))
         section, last = owners[name], name.split(".")[-1]
         try:
-            part: Any = replace(getattr(config, section) if section else config, **{last: value})
+            part: Any = replace(getattr(config, section) if section else config, **{last: as_value(value)})
         except TypeError as e:  # an earlier override has put something else in place of the section
             raise UserError(f"{name!r} cannot be set in {getattr(config, section)!r}") from e
         config = replace(config, **{section: part}) if section else part

@@ -16,7 +16,7 @@ from mindspore import Tensor
 
 from ..convert import load_into
 from ..data.tokenizers import BytePairs, Tokenizer
-from ..fields import Bounds, find_problem
+from ..fields import Bounds, as_value, find_problem
 from ..files import cache_folder, check_memory, in_batches, load_or_compute, read_json, write, write_json
 from ..models.clip import ClipTextConfig, ClipTextEncoder
 from ..runtime import UserError, alone, compiled
@@ -46,7 +46,7 @@ class Settings:
     def get(self, name: str, hint: Any, default: Any) -> Any:
         """The value of this type; lists become tuples."""
         value = self.values.get(name, default)
-        value = tuple(value) if isinstance(value, list) else value
+        value = as_value(value)
         problem = find_problem(value, hint) or ("it must not be empty" if value == () else None)
         if problem:
             raise UserError(f"{self.path}: {name} is {value!r:.200}: {problem}")
