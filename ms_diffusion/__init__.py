@@ -60,7 +60,7 @@ if TYPE_CHECKING:  # the public names; below, the same lines say where each is f
         UnetConfig as UnetConfig)
     from .models.unet_ldm import (SpatialTransformer as SpatialTransformer, UNetModel as UNetModel,
         UNetModelConfig as UNetModelConfig)
-    from .process import DiffusionConfig as DiffusionConfig, GaussianDiffusion as GaussianDiffusion
+    from .process import DiffusionConfig as DiffusionConfig, GaussianDiffusion as GaussianDiffusion, Process as Process
     from .randomness import (ImportanceTimesteps as ImportanceTimesteps, antithetic_timesteps as antithetic_timesteps,
         drop_labels as drop_labels, offset_noise as offset_noise, uniform_timesteps as uniform_timesteps)
     from .runtime import UserError as UserError, compiled as compiled, set_device as set_device

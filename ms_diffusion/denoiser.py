@@ -12,7 +12,7 @@ import numpy as np
 
 from mindspore import Tensor, nn, ops
 
-from .process import Cond, GaussianDiffusion, Process, as_tuple, predict
+from .process import Cond, Process, as_tuple, predict
 from .runtime import compiled, on_device
 
 Array = Any  # a mindspore.Tensor or a numpy array: the wrappers below work on both
@@ -47,7 +47,7 @@ def exact_denoiser(data: np.ndarray, diffusion: Process) -> Denoiser:
     return denoise
 
 
-def make_denoiser(diffusion: GaussianDiffusion, net: nn.Cell, cond: Cond = None, clip: bool | None = None) -> Denoiser:
+def make_denoiser(diffusion: Process, net: nn.Cell, cond: Cond = None, clip: bool | None = None) -> Denoiser:
     """Compile `denoise(x_t, t, *cond) -> x_0` (B, ...), the network's prediction in evaluation mode.
 
     Args:

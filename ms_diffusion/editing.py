@@ -9,11 +9,11 @@ import math
 import numpy as np
 
 from .denoiser import Array, Denoiser
-from .process import DATA, GaussianDiffusion
+from .process import DATA, Process
 from .samplers import Callback, RandnLike, Timesteps, ddpm_step, noise_levels
 
 
-def sample_repaint(denoise: Denoiser, x: Array, diffusion: GaussianDiffusion, timesteps: Timesteps = None,
+def sample_repaint(denoise: Denoiser, x: Array, diffusion: Process, timesteps: Timesteps = None,
         randn_like: RandnLike = None, callback: Callback = None, jump_length: int = 10,
         jump_n_sample: int = 10, v_posterior: float | None = None) -> Array:  # fmt: skip
     """RePaint (Lugmayr et al. 2022, algorithm 1): ancestral sampling that makes each section of `jump_length` steps
@@ -43,9 +43,7 @@ def sample_repaint(denoise: Denoiser, x: Array, diffusion: GaussianDiffusion, ti
     return x
 
 
-def invert_ddim(
-    denoise: Denoiser, x: Array, diffusion: GaussianDiffusion, timesteps: Timesteps = None, iterations: int = 3
-) -> Array:
+def invert_ddim(denoise: Denoiser, x: Array, diffusion: Process, timesteps: Timesteps = None, iterations: int = 3) -> Array:
     """The x_T from which `sample_ddim` with the same timesteps reaches the image x (Song et al. 2020, section 4.3).
 
     A DDIM step rotates x_t: x_next = cos x_t - sin v(x_t) (Salimans & Ho 2022, appendix D), where x_t is divided by the

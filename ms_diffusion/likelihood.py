@@ -16,7 +16,7 @@ import mindspore as ms
 from mindspore import Tensor, nn, ops
 
 from .denoiser import evaluation_mode
-from .process import GaussianDiffusion, predict
+from .process import Process, predict
 from .randomness import Random
 from .runtime import compiled
 
@@ -35,7 +35,7 @@ class Bound:
     mse: np.ndarray  # (B, T) squared error of the predicted x_0, mean over dimensions; not in bits
 
 
-def bits_per_dim(denoise: Callable[[np.ndarray, int], np.ndarray], diffusion: GaussianDiffusion, x_start: np.ndarray,
+def bits_per_dim(denoise: Callable[[np.ndarray, int], np.ndarray], diffusion: Process, x_start: np.ndarray,
         rng: Random, callback: Callback = None, counts: np.ndarray | None = None) -> Bound:  # fmt: skip
     """The variational bound on -log p(x_0), estimated with one draw of each x_t (Ho et al. 2020, eqs. 5 and 13; evaluated as
     in Nichol & Dhariwal 2021). The reverse variance is the diffusion's; t = 0, where it may be 0, uses that of t = 1.
@@ -107,7 +107,7 @@ def _mean(values: np.ndarray) -> np.ndarray:
 
 
 def ode_log_likelihood(denoise_and_divergence: Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]],
-        diffusion: GaussianDiffusion, x: np.ndarray, timesteps: Sequence[int] | None = None,
+        diffusion: Process, x: np.ndarray, timesteps: Sequence[int] | None = None,
         callback: Callback = None) -> np.ndarray:  # fmt: skip
     """log density (B,), in nats, at x (B, ...), of data with the noise of the first timestep: by the probability-flow ODE
     and the instantaneous change of variables (Song et al. 2021, eq. 39).
@@ -154,7 +154,7 @@ def ode_log_likelihood(denoise_and_divergence: Callable[[np.ndarray, int], tuple
     return log_normal + x_T.shape[1] * math.log(noise[-1] / noise[0]) - integral
 
 
-def ode_timesteps(diffusion: GaussianDiffusion, steps: int) -> list[int]:
+def ode_timesteps(diffusion: Process, steps: int) -> list[int]:
     """At most `steps` ascending timesteps from 0 to the last that holds data, evenly spaced in log sigma and rounded."""
     alpha_bar = diffusion.alphas_cumprod[diffusion.alphas_cumprod > 0]
     log_sigma = np.log(1 / alpha_bar - 1) / 2  # over alpha
@@ -162,7 +162,7 @@ def ode_timesteps(diffusion: GaussianDiffusion, steps: int) -> list[int]:
     return [int(t) for t in np.unique(np.round(even))]
 
 
-def make_divergence(diffusion: GaussianDiffusion, net: nn.Cell) -> Callable[..., tuple[np.ndarray, np.ndarray]]:
+def make_divergence(diffusion: Process, net: nn.Cell) -> Callable[..., tuple[np.ndarray, np.ndarray]]:
     """Compile `(x_t, t, probes, *cond) -> (x_0, divergence)`, with the network in evaluation mode.
 
     x_0 (B, ...) is unclipped. The divergence (B,) is e^T (d x_0 / d x_t) e, an unbiased estimate if the probes e (B, ...)

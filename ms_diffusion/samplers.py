@@ -21,7 +21,7 @@ from mindspore import Tensor
 
 from .denoiser import Array, Denoiser
 from .files import in_batches
-from .process import DATA, GaussianDiffusion, Level
+from .process import DATA, Level, Process
 from .runtime import on_device
 
 Sampler = Callable[..., Array]
@@ -75,9 +75,7 @@ def sampling_timesteps(
     return timesteps
 
 
-def noise_levels(
-    diffusion: GaussianDiffusion, timesteps: Timesteps, last: Level = DATA
-) -> list[tuple[int, int, Level, Level]]:
+def noise_levels(diffusion: Process, timesteps: Timesteps, last: Level = DATA) -> list[tuple[int, int, Level, Level]]:
     """(i, t, level of t, level of the next timestep) for each step; the last step leads to data, or to a level `last`."""
     timesteps = list(range(diffusion.num_timesteps - 1, -1, -1) if timesteps is None else timesteps)
     levels = [diffusion.level(t) for t in timesteps]
@@ -120,7 +118,7 @@ def ddpm_step(x: Array, x_start: Array, level: Level, following: Level, v: float
     return mean + math.sqrt(beta * ((1 - v) * following.sigma**2 / level.sigma**2 + v)) * randn_like(x)
 
 
-def sample_ddpm(denoise: Denoiser, x: Array, diffusion: GaussianDiffusion, timesteps: Timesteps = None,
+def sample_ddpm(denoise: Denoiser, x: Array, diffusion: Process, timesteps: Timesteps = None,
         randn_like: RandnLike = None, callback: Callback = None, v_posterior: float | None = None,
         quantize: Quantize = None) -> Array:  # fmt: skip
     """Ancestral sampling (Ho et al. 2020, algorithm 2; with fewer timesteps Nichol & Dhariwal 2021, section 4).
@@ -135,7 +133,7 @@ def sample_ddpm(denoise: Denoiser, x: Array, diffusion: GaussianDiffusion, times
     return x
 
 
-def sample_ddim(denoise: Denoiser, x: Array, diffusion: GaussianDiffusion, timesteps: Timesteps = None,
+def sample_ddim(denoise: Denoiser, x: Array, diffusion: Process, timesteps: Timesteps = None,
         randn_like: RandnLike = None, callback: Callback = None, eta: float = 0.0,
         quantize: Quantize = None) -> Array:  # fmt: skip
     """DDIM (Song et al. 2020, eq. 12): deterministic with eta = 0; eta = 1 adds the noise of DDPM.
@@ -153,7 +151,7 @@ def sample_ddim(denoise: Denoiser, x: Array, diffusion: GaussianDiffusion, times
     return x
 
 
-def sample_euler_ancestral(denoise: Denoiser, x: Array, diffusion: GaussianDiffusion, timesteps: Timesteps = None,
+def sample_euler_ancestral(denoise: Denoiser, x: Array, diffusion: Process, timesteps: Timesteps = None,
         randn_like: RandnLike = None, callback: Callback = None, eta: float = 1.0,
         quantize: Quantize = None) -> Array:  # fmt: skip
     """Ancestral sampling with Euler steps in sigma / alpha (Crowson, k-diffusion): to less noise than the next level has,
@@ -161,12 +159,12 @@ def sample_euler_ancestral(denoise: Denoiser, x: Array, diffusion: GaussianDiffu
     return sample_ddim(denoise, x, diffusion, timesteps, randn_like, callback, eta, quantize)
 
 
-def nearest_timestep(diffusion: GaussianDiffusion, timesteps: range, wanted: float, place: Callable) -> int:
+def nearest_timestep(diffusion: Process, timesteps: range, wanted: float, place: Callable) -> int:
     """The timestep whose place(level) is nearest to `wanted`."""
     return min(timesteps, key=lambda t: abs(place(diffusion.level(t)) - wanted))
 
 
-def churn(x: Array, t: int, diffusion: GaussianDiffusion, gamma: float, s_noise: float,
+def churn(x: Array, t: int, diffusion: Process, gamma: float, s_noise: float,
         randn_like: RandnLike) -> tuple[Array, int]:  # fmt: skip
     """x with noise added up to the timestep whose sigma / alpha is nearest to 1 + gamma times that of t, and this timestep
     (Karras et al. 2022, algorithm 2, lines 4 to 6, rounded as in their code)."""
@@ -179,7 +177,7 @@ def churn(x: Array, t: int, diffusion: GaussianDiffusion, gamma: float, s_noise:
     return more.alpha / level.alpha * x + s_noise * math.sqrt(more.variance_after(level)) * randn_like(x), raised
 
 
-def sample_heun(denoise: Denoiser, x: Array, diffusion: GaussianDiffusion, timesteps: Timesteps = None,
+def sample_heun(denoise: Denoiser, x: Array, diffusion: Process, timesteps: Timesteps = None,
         randn_like: RandnLike = None, callback: Callback = None, s_churn: float = 0.0, s_tmin: float = 0.0,
         s_tmax: float = math.inf, s_noise: float = 1.0) -> Array:  # fmt: skip
     """Heun's method in sigma / alpha (Karras et al. 2022, algorithm 1), order 2. The last step calls the network once, each
@@ -208,7 +206,7 @@ def sample_heun(denoise: Denoiser, x: Array, diffusion: GaussianDiffusion, times
     return x
 
 
-def sample_plms(denoise: Denoiser, x: Array, diffusion: GaussianDiffusion, timesteps: Timesteps = None,
+def sample_plms(denoise: Denoiser, x: Array, diffusion: Process, timesteps: Timesteps = None,
         randn_like: RandnLike = None, callback: Callback = None, quantize: Quantize = None) -> Array:  # fmt: skip
     """Pseudo linear multistep: Adams-Bashforth on eps up to order 4, then DDIM's step (Liu et al. 2022, eqs. 9 and 12). The
     weights assume steps even in sigma / alpha; with other steps the order is 2.
@@ -236,7 +234,7 @@ def sample_plms(denoise: Denoiser, x: Array, diffusion: GaussianDiffusion, times
     return x
 
 
-def sample_midpoint(denoise: Denoiser, x: Array, diffusion: GaussianDiffusion, timesteps: Timesteps = None,
+def sample_midpoint(denoise: Denoiser, x: Array, diffusion: Process, timesteps: Timesteps = None,
         randn_like: RandnLike = None, callback: Callback = None) -> Array:  # fmt: skip
     """The midpoint rule in the time of rectified flow, sigma / (alpha + sigma), order 2. The last step calls the network
     once, each other step twice.
@@ -274,7 +272,7 @@ def _extrapolated(x_start: Array, last: tuple[float, Array] | None, level: Level
     return (1 + 0.5 / r) * x_start - 0.5 / r * last[1]
 
 
-def sample_dpmpp_2m(denoise: Denoiser, x: Array, diffusion: GaussianDiffusion, timesteps: Timesteps = None,
+def sample_dpmpp_2m(denoise: Denoiser, x: Array, diffusion: Process, timesteps: Timesteps = None,
         randn_like: RandnLike = None, callback: Callback = None) -> Array:  # fmt: skip
     """DPM-Solver++(2M) (Lu et al. 2022, "DPM-Solver++", algorithm 2): x_0 is extrapolated from two calls, order 2."""
     last = None  # (lambda, x_0) of the previous step
@@ -287,7 +285,7 @@ def sample_dpmpp_2m(denoise: Denoiser, x: Array, diffusion: GaussianDiffusion, t
     return x
 
 
-def sample_sde_dpmpp_2m(denoise: Denoiser, x: Array, diffusion: GaussianDiffusion, timesteps: Timesteps = None,
+def sample_sde_dpmpp_2m(denoise: Denoiser, x: Array, diffusion: Process, timesteps: Timesteps = None,
         randn_like: RandnLike = None, callback: Callback = None) -> Array:  # fmt: skip
     """SDE-DPM-Solver++(2M) (Lu et al. 2022, "DPM-Solver++", the solvers of diffusion SDEs): DDPM's step, with the posterior
     variance, from an x_0 that is extrapolated from two calls."""
@@ -316,7 +314,7 @@ def _unipc_guess(h: float, points: list[tuple[float, Array]]) -> Array:
     return x_start + sum(float(w / q) * (x_other - x_start) for w, q, (_, x_other) in zip(rho, r, others, strict=True))
 
 
-def sample_unipc(denoise: Denoiser, x: Array, diffusion: GaussianDiffusion, timesteps: Timesteps = None,
+def sample_unipc(denoise: Denoiser, x: Array, diffusion: Process, timesteps: Timesteps = None,
         randn_like: RandnLike = None, callback: Callback = None, order: int = 3) -> Array:  # fmt: skip
     """UniPC (Zhao et al. 2023, algorithms 5 to 8): a multistep predictor over `order` points, whose result is corrected with
     the x_0 of the next call."""
@@ -339,7 +337,7 @@ def sample_unipc(denoise: Denoiser, x: Array, diffusion: GaussianDiffusion, time
     return x
 
 
-def sample_consistency(denoise: Denoiser, x: Array, diffusion: GaussianDiffusion, timesteps: Timesteps = None,
+def sample_consistency(denoise: Denoiser, x: Array, diffusion: Process, timesteps: Timesteps = None,
         randn_like: RandnLike = None, callback: Callback = None) -> Array:  # fmt: skip
     """For a network that consistency tuning has taught to predict an end of the path: each step takes its x_0 whole and
     adds new noise of the following level (Song et al. 2023, "Consistency models", algorithm 1)."""
@@ -411,7 +409,7 @@ class SeededNoise:
         return noise.reshape(-1, *shape)
 
 
-def generate(sampler: Sampler, denoise: Denoiser, diffusion: GaussianDiffusion, timesteps: Timesteps, shape: Sequence[int],
+def generate(sampler: Sampler, denoise: Denoiser, diffusion: Process, timesteps: Timesteps, shape: Sequence[int],
         num: int, seed: int = 0, batch_size: int = 64, callback: Callback = None, cond: Sequence[np.ndarray] = (),
         start: np.ndarray | None = None) -> np.ndarray:  # fmt: skip
     """`num` samples of `shape` -> (num, *shape) float32. All batches have one size, so the network is compiled once.

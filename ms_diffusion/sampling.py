@@ -11,7 +11,7 @@ from mindspore import nn
 
 from .denoiser import guide, make_denoiser, self_conditioned, with_label
 from .fields import AT_LEAST_1, FRACTION, NON_NEGATIVE, POSITIVE, OneOf, as_value, check_fields
-from .process import GaussianDiffusion
+from .process import Process
 from .runtime import DEVICES, UserError, command
 from .samplers import SAMPLERS, SPACINGS, default_spacing, generate, sampler_options, sampling_timesteps
 
@@ -126,10 +126,10 @@ class Sampling:
         given = {name: getattr(self, name, None) for name in sampler_options(self.function)}
         return partial(self.function, **{name: value for name, value in given.items() if value is not None})
 
-    def timesteps(self, diffusion: GaussianDiffusion) -> list[int]:
+    def timesteps(self, diffusion: Process) -> list[int]:
         """The timesteps of the sampler's steps, descending."""
         spacing = default_spacing(self.function)
-        spacing = self.spacing or (diffusion.spacing if spacing == GaussianDiffusion.spacing else spacing)
+        spacing = self.spacing or (diffusion.spacing if spacing == Process.spacing else spacing)
         T, tables = diffusion.num_timesteps, (diffusion.alphas_cumprod, diffusion.steps_offset)
         return sampling_timesteps(T, self.steps or STEPS, spacing, *tables)
 
@@ -147,7 +147,7 @@ class Generator:
 
     quantize: Callable | None = None
 
-    def __init__(self, net: nn.Cell, diffusion: GaussianDiffusion, shape: Sequence[int], null_label: Any = None,
+    def __init__(self, net: nn.Cell, diffusion: Process, shape: Sequence[int], null_label: Any = None,
             self_condition: bool = False):  # fmt: skip
         self.net, self.diffusion, self.shape = net, diffusion, tuple(shape)
         self.null_label, self.self_condition = null_label, self_condition
@@ -193,7 +193,7 @@ class Generator:
         return generate(sampler, denoise, self.diffusion, timesteps, self.shape, *size, callback, cond, start)
 
 
-def sample(net: nn.Cell, diffusion: GaussianDiffusion, shape: Sequence[int], num: int = 64, *,
+def sample(net: nn.Cell, diffusion: Process, shape: Sequence[int], num: int = 64, *,
         cond: Sequence[np.ndarray] = (), null_label: int | None = None, self_condition: bool = False,
         callback: Callable | None = None, **options: Any) -> np.ndarray:  # fmt: skip
     """`num` samples (num, *shape) float32 from any network net(x_t, t, *cond) that predicts what `diffusion` says.

@@ -24,7 +24,7 @@ from ..denoiser import exact_denoiser
 from ..fields import Bounds, check_fields
 from ..process import DiffusionConfig
 from ..runtime import DEVICES, STOP, Interrupted, UserError, command, defer_interrupts
-from ..samplers import SAMPLERS, default_spacing, sampling_timesteps
+from ..samplers import SAMPLERS
 from ..sampling import Sampling
 from ..training.pipeline import load
 from ..training.runs import DEFAULT, Run, bundled_models
@@ -35,7 +35,8 @@ from .parse import parse
 SCALE = 280  # pixels of a picture that is painted on
 OWN = "the run's own"  # of a sampler
 TURN = "each in turn"  # of classes
-SCHEDULES = {"DDPM (cosine)": "cosine", "rectified flow": "flow", "EDM": "edm"}
+# Name -> schedule, and spacing of its timesteps where it is not the sampler's own
+PROCESSES = {"DDPM (cosine)": ("cosine", None), "rectified flow": ("flow", "trailing"), "EDM": ("edm", None)}
 PLANE_SAMPLERS = tuple(name for name in SAMPLERS if name != "consistency")
 # A page of another site must not reach this one, nor this page any other
 POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'none'; form-action 'self'"
@@ -136,11 +137,11 @@ class Studio:
         """The way from noise to points in the plane, with the exact denoiser: (points, what was done, field, paths)."""
         points = TOYS[data](np.random.default_rng(0), 1000).astype(np.float32)
         normalizer = Normalizer.of(points)
-        diffusion = DiffusionConfig(1000, SCHEDULES[process], "v", "l2").build(clip_denoised=False)
+        schedule, spacing = PROCESSES[process]
+        diffusion = DiffusionConfig(1000, schedule, "v", "l2").build(clip_denoised=False)
         denoise, decode = exact_denoiser(normalizer.normalize(points), diffusion), normalizer.denormalize
         rng, path = np.random.default_rng(seed), []
-        spacing = "trailing" if process == "rectified flow" else default_spacing(SAMPLERS[sampler])
-        timesteps = sampling_timesteps(1000, steps, spacing, diffusion.alphas_cumprod)
+        timesteps = Sampling(sampler=sampler, steps=steps, spacing=spacing).timesteps(diffusion)
 
         def watch(i: int, x: np.ndarray, x_start: np.ndarray) -> None:
             path.append(decode(x))
@@ -310,7 +311,7 @@ def page(studio: Studio) -> Any:
             with gr.Tab("Plane"), gr.Row():
                 with gr.Column(scale=2, min_width=300):
                     toy = gr.Dropdown(list(TOYS), value="scurve", label="Points", elem_id="points")
-                    process = gr.Dropdown(list(SCHEDULES), value="rectified flow", label="Process")
+                    process = gr.Dropdown(list(PROCESSES), value="rectified flow", label="Process")
                     way = gr.Dropdown(list(PLANE_SAMPLERS), value="ddim", label="Sampler")
                     plane_steps = gr.Slider(1, 200, 20, step=1, label="Steps")
                     plane_seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**31 - 1)

@@ -20,7 +20,7 @@ from ..latent import PIXELS, FirstStage
 from ..models.autoencoder import AutoencoderConfig
 from ..models.context import LatentUnetConfig
 from ..names import PREDICTION_TYPES
-from ..process import DiffusionConfig, GaussianDiffusion
+from ..process import DiffusionConfig, GaussianDiffusion, Process
 from ..runtime import UserError, initialise_ranks, set_device
 from ..sampling import Generator
 from ..schedules import cosine_beta_schedule, rescale_zero_terminal_snr
@@ -214,7 +214,7 @@ class PipelineTask(LatentTask):
         super().__init__(config)
         self.shape = (self.autoencoder.embed_dim, height, width)
 
-    def build_parts(self) -> tuple[nn.Cell, GaussianDiffusion]:
+    def build_parts(self) -> tuple[nn.Cell, Process]:
         with no_init_parameters():  # MindSpore's own, which take 20 s for 860 million
             return self.config.model.build(None), self.process
 
@@ -245,7 +245,7 @@ class PipelineTask(LatentTask):
             made.columns, made.arrange = None, lambda x: x
         return made
 
-    def generator(self, net: nn.Cell, diffusion: GaussianDiffusion) -> Generator:
+    def generator(self, net: nn.Cell, diffusion: Process) -> Generator:
         generator = super().generator(net, diffusion)
         generator.batch_size = max(PIXELS // (self.size[0] * self.size[1]), 1)
         return generator

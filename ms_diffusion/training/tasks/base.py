@@ -19,7 +19,7 @@ from ...convert import LoadReport, load_pretrained
 from ...data.batches import check_enough, check_values, fingerprint, make_dataset
 from ...metrics.scores import Reference, Samples
 from ...models.layers import set_compute_type
-from ...process import GaussianDiffusion
+from ...process import Process
 from ...randomness import Random, Stream, of_step
 from ...runtime import UserError, command, on_ascend, ranks
 from ...sampling import Sampling
@@ -105,7 +105,7 @@ class Task:
         except ValueError as e:
             raise UserError(str(e)) from e
 
-    def build_parts(self) -> tuple[nn.Cell, GaussianDiffusion | None]:
+    def build_parts(self) -> tuple[nn.Cell, Process | None]:
         return self.config.model.build(self.config.train.seed), None
 
     # Training

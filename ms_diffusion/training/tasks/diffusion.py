@@ -13,7 +13,7 @@ from mindspore import Parameter, Tensor, nn, ops
 from ...convert import listed
 from ...images import to_float
 from ...models.layers import Masks
-from ...process import GaussianDiffusion, at, predict
+from ...process import Process, at, predict
 from ...randomness import (
     ImportanceTimesteps,
     Random,
@@ -39,7 +39,7 @@ class DiffusionTask(Task):
 
     config: Any
     net: nn.Cell
-    diffusion: GaussianDiffusion
+    diffusion: Process
     shape: tuple[int, ...]  # of one x that is diffused
     clip_denoised = True  # whether the data are known to lie in [-1, 1]
     null_label: Any = None  # the label or token for "no condition"; None where the network has no such condition
@@ -49,11 +49,11 @@ class DiffusionTask(Task):
     quantize: Callable | None = None  # x_0 -> the nearest vectors of the codebook
     cond_fields: tuple[str, ...] = ()  # names of the network's conditions, in its order
 
-    def build_parts(self) -> tuple[nn.Cell, GaussianDiffusion]:
+    def build_parts(self) -> tuple[nn.Cell, Process]:
         config = self.config
         return config.model.build(config.train.seed), config.diffusion.build(self.clip_denoised)
 
-    def generator(self, net: nn.Cell, diffusion: GaussianDiffusion) -> Generator:
+    def generator(self, net: nn.Cell, diffusion: Process) -> Generator:
         generator = Generator(net, diffusion, self.shape, self.null_label, self.self_condition)
         generator.quantize = self.quantize
         return generator
