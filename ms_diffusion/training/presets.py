@@ -80,7 +80,14 @@ LARGE = replace(CLASS, model=replace(CLASS.model, dim=64, init_dim=64), train=re
 XLARGE = replace(
     LARGE,
     model=replace(LARGE.model, dim=96, init_dim=96),
-    train=replace(LARGE.train, total_steps=9200, batch_size=128, optimizer="muon", lr=4e-3),
+    train=replace(
+        LARGE.train,
+        total_steps=12_800,
+        batch_size=128,
+        optimizer="muon",
+        lr=4e-3,
+        sample_guidance_interval=(100, 600),
+    ),
 )
 # Consistency tuning of a trained run, by default the bundled one, for samples in one or two network calls
 FAST = replace(
