@@ -75,6 +75,18 @@ CLASS_FLOW = replace(
     diffusion=DiffusionConfig(schedule="flow", objective="v", loss="l2"),
     train=replace(CLASS.train, sample_guidance_interval=FLOW_GUIDANCE),
 )
+# The same with the noise levels, the preconditioning and the times of EDM
+CLASS_EDM = replace(
+    CLASS,
+    diffusion=DiffusionConfig(schedule="edm", objective="v", loss="l2", sigma_data=0.7),
+    train=replace(
+        CLASS.train,
+        timestep_sampling="log-normal",
+        timestep_mean=-1.2,
+        timestep_std=1.2,
+        sample_guidance_interval=(280, 500),
+    ),
+)
 LONG = replace(CLASS.train, warmup_steps=500, ema_decay=0.999, timestep_sampling="antithetic")
 LARGE = replace(CLASS, model=replace(CLASS.model, dim=64, init_dim=64), train=replace(LONG, total_steps=22_000, lr=1.5e-3))
 XLARGE = replace(
@@ -177,6 +189,7 @@ PRESETS: dict[str, Config] = {  # PRESETS["mine"] = config adds a preset
     "fashion-mnist-resnet": PixelConfig(model=UnetConfig(dim=32, use_convnext=False)),
     "fashion-mnist-class": CLASS,
     "fashion-mnist-flow": CLASS_FLOW,
+    "fashion-mnist-edm": CLASS_EDM,
     "fashion-mnist-large": LARGE,
     "fashion-mnist-xlarge": XLARGE,
     "fashion-mnist-fast": FAST,
