@@ -26,15 +26,6 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def all_cores():
-    """A worker's tests have one core (conftest.py), on which a browser hardly moves while the server computes."""
-    one = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, range(os.cpu_count() or 1))
-    yield
-    os.sched_setaffinity(0, one)
-
-
 @pytest.fixture(scope="module")
 def url(tmp_path_factory):
     """The page of the bundled model, served by the command; it ends at a signal and leaves no file."""

@@ -75,7 +75,7 @@ CLASS_FLOW = replace(
     diffusion=DiffusionConfig(schedule="flow", objective="v", loss="l2"),
     train=replace(CLASS.train, sample_guidance_interval=FLOW_GUIDANCE),
 )
-# The same with the noise levels, the preconditioning and the times of EDM
+# The same with the noise levels, the preconditioning and the times of EDM; guided at the same noise as CLASS
 CLASS_EDM = replace(
     CLASS,
     diffusion=DiffusionConfig(schedule="edm", objective="v", loss="l2", sigma_data=0.7),

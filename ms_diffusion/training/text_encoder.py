@@ -45,8 +45,7 @@ class Settings:
 
     def get(self, name: str, hint: Any, default: Any) -> Any:
         """The value of this type; lists become tuples."""
-        value = self.values.get(name, default)
-        value = as_value(value)
+        value = as_value(self.values.get(name, default))
         problem = find_problem(value, hint) or ("it must not be empty" if value == () else None)
         if problem:
             raise UserError(f"{self.path}: {name} is {value!r:.200}: {problem}")
